@@ -1,0 +1,26 @@
+"""patchscore: the score of a diffusion model that has no network, from nothing but training patches."""
+
+from .bank import PatchBank
+from .machines import Denoiser, EquivariantLocalScore, Estimate, IdealScore, LocalScore
+from .noise import Schedule, get_schedule
+from .posterior import PosteriorSum, merge
+from .sampling import Step, sample
+from .scales import ScaleTable
+from .version import __version__
+
+__all__ = [
+    "Denoiser",
+    "EquivariantLocalScore",
+    "Estimate",
+    "IdealScore",
+    "LocalScore",
+    "PatchBank",
+    "PosteriorSum",
+    "ScaleTable",
+    "Schedule",
+    "Step",
+    "__version__",
+    "get_schedule",
+    "merge",
+    "sample",
+]

@@ -1,0 +1,192 @@
+"""PatchBank: the training images that a score machine sums over.
+
+Images stay as they came, uint8 or float32, in one block of memory. A selection (the images of some classes) is a list
+of indices into the same block, so class-conditional scores copy nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RANGE_TOLERANCE = 1e-3
+"""How far a float pixel may lie outside [-1, 1]: room for interpolation and rounding, not for another convention."""
+
+
+class PatchBank:
+    """N training images with optional class labels.
+
+    Args:
+        images: array or tensor [N, C, H, W]; uint8 (read as v = u / 127.5 - 1) or floating point in [-1, 1].
+        labels: N integers, or None.
+        class_names: the name of label 0, 1, ...; lets `select` take names.
+
+    Raises:
+        TypeError: images or labels of a type or dtype that is not taken.
+        ValueError: an empty bank, a wrong shape, NaN or infinite pixels, pixels outside [-1, 1], or a number of labels
+            other than N.
+    """
+
+    def __init__(self, images: Any, labels: Any = None, class_names: Sequence[str] | None = None):
+        self.images = _as_images(images)
+        self.labels = None if labels is None else _as_labels(labels, len(self.images))
+        self.class_names = None if class_names is None else tuple(str(name) for name in class_names)
+        self.indices: Tensor | None = None
+        self._fingerprint: str | None = None
+        self._selections: dict[tuple[int, ...], PatchBank] = {}
+        self._check_class_names()
+
+    def _check_class_names(self) -> None:
+        if self.class_names is None or self.labels is None:
+            return
+        largest = int(self.labels.max())
+        if largest >= len(self.class_names):
+            raise ValueError(f"class_names: {len(self.class_names)} names for labels up to {largest}")
+
+    @classmethod
+    def open(
+        cls,
+        source: Any,
+        size: int | tuple[int, int] | None = None,
+        channels: int | None = None,
+        labels: bool = True,
+        limit: int | None = None,
+        skip_bad: bool = False,
+    ) -> PatchBank:
+        """Reads images from wherever they are; see `patchscore.sources.read`.
+
+        Args:
+            source: a folder of images (class subfolders become labels), a .npy, .npz or (gzipped) IDX file,
+                "fashion-mnist" (built in), or any dataset object whose items are images or (image, label).
+            size: resize to size x size or (height, width), as PIL's bilinear; None keeps the images' own size.
+            channels: 1 or 3 converts to gray or RGB; None keeps the source's own (RGB for folders with any colour).
+            labels: whether to read labels where the source has them.
+            limit: at most so many images; with labels, as equal a share of every class as there is.
+            skip_bad: leave out image files that cannot be read, with one warning that counts them.
+
+        Raises:
+            ValueError: nothing to read, an unreadable file (named by its path), mixed image sizes without `size`.
+            TypeError: a source of a kind that is not taken.
+        """
+        from . import sources
+
+        images, image_labels, class_names = sources.read(source, size, channels, labels, limit, skip_bad)
+        return cls(images, image_labels, class_names)
+
+    def __len__(self) -> int:
+        return len(self.images) if self.indices is None else len(self.indices)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return tuple(self.images.shape[1:])  # type: ignore[return-value]
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """The labels that occur, in ascending order; empty without labels."""
+        return () if self.labels is None else tuple(int(c) for c in torch.unique(self.labels))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over dtype, shape, pixels and labels, as hex: the same for the same content, wherever it is from."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(f"{self.images.dtype} {len(self)} {self.shape}".encode())
+            for start in range(0, len(self), 4096):
+                digest.update(self._raw(start, start + 4096).cpu().numpy().tobytes())
+            if self.labels is not None:
+                digest.update(self.labels.numpy().tobytes())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def select(self, labels: int | str | Sequence[int | str]) -> PatchBank:
+        """The images of one class or of several, sharing this bank's memory.
+
+        Raises:
+            ValueError: a label that no image has, or a bank without labels.
+        """
+        wanted = self.label_ids([labels] if isinstance(labels, (int, str, np.integer)) else labels)
+        key = tuple(sorted(set(wanted)))
+        if key not in self._selections:
+            assert self.labels is not None
+            members = torch.isin(self.labels, torch.tensor(key)).nonzero().flatten()
+            selection = PatchBank.__new__(PatchBank)
+            selection.images = self.images
+            selection.labels = self.labels[members]
+            selection.class_names = self.class_names
+            selection.indices = members if self.indices is None else self.indices[members]
+            selection._fingerprint = None
+            selection._selections = {}
+            self._selections[key] = selection
+        return self._selections[key]
+
+    def label_ids(self, labels: Sequence[int | str]) -> list[int]:
+        """Labels or class names as label numbers that occur in this bank; ValueError for any other."""
+        if self.labels is None:
+            raise ValueError(f"labels: got {list(labels)}, but this bank has no labels")
+        return [self._label_id(label) for label in labels]
+
+    def _label_id(self, label: int | str) -> int:
+        names = self.class_names or ()
+        known = self.classes
+        if isinstance(label, str):
+            number = names.index(label) if label in names else int(label) if label.lstrip("-").isdigit() else None
+        elif isinstance(label, (bool, np.bool_)) or not isinstance(label, (int, np.integer)):
+            raise TypeError(f"labels: got {label!r} of type {type(label).__name__}, takes integers or class names")
+        else:
+            number = int(label)
+        if number not in known:
+            shown = ", ".join(f"{c} ({names[c]})" if 0 <= c < len(names) else str(c) for c in known[:20])
+            raise ValueError(f"labels: unknown label {label!r}; this bank has {shown}{' ...' if known[20:] else ''}")
+        return number
+
+    def chunk(self, start: int, stop: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
+        """Images start..stop as values in [-1, 1]: [n, C, H, W] in `dtype` on `device`."""
+        raw = self._raw(start, stop).to(device)
+        return raw.to(dtype) / 127.5 - 1 if raw.dtype == torch.uint8 else raw.to(dtype)
+
+    def _raw(self, start: int, stop: int) -> Tensor:
+        return self.images[start:stop] if self.indices is None else self.images[self.indices[start:stop]]
+
+    def __repr__(self) -> str:
+        channels, height, width = self.shape
+        kind = str(self.images.dtype).removeprefix("torch.")
+        classes = f", {len(self.classes)} classes" if self.labels is not None else ""
+        return f"PatchBank({len(self)} images, {channels} x {height} x {width}, {kind}{classes})"
+
+
+def _as_images(images: Any) -> Tensor:
+    if not isinstance(images, (np.ndarray, Tensor)):
+        raise TypeError(f"images: got {type(images).__name__}, takes a numpy array or torch tensor [N, C, H, W]")
+    if isinstance(images, np.ndarray):
+        if images.dtype.kind not in "uf":
+            raise TypeError(f"images: got dtype {images.dtype}, takes uint8 or floating point in [-1, 1]")
+        images = torch.from_numpy(images if images.flags.writeable else images.copy())
+    if images.dtype != torch.uint8 and not images.dtype.is_floating_point:
+        raise TypeError(f"images: got dtype {images.dtype}, takes uint8 or floating point in [-1, 1]")
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"images: got shape {list(images.shape)}, takes [N, C, H, W] with nothing empty")
+    images = images.detach()
+    if images.dtype == torch.uint8:
+        return images.contiguous()
+    images = images.to(torch.float32).contiguous()
+    low, high = torch.aminmax(images)
+    # NaN propagates through aminmax, so one pass finds it too.
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise ValueError("images: NaN or infinite pixels")
+    if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+        raise ValueError(f"images: values from {low:.4g} to {high:.4g}, floating point images take [-1, 1]")
+    return images
+
+
+def _as_labels(labels: Any, count: int) -> Tensor:
+    labels = torch.as_tensor(np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels))
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"labels: got dtype {labels.dtype}, takes integers")
+    if labels.shape != (count,):
+        raise ValueError(f"labels: got shape {list(labels.shape)}, takes one for each of {count} images")
+    return labels.to(torch.int64)

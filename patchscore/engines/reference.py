@@ -1,0 +1,176 @@
+"""Engine `reference`: the definition, in torch, written to be read.
+
+Every window becomes a row of d = C k^2 numbers, a squared distance is |q|^2 - 2 q.p + |p|^2, and the softmax over
+windows is summed tile by tile. Distances are float64 wherever the device has it: the expansion cancels at low noise,
+which float64 leaves 1e-9 nats off at sigma = 0.005 and float32 a third of a nat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..bank import PatchBank
+from ..posterior import PosteriorSum, accumulator_dtype
+from ..windows import Axis, Competition, Group
+
+TILE_BYTES = 64 * 2**20
+"""Working memory of a tile where `memory_limit` allows it; larger tiles leave the cache and were no faster."""
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this engine cannot serve on `device`: it always can."""
+    return None
+
+
+def posterior_sum(
+    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+) -> PosteriorSum:
+    """Sums over every competing window of every pixel.
+
+    Args:
+        z: [B, C, H, W] noisy images z = x_0 + sigma eps, float32 or float64. Weights are taken in this dtype.
+        sigma: [B], positive.
+        bank: the training images that compete.
+        competition: which windows compete where.
+        memory_limit: bytes of working memory beyond z, the bank and the result.
+
+    Returns:
+        PosteriorSum with parts [B, 1 or C, H, W]; for whole images m, s and s2 are [B, 1, 1, 1].
+
+    Raises:
+        ValueError: `memory_limit` cannot hold the smallest tile.
+    """
+    if competition.patch_size is None:
+        return _whole_images(z, sigma, bank, memory_limit)
+    exact = accumulator_dtype(z.device)
+    total = PosteriorSum.empty(z.shape, z.device)
+    for group in competition.groups:
+        for items, images, part in _tiles(group, z.shape, len(bank), competition.patch_size, memory_limit):
+            train = bank.chunk(images.start, images.stop, exact, z.device)
+            tile = _tile(z[items], sigma[items], train, part, competition)
+            total.add_(tile, items, _span(part.rows.queries), _span(part.cols.queries))
+    return total
+
+
+def _tile(z: Tensor, sigma: Tensor, train: Tensor, group: Group, competition: Competition) -> PosteriorSum:
+    """The sums of one group of pixels over the windows of a few training images.
+
+    Locked coordinates are a batch dimension L; the remaining query pixels Q and windows M meet in a matrix product.
+    """
+    k = competition.patch_size or 0
+    exact = accumulator_dtype(z.device)
+    padding = (k // 2,) * 4
+    noisy = F.pad(z.to(exact), padding, mode="circular" if competition.padding_mode == "circular" else "constant")
+    rows, cols = group.rows, group.cols
+
+    # Windows as rows of d numbers, and the values at their centres.
+    q = _rows(noisy, k, rows.queries, cols.queries, group)  # [L, Q, d]
+    p = _rows(F.pad(train, padding), k, rows.centres, cols.centres, group)  # [L, M, d]
+    v = _rows(train, 1, rows.centres, cols.centres, group)  # [L, M, C]
+
+    # Log-weights l = -|q - p|^2 / (2 sigma^2). Each query row is divided by its own item's noise.
+    sigma_at = sigma.to(z.device, exact).reshape(-1, 1, 1, 1).expand(-1, 1, *z.shape[2:])
+    sigma2 = _rows(sigma_at, 1, rows.queries, cols.queries, group).square()  # [L, Q, 1]
+    distance2 = torch.baddbmm(p.square().sum(-1)[:, None, :], q, p.mT, alpha=-2)
+    distance2 += q.square().sum(-1, keepdim=True)
+    logits = distance2.div_(-2 * sigma2)  # [L, Q, M]
+
+    # The sums, relative to the largest log-weight.
+    m = logits.amax(-1, keepdim=True)
+    w = logits.sub_(m).to(z.dtype).exp_()
+    sums = (m, w.sum(-1, keepdim=True), w @ v.to(w.dtype), w.square().sum(-1, keepdim=True))
+    return PosteriorSum(*(_pixels(x.to(exact), len(z), group) for x in sums))
+
+
+def _whole_images(z: Tensor, sigma: Tensor, bank: PatchBank, memory_limit: int) -> PosteriorSum:
+    """One window, the whole image: the sums of `IdealScore`."""
+    exact = accumulator_dtype(z.device)
+    batch, pixels = len(z), z[0].numel()
+    total = PosteriorSum.empty((batch, pixels, 1, 1), z.device)
+    q = z.to(exact).flatten(1)
+    count = max(1, min(TILE_BYTES, memory_limit) // (8 * (2 * pixels + 3 * batch)))
+    for start in range(0, len(bank), count):
+        p = bank.chunk(start, start + count, exact, z.device).flatten(1)
+        distance2 = q.square().sum(1, keepdim=True) - 2 * q @ p.T + p.square().sum(1)
+        logits = distance2 / (-2 * sigma.to(z.device, exact).square())[:, None]
+        m = logits.amax(1, keepdim=True)
+        w = (logits - m).exp()
+        sums = (m, w.sum(1, keepdim=True), w @ p, w.square().sum(1, keepdim=True))
+        total.add_(PosteriorSum(*(x[:, :, None, None] for x in sums)), slice(None), slice(None), slice(None))
+    return PosteriorSum(total.m, total.s, total.v.reshape(z.shape), total.s2)
+
+
+def _tiles(
+    group: Group, shape: tuple[int, ...], images: int, k: int, memory_limit: int
+) -> Iterator[tuple[slice, slice, Group]]:
+    """Cuts items x training images x rows into tiles that fit, halving whichever side of the product is longer."""
+    batch, channels = shape[:2]
+    rows, cols = group.rows, group.cols
+    n_items, n_images, n_queries, n_windows = batch, images, len(rows.queries), len(rows.centres)
+
+    def tile_bytes() -> int:
+        locked = (n_queries if rows.locked else 1) * (len(cols.queries) if cols.locked else 1)
+        q = n_items * n_queries * len(cols.queries)
+        p = n_images * n_windows * len(cols.centres)
+        windows = 2 * channels * k * k * (q + p)  # one copy and one temporary for its squared length
+        return 8 * (windows + 3 * q * p // locked)
+
+    while tile_bytes() > min(TILE_BYTES, memory_limit):
+        if rows.locked:
+            queries_are_longer = n_items > n_images
+        else:
+            queries_are_longer = n_items * n_queries * len(cols.queries) > n_images * n_windows * len(cols.centres)
+        if queries_are_longer and n_items > 1:
+            n_items = (n_items + 1) // 2
+        elif n_images > 1:
+            n_images = (n_images + 1) // 2
+        elif n_items > 1:
+            n_items = (n_items + 1) // 2
+        elif max(n_queries, n_windows) > 1:
+            n_queries, n_windows = (n_queries + 1) // 2, (n_windows + 1) // 2
+        elif tile_bytes() > memory_limit:
+            raise ValueError(f"memory_limit: got {memory_limit} bytes, one row of windows takes {tile_bytes()}")
+        else:
+            break
+
+    for part in _row_parts(rows, n_queries, n_windows):
+        for item in range(0, batch, n_items):
+            for image in range(0, images, n_images):
+                yield slice(item, item + n_items), slice(image, image + n_images), Group(part, cols)
+
+
+def _row_parts(rows: Axis, n_queries: int, n_windows: int) -> Iterator[Axis]:
+    """The axis cut into pieces; a locked axis is cut once for queries and windows together."""
+    for first in range(0, len(rows.queries), n_queries):
+        queries = rows.queries[first : first + n_queries]
+        if rows.windows is None:
+            yield Axis(queries)
+        else:
+            for start in range(0, len(rows.windows), n_windows):
+                yield Axis(queries, rows.windows[start : start + n_windows])
+
+
+def _rows(images: Tensor, k: int, rows: range, cols: range, group: Group) -> Tensor:
+    """k x k windows of padded images at rows x cols, as [L, n * free, C k^2], L being the locked coordinates."""
+    windows = images.unfold(2, k, 1).unfold(3, k, 1)[:, :, rows.start : rows.stop, cols.start : cols.stop]
+    n, channels = windows.shape[:2]
+    lr, fr = (len(rows), 1) if group.rows.locked else (1, len(rows))
+    lc, fc = (len(cols), 1) if group.cols.locked else (1, len(cols))
+    split = windows.reshape(n, channels, lr, fr, lc, fc, k, k)
+    return split.permute(2, 4, 0, 3, 5, 1, 6, 7).reshape(lr * lc, n * fr * fc, channels * k * k)
+
+
+def _pixels(x: Tensor, batch: int, group: Group) -> Tensor:
+    """The inverse of `_rows` for results: [L, B * free, C] back to [B, C, rows, cols]."""
+    rows, cols = len(group.rows.queries), len(group.cols.queries)
+    lr, fr = (rows, 1) if group.rows.locked else (1, rows)
+    lc, fc = (cols, 1) if group.cols.locked else (1, cols)
+    return x.reshape(lr, lc, batch, fr, fc, -1).permute(2, 5, 0, 3, 1, 4).reshape(batch, -1, rows, cols)
+
+
+def _span(coordinates: range) -> slice:
+    return slice(coordinates.start, coordinates.stop)

@@ -1,0 +1,328 @@
+"""The score machines of Kamb & Ganguli (arXiv 2412.20292): which training windows compete at which pixel.
+
+All three denoise by the same rule, Bayes' under the prior "one of the competing windows, each as likely":
+
+    D(z)[i, j] = sum_a w_a v_a,    w_a = exp(-|q - p_a|^2 / (2 sigma^2)) / sum_b exp(-|q - p_b|^2 / (2 sigma^2))
+
+with z = x_0 + sigma eps the noisy image, q its k x k window at pixel (i, j), p_a the competing training windows and v_a
+their centre pixels. They differ in who competes: whole images (ideal), windows at the same place (local), windows from
+everywhere (equivariant local). A machine decides that and nothing else; engines take the sums.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import engines
+from .bank import PatchBank
+from .posterior import PosteriorSum
+from .scales import ScaleTable
+from .windows import WHOLE_IMAGE, Axis, Competition, Group
+
+Labels: TypeAlias = int | str | Sequence[int | str | None] | Tensor | None
+
+DEFAULT_MEMORY_LIMIT = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A denoised batch and how it was come by.
+
+    mean:   [B, C, H, W] the denoised images D(z).
+    stderr: [B, C, H, W] standard error of `mean`; zero from engines that sum over every competing window.
+    ess:    [B, H, W] effective number of windows behind each pixel, (sum w)^2 / sum w^2.
+    pairs:  how many (query pixel, window) pairs were evaluated.
+    engine: the engine that served.
+    """
+
+    mean: Tensor
+    stderr: Tensor
+    ess: Tensor
+    pairs: int
+    engine: str
+
+
+class Denoiser(ABC):
+    """Anything that estimates x_0 from z = x_0 + sigma eps: the interface samplers and adapters take."""
+
+    shape: tuple[int, int, int]
+    """(C, H, W) of the images it denoises."""
+
+    @abstractmethod
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
+        """The denoised images with their effective sample sizes and errors.
+
+        Args:
+            z: [B, C, H, W] noisy images z = x_0 + sigma eps, on any device.
+            sigma: noise level in units of pixel values ([-1, 1] is two wide): a number, or [B].
+            labels: one class for all items, or one for each ([B]; None among them means every class).
+
+        Raises:
+            ValueError: wrong shape, NaN or infinite pixels, sigma not positive and finite, unknown label.
+            TypeError: an argument of a type that is not taken.
+        """
+
+    def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
+        """`estimate(...).mean`: [B, C, H, W] on z's device, float64 if z is, else float32."""
+        return self.estimate(z, sigma, labels).mean
+
+    def score(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
+        """grad log p_t(x) = (alpha D(x / alpha) - x) / sigma^2 at x = alpha x_0 + sigma eps; levels: numbers or [B]."""
+        alpha, sigma = _per_item(alpha, x, "alpha"), _per_item(sigma, x, "sigma")
+        return (alpha * self._denoise_scaled(x, alpha, sigma, labels) - x) / sigma**2
+
+    def eps(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
+        """The predicted noise (x - alpha D(x / alpha)) / sigma at x = alpha x_0 + sigma eps; levels: numbers or [B]."""
+        alpha, sigma = _per_item(alpha, x, "alpha"), _per_item(sigma, x, "sigma")
+        return (x - alpha * self._denoise_scaled(x, alpha, sigma, labels)) / sigma
+
+    def _denoise_scaled(self, x: Tensor, alpha: Tensor, sigma: Tensor, labels: Labels) -> Tensor:
+        return self.denoise(x / alpha, (sigma / alpha).flatten(), labels)
+
+
+class ScoreMachine(Denoiser):
+    """A denoiser that sums over a bank: checks its input, splits the batch by class and patch size, asks an engine."""
+
+    def __init__(self, bank: PatchBank, patch_size: int | ScaleTable | None, engine: str, memory_limit: int):
+        if not isinstance(bank, PatchBank):
+            raise TypeError(f"bank: got {type(bank).__name__}, takes a PatchBank")
+        engines.check_name(engine)
+        if isinstance(memory_limit, bool) or not isinstance(memory_limit, int):
+            raise TypeError(f"memory_limit: got {memory_limit!r}, takes a number of bytes")
+        if memory_limit <= 0:
+            raise ValueError(f"memory_limit: got {memory_limit}, takes a positive number of bytes")
+        self.bank = bank
+        self.shape = bank.shape
+        self.patch_size = patch_size
+        self.engine = engine
+        self.memory_limit = memory_limit
+
+    @abstractmethod
+    def competition(self, k: int | None) -> Competition:
+        """Which windows compete at which pixel, at patch size k."""
+
+    def patch_size_at(self, sigma: float) -> int | None:
+        """The patch size used at noise level `sigma`; None where whole images compete."""
+        return self.patch_size(sigma) if isinstance(self.patch_size, ScaleTable) else self.patch_size
+
+    def engine_on(self, device: torch.device | str = "cpu") -> str:
+        """The name of the engine that serves on `device`."""
+        return engines.choose(self.engine, torch.device(device))[0]
+
+    def explain_choice(self, device: torch.device | str = "cpu") -> str:
+        """Which engine serves on `device`, and why not the others, a line each."""
+        return engines.explain_choice(self.engine, torch.device(device))
+
+    @torch.no_grad()
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
+        z = _check_noisy(z, self.shape)
+        sigmas = _check_sigma(sigma, len(z))
+        classes = self._check_labels(labels, len(z))
+
+        # Items that share a class and a patch size are served together.
+        parts: dict[tuple[int | None, int | None], list[int]] = {}
+        for item, (label, level) in enumerate(zip(classes, sigmas.tolist(), strict=True)):
+            parts.setdefault((label, self.patch_size_at(level)), []).append(item)
+
+        mean, ess, pairs = torch.empty_like(z), z.new_empty(len(z), *z.shape[2:]), 0
+        name, engine = engines.choose(self.engine, z.device)
+        for (label, k), items in parts.items():
+            bank = self.bank if label is None else self.bank.select(label)
+            competition = self.competition(k)
+            total: PosteriorSum = engine.posterior_sum(z[items], sigmas[items], bank, competition, self.memory_limit)
+            mean[items] = total.mean.to(z.dtype)
+            ess[items] = total.ess[:, 0].to(z.dtype).expand(len(items), *z.shape[2:])
+            pairs += len(items) * len(bank) * competition.pairs_per_image
+        return Estimate(mean, torch.zeros_like(mean), ess, pairs, name)
+
+    def _check_labels(self, labels: Labels, batch: int) -> list[int | None]:
+        if labels is None or isinstance(labels, (int, str)):
+            listed: list[Any] = [labels] * batch
+        elif isinstance(labels, Tensor) and labels.is_floating_point():
+            raise TypeError(f"labels: got a tensor of {labels.dtype}, takes integers")
+        else:
+            listed = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+            if not isinstance(listed, list):
+                listed = [listed] * batch
+        if len(listed) != batch:
+            raise ValueError(f"labels: got {len(listed)} for a batch of {batch}")
+        return [None if label is None else self.bank.label_ids([label])[0] for label in listed]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.bank!r}, engine={self.engine!r})"
+
+
+class IdealScore(ScoreMachine):
+    """Whole training images compete: the exact score of the training set, which can only give training images back.
+
+    D(z) = sum_n w_n x_n with w_n proportional to exp(-|z - x_n|^2 / (2 sigma^2)); one weight an image, for all pixels.
+    Kamb & Ganguli 2024, section 3 ("ideal score machine").
+
+    Args:
+        bank: the training images.
+        engine: "auto" or an engine's name.
+        memory_limit: bytes of working memory beyond the bank.
+    """
+
+    def __init__(self, bank: PatchBank, engine: str = "auto", memory_limit: int = DEFAULT_MEMORY_LIMIT):
+        super().__init__(bank, None, engine, memory_limit)
+
+    def competition(self, k: int | None) -> Competition:
+        return WHOLE_IMAGE
+
+
+class LocalScore(ScoreMachine):
+    """The windows at the same pixel of every training image compete: local, but tied to the place.
+
+    Windows reach over the border into zeros, in z and in the training images alike. With k >= 2 max(H, W) - 1 every
+    window holds the whole image and this is `IdealScore`. Kamb & Ganguli 2024, section 3 ("local score machine").
+
+    Args:
+        bank: the training images.
+        patch_size: k, odd; or a ScaleTable from noise level to k.
+        engine: "auto" or an engine's name.
+        memory_limit: bytes of working memory beyond the bank.
+    """
+
+    def __init__(
+        self,
+        bank: PatchBank,
+        patch_size: int | ScaleTable,
+        engine: str = "auto",
+        memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    ):
+        super().__init__(bank, _check_patch_size(patch_size), engine, memory_limit)
+
+    def competition(self, k: int | None) -> Competition:
+        _, height, width = self.shape
+        return Competition(
+            patch_size=_widest(k, height, width),
+            padding_mode="zeros",
+            groups=(Group(Axis(range(height)), Axis(range(width))),),
+        )
+
+
+class EquivariantLocalScore(ScoreMachine):
+    """Windows from every position compete: local and translation-equivariant, free to recombine what they know.
+
+    padding_mode="circular": z wraps around; at each pixel all windows compete that lie fully inside a training image.
+    padding_mode="zeros": equivariance is broken at the border, as zero padding breaks it in a network. Along each axis
+    a coordinate closer than r = k // 2 to a border competes only with the same coordinate of the training images, any
+    other with all interior ones; so corners are locked to their place, edges slide along the edge, the interior slides
+    both ways. Where k >= H nothing slides, and this is `LocalScore`. Kamb & Ganguli 2024, section 3 ("equivariant local
+    score machine") and its boundary-broken form.
+
+    Args:
+        bank: the training images.
+        patch_size: k, odd; or a ScaleTable from noise level to k.
+        padding_mode: "zeros" or "circular", as in the network it stands for.
+        engine: "auto" or an engine's name.
+        memory_limit: bytes of working memory beyond the bank.
+    """
+
+    def __init__(
+        self,
+        bank: PatchBank,
+        patch_size: int | ScaleTable,
+        padding_mode: str = "zeros",
+        engine: str = "auto",
+        memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    ):
+        super().__init__(bank, _check_patch_size(patch_size), engine, memory_limit)
+        if padding_mode not in ("zeros", "circular"):
+            raise ValueError(f'padding_mode: got {padding_mode!r}, takes "zeros" or "circular"')
+        self.padding_mode = padding_mode
+        _, height, width = self.shape
+        largest = max(patch_size.sizes) if isinstance(patch_size, ScaleTable) else patch_size
+        if padding_mode == "circular" and largest > min(height, width):
+            raise ValueError(
+                f'patch_size: {largest} does not fit in {height} x {width} images, and with padding_mode="circular" '
+                "windows must lie fully inside"
+            )
+
+    def competition(self, k: int | None) -> Competition:
+        _, height, width = self.shape
+        k = _widest(k, height, width)
+        if self.padding_mode == "circular":
+            inside = Group(
+                Axis(range(height), windows=_interior(height, k)),
+                Axis(range(width), windows=_interior(width, k)),
+            )
+            return Competition(k, "circular", (inside,))
+        groups = (Group(rows, cols) for rows in _broken_axis(height, k) for cols in _broken_axis(width, k))
+        return Competition(k, "zeros", tuple(groups))
+
+
+def _interior(length: int, k: int) -> range:
+    """Coordinates whose window of size k lies inside an axis of this length."""
+    return range(k // 2, length - k // 2)
+
+
+def _broken_axis(length: int, k: int) -> list[Axis]:
+    """An axis with equivariance broken at the border: near edge locked, interior free, far edge locked."""
+    interior = _interior(length, k)
+    if len(interior) <= 1:
+        return [Axis(range(length))]
+    parts = [Axis(range(interior.start)), Axis(interior, windows=interior), Axis(range(interior.stop, length))]
+    return [part for part in parts if len(part.queries)]
+
+
+def _widest(k: int | None, height: int, width: int) -> int:
+    """k, cut to the size at which a window holds the whole image from every pixel; beyond it nothing changes."""
+    assert k is not None
+    return min(k, 2 * max(height, width) - 1)
+
+
+def _check_patch_size(patch_size: int | ScaleTable) -> int | ScaleTable:
+    if isinstance(patch_size, ScaleTable):
+        return patch_size
+    if isinstance(patch_size, bool) or not isinstance(patch_size, int):
+        raise TypeError(f"patch_size: got {patch_size!r}, takes an odd integer or a ScaleTable")
+    if patch_size < 1 or patch_size % 2 == 0:
+        raise ValueError(f"patch_size: got {patch_size}, takes an odd integer from 1")
+    return patch_size
+
+
+def _check_noisy(z: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    if not isinstance(z, Tensor) or not z.is_floating_point():
+        got = str(z.dtype) if isinstance(z, Tensor) else type(z).__name__
+        raise TypeError(f"z: got {got}, takes a floating point tensor [B, C, H, W]")
+    if z.ndim != 4 or tuple(z.shape[1:]) != shape:
+        raise ValueError(f"z: got shape {list(z.shape)}, takes [B, {shape[0]}, {shape[1]}, {shape[2]}] as the bank's")
+    if not torch.isfinite(z).all():
+        raise ValueError("z: NaN or infinite pixels")
+    return z if z.dtype == torch.float64 else z.to(torch.float32)
+
+
+def _check_sigma(sigma: float | Tensor, batch: int) -> Tensor:
+    """[B] float64 on the CPU, where patch sizes are looked up."""
+    if isinstance(sigma, (bool, str, bytes)) or sigma is None:
+        raise TypeError(f"sigma: got {sigma!r}, takes a number or one for each item")
+    sigmas = torch.as_tensor(sigma).detach().to("cpu", torch.float64)
+    if sigmas.ndim > 1 or (sigmas.ndim == 1 and len(sigmas) not in (1, batch)):
+        raise ValueError(f"sigma: got shape {list(sigmas.shape)}, takes a number or [{batch}]")
+    sigmas = sigmas.expand(batch)
+    bad = [value for value in sigmas.tolist() if not (value > 0 and math.isfinite(value))]
+    if bad:
+        raise ValueError(f"sigma: got {bad[0]}, takes positive finite numbers")
+    return sigmas.clone()
+
+
+def _per_item(value: float | Tensor, x: Tensor, name: str) -> Tensor:
+    """A number or [B] as [B or 1, 1, 1, 1] beside x."""
+    if not isinstance(x, Tensor) or x.ndim != 4:
+        got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x: got {got}, takes a tensor [B, C, H, W]")
+    value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    if value.ndim > 1 or (value.ndim == 1 and len(value) not in (1, len(x))):
+        raise ValueError(f"{name}: got shape {list(value.shape)}, takes a number or [{len(x)}]")
+    if not (torch.isfinite(value) & (value > 0)).all():
+        raise ValueError(f"{name}: got {value.tolist()}, takes positive finite numbers")
+    return value.reshape(-1, 1, 1, 1)

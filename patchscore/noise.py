@@ -1,0 +1,105 @@
+"""Noise schedules: the levels a sampler visits, from most noise to none.
+
+x_t = alpha_t x_0 + sigma_t eps. Denoisers only see the ratio sigma_t / alpha_t; a schedule keeps both, so that images
+can be shown and compared in the convention they were published in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise levels in sampling order, from most noise to none.
+
+    alphas, sigmas: [n + 1] float64. The last level is clean: sigma = 0, alpha = 1.
+    start_std: standard deviation of the white noise x that a sampler starts from at the first level.
+    """
+
+    name: str
+    alphas: Tensor
+    sigmas: Tensor
+    start_std: float
+
+    def __post_init__(self) -> None:
+        if self.alphas.shape != self.sigmas.shape or self.alphas.ndim != 1 or len(self.alphas) < 2:
+            raise ValueError(f"schedule: got alphas {list(self.alphas.shape)} and sigmas {list(self.sigmas.shape)}")
+        if not (self.ratios.diff() < 0).all() or self.sigmas[-1] != 0:
+            raise ValueError("schedule: sigma / alpha must fall strictly, to 0 at the last level")
+
+    @property
+    def ratios(self) -> Tensor:
+        """[n + 1] sigma_t / alpha_t, the noise level that denoisers take."""
+        return self.sigmas / self.alphas
+
+    def __len__(self) -> int:
+        """The number of denoising steps."""
+        return len(self.alphas) - 1
+
+
+def cosine(steps: int = 20) -> Schedule:
+    """The published schedule: beta(t) = 1 - cos^2(t / 1.008 * pi / 2), alpha^2 = 1 - beta, sigma^2 = beta.
+
+    Levels t = j / steps for j = steps - 1 down to 0; a sampler starts from pure noise, x ~ N(0, 1), at j = steps - 1.
+    Kamb & Ganguli 2024; `steps` levels make steps - 1 denoising steps.
+    """
+    _check_steps(steps, at_least=2)
+    t = torch.arange(steps - 1, -1, -1, dtype=torch.float64) / steps
+    angle = t / 1.008 * (math.pi / 2)
+    return Schedule("cosine", angle.cos(), angle.sin(), start_std=1.0)
+
+
+def linear(steps: int = 20) -> Schedule:
+    """DDPM's schedule: 1,000 betas from 1e-4 to 0.02, alpha_t^2 = prod (1 - beta), sigma_t^2 = 1 - alpha_t^2.
+
+    `steps` of the 1,000 levels, evenly spaced from last to first, then the clean image. Ho et al. 2020, section 4.
+    """
+    _check_steps(steps, at_least=1, at_most=1000)
+    alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    kept = alphas_cumprod[torch.linspace(999, 0, steps, dtype=torch.float64).round().long()]
+    levels = torch.cat([kept, torch.ones(1, dtype=torch.float64)])
+    return Schedule("linear", levels.sqrt(), (1 - levels).sqrt(), start_std=1.0)
+
+
+def karras(steps: int = 20, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
+    """EDM's levels: sigma_i = (sigma_max^(1/rho) + i/(steps-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, then 0.
+
+    Variance exploding: alpha = 1, and a sampler starts from x ~ N(0, sigma_max^2). Karras et al. 2022, equation 5.
+    """
+    _check_steps(steps, at_least=2)
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"sigma_min, sigma_max: got {sigma_min} and {sigma_max}, takes 0 < sigma_min < sigma_max")
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    sigmas = torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
+    return Schedule("karras", torch.ones_like(sigmas), sigmas, start_std=sigma_max)
+
+
+SCHEDULES: dict[str, Callable[[int], Schedule]] = {"cosine": cosine, "linear": linear, "karras": karras}
+
+
+def get_schedule(schedule: str | Schedule, steps: int) -> Schedule:
+    """A schedule by name, at `steps`; a Schedule is returned as it is.
+
+    Raises:
+        ValueError: an unknown name, or a number of steps that the schedule does not take.
+    """
+    if isinstance(schedule, Schedule):
+        return schedule
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule: got {schedule!r}, takes {', '.join(map(repr, SCHEDULES))}")
+    return SCHEDULES[schedule](steps)
+
+
+def _check_steps(steps: int, at_least: int, at_most: float = math.inf) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps: got {steps!r}, takes an integer")
+    if not at_least <= steps <= at_most:
+        limit = f" to {at_most}" if at_most < math.inf else ""
+        raise ValueError(f"steps: got {steps}, takes an integer from {at_least}{limit}")

@@ -1,0 +1,77 @@
+"""Pictures of samples, made with Pillow alone: a grid of images, and how images come out of noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+PAPER = (255, 255, 255)
+INK = (60, 60, 60)
+GAP = 2
+"""White pixels between images, before magnification."""
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """[B, C, H, W] in [-1, 1] as uint8 [B, H, W, C]; values outside are clipped."""
+    levels = ((images.detach().cpu().double() + 1) * 127.5).round().clamp(0, 255)
+    return levels.permute(0, 2, 3, 1).numpy().astype(np.uint8)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """One image [C, H, W] in [-1, 1] as an 8-bit PIL image, gray where C = 1; beyond three channels the first three."""
+    pixels = to_uint8(image[None])[0]
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] < 3 else np.ascontiguousarray(pixels[..., :3]))
+
+
+def grid(images: Tensor, columns: int | None = None, zoom: int | None = None) -> Image.Image:
+    """Images [B, C, H, W] in [-1, 1] side by side, as near to square as they go, each pixel drawn zoom x zoom."""
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
+    return _tile_rows(rows, columns, zoom or default_zoom(images.shape[-1]))
+
+
+def trajectories(
+    x: Tensor, x0: Tensor, sigmas: Sequence[float], patch_sizes: Sequence[int | None], columns: int = 10, zoom: int = 2
+) -> Image.Image:
+    """How images come out of noise: for each image a row of noisy images x_t above a row of what was denoised from them.
+
+    Args:
+        x, x0: [B, steps, C, H, W].
+        sigmas: sigma_t / alpha_t of each step, written above its column.
+        patch_sizes: k of each step, written beside sigma; None where whole images compete.
+        columns: at most so many steps are shown, evenly spaced, the first and the last among them.
+    """
+    shown = np.unique(np.linspace(0, len(sigmas) - 1, min(columns, len(sigmas))).round().astype(int))
+    spread = x[:, shown].flatten(2).std(-1).clamp(min=0.5)[:, :, None, None, None]
+    noisy = x[:, shown] / (2 * spread).clamp(min=1)  # pure noise is wider than [-1, 1]
+    rows = [row for b in range(len(x)) for row in (noisy[b], x0[b, shown])]
+    picture = _tile_rows(rows, len(shown), zoom)
+
+    header = 34
+    page = Image.new("RGB", (picture.width, picture.height + header), PAPER)
+    page.paste(picture.convert("RGB"), (0, header))
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    cell = (x.shape[-1] + GAP) * zoom
+    for column, step in enumerate(shown):
+        left = GAP * zoom + column * cell
+        draw.text((left, 3), f"σ {sigmas[step]:.2g}", fill=INK, font=font)
+        k = patch_sizes[step]
+        draw.text((left, 18), f"k {k}" if k else "whole", fill=INK, font=font)
+    return page
+
+
+def default_zoom(width: int) -> int:
+    """Magnification that brings an image to about 100 pixels."""
+    return max(1, round(96 / width))
+
+
+def _tile_rows(rows: Sequence[Tensor], columns: int, zoom: int) -> Image.Image:
+    height, width = rows[0].shape[-2:]
+    page = Image.new("RGB", (GAP + columns * (width + GAP), GAP + len(rows) * (height + GAP)), PAPER)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            page.paste(to_pil(image), (GAP + j * (width + GAP), GAP + i * (height + GAP)))
+    return page.resize((page.width * zoom, page.height * zoom), Image.Resampling.NEAREST)

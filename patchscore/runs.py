@@ -1,0 +1,241 @@
+"""A run: a folder of samples that says how each was made, and that can be continued.
+
+`run.json` is written last after every batch, so an image counts as made once it is listed there and its file still has
+the listed hash. Whatever else lies in the folder is made again or left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import PIL
+import torch
+
+from . import plots
+from .files import write_atomically
+from .machines import ScoreMachine
+from .noise import get_schedule
+from .sampling import Step, labels_in_turn, sample
+from .version import __version__
+
+FORMAT = "patchscore-run"
+VERSION = 1
+SHOWN = 6
+"""Images whose trajectories are kept and drawn."""
+
+
+class Run:
+    """Samples of one machine under one set of settings, in the folder `out`.
+
+    Args:
+        out: the folder; made if absent.
+        machine: the denoiser.
+        settings: everything that decides the images and is not in the machine: steps, schedule, sampler, labels (a list
+            taken in turn, or None), seed.
+        described: what else `run.json` should tell (the source, the machine's settings); part of what must match.
+        overwrite: start afresh where the folder holds a run with other settings.
+
+    Raises:
+        ValueError: the folder holds a run with other settings, or a run.json that is not one.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(
+        self, out: Path, machine: ScoreMachine, settings: dict[str, Any], described: dict[str, Any], overwrite: bool
+    ):
+        self.out = out
+        self.machine = machine
+        self.settings = settings
+        self.record: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": {**described, **settings},
+            "bank": {"fingerprint": machine.bank.fingerprint, "images": len(machine.bank), "shape": machine.shape},
+            "versions": _versions(),
+            "images": [],
+            "batches": [],
+        }
+        self.record = json.loads(json.dumps(self.record))  # as it will be read back: tuples become lists
+        self.images: dict[int, np.ndarray] = {}
+        self.x: dict[int, np.ndarray] = {}
+        self.x0: dict[int, np.ndarray] = {}
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{out}: not a folder")
+        out.mkdir(parents=True, exist_ok=True)
+        if not overwrite:
+            self._take_up()
+
+    def sample(self, n: int, batch_size: int, device: str) -> int:
+        """Makes images 0..n-1 as far as they are not there yet, then the pictures; returns how many were there."""
+        missing = [image for image in range(n) if image not in self.images]
+        for first, count in _stretches(missing):
+            self._clock = time.perf_counter()
+            sample(
+                self.machine,
+                n=count,
+                first=first,
+                batch_size=batch_size,
+                device=device,
+                callback=lambda step: self._on_step(step, device),
+                **self.settings,
+            )
+        self._draw()
+        return n - len(missing)
+
+    def _on_step(self, step: Step, device: str) -> None:
+        now = time.perf_counter()
+        if step.index == 0:
+            self._seconds: list[float] = []
+            self._pending: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {i: [] for i in step.images if i < SHOWN}
+        self._seconds.append(now - self._clock)
+        self._clock = now
+        for image, kept in self._pending.items():
+            at = step.images.index(image)
+            kept.append((step.x[at].cpu().numpy().astype(np.float16), step.x0[at].cpu().numpy().astype(np.float16)))
+        if step.index == step.of - 1:
+            # Every sampler ends on sigma = 0, where the image is what was denoised last.
+            self._save_batch(step, device)
+            self._clock = time.perf_counter()
+
+    def _save_batch(self, step: Step, device: str) -> None:
+        final = step.x0.clamp(-1, 1).to("cpu", torch.float32)
+        labels = labels_in_turn(self.settings["labels"], step.images) or [None] * len(step.images)
+        listed = {entry["image"]: entry for entry in self.record["images"]}
+        for at, image in enumerate(step.images):
+            self.images[image] = final[at].numpy()
+            name, content = f"{image:04d}.png", _png(plots.to_pil(final[at]))
+            write_atomically(self.out / name, content)
+            listed[image] = {"image": image, "file": name, "label": labels[at], "sha256": _sha256(content)}
+        for image, kept in self._pending.items():
+            self.x[image], self.x0[image] = (np.stack(part) for part in zip(*kept, strict=True))
+        self.record["images"] = [listed[image] for image in sorted(listed)]
+        self.record["batches"].append(
+            {
+                "first": step.images.start,
+                "images": len(step.images),
+                "engine": self.machine.engine_on(device),
+                "device": device,
+                "seconds_per_step": [round(seconds, 4) for seconds in self._seconds],
+            }
+        )
+        self._write()
+
+    def _write(self) -> None:
+        made, drawn = sorted(self.images), sorted(self.x)
+        schedule = get_schedule(self.settings["schedule"], self.settings["steps"])
+        labels = {entry["image"]: entry["label"] for entry in self.record["images"]}
+        arrays = {
+            "image": np.array(made),
+            "images": np.stack([self.images[i] for i in made]),
+            "label": np.array([-1 if labels[i] is None else labels[i] for i in made]),
+            "alphas": schedule.alphas[:-1].numpy(),
+            "sigmas": schedule.sigmas[:-1].numpy(),
+        }
+        if drawn:
+            arrays["trajectory_image"] = np.array(drawn)
+            arrays["trajectory_x"] = np.stack([self.x[i] for i in drawn])
+            arrays["trajectory_x0"] = np.stack([self.x0[i] for i in drawn])
+        content = io.BytesIO()
+        np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
+        write_atomically(self.out / "samples.npz", content.getvalue())
+        write_atomically(self.out / "run.json", (json.dumps(self.record, indent=1) + "\n").encode())
+
+    def _draw(self) -> None:
+        images = torch.from_numpy(np.stack([self.images[i] for i in sorted(self.images)]))
+        write_atomically(self.out / "grid.png", _png(plots.grid(images)))
+        drawn = sorted(self.x)
+        if drawn:
+            ratios = get_schedule(self.settings["schedule"], self.settings["steps"]).ratios[:-1].tolist()
+            picture = plots.trajectories(
+                torch.from_numpy(np.stack([self.x[i] for i in drawn])).float(),
+                torch.from_numpy(np.stack([self.x0[i] for i in drawn])).float(),
+                ratios,
+                [self.machine.patch_size_at(sigma) for sigma in ratios],
+                zoom=max(1, round(64 / self.machine.shape[-1])),
+            )
+            write_atomically(self.out / "trajectory.png", _png(picture))
+
+    def _take_up(self) -> None:
+        """Takes over what an earlier call left in the folder, if it was made with the same settings."""
+        path = self.out / "run.json"
+        if not path.exists():
+            return
+        try:
+            earlier = json.loads(path.read_bytes())
+            if not isinstance(earlier, dict) or earlier.get("format") != FORMAT:
+                raise ValueError("not a patchscore run")
+            if earlier.get("version") != VERSION:
+                raise ValueError(f"format version {earlier.get('version')!r}, this release reads {VERSION}")
+            self._check_same(earlier)
+            entries = {entry["image"]: entry for entry in earlier["images"]}
+            batches = list(earlier["batches"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: {error}; choose another --out, or --overwrite") from None
+        try:
+            with np.load(self.out / "samples.npz", allow_pickle=False) as arrays:
+                saved = dict(zip(arrays["image"].tolist(), arrays["images"], strict=True))
+                if "trajectory_image" in arrays:
+                    drawn = arrays["trajectory_image"].tolist()
+                    x = dict(zip(drawn, arrays["trajectory_x"], strict=True))
+                    x0 = dict(zip(drawn, arrays["trajectory_x0"], strict=True))
+                else:
+                    x, x0 = {}, {}
+        except (OSError, ValueError, KeyError, BadZipFile):
+            return  # no usable samples: everything is made again
+        kept = {i for i, entry in entries.items() if i in saved and self._unchanged(entry) and (i in x or i >= SHOWN)}
+        self.images = {i: saved[i] for i in kept}
+        self.x, self.x0 = ({i: part[i] for i in kept if i in part} for part in (x, x0))
+        self.record["images"] = [entries[i] for i in sorted(kept)]
+        self.record["batches"] = batches
+
+    def _check_same(self, earlier: dict[str, Any]) -> None:
+        if earlier["bank"] != self.record["bank"]:
+            raise ValueError("holds a run over another bank")
+        before, now = earlier["settings"], self.record["settings"]
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                raise ValueError(f"holds a run with {name} {before.get(name)}, asked for {now.get(name)}")
+
+    def _unchanged(self, entry: dict[str, Any]) -> bool:
+        path = self.out / f"{entry['image']:04d}.png"
+        return path.is_file() and _sha256(path.read_bytes()) == entry["sha256"]
+
+
+def _stretches(images: list[int]) -> list[tuple[int, int]]:
+    """Consecutive numbers as (first, count)."""
+    stretches: list[tuple[int, int]] = []
+    for image in images:
+        if stretches and sum(stretches[-1]) == image:
+            stretches[-1] = (stretches[-1][0], stretches[-1][1] + 1)
+        else:
+            stretches.append((image, 1))
+    return stretches
+
+
+def _png(image: PIL.Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "png")
+    return content.getvalue()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "patchscore": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+    }

@@ -1,0 +1,129 @@
+"""ScaleTable: the patch size at each noise level, the theory's one hyperparameter.
+
+Networks see more of an image the more noise there is; a table says how much. It is calibrated against a network or
+taken from the published ones, and looked up by the nearest noise level, so that it serves any schedule.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from . import noise
+from .files import write_atomically
+
+FORMAT = "patchscore-scale-table"
+VERSION = 1
+
+
+class ScaleTable:
+    """Patch sizes k at noise levels sigma = sigma_t / alpha_t.
+
+    `table(sigma)` is the size of the entry nearest to sigma, on a logarithmic axis.
+
+    Args:
+        sigmas: noise levels, positive and strictly ascending.
+        sizes: an odd patch size for each.
+        name: where the table is from.
+
+    Raises:
+        ValueError: unequal lengths, an empty table, sigmas not positive and ascending, sizes not odd and positive.
+    """
+
+    def __init__(self, sigmas: Sequence[float], sizes: Sequence[int], name: str = "custom"):
+        self.sigmas = tuple(float(sigma) for sigma in sigmas)
+        self.sizes = tuple(sizes)
+        self.name = name
+        if not self.sigmas or len(self.sigmas) != len(self.sizes):
+            raise ValueError(f"sigmas, sizes: got {len(self.sigmas)} and {len(self.sizes)}, takes as many of each")
+        if not all(0 < sigma < math.inf for sigma in self.sigmas):
+            raise ValueError(f"sigmas: got {list(self.sigmas)}, takes positive finite numbers")
+        if any(a >= b for a, b in pairwise(self.sigmas)):
+            raise ValueError(f"sigmas: got {list(self.sigmas)}, takes strictly ascending numbers")
+        for size in self.sizes:
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
+                raise ValueError(f"sizes: got {size!r}, takes odd positive integers")
+        # Between two entries the size changes at their geometric mean.
+        self._switches = [math.sqrt(a * b) for a, b in pairwise(self.sigmas)]
+
+    def __call__(self, sigma: float) -> int:
+        return self.sizes[bisect.bisect_right(self._switches, sigma)]
+
+    @classmethod
+    def published(cls, name: str) -> ScaleTable:
+        """A table of Kamb & Ganguli 2024, by name (`PUBLISHED` lists them); made for 32 x 32 images.
+
+        The published sampler reads entry j at step j of 20 cosine steps and stops at step 1, so entry 0 is never used
+        and is left out here.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        if name not in PUBLISHED:
+            raise ValueError(f"table: got {name!r}, takes {', '.join(PUBLISHED)}")
+        ascending = noise.cosine(20).ratios.flip(0)
+        return cls(ascending[1:].tolist(), PUBLISHED[name][1:], name)
+
+    @classmethod
+    def constant(cls, size: int) -> ScaleTable:
+        """The same patch size at every noise level."""
+        return cls([1.0], [size], f"constant-{size}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the table as JSON."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": self.name,
+            "sigmas": self.sigmas,
+            "sizes": self.sizes,
+        }
+        write_atomically(Path(path), (json.dumps(content, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ScaleTable:
+        """Reads a table that `save` wrote.
+
+        Raises:
+            ValueError: not such a file, another version, or a table that does not hold together; names the path.
+            OSError: the file cannot be read.
+        """
+        try:
+            content: Any = json.loads(Path(path).read_bytes())
+            if not isinstance(content, dict) or content.get("format") != FORMAT:
+                raise ValueError("not a patchscore scale table")
+            if content.get("version") != VERSION:
+                raise ValueError(f"format version {content.get('version')!r}, this release reads {VERSION}")
+            return cls(content["sigmas"], content["sizes"], str(content["name"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: not a usable scale table: {error}") from None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ScaleTable) and (self.sigmas, self.sizes) == (other.sigmas, other.sizes)
+
+    def __hash__(self) -> int:
+        return hash((self.sigmas, self.sizes))
+
+    def __repr__(self) -> str:
+        return f"ScaleTable({self.name!r}, sizes {' '.join(map(str, self.sizes))})"
+
+
+# Kamb & Ganguli's code release: sizes for steps 0..19 of the 20-step cosine schedule, least noise first.
+PUBLISHED: dict[str, tuple[int, ...]] = {
+    "cifar10-resnet-circular": (3, 3, 3, 3, 5, 5, 5, 5, 7, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15, 15),
+    "cifar10-resnet-zeros": (3, 3, 3, 3, 5, 5, 5, 7, 7, 7, 7, 9, 9, 11, 11, 13, 15, 17, 17, 17),
+    "cifar10-unet-zeros": (3, 3, 3, 3, 5, 5, 5, 5, 7, 7, 7, 7, 9, 9, 11, 13, 13, 15, 17, 25),
+    "celeba-resnet-zeros": (3, 3, 3, 5, 5, 5, 5, 5, 7, 7, 9, 9, 9, 11, 11, 11, 13, 15, 19, 19),
+    "celeba-unet-zeros": (3, 3, 3, 3, 3, 3, 3, 5, 5, 5, 5, 5, 7, 7, 9, 9, 9, 13, 19, 27),
+    "fashionmnist-resnet-zeros": (3, 3, 5, 5, 7, 7, 9, 9, 9, 11, 11, 11, 13, 13, 13, 15, 15, 15, 17, 17),
+    "fashionmnist-unet-zeros": (3, 3, 5, 5, 7, 7, 7, 9, 11, 11, 11, 13, 15, 15, 21, 23, 25, 25, 25, 25),
+    "mnist-resnet-circular": (3, 3, 5, 5, 5, 7, 7, 9, 9, 9, 11, 11, 11, 11, 9, 9, 7, 7, 3, 3),
+    "mnist-resnet-zeros": (3, 3, 5, 5, 5, 7, 7, 7, 9, 9, 11, 11, 11, 11, 13, 15, 15, 15, 15, 15),
+    "mnist-unet-zeros": (3, 3, 3, 5, 5, 7, 7, 7, 9, 9, 9, 11, 13, 15, 17, 21, 23, 23, 25, 27),
+}
