@@ -6,8 +6,9 @@ of indices into the same block, so class-conditional scores copy nothing.
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,9 +38,13 @@ class PatchBank:
         self.labels = None if labels is None else _as_labels(labels, len(self.images))
         self.class_names = None if class_names is None else tuple(str(name) for name in class_names)
         self.indices: Tensor | None = None
+        self._forget_derived()
+        self._check_class_names()
+
+    def _forget_derived(self) -> None:
+        self._classes: tuple[int, ...] | None = None
         self._fingerprint: str | None = None
         self._selections: dict[tuple[int, ...], PatchBank] = {}
-        self._check_class_names()
 
     def _check_class_names(self) -> None:
         if self.class_names is None or self.labels is None:
@@ -63,11 +68,12 @@ class PatchBank:
         Args:
             source: a folder of images (class subfolders become labels), a .npy, .npz or (gzipped) IDX file,
                 "fashion-mnist" (built in), or any dataset object whose items are images or (image, label).
-            size: resize to size x size or (height, width), as PIL's bilinear; None keeps the images' own size.
+            size: resize to size x size or (height, width), cropped about the centre to that aspect ratio, with PIL's
+                bilinear filter; None keeps the images' own size.
             channels: 1 or 3 converts to gray or RGB; None keeps the source's own (RGB for folders with any colour).
             labels: whether to read labels where the source has them.
             limit: at most so many images; with labels, as equal a share of every class as there is.
-            skip_bad: leave out image files that cannot be read, with one warning that counts them.
+            skip_bad: leave out images that cannot be read, with one warning that counts them.
 
         Raises:
             ValueError: nothing to read, an unreadable file (named by its path), mixed image sizes without `size`.
@@ -89,53 +95,57 @@ class PatchBank:
     @property
     def classes(self) -> tuple[int, ...]:
         """The labels that occur, in ascending order; empty without labels."""
-        return () if self.labels is None else tuple(int(c) for c in torch.unique(self.labels))
+        if self._classes is None:
+            self._classes = () if self.labels is None else tuple(torch.unique(self.labels).tolist())
+        return self._classes
 
     @property
     def fingerprint(self) -> str:
         """sha256 over dtype, shape, pixels and labels, as hex: the same for the same content, wherever it is from."""
         if self._fingerprint is None:
             digest = hashlib.sha256(f"{self.images.dtype} {len(self)} {self.shape}".encode())
-            for start in range(0, len(self), 4096):
-                digest.update(self._raw(start, start + 4096).cpu().numpy().tobytes())
+            step = max(1, (1 << 24) // self.images[0].nbytes)
+            for start in range(0, len(self), step):
+                digest.update(self._raw(start, start + step).cpu().numpy().tobytes())
             if self.labels is not None:
                 digest.update(self.labels.numpy().tobytes())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
-    def select(self, labels: int | str | Sequence[int | str]) -> PatchBank:
-        """The images of one class or of several, sharing this bank's memory.
+    def select(self, labels: int | str | Iterable[int | str]) -> PatchBank:
+        """The images of one class or of several, by label number or class name, sharing this bank's memory.
 
         Raises:
-            ValueError: a label that no image has, or a bank without labels.
+            TypeError: neither a label nor several.
+            ValueError: a label that no image has, no label at all, or a bank without labels.
         """
-        wanted = self.label_ids([labels] if isinstance(labels, (int, str, np.integer)) else labels)
-        key = tuple(sorted(set(wanted)))
+        single = isinstance(labels, (int, str, np.integer)) or not isinstance(labels, Iterable)
+        key = tuple(sorted(set(self.label_ids([labels] if single else labels))))  # type: ignore[list-item, arg-type]
+        if not key:
+            raise ValueError("labels: got none, takes one or more")
         if key not in self._selections:
             assert self.labels is not None
             members = torch.isin(self.labels, torch.tensor(key)).nonzero().flatten()
-            selection = PatchBank.__new__(PatchBank)
-            selection.images = self.images
+            selection = copy.copy(self)
             selection.labels = self.labels[members]
-            selection.class_names = self.class_names
             selection.indices = members if self.indices is None else self.indices[members]
-            selection._fingerprint = None
-            selection._selections = {}
+            selection._forget_derived()
             self._selections[key] = selection
         return self._selections[key]
 
-    def label_ids(self, labels: Sequence[int | str]) -> list[int]:
+    def label_ids(self, labels: Iterable[int | str]) -> list[int]:
         """Labels or class names as label numbers that occur in this bank; ValueError for any other."""
+        wanted = labels.tolist() if isinstance(labels, Tensor) else list(labels)
         if self.labels is None:
-            raise ValueError(f"labels: got {list(labels)}, but this bank has no labels")
-        return [self._label_id(label) for label in labels]
+            raise ValueError(f"labels: got {wanted}, but this bank has no labels")
+        return [self._label_id(label) for label in wanted]
 
     def _label_id(self, label: int | str) -> int:
         names = self.class_names or ()
         known = self.classes
         if isinstance(label, str):
-            number = names.index(label) if label in names else int(label) if label.lstrip("-").isdigit() else None
-        elif isinstance(label, (bool, np.bool_)) or not isinstance(label, (int, np.integer)):
+            number = names.index(label) if label in names else _number(label)
+        elif isinstance(label, bool) or not isinstance(label, (int, np.integer)):
             raise TypeError(f"labels: got {label!r} of type {type(label).__name__}, takes integers or class names")
         else:
             number = int(label)
@@ -163,9 +173,9 @@ def _as_images(images: Any) -> Tensor:
     if not isinstance(images, (np.ndarray, Tensor)):
         raise TypeError(f"images: got {type(images).__name__}, takes a numpy array or torch tensor [N, C, H, W]")
     if isinstance(images, np.ndarray):
-        if images.dtype.kind not in "uf":
+        if images.dtype != np.uint8 and images.dtype.kind != "f":
             raise TypeError(f"images: got dtype {images.dtype}, takes uint8 or floating point in [-1, 1]")
-        images = torch.from_numpy(images if images.flags.writeable else images.copy())
+        images = torch.from_numpy(_native(images))
     if images.dtype != torch.uint8 and not images.dtype.is_floating_point:
         raise TypeError(f"images: got dtype {images.dtype}, takes uint8 or floating point in [-1, 1]")
     if images.ndim != 4 or 0 in images.shape:
@@ -184,9 +194,30 @@ def _as_images(images: Any) -> Tensor:
 
 
 def _as_labels(labels: Any, count: int) -> Tensor:
-    labels = torch.as_tensor(np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels))
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"labels: got dtype {labels.dtype}, takes integers")
+    try:
+        labels = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
+    except ValueError as error:
+        raise ValueError(f"labels: takes one integer for each of {count} images") from error
     if labels.shape != (count,):
         raise ValueError(f"labels: got shape {list(labels.shape)}, takes one for each of {count} images")
-    return labels.to(torch.int64)
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"labels: got dtype {labels.dtype}, takes integers")
+    if labels.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"labels: got {labels.max()}, takes integers of at most 64 bits")
+    # A copy, as the caller may go on with its own.
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _native(images: np.ndarray) -> np.ndarray:
+    """The same values as torch can hold them: native byte order, no negative strides, writeable, at most 64 bits."""
+    if images.dtype.kind == "f" and (not images.dtype.isnative or images.dtype.itemsize > 8):
+        images = images.astype(np.float32)
+    images = np.ascontiguousarray(images)
+    return images if images.flags.writeable else images.copy()
+
+
+def _number(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None

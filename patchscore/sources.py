@@ -13,7 +13,7 @@ import operator
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -57,8 +57,9 @@ def read(
             black, 16-bit gray scaled to 8 bits. Hidden files and files without an image suffix are ignored. Where all
             images lie in subfolders, the first-level subfolders are the classes, numbered in the order of their names.
             A folder that holds train-images-idx3-ubyte(.gz) is opened as that file.
-        .npy, .npz: [N, H, W], or four axes of which either the second or the last, not both, is at most 4 long: that one
-            is the channels. In an .npz the images are called images, x, data or arr_0, and labels labels or y.
+        .npy, .npz: [N, H, W], [N, C, H, W] or [N, H, W, C]. The channels are whichever of the second and the last axis
+            is at most 4 long, or if both are, whichever is 1 or 3; where that leaves a doubt the file is refused. In an
+            .npz the images are called images, x, data or arr_0, the labels labels or y, and there may be class_names.
             Numpy arrays and torch tensors are taken by the same rule.
         IDX, plain or gzipped; labels from the file beside it by the MNIST naming (images-idx3 -> labels-idx1).
         "fashion-mnist": 4,000 training images, 400 a class, inside the package.
@@ -66,10 +67,10 @@ def read(
             img or pixel_values and label, labels or fine_label. Images are PIL images, or arrays or tensors with the
             channels first or last (by the rule for .npy).
 
-    Integers are pixels from 0 to 255. Floats are pixels in [-1, 1], with one exception: where all values of a source are
-    multiples of 1/255 from 0 to 1, which is what torchvision's ToTensor makes of 8-bit images and no 8-bit image has in
-    [-1, 1] (there, u / 127.5 - 1 is an odd multiple of 1/255), they go back to uint8 unchanged. Any other source without
-    a negative value could be either and is refused.
+    Integers are pixels from 0 to 255. Floats are pixels in [-1, 1], with one exception: where all values of a source
+    are multiples of 1/255 from 0 to 1, even ones among them, they are 8-bit images as torchvision's ToTensor leaves
+    them, and go back to uint8 unchanged. (In [-1, 1] an 8-bit pixel u / 127.5 - 1 is an odd multiple of 1/255.) Any
+    other source without a negative value could be either, and is refused.
 
     Args:
         source: one of the above.
@@ -77,8 +78,8 @@ def read(
             target's, then resized with PIL's bilinear filter; None keeps the size, which must then be the same for all.
         channels: 1 or 3 converts to gray (ITU-R 601 luma) or RGB. None keeps them, RGB where gray and RGB are mixed.
         labels: whether to read labels where the source has them.
-        limit: at most so many images: the first ones, and with labels the first ones of every class, as equal a share of
-            each as there is. The order is kept.
+        limit: at most so many images: the first ones, and with labels the first ones of every class, as equal a share
+            of each as there is. The order is kept.
         skip_bad: leave out images that cannot be read (not whole files of another kind), with one warning.
 
     Raises:
@@ -91,7 +92,7 @@ def read(
     limit = None if limit is None else _positive("limit", limit)
     opened = _opened(source, labels, limit)
     if opened.count == 0:
-        raise ValueError(f"{opened.name}: no images in it")
+        raise ValueError(f"{opened.name}: no images found")
 
     def load(i: int) -> _Prepared | _Unreadable:
         try:
@@ -136,7 +137,9 @@ def read(
     if None in item_labels:
         missing = taken[item_labels.index(None)]
         raise ValueError(f"{opened.item_name(missing)}: no label, where other images have one; or pass labels=False")
-    return images, np.array(item_labels, dtype=np.int64)[order], opened.class_names
+    numbers = np.array(item_labels, dtype=np.int64)[order]
+    names = opened.class_names
+    return images, numbers, names if names is not None and numbers.max() < len(names) else None
 
 
 # The arguments.
@@ -188,7 +191,9 @@ def _opened(source: Any, labels: bool, limit: int | None) -> Source:
     if isinstance(source, str) and source in BUILT_IN:
         with resources.as_file(resources.files(__package__) / "data" / f"{source}.npz") as path:
             return _numpy_file(path, labels)
-    if isinstance(source, (str, os.PathLike)) and not isinstance(source, bytes):
+    if isinstance(source, (str, os.PathLike)):
+        if not os.fspath(source):
+            raise ValueError("source: got an empty path")
         return _path(Path(source), labels)
     if isinstance(source, (np.ndarray, Tensor)):
         return _array("source", _as_numpy(source))
@@ -235,7 +240,7 @@ def _fair_share(items: np.ndarray, labels: np.ndarray | None, limit: int | None)
     return items[np.sort(np.lexsort((classes, rank))[:limit])]
 
 
-def _map(load: Callable[[int], Any], items: Sequence[int], source: Source) -> Iterator[Any]:
+def _map(load: Callable[[int], Any], items: Sequence[int], source: Source) -> Generator[Any, None, None]:
     """load(i) for all items, in order, on the source's threads, under a progress bar."""
     bar = tqdm(total=len(items), desc="reading images", unit="image", delay=2, disable=None, leave=False)
     pool = ThreadPoolExecutor(source.threads) if source.threads > 1 else None
@@ -394,7 +399,7 @@ class _Pixels:
         self.source = source
         self.capacity = capacity
         self.filled = 0
-        self.array = np.empty((0, 0, 0, 0), dtype=np.uint8)
+        self.array: np.ndarray = np.empty((0, 0, 0, 0), dtype=np.uint8)
         self.span: _Span | None = None
         self.first_name = ""
 
@@ -422,8 +427,8 @@ class _Pixels:
         here, there = pixels.shape, self.array.shape[1:]
         if here[1:] != there[1:]:
             raise ValueError(
-                f"mixed image sizes: {self.first_name} is {there[1]} x {there[2]} (height x width), {name} is {here[1]} x "
-                f"{here[2]}; pass size to bring all to one"
+                f"mixed image sizes: {self.first_name} is {there[1]} x {there[2]} (height x width), {name} is "
+                f"{here[1]} x {here[2]}; pass size to bring all to one"
             )
         if here[0] != there[0] and {here[0], there[0]} != {1, 3}:
             raise ValueError(f"mixed channels: {self.first_name} has {there[0]}, {name} has {here[0]}")
@@ -443,9 +448,9 @@ class _Pixels:
         if images.dtype == np.uint8 and self.span.has_even and self.span.low < self.span.high:
             return images
         raise ValueError(
-            f"{self.source}: floating point values from {self.span.low:.4g} to {self.span.high:.4g} could be [0, 1] or "
-            f"[-1, 1]; scale them to [-1, 1] (2 x - 1, in torchvision Normalize(0.5, 0.5)), or where they are, pass the "
-            f"array to PatchBank itself"
+            f"{self.source}: floating point values from {self.span.low:.4g} to {self.span.high:.4g} could mean [0, 1] "
+            f"or [-1, 1]; scale them to [-1, 1] (2 x - 1, in torchvision Normalize(0.5, 0.5)), or where they are that "
+            f"already, pass the array to PatchBank itself"
         )
 
 
@@ -474,7 +479,7 @@ def _folder(folder: Path, labels: bool) -> Source:
         number = {name: i for i, name in enumerate(class_names)}
         numbers = np.array([number[steps[0]] for steps in parts], dtype=np.int64)
     elif labels and len(loose) < len(files):
-        warnings.warn(f"{folder}: no labels, as {loose[0].name} and others lie outside its subfolders", stacklevel=5)
+        warnings.warn(f"{folder}: no labels, as {loose[0].name} and others lie directly in it", stacklevel=6)
 
     def item(i: int) -> tuple[Image.Image, int | None]:
         return _decoded(files[i]), None if numbers is None else int(numbers[i])
@@ -564,7 +569,8 @@ def _numpy_file(path: Path, labels: bool) -> Source:
                 "class_names": _named(loaded, ("class_names",)) if labels else None,
             }
             if wanted["images"] is None:
-                raise ValueError(f"holds {', '.join(loaded.files[:8]) or 'nothing'}, takes {' or '.join(NPZ_IMAGE_KEYS)}")
+                held = ", ".join(loaded.files[:8]) or "nothing"
+                raise ValueError(f"holds {held}, takes images called {' or '.join(NPZ_IMAGE_KEYS)}")
     # numpy and zipfile raise many kinds on foreign bytes, MemoryError on a header that asks for too much.
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
@@ -575,7 +581,7 @@ def _numpy_file(path: Path, labels: bool) -> Source:
         return source
     numbers = _array_labels(str(path), numbers, len(images))
     if names is not None and (names.ndim != 1 or names.dtype.kind != "U" or numbers.max() >= len(names)):
-        raise ValueError(f"{path}: class_names of dtype {names.dtype}, shape {list(names.shape)}, takes a text per label")
+        raise ValueError(f"{path}: class_names of dtype {names.dtype}, shape {list(names.shape)}, takes a text a class")
     return _array(str(path), images, numbers, None if names is None else tuple(names.tolist()))
 
 
@@ -650,7 +656,7 @@ def _idx_parsed(file: Any, most_bytes: int) -> np.ndarray:
             raise ValueError(f"IDX file is cut short: {position} of {declared} bytes of values {list(shape)}")
         position += got
     if file.read(1):
-        raise ValueError(f"IDX file goes on after the {declared} bytes of values {list(shape)} that its header declares")
+        raise ValueError(f"IDX file goes on after the {declared} bytes of values {list(shape)} that it declares")
     return np.frombuffer(values, dtype=dtype).reshape(shape)
 
 
@@ -672,9 +678,7 @@ def _dataset(source: Any, labels: bool, limit: int | None) -> Source:
     if labels and limit is not None and limit < count:
         known = _labels_without_images(source, count)
         if known is None:
-            bar = tqdm(range(count), desc="reading labels", unit="image", delay=2, disable=None, leave=False)
-            found = [item(i)[1] for i in bar]
-            known = None if None in found else np.array(found, dtype=np.int64)
+            known = _labels_of_items(item, count)
     class_names = _dataset_class_names(source) if labels else None
     return Source(f"source ({type(source).__name__})", count, item, lambda i: f"source[{i}]", known, class_names)
 
@@ -713,6 +717,19 @@ def _labels_without_images(source: Any, count: int) -> np.ndarray | None:
     except Exception:
         return None
     return found.astype(np.int64) if found.dtype.kind in "iu" and found.shape == (count,) else None
+
+
+def _labels_of_items(item: Callable[[int], tuple[Any, int | None]], count: int) -> np.ndarray | None:
+    found = np.zeros(count, dtype=np.int64)
+    for i in tqdm(range(count), desc="reading labels", unit="image", delay=2, disable=None, leave=False):
+        try:
+            label = item(i)[1]
+        except _Unreadable:
+            continue  # It is met again, and reported, if its turn comes to be taken.
+        if label is None:
+            return None
+        found[i] = label
+    return found
 
 
 def _dataset_class_names(source: Any) -> tuple[str, ...] | None:

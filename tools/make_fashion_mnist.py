@@ -1,6 +1,6 @@
-"""Makes patchscore/data/fashion-mnist.npz, the built-in bank: the first 400 training images of each Fashion-MNIST class.
+"""Makes the built-in bank, patchscore/data/fashion-mnist.npz: the first 400 training images of each class.
 
-Reads the files of Debian's package dataset-fashion-mnist (MIT licence, see patchscore/data/fashion-mnist-LICENSE.txt).
+Reads the files of Debian's package dataset-fashion-mnist (MIT licence, see patchscore/data/LICENSE-fashion-mnist.txt).
 The images stay in the order of the original file, and the same input gives the same bytes.
 
     python tools/make_fashion_mnist.py [FOLDER]
