@@ -119,7 +119,7 @@ class PatchBank:
             TypeError: neither a label nor several.
             ValueError: a label that no image has, no label at all, or a bank without labels.
         """
-        single = isinstance(labels, (int, str, np.integer)) or not isinstance(labels, Iterable)
+        single = isinstance(labels, str) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0
         key = tuple(sorted(set(self.label_ids([labels] if single else labels))))  # type: ignore[list-item, arg-type]
         if not key:
             raise ValueError("labels: got none, takes one or more")
@@ -135,7 +135,7 @@ class PatchBank:
 
     def label_ids(self, labels: Iterable[int | str]) -> list[int]:
         """Labels or class names as label numbers that occur in this bank; ValueError for any other."""
-        wanted = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+        wanted = [label.item() if isinstance(label, (Tensor, np.generic)) else label for label in labels]
         if self.labels is None:
             raise ValueError(f"labels: got {wanted}, but this bank has no labels")
         return [self._label_id(label) for label in wanted]
@@ -145,10 +145,10 @@ class PatchBank:
         known = self.classes
         if isinstance(label, str):
             number = names.index(label) if label in names else _number(label)
-        elif isinstance(label, bool) or not isinstance(label, (int, np.integer)):
+        elif isinstance(label, bool) or not isinstance(label, int):
             raise TypeError(f"labels: got {label!r} of type {type(label).__name__}, takes integers or class names")
         else:
-            number = int(label)
+            number = label
         if number not in known:
             shown = ", ".join(f"{c} ({names[c]})" if 0 <= c < len(names) else str(c) for c in known[:20])
             raise ValueError(f"labels: unknown label {label!r}; this bank has {shown}{' ...' if known[20:] else ''}")

@@ -176,7 +176,10 @@ class _Unreadable(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """`item(i)` is image i as it is, and its label or None; `labels` are known without loading items, or None."""
+    """`item(i)` is image i, a PIL image or an array [C, H, W] of any numbers, and its label or None.
+
+    `labels` are those that are known without loading items, or None.
+    """
 
     name: str
     count: int
@@ -276,8 +279,8 @@ def _prepared(
 ) -> _Prepared:
     if isinstance(image, Image.Image):
         pixels, span = _pil_pixels(image, name), None
-    elif isinstance(image, (np.ndarray, Tensor)):
-        pixels, span = _array_pixels(_as_numpy(image), name)
+    elif isinstance(image, np.ndarray):
+        pixels, span = _array_pixels(image, name)
     else:
         raise TypeError(f"{name}: got {type(image).__name__}, takes a PIL image, numpy array or torch tensor")
     if channels is not None:
@@ -313,10 +316,7 @@ def _from_16_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _array_pixels(array: np.ndarray, name: str) -> tuple[np.ndarray, _Span | None]:
-    """[C, H, W] of an array image; floats in [0, 1] that came from 8 bits go back there."""
-    if array.ndim not in (2, 3) or 0 in array.shape:
-        raise ValueError(f"{name}: got shape {list(array.shape)}, takes an image [C, H, W], [H, W, C] or [H, W]")
-    array = _channels_first(array[None] if array.ndim == 2 else array, name)
+    """The pixels of an array [C, H, W] as uint8 or float32; floats in [0, 1] that came from 8 bits go back there."""
     if array.dtype == np.uint8:
         return array, None
     if array.dtype.kind in "iu":
@@ -465,7 +465,8 @@ def _image_formats() -> tuple[dict[str, str], tuple[str, ...]]:
     """The suffixes of image files with their formats, and all formats to try on a file."""
     suffixes = Image.registered_extensions()
     formats = tuple(sorted(set(Image.OPEN) - _NOT_DECODED))
-    return {suffix: name for suffix, name in suffixes.items() if name in formats}, formats
+    # MPO, a JPEG of several frames, is opened by the JPEG plugin.
+    return {suffix: name for suffix, name in suffixes.items() if name in (*formats, "MPO")}, formats
 
 
 def _folder(folder: Path, labels: bool) -> Source:
@@ -672,6 +673,8 @@ def _dataset(source: Any, labels: bool, limit: int | None) -> Source:
         except Exception as error:
             raise _unreadable(f"source[{i}]", error) from error
         image, label = _image_and_label(entry, i)
+        if isinstance(image, (np.ndarray, Tensor)):
+            image = _laid_out(_as_numpy(image), f"source[{i}]")
         return image, _label_number(label, i) if labels and label is not None else None
 
     known: np.ndarray | None = None
@@ -702,6 +705,13 @@ def _label_number(label: Any, i: int) -> int:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         kind = type(label).__name__
         raise TypeError(f"source[{i}]: got a label of type {kind}, takes an integer; or pass labels=False") from None
+
+
+def _laid_out(image: np.ndarray, name: str) -> np.ndarray:
+    """[C, H, W] of an item that is an array."""
+    if image.ndim not in (2, 3) or 0 in image.shape:
+        raise ValueError(f"{name}: got shape {list(image.shape)}, takes an image [C, H, W], [H, W, C] or [H, W]")
+    return image[None] if image.ndim == 2 else _channels_first(image, name)
 
 
 def _labels_without_images(source: Any, count: int) -> np.ndarray | None:

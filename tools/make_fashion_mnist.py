@@ -25,7 +25,8 @@ CLASS_NAMES = (
 
 def main(folder: str = DEBIAN_FOLDER) -> None:
     images, labels, _ = sources.read(folder, limit=IMAGES)
-    assert labels is not None and (np.bincount(labels) == IMAGES // len(CLASS_NAMES)).all()
+    assert labels is not None
+    assert (np.bincount(labels) == IMAGES // len(CLASS_NAMES)).all()
     np.savez_compressed(
         OUTPUT,
         images=images[:, 0],
