@@ -305,7 +305,7 @@ def _check_sigma(sigma: float | Tensor, batch: int) -> Tensor:
     """[B] float64 on the CPU, where patch sizes are looked up."""
     if isinstance(sigma, (bool, str, bytes)) or sigma is None:
         raise TypeError(f"sigma: got {sigma!r}, takes a number or one for each item")
-    sigmas = torch.as_tensor(sigma).detach().to("cpu", torch.float64)
+    sigmas = torch.as_tensor(sigma, dtype=torch.float64).detach().cpu()
     if sigmas.ndim > 1 or (sigmas.ndim == 1 and len(sigmas) not in (1, batch)):
         raise ValueError(f"sigma: got shape {list(sigmas.shape)}, takes a number or [{batch}]")
     sigmas = sigmas.expand(batch)

@@ -36,7 +36,7 @@ def grid(images: Tensor, columns: int | None = None, zoom: int | None = None) ->
 def trajectories(
     x: Tensor, x0: Tensor, sigmas: Sequence[float], patch_sizes: Sequence[int | None], columns: int = 10, zoom: int = 2
 ) -> Image.Image:
-    """How images come out of noise: for each image a row of noisy images x_t above a row of what was denoised from them.
+    """How images come out of noise: for each image a row of noisy x_t above a row of what was denoised from them.
 
     Args:
         x, x0: [B, steps, C, H, W].
@@ -57,7 +57,7 @@ def trajectories(
     cell = (x.shape[-1] + GAP) * zoom
     for column, step in enumerate(shown):
         left = GAP * zoom + column * cell
-        draw.text((left, 3), f"σ {sigmas[step]:.2g}", fill=INK, font=font)
+        draw.text((left, 3), f"sigma {sigmas[step]:.2g}", fill=INK, font=font)
         k = patch_sizes[step]
         draw.text((left, 18), f"k {k}" if k else "whole", fill=INK, font=font)
     return page

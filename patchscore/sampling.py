@@ -76,14 +76,13 @@ def sample_ddpm(denoise: Denoise, z: Tensor, sigmas: Sequence[float], noise: Noi
 
 
 def sample_heun(denoise: Denoise, z: Tensor, sigmas: Sequence[float], noise: NoiseSource, on_step: OnStep) -> Tensor:
-    """Heun's second-order method (Karras et al. 2022, algorithm 1 without churn): 2 evaluations a step, 1 at the last."""
+    """Heun's second-order method (Karras et al. 2022, algorithm 1 without churn): two evaluations a step."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x0 = denoise(z, sigma)
         on_step(i, z, x0)
-        slope = (z - x0) / sigma
-        z_next = z + (sigma_next - sigma) * slope
+        z_next = x0 + sigma_next / sigma * (z - x0)
         if sigma_next > 0:
-            slope_next = (z_next - denoise(z_next, sigma_next)) / sigma_next
+            slope, slope_next = (z - x0) / sigma, (z_next - denoise(z_next, sigma_next)) / sigma_next
             z_next = z + (sigma_next - sigma) * (slope + slope_next) / 2
         z = z_next
     return z

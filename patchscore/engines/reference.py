@@ -67,22 +67,25 @@ def _tile(z: Tensor, sigma: Tensor, train: Tensor, group: Group, competition: Co
     noisy = F.pad(z.to(exact), padding, mode="circular" if competition.padding_mode == "circular" else "constant")
     rows, cols = group.rows, group.cols
 
-    # Windows as rows of d numbers, and the values at their centres.
+    # Windows as rows of d numbers, and the values at their centres beside a column of ones.
     q = _rows(noisy, k, rows.queries, cols.queries, group)  # [L, Q, d]
     p = _rows(F.pad(train, padding), k, rows.centres, cols.centres, group)  # [L, M, d]
-    v = _rows(train, 1, rows.centres, cols.centres, group)  # [L, M, C]
-
-    # Log-weights l = -|q - p|^2 / (2 sigma^2). Each query row is divided by its own item's noise.
+    v = _rows(F.pad(train, (0, 0, 0, 0, 0, 1), value=1.0), 1, rows.centres, cols.centres, group)  # [L, M, C + 1]
     sigma_at = sigma.to(z.device, exact).reshape(-1, 1, 1, 1).expand(-1, 1, *z.shape[2:])
     sigma2 = _rows(sigma_at, 1, rows.queries, cols.queries, group).square()  # [L, Q, 1]
-    distance2 = torch.baddbmm(p.square().sum(-1)[:, None, :], q, p.mT, alpha=-2)
-    distance2 += q.square().sum(-1, keepdim=True)
-    logits = distance2.div_(-2 * sigma2)  # [L, Q, M]
+
+    # Log-weights -|q - p|^2 / (2 sigma^2) = (q.p - |p|^2 / 2) / sigma^2 - |q|^2 / (2 sigma^2), the last term common to
+    # all windows of a pixel: one product gives the first, and the reference takes the second.
+    q_row = torch.cat([q / sigma2, 1 / sigma2], -1)
+    p_row = torch.cat([p, -0.5 * p.square().sum(-1, keepdim=True)], -1)
+    logits = q_row @ p_row.mT  # [L, Q, M]
+    largest = logits.amax(-1, keepdim=True)
+    m = largest - q.square().sum(-1, keepdim=True) / (2 * sigma2)
 
     # The sums, relative to the largest log-weight.
-    m = logits.amax(-1, keepdim=True)
-    w = logits.sub_(m).to(z.dtype).exp_()
-    sums = (m, w.sum(-1, keepdim=True), w @ v.to(w.dtype), w.square().sum(-1, keepdim=True))
+    w = torch.sub(logits, largest, out=torch.empty_like(logits, dtype=z.dtype)).exp_()
+    wv = w @ v.to(w.dtype)
+    sums = (m, wv[..., -1:], wv[..., :-1], torch.linalg.vecdot(w, w)[..., None])
     return PosteriorSum(*(_pixels(x.to(exact), len(z), group) for x in sums))
 
 
@@ -116,8 +119,8 @@ def _tiles(
         locked = (n_queries if rows.locked else 1) * (len(cols.queries) if cols.locked else 1)
         q = n_items * n_queries * len(cols.queries)
         p = n_images * n_windows * len(cols.centres)
-        windows = 2 * channels * k * k * (q + p)  # one copy and one temporary for its squared length
-        return 8 * (windows + 3 * q * p // locked)
+        windows = 2 * (channels * k * k + 1) * (q + p)  # windows, and rows made from them
+        return 8 * (windows + 2 * q * p // locked)
 
     while tile_bytes() > min(TILE_BYTES, memory_limit):
         if rows.locked:

@@ -1,0 +1,37 @@
+# make demo   new images from the built-in data, in out/
+# make test   the test suite
+# make lint   ruff and mypy
+# PYTHON=python3.12 picks another interpreter; CONSTRAINTS= drops the pins.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= -c constraints.txt
+BIN := $(VENV)/bin
+INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/patchscore sample fashion-mnist --labels all --out out
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build out *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python $(INPUTS)
+	$(BIN)/pip install -q $(CONSTRAINTS) -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install -q $(CONSTRAINTS) -e '.[test]'
+	touch $@

@@ -1,0 +1,307 @@
+"""The command line: `patchscore sample` and `patchscore info`.
+
+A thin skin: it turns words into the library's objects, prints what happened, and turns every error a user can cause
+into one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from . import engines
+from .bank import PatchBank
+from .machines import DEFAULT_MEMORY_LIMIT, EquivariantLocalScore, IdealScore, LocalScore, ScoreMachine
+from .noise import SCHEDULES
+from .runs import Run
+from .sampling import DEFAULT_BATCH, SAMPLERS
+from .scales import PUBLISHED, ScaleTable
+from .version import __version__
+
+INFO_PATCH_SIZES = (3, 5, 7, 9, 11, 13, 15, 17)
+
+
+class OneLine(click.ClickException):
+    """An error the user can mend: one line, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"patchscore: error: {self.message}", err=True, file=file)
+
+
+def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+            click.echo(f"patchscore: warning: {message}", err=True)
+
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            try:
+                command(*args, **kwargs)
+            except (ValueError, TypeError, OSError, ImportError) as error:
+                raise OneLine(" ".join(str(error).split())) from None
+
+    return wrapped
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="patchscore")
+def main() -> None:
+    """New images from nothing but training patches: the exact score of a diffusion model that has no network."""
+
+
+def _source_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What both commands take: where the images are and how to read them."""
+    for decorate in (
+        click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be read, and say how many."),
+        click.option(
+            "--limit", type=int, help="Use at most so many images, as equal a share of each class as there is."
+        ),
+        click.option("--channels", type=click.Choice(["1", "3"]), help="Convert to gray (1) or RGB (3)."),
+        click.option("--size", type=int, help="Resize to SIZE x SIZE (the published tables were made for 32)."),
+        click.argument("source"),
+    ):
+        command = decorate(command)
+    return command
+
+
+def _open(source: str, size: int | None, channels: str | None, limit: int | None, skip_bad: bool) -> PatchBank:
+    return PatchBank.open(
+        source, size=size, channels=None if channels is None else int(channels), limit=limit, skip_bad=skip_bad
+    )
+
+
+@main.command(
+    epilog="""
+\b
+Examples:
+  patchscore sample fashion-mnist --labels all
+  patchscore sample photos/ --size 32 -n 64 --out faces
+  patchscore sample cifar.npz --machine els --padding-mode circular --sampler heun
+  patchscore sample photos/ --size 48 --table 7 --labels cats,dogs --seed 3
+
+The same command again continues an interrupted run, and a larger -n adds to a finished one.
+"""
+)
+@_source_options
+@click.option("-n", "count", type=int, default=16, show_default=True, help="How many images.")
+@click.option(
+    "--machine",
+    type=click.Choice(["els", "ls", "ideal"]),
+    default="els",
+    show_default=True,
+    help="Which windows compete: from everywhere (equivariant local), at the same place (local), or whole images.",
+)
+@click.option(
+    "--padding-mode",
+    type=click.Choice(["zeros", "circular"]),
+    default="zeros",
+    show_default=True,
+    help="How els treats borders.",
+)
+@click.option(
+    "--table",
+    default="auto",
+    show_default=True,
+    metavar="NAME|FILE|K",
+    help="Patch size by noise level: a published table's name, a file that ScaleTable.save wrote, or one size.",
+)
+@click.option("--steps", type=int, default=20, show_default=True, help="Levels of the noise schedule.")
+@click.option("--schedule", type=click.Choice(list(SCHEDULES)), default="cosine", show_default=True)
+@click.option("--sampler", type=click.Choice(list(SAMPLERS)), default="ddim", show_default=True)
+@click.option(
+    "--labels",
+    default="none",
+    show_default=True,
+    metavar="none|all|A,B,...",
+    help="Classes, by number or name, that the images take in turn; all of them; or none: every image competes.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Image i depends on the seed and on i alone.")
+@click.option("--batch-size", type=int, default=DEFAULT_BATCH, show_default=True, help="Images denoised together.")
+@click.option("--engine", default="auto", show_default=True, metavar="|".join(["auto", *engines.ENGINES]))
+@click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes cuda if there is."
+)
+@click.option(
+    "--memory-limit", type=float, default=DEFAULT_MEMORY_LIMIT / 2**30, show_default=True, help="Working memory in GiB."
+)
+@click.option("--out", type=click.Path(path_type=Path), default="out", show_default=True, help="Folder to write.")
+@click.option("--overwrite", is_flag=True, help="Replace a run with other settings in the same folder.")
+@_one_line_errors
+def sample(
+    source: str,
+    size: int | None,
+    channels: str | None,
+    limit: int | None,
+    skip_bad: bool,
+    count: int,
+    machine: str,
+    padding_mode: str,
+    table: str,
+    steps: int,
+    schedule: str,
+    sampler: str,
+    labels: str,
+    seed: int,
+    batch_size: int,
+    engine: str,
+    device: str,
+    memory_limit: float,
+    out: Path,
+    overwrite: bool,
+) -> None:
+    """Make new images from the training images in SOURCE.
+
+    SOURCE is a folder of images (class subfolders become labels), a .npy, .npz or IDX file, or fashion-mnist (built
+    in). The output folder gets one PNG an image, grid.png, trajectory.png, samples.npz and run.json.
+    """
+    if count < 1:
+        raise ValueError(f"-n: got {count}, takes an integer from 1")
+    device = _device(device)
+    bank = _open(source, size, channels, limit, skip_bad)
+    sizes = _scale_table(table, bank, padding_mode)
+    denoiser = _machine(machine, bank, sizes, padding_mode, engine, int(memory_limit * 2**30))
+    described = {
+        "source": source,
+        "machine": machine,
+        "padding_mode": padding_mode if machine == "els" else None,
+        "table": None if machine == "ideal" else sizes.name,
+        "patch_sizes": None if machine == "ideal" else dict(zip(map(str, sizes.sigmas), sizes.sizes, strict=True)),
+        "engine": engine,
+    }
+    settings = {
+        "steps": steps,
+        "schedule": schedule,
+        "sampler": sampler,
+        "labels": _labels(labels, bank),
+        "seed": seed,
+    }
+    click.echo(f"{bank!r} from {source}")
+    click.echo(_describe(denoiser, device))
+
+    run = Run(out, denoiser, settings, described, overwrite)
+    start = time.perf_counter()
+    try:
+        kept = run.sample(count, batch_size, device)
+    except KeyboardInterrupt:
+        click.echo(
+            f"\npatchscore: stopped; {len(run.images)} of {count} images are in {out}, the same command continues",
+            err=True,
+        )
+        sys.exit(130)
+    seconds = time.perf_counter() - start
+    added = f"made {count - kept} images in {seconds:.1f} s" if kept < count else "nothing left to make"
+    click.echo(f"{added}{f', {kept} were there' if kept else ''}: see {out / 'grid.png'} and {out / 'trajectory.png'}")
+
+
+@main.command(
+    epilog="""
+\b
+Examples:
+  patchscore info fashion-mnist
+  patchscore info photos/ --size 32
+"""
+)
+@_source_options
+@click.option("--device", default="auto", show_default=True, help="The device that engines are looked up for.")
+@_one_line_errors
+def info(source: str, size: int | None, channels: str | None, limit: int | None, skip_bad: bool, device: str) -> None:
+    """Say what SOURCE holds, how many windows compete, and which engines this machine has."""
+    device = _device(device)
+    bank = _open(source, size, channels, limit, skip_bad)
+    image_channels, height, width = bank.shape
+    click.echo(f"{bank!r} from {source}")
+    click.echo(f"memory       {_bytes(bank.images.nbytes)}")
+    click.echo(f"fingerprint  {bank.fingerprint}")
+    if bank.labels is not None:
+        names = bank.class_names or ()
+        counts = [(c, len(bank.select(c))) for c in bank.classes]
+        listed = ", ".join(f"{c} {names[c]} ({n})" if c < len(names) else f"{c} ({n})" for c, n in counts[:50])
+        click.echo(f"labels       {listed}{' ...' if len(counts) > 50 else ''}")
+
+    click.echo("\npatch size   windows       pairs an image and step   as float32 patches (never stored)")
+    for k in INFO_PATCH_SIZES:
+        if k <= min(height, width):
+            interior = (height - k + 1) * (width - k + 1) * len(bank)
+            pairs = EquivariantLocalScore(bank, k).competition(k).pairs_per_image * len(bank)
+            click.echo(f"{k:<12} {interior:<13,} {pairs:<25.3g} {_bytes(4 * image_channels * k * k * interior)}")
+
+    click.echo(f"\nengines on {device}")
+    for name, engine in engines.ENGINES.items():
+        click.echo(f"  {name:<10} {engine.unavailable(torch.device(device)) or 'ready'}")
+
+
+def _machine(
+    machine: str, bank: PatchBank, table: ScaleTable, padding_mode: str, engine: str, memory_limit: int
+) -> ScoreMachine:
+    if machine == "ideal":
+        return IdealScore(bank, engine, memory_limit)
+    if machine == "ls":
+        return LocalScore(bank, table, engine, memory_limit)
+    return EquivariantLocalScore(bank, table, padding_mode, engine, memory_limit)
+
+
+def _describe(machine: ScoreMachine, device: str) -> str:
+    parts = [type(machine).__name__]
+    if isinstance(machine, EquivariantLocalScore):
+        parts.append(f"padding {machine.padding_mode}")
+    if isinstance(machine.patch_size, ScaleTable):
+        parts.append(f"patch sizes {machine.patch_size.name}")
+    return ", ".join([*parts, f"engine {machine.engine_on(device)} on {device}"])
+
+
+def _scale_table(table: str, bank: PatchBank, padding_mode: str) -> ScaleTable:
+    """A table by name, file or constant; "auto" is the published ResNet table for gray or for colour images."""
+    if table == "auto":
+        gray = "fashionmnist-resnet-zeros" if padding_mode == "zeros" else "mnist-resnet-circular"
+        return ScaleTable.published(gray if bank.shape[0] == 1 else f"cifar10-resnet-{padding_mode}")
+    if table in PUBLISHED:
+        return ScaleTable.published(table)
+    if table.isdigit():
+        return ScaleTable.constant(int(table))
+    if Path(table).is_file():
+        return ScaleTable.load(table)
+    raise ValueError(f"--table: got {table!r}, takes a patch size, a file, or one of {', '.join(PUBLISHED)}")
+
+
+def _labels(labels: str, bank: PatchBank) -> list[int] | None:
+    if labels == "none":
+        return None
+    if labels == "all":
+        if not bank.classes:
+            raise ValueError("--labels: got all, but this source has no labels")
+        return list(bank.classes)
+    return bank.label_ids([label.strip() for label in labels.split(",")])
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}" if unit != "B" else f"{count} B"
+        size /= 1024
+    return f"{size:.3g} TiB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""The command line: what it writes, how it continues, and one line for everything that goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import smooth_images
+from PIL import Image
+
+import patchscore as ps
+from patchscore.cli import main
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with two classes of six RGB images of 10 x 12."""
+    for i, image in enumerate(smooth_images(12, 3, 10, 12).numpy()):
+        folder = tmp_path / "photos" / ("cat" if i % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def sample(photos, out, *more):
+    return run("sample", photos, "--steps", 4, "--table", 3, "-n", 3, "--out", out, *more)
+
+
+def test_sample_writes_what_it_promises(photos, tmp_path):
+    out = tmp_path / "out"
+    result = sample(photos, out, "--labels", "all", "--seed", 7)
+    assert result.exit_code == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        *(f"000{i}.png" for i in range(3)),
+        "grid.png",
+        "run.json",
+        "samples.npz",
+        "trajectory.png",
+    ]
+
+    bank = ps.PatchBank.open(photos)
+    images = ps.sample(ps.EquivariantLocalScore(bank, 3), 3, steps=4, labels=[0, 1], seed=7).numpy()
+    with np.load(out / "samples.npz") as saved:
+        assert np.abs(saved["images"] - images).max() < 1e-5
+        assert saved["label"].tolist() == [0, 1, 0]
+        assert saved["trajectory_x0"].shape == (3, 3, 3, 10, 12)
+        assert np.abs(saved["trajectory_x0"][:, -1].astype(float) - images).max() < 2e-3
+        assert np.allclose(saved["sigmas"] ** 2 + saved["alphas"] ** 2, 1)
+    for i in range(3):
+        png = np.asarray(Image.open(out / f"000{i}.png")).transpose(2, 0, 1) / 127.5 - 1
+        assert np.abs(png - images[i]).max() <= 0.5 / 127.5 + 1e-5
+
+    record = json.loads((out / "run.json").read_text())
+    assert record["bank"]["fingerprint"] == bank.fingerprint
+    assert record["settings"]["labels"] == [0, 1]
+    assert record["settings"]["seed"] == 7
+    assert record["settings"]["source"] == str(photos)
+    assert record["versions"]["patchscore"] == ps.__version__
+    assert [len(batch["seconds_per_step"]) for batch in record["batches"]] == [3]
+    assert Image.open(out / "grid.png").size > (20, 20)
+    assert Image.open(out / "trajectory.png").size > (20, 20)
+
+
+def test_a_repeated_run_keeps_what_is_there_and_a_larger_one_adds(photos, tmp_path):
+    out = tmp_path / "out"
+    sample(photos, out)
+    before = {p.name: p.stat().st_mtime_ns for p in out.glob("0*.png")}
+    assert "nothing left to make, 3 were there" in sample(photos, out).output
+    assert "made 2 images" in sample(photos, out, "-n", 5).output
+    assert {p.name: p.stat().st_mtime_ns for p in out.glob("0*.png")}.items() >= before.items()
+
+    at_once = tmp_path / "at_once"
+    sample(photos, at_once, "-n", 5)
+    with np.load(out / "samples.npz") as a, np.load(at_once / "samples.npz") as b:
+        assert a.files == b.files
+        for name in a.files:
+            assert np.allclose(a[name], b[name], atol=2e-3)
+
+
+def test_damaged_or_missing_images_are_made_again(photos, tmp_path):
+    out = tmp_path / "out"
+    sample(photos, out)
+    whole = [(out / f"000{i}.png").read_bytes() for i in range(3)]
+    (out / "0000.png").write_bytes(whole[0][:-9])
+    (out / "0002.png").unlink()
+    assert "made 2 images" in sample(photos, out).output
+    assert [(out / f"000{i}.png").read_bytes() for i in range(3)] == whole
+    (out / "samples.npz").write_bytes(b"PK\x03\x04 no")
+    assert "made 3 images" in sample(photos, out).output
+
+
+@pytest.mark.parametrize("change", [["--seed", "1"], ["--sampler", "heun"], ["--machine", "ls"], ["--table", "5"]])
+def test_other_settings_do_not_mix_into_a_run(photos, tmp_path, change):
+    out = tmp_path / "out"
+    sample(photos, out)
+    before = (out / "run.json").read_bytes()
+    result = sample(photos, out, *change)
+    assert result.exit_code == 2
+    assert "holds a run with" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert (out / "run.json").read_bytes() == before
+    assert sample(photos, out, *change, "--overwrite").exit_code == 0
+
+
+def test_another_bank_does_not_mix_into_a_run(photos, tmp_path):
+    out = tmp_path / "out"
+    sample(photos, out)
+    next(photos.glob("*/*.png")).unlink()
+    assert "another bank" in sample(photos, out).stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"format": "patchscore-run", "version": 99}', b"\xff\xfe"])
+def test_a_foreign_run_json_is_refused_by_name(photos, tmp_path, content):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_bytes(content)
+    result = sample(photos, out)
+    assert result.exit_code == 2
+    assert "run.json" in result.stderr
+    assert (out / "run.json").read_bytes() == content
+
+
+def test_every_machine_sampler_and_schedule_is_within_reach(photos, tmp_path):
+    for i, more in enumerate(
+        [
+            ["--machine", "ideal"],
+            ["--machine", "ls", "--schedule", "linear", "--sampler", "ddpm"],
+            ["--padding-mode", "circular", "--schedule", "karras", "--sampler", "heun", "--labels", "cat"],
+            ["--size", "8", "--channels", "1", "--limit", "4", "--engine", "reference", "--device", "cpu"],
+        ]
+    ):
+        assert sample(photos, tmp_path / str(i), *more).exit_code == 0
+    with np.load(tmp_path / "3" / "samples.npz") as saved:
+        assert saved["images"].shape == (3, 1, 8, 8)
+
+
+def test_a_table_can_come_from_a_file_or_by_name(photos, tmp_path):
+    ps.ScaleTable([0.5, 5.0], [3, 5], "mine").save(tmp_path / "mine.json")
+    assert sample(photos, tmp_path / "a", "--table", tmp_path / "mine.json").exit_code == 0
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["settings"]["table"] == "mine"
+    named = run(
+        "sample",
+        photos,
+        "--size",
+        24,
+        "--limit",
+        4,
+        "--steps",
+        3,
+        "-n",
+        1,
+        "--table",
+        "celeba-resnet-zeros",
+        "--out",
+        tmp_path / "b",
+    )
+    assert named.exit_code == 0
+    assert "celeba-resnet-zeros" in named.output
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--table", "imagenet"], "--table: got 'imagenet'"),
+        (["--table", "4"], "sizes: got 4"),
+        (["--table", "13", "--padding-mode", "circular"], "patch_size: 13 does not fit"),
+        (["--labels", "cow"], "labels: unknown label 'cow'; this bank has 0 (cat), 1 (dog)"),
+        (["--steps", "1"], "steps: got 1"),
+        (["-n", "0"], "-n: got 0"),
+        (["--engine", "warp"], "engine: got 'warp'"),
+        (["--device", "abacus"], "--device: 'abacus'"),
+        (["--limit", "0"], "limit"),
+        (["--size", "-4"], "size"),
+        (["--memory-limit", "0"], "memory_limit"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_writes_nothing(photos, tmp_path, more, message):
+    result = sample(photos, tmp_path / "out", *more)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out" / "run.json").exists()
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_bad_sources_are_one_line(photos, tmp_path):
+    for source in (tmp_path / "nowhere", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        result = run("info", source)
+        assert result.exit_code == 2
+        assert str(source) in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_an_output_that_is_a_file_is_refused(photos, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    result = sample(photos, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "not a folder" in result.stderr
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_skip_bad_names_or_counts_corrupt_images(photos, tmp_path):
+    (photos / "cat" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    result = sample(photos, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "broken.png" in result.stderr
+    result = sample(photos, tmp_path / "out", "--skip-bad")
+    assert result.exit_code == 0
+    assert "1" in result.stderr
+    assert "warning" in result.stderr
+
+
+def test_info_tells_bank_windows_and_engines(photos):
+    result = run("info", photos)
+    assert result.exit_code == 0
+    assert "12 images, 3 x 10 x 12" in result.output
+    assert ps.PatchBank.open(photos).fingerprint in result.output
+    assert "0 cat (6), 1 dog (6)" in result.output
+    assert f"{12 * 8 * 10:,}" in result.output
+    assert "reference  ready" in result.output
+
+
+def test_help_has_examples():
+    for command in ("sample", "info"):
+        result = run(command, "--help")
+        assert result.exit_code == 0
+        assert f"patchscore {command} fashion-mnist" in result.output
+    assert ps.__version__ in run("--version").output
+
+
+def test_an_interrupted_run_leaves_whole_files_and_continues(photos, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "patchscore.cli", "sample", photos, "--batch-size", 1, "-n", 4000, "--steps", 20]
+    command = [str(c) for c in [*command, "--table", 3, "--out", out]]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "0002.png").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "the same command continues" in stderr
+    assert "Traceback" not in stderr
+    made = len(json.loads((out / "run.json").read_text())["images"])
+    assert made >= 2
+    assert not [p for p in os.listdir(out) if p.endswith(".tmp")]
+    command[command.index("4000")] = str(made + 1)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "made 1 images in" in again.stdout
+    assert f"{made} were there" in again.stdout
