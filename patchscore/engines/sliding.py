@@ -1,7 +1,89 @@
-"""Placeholder until the C++ engine lands."""
+"""Engine `sliding`: exact sums straight from the raw images, in C++ (csrc/sliding_*).
+
+Two windows moved one step together share all but one row or column, so squared distances slide along diagonals and a
+(pixel, window) pair costs O(C) whatever the patch size. This file checks what is asked and passes pointers.
+"""
+
+from __future__ import annotations
+
+import os
 
 import torch
+from torch import Tensor
+
+from ..bank import PatchBank
+from ..posterior import PosteriorSum
+from ..windows import Axis, Competition
+
+try:
+    from .. import _native
+except ImportError as error:  # not built, or built for another Python
+    _native = None  # type: ignore[assignment]
+    _missing = str(error)
 
 
 def unavailable(device: torch.device) -> str | None:
-    return "the C++ extension was not built"
+    """Why this engine cannot serve on `device`, or None."""
+    if _native is None:
+        return f"the C++ extension was not built ({_missing})"
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
+    return None
+
+
+def posterior_sum(
+    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+) -> PosteriorSum:
+    """Sums over every competing window of every pixel, in float32 with float64 totals, on torch.get_num_threads().
+
+    The numbers do not depend on the number of threads, on `memory_limit` or on what else is in the batch.
+    PATCHSCORE_SIMD (avx512, avx2 or plain) forces an instruction set.
+
+    Args:
+        z: [B, C, H, W] noisy images z = x_0 + sigma eps, float32 or float64.
+        sigma: [B], positive.
+        bank: the training images that compete.
+        competition: which windows compete where.
+        memory_limit: bytes of working memory beyond z, the bank and the result. A thread takes less than 32 MiB up to
+            128 x 128 in colour, and fewer threads are started where the limit asks for it.
+
+    Returns:
+        PosteriorSum with parts [B, 1 or C, H, W]; for whole images m, s and s2 are [B, 1, 1, 1].
+
+    Raises:
+        ValueError: `memory_limit` cannot hold one thread, PATCHSCORE_SIMD names what this machine has not, or the
+            arguments do not fit each other.
+    """
+    assert _native is not None, "unavailable() says when this engine cannot serve"
+    noisy = z.detach().to("cpu", torch.float32).contiguous()
+    batch, _, height, width = z.shape
+    pixels = (height, width) if competition.patch_size else (1, 1)
+    m = torch.full((batch, 1, *pixels), -torch.inf, dtype=torch.float64)
+    s, s2, v = torch.zeros_like(m), torch.zeros_like(m), torch.zeros(z.shape, dtype=torch.float64)
+    groups = [[*_axis(group.rows), *_axis(group.cols)] for group in competition.groups]
+    _native.sliding(
+        z=noisy.numpy(),
+        sigma=sigma.detach().to("cpu", torch.float64).contiguous().numpy(),
+        images=bank.images.numpy(),
+        indices=None if bank.indices is None else bank.indices.to(torch.int64).contiguous().numpy(),
+        patch_size=competition.patch_size or 0,
+        circular=competition.padding_mode == "circular",
+        groups=torch.tensor(groups, dtype=torch.int64).reshape(-1, 8).numpy(),
+        m=m.numpy(),
+        s=s.numpy(),
+        s2=s2.numpy(),
+        v=v.numpy(),
+        threads=torch.get_num_threads(),
+        memory_limit=memory_limit,
+        simd=os.environ.get("PATCHSCORE_SIMD", ""),
+    )
+    return PosteriorSum(m=m, s=s, v=v, s2=s2)
+
+
+def _axis(axis: Axis) -> tuple[int, int, int, int]:
+    """(first query, end, first window, end) for the native module; -1 locks."""
+    for coordinates in (axis.queries, axis.windows):
+        if coordinates is not None and coordinates.step != 1:
+            raise ValueError(f"competition: got coordinates {coordinates}, takes steps of 1")
+    windows = range(-1, -1) if axis.windows is None else axis.windows
+    return axis.queries.start, axis.queries.stop, windows.start, windows.stop

@@ -1,0 +1,126 @@
+// Python module patchscore._native: checks what buffers hold, then hands pointers and sizes to the engines.
+//
+// Everything arrives through the buffer protocol, so nothing of torch or numpy is included or linked.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <optional>
+
+#include "sliding.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::string shape_text(const std::vector<py::ssize_t>& shape) {
+    std::string text = "[";
+    for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+    return text + "]";
+}
+
+// The data of a contiguous, aligned array of type T; ValueError, naming the argument, for anything else.
+template <typename T>
+T* data_of(const char* name, const py::buffer_info& info, const std::vector<py::ssize_t>& shape, bool writable) {
+    const std::string got = std::string(name) + ": got ";
+    if (info.itemsize != sizeof(T) || !info.item_type_is_equivalent_to<T>())
+        throw py::value_error(got + "buffer format \"" + info.format + "\", takes \"" +
+                              py::format_descriptor<T>::format() + "\"");
+    if (info.shape != shape)
+        throw py::value_error(got + "shape " + shape_text(info.shape) + ", takes " + shape_text(shape));
+    py::ssize_t stride = sizeof(T);
+    for (size_t i = shape.size(); i-- > 0; stride *= shape[i])
+        if (shape[i] > 1 && info.strides[i] != stride) throw py::value_error(got + "a strided array, takes a contiguous one");
+    if (reinterpret_cast<uintptr_t>(info.ptr) % alignof(T)) throw py::value_error(got + "unaligned memory");
+    if (writable && info.readonly) throw py::value_error(got + "read-only memory");
+    return static_cast<T*>(info.ptr);
+}
+
+int size_of(const char* name, py::ssize_t size) {
+    if (size < 1 || size > 1 << 24) throw py::value_error(std::string(name) + ": got a size of " + std::to_string(size));
+    return int(size);
+}
+
+patchscore::Axis axis_of(const int64_t* four) {
+    for (int i = 0; i < 4; ++i)
+        if (four[i] < -1 || four[i] > 1 << 24) throw py::value_error("groups: got a coordinate of " + std::to_string(four[i]));
+    const int q0 = int(four[0]), q1 = int(four[1]);
+    const bool locked = four[2] < 0;
+    return {q0, q1, locked ? q0 : int(four[2]), locked ? q1 : int(four[3]), locked};
+}
+
+bool interrupted() {
+    const py::gil_scoped_acquire gil;
+    return PyErr_CheckSignals() != 0;
+}
+
+void sliding(const py::buffer& z, const py::buffer& sigma, const py::buffer& images,
+             const std::optional<py::buffer>& indices, int patch_size, bool circular, const py::buffer& groups,
+             const py::buffer& m, const py::buffer& s, const py::buffer& s2, const py::buffer& v, int threads,
+             int64_t memory_limit, const std::string& simd) {
+    const py::buffer_info z_info = z.request(), images_info = images.request(), sigma_info = sigma.request();
+    const py::buffer_info groups_info = groups.request();
+    if (z_info.ndim != 4) throw py::value_error("z: got shape " + shape_text(z_info.shape) + ", takes [B, C, H, W]");
+    if (images_info.ndim != 4)
+        throw py::value_error("images: got shape " + shape_text(images_info.shape) + ", takes [N, C, H, W]");
+    if (groups_info.ndim != 2)
+        throw py::value_error("groups: got shape " + shape_text(groups_info.shape) + ", takes [G, 8]");
+    const auto &shape = z_info.shape, &bank = images_info.shape;
+
+    patchscore::Problem problem{};
+    problem.batch = size_of("z", shape[0]), problem.channels = size_of("z", shape[1]);
+    problem.height = size_of("z", shape[2]), problem.width = size_of("z", shape[3]);
+    problem.z = data_of<float>("z", z_info, shape, false);
+    problem.sigma = data_of<double>("sigma", sigma_info, {shape[0]}, false);
+    problem.images_are_bytes = images_info.itemsize == 1;
+    const std::vector<py::ssize_t> bank_shape = {bank[0], shape[1], shape[2], shape[3]};
+    problem.images = problem.images_are_bytes
+                         ? static_cast<const void*>(data_of<uint8_t>("images", images_info, bank_shape, false))
+                         : static_cast<const void*>(data_of<float>("images", images_info, bank_shape, false));
+    problem.count = bank[0];
+    py::buffer_info indices_info;
+    if (indices) {
+        indices_info = indices->request();
+        if (indices_info.ndim != 1) throw py::value_error("indices: takes one dimension");
+        problem.count = indices_info.shape[0];
+        problem.indices = data_of<int64_t>("indices", indices_info, {indices_info.shape[0]}, false);
+        for (int64_t i = 0; i < problem.count; ++i)
+            if (problem.indices[i] < 0 || problem.indices[i] >= bank[0])
+                throw py::value_error("indices: got " + std::to_string(problem.indices[i]) + " for a bank of " +
+                                      std::to_string(bank[0]) + " images");
+    }
+    problem.patch_size = patch_size, problem.circular = circular;
+    const int64_t* group = data_of<int64_t>("groups", groups_info, {groups_info.shape[0], 8}, false);
+    for (py::ssize_t g = 0; g < groups_info.shape[0]; ++g, group += 8)
+        problem.groups.push_back({axis_of(group), axis_of(group + 4)});
+    if (patch_size < 0) throw py::value_error("patch_size: got " + std::to_string(patch_size));
+    const bool whole = patch_size == 0;
+    const std::vector<py::ssize_t> one = {shape[0], 1, whole ? 1 : shape[2], whole ? 1 : shape[3]};
+    const py::buffer_info m_info = m.request(true), s_info = s.request(true), s2_info = s2.request(true);
+    const py::buffer_info v_info = v.request(true);
+    problem.m = data_of<double>("m", m_info, one, true);
+    problem.s = data_of<double>("s", s_info, one, true);
+    problem.s2 = data_of<double>("s2", s2_info, one, true);
+    problem.v = data_of<double>("v", v_info, shape, true);
+    problem.threads = threads, problem.memory_limit = memory_limit;
+
+    bool finished;
+    {
+        const py::gil_scoped_release release;
+        finished = patchscore::sliding_posterior_sum(problem, simd, interrupted);
+    }
+    // The poll that asked to stop has left KeyboardInterrupt, or what else a signal handler raised, behind.
+    if (!finished) throw py::error_already_set();
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "The engines of patchscore in C++.";
+    module.def("simd_levels", &patchscore::simd_levels, "Instruction sets that can serve here, the widest first.");
+    module.def("sliding", &sliding, py::arg("z"), py::arg("sigma"), py::arg("images"), py::arg("indices"),
+               py::arg("patch_size"), py::arg("circular"), py::arg("groups"), py::arg("m"), py::arg("s"),
+               py::arg("s2"), py::arg("v"), py::arg("threads"), py::arg("memory_limit"), py::arg("simd"),
+               "Adds the posterior sums of z [B, C, H, W] over images [N, C, H, W] to m, s, s2 [B, 1, H, W] and v "
+               "[B, C, H, W]; groups [G, 8] are rows and columns as (first query, end, first window, end), -1 locks.");
+}

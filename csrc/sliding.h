@@ -1,0 +1,53 @@
+// The border between Python and the sliding-window engine: plain pointers and sizes, no tensors.
+//
+// A Problem says which noisy images meet which training images and which windows compete; `sliding_posterior_sum`
+// fills in the posterior sums. Coordinates and groups mean what patchscore/windows.py says they mean.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace patchscore {
+
+// One axis of a group: query coordinates [q0, q1) against window centres [w0, w1), or each against itself (locked).
+struct Axis {
+    int q0, q1, w0, w1;
+    bool locked;
+    int queries() const { return q1 - q0; }
+    int windows() const { return w1 - w0; }  // for a locked axis w0, w1 repeat q0, q1
+    int competing() const { return locked ? 1 : windows(); }
+};
+
+struct Group {
+    Axis rows, cols;
+};
+
+struct Problem {
+    int batch, channels, height, width;
+    const float* z;           // [batch, channels, height, width]
+    const double* sigma;      // [batch]
+    const void* images;       // [.., channels, height, width], bytes (v = u / 127.5 - 1) or float
+    bool images_are_bytes;
+    const int64_t* indices;   // [count] positions in `images`, or null for 0 .. count - 1
+    int64_t count;
+    int patch_size;           // odd, or 0 for whole images
+    bool circular;            // how z goes on beyond its border; otherwise zeros
+    std::vector<Group> groups;
+    double *m, *s, *s2;       // [batch, height, width], or [batch] for whole images; preset to -inf, 0, 0
+    double* v;                // [batch, channels, height, width], preset to 0
+    int threads;
+    int64_t memory_limit;     // bytes beyond z, the bank and the result
+};
+
+// Called now and then on the calling thread; true asks to stop.
+using Poll = bool (*)();
+
+// False if `poll` asked to stop; the result is then incomplete. Throws std::invalid_argument where the problem or the
+// instruction set named by `simd` ("" takes the widest) cannot be served.
+bool sliding_posterior_sum(const Problem& problem, const std::string& simd, Poll poll);
+
+// Instruction sets that this build and this machine have, the widest first.
+std::vector<std::string> simd_levels();
+
+}  // namespace patchscore

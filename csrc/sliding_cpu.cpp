@@ -1,0 +1,630 @@
+// The sliding engine on the CPU: cuts a problem into units, spreads them over threads, merges the results in order.
+//
+// A unit is one chunk of training images against one or a few noisy images. Chunks depend on the bank alone and are
+// merged in their order, so the numbers are the same for any thread count and in any batch.
+#include <algorithm>
+#include <cmath>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <thread>
+
+#include "sliding.h"
+#include "sliding_task.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define PS_INLINE static inline __attribute__((always_inline))
+#define PS_LAMBDA __attribute__((always_inline))
+#define PS_COLD static __attribute__((noinline, cold))
+#if defined(__clang__)
+#define PS_UNROLL _Pragma("unroll")
+#else
+#define PS_UNROLL _Pragma("GCC unroll 8")
+#endif
+
+namespace patchscore {
+
+// The kernel once per instruction set. exp2_scaled(x, scale, lowest) is 2^(max(x, lowest) scale) to 2.6e-6: with n the
+// nearest integer, found by adding a number so large that no fraction is left, 2^f is a polynomial and n goes straight
+// into the exponent.
+#define PS_EXP2_COEFFICIENTS \
+    constexpr float C0 = 9.999992614e-01f, C1 = 6.931218147e-01f, C2 = 2.402474483e-01f, C3 = 5.591786032e-02f, \
+                    C4 = 9.570101911e-03f, ROUND = 12582912.f;  // 1.5 * 2^23
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx2,fma")
+#endif
+namespace avx512 {
+using F = __m512;
+constexpr int LANES = 16;
+PS_EXP2_COEFFICIENTS
+PS_INLINE F load(const float* at) { return _mm512_load_ps(at); }
+PS_INLINE void store(float* at, F x) { _mm512_store_ps(at, x); }
+PS_INLINE F broadcast(float x) { return _mm512_set1_ps(x); }
+PS_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+PS_INLINE F maximum(F a, F b) { return _mm512_max_ps(a, b); }
+PS_INLINE bool any_above(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+#ifdef PS_EXP_SCALEF
+PS_INLINE F exp2_scaled(F x, F scale, F) {
+    const F l = x * scale;
+    const F f = _mm512_reduce_ps(l, 9);
+    F y = fma(broadcast(1.353416792e-02f), f, broadcast(5.201146061e-02f));
+    y = fma(y, f, broadcast(2.414427569e-01f));
+    y = fma(y, f, broadcast(6.930038345e-01f));
+    y = fma(y, f, broadcast(1.000002593e+00f));
+    return _mm512_scalef_ps(y, l);
+}
+#else
+PS_INLINE F exp2_scaled(F x, F scale, F lowest) {
+    x = maximum(x, lowest);
+    const F t = fma(x, scale, broadcast(ROUND));
+    const F f = fma(x, scale, broadcast(ROUND) - t);
+    F y = fma(broadcast(C4), f, broadcast(C3));
+    y = fma(y, f, broadcast(C2));
+    y = fma(y, f, broadcast(C1));
+    y = fma(y, f, broadcast(C0));
+    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y), exponent));
+}
+#endif
+#include "sliding_kernel.h"
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+using F = __m256;
+constexpr int LANES = 8;
+PS_EXP2_COEFFICIENTS
+PS_INLINE F load(const float* at) { return _mm256_load_ps(at); }
+PS_INLINE void store(float* at, F x) { _mm256_store_ps(at, x); }
+PS_INLINE F broadcast(float x) { return _mm256_set1_ps(x); }
+PS_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+PS_INLINE F maximum(F a, F b) { return _mm256_max_ps(a, b); }
+PS_INLINE bool any_above(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
+PS_INLINE F exp2_scaled(F x, F scale, F lowest) {
+    x = maximum(x, lowest);
+    const F t = fma(x, scale, broadcast(ROUND));
+    const F f = fma(x, scale, broadcast(ROUND) - t);
+    F y = fma(broadcast(C4), f, broadcast(C3));
+    y = fma(y, f, broadcast(C2));
+    y = fma(y, f, broadcast(C1));
+    y = fma(y, f, broadcast(C0));
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), exponent));
+}
+#include "sliding_kernel.h"
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // x86-64
+
+namespace plain {
+typedef float F __attribute__((vector_size(16)));
+typedef int32_t I __attribute__((vector_size(16)));
+typedef uint32_t U32 __attribute__((vector_size(16)));
+constexpr int LANES = 4;
+PS_EXP2_COEFFICIENTS
+PS_INLINE F load(const float* at) { return *reinterpret_cast<const F*>(at); }
+PS_INLINE void store(float* at, F x) { *reinterpret_cast<F*>(at) = x; }
+PS_INLINE F broadcast(float x) { return F{x, x, x, x}; }
+PS_INLINE F fma(F a, F b, F c) { return a * b + c; }
+PS_INLINE F choose(I mask, F a, F b) { return F((I(a) & mask) | (I(b) & ~mask)); }
+PS_INLINE F maximum(F a, F b) { return choose(a > b, a, b); }
+PS_INLINE bool any_above(F a, F b) {
+    const I above = a > b;
+    return (above[0] | above[1] | above[2] | above[3]) != 0;
+}
+PS_INLINE F exp2_scaled(F x, F scale, F lowest) {
+    x = maximum(x, lowest);
+    const F l = x * scale;
+    const F t = l + broadcast(ROUND);
+    const F f = l - (t - broadcast(ROUND));
+    F y = fma(broadcast(C4), f, broadcast(C3));
+    y = fma(y, f, broadcast(C2));
+    y = fma(y, f, broadcast(C1));
+    y = fma(y, f, broadcast(C0));
+    return F(U32(y) + (U32(t) << 23));
+}
+#include "sliding_kernel.h"
+}  // namespace plain
+
+namespace {
+
+const Level* levels(int& count) {
+    static const Level all[] = {
+#if defined(__x86_64__)
+        {"avx512", avx512::LANES, avx512::pack_entry, avx512::panel_entry, avx512::whole_entry},
+        {"avx2", avx2::LANES, avx2::pack_entry, avx2::panel_entry, avx2::whole_entry},
+#endif
+        {"plain", plain::LANES, plain::pack_entry, plain::panel_entry, plain::whole_entry},
+    };
+    count = int(sizeof all / sizeof all[0]);
+    return all;
+}
+
+bool machine_has(const std::string& level) {
+#if defined(__x86_64__)
+    if (level == "avx512") return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+    if (level == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return level == "plain";
+}
+
+const Level& choose_level(const std::string& simd) {
+    int count;
+    const Level* all = levels(count);
+    std::string known;
+    for (int i = 0; i < count; ++i) {
+        if (machine_has(all[i].name) && (simd.empty() || simd == all[i].name)) return all[i];
+        if (machine_has(all[i].name)) known += (known.empty() ? "" : ", ") + std::string(all[i].name);
+    }
+    throw std::invalid_argument("PATCHSCORE_SIMD: got \"" + simd + "\", this machine takes " + known);
+}
+
+// Weights below 2^-126 are nothing here, and slow: rounds them to zero while it lives.
+class FlushSubnormals {
+#if defined(__x86_64__)
+    unsigned saved = _mm_getcsr();
+
+public:
+    FlushSubnormals() { _mm_setcsr(saved | 0x8040); }
+    ~FlushSubnormals() { _mm_setcsr(saved); }
+#else
+public:
+    FlushSubnormals() {}
+#endif
+};
+
+// Zeroed memory, aligned for any vector.
+template <typename T>
+class Buffer {
+    struct Free {
+        void operator()(void* at) const { std::free(at); }
+    };
+    std::unique_ptr<T, Free> memory;
+
+public:
+    explicit Buffer(int64_t count) {
+        const size_t bytes = (size_t(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
+        void* at = std::aligned_alloc(64, bytes);
+        if (!at) throw std::bad_alloc();
+        std::memset(at, 0, bytes);
+        memory.reset(static_cast<T*>(at));
+    }
+    T* get() const { return memory.get(); }
+};
+
+constexpr int64_t STATE_BYTES = int64_t(4) << 20;   // state of one panel: wider groups are cut into strips
+constexpr int64_t LANE_BYTES = int64_t(12) << 20;   // accumulators kept from block to block; larger ones are flushed
+constexpr int CHUNKS = 64;                          // a bank is cut into about so many
+
+int round_up(int64_t x, int64_t to) { return int((x + to - 1) / to * to); }
+
+// Everything about a problem that all units share.
+struct Plan {
+    const Problem& problem;
+    const Level& level;
+    std::vector<Panel> panels;
+    int64_t queries = 0;              // of all panels together
+    int64_t chunk;                    // images
+    int chunks, items;                // units: chunks x groups of `items` noisy images
+    bool keep_lanes;                  // accumulators live through a chunk, not only through a panel
+    int flush_every;                  // blocks
+    int64_t windows_per_image = 0;
+    float value_of_byte[256];
+    int64_t block_floats, state_floats, scratch_floats, lane_floats, q_floats;
+    int q_margin, q_pitch;
+
+    Plan(const Problem& problem, const Level& level) : problem(problem), level(level) {
+        for (int u = 0; u < 256; ++u) value_of_byte[u] = float(u) / 127.5f - 1.f;
+        chunk = std::max<int64_t>(16, round_up((problem.count + CHUNKS - 1) / CHUNKS, 16));
+        if (problem.patch_size == 0) chunk = std::min<int64_t>(chunk, 64);
+        chunks = int((problem.count + chunk - 1) / chunk);
+        if (problem.patch_size) plan_panels();
+        plan_sizes();
+    }
+
+    void plan_panels() {
+        const int k = problem.patch_size, height = problem.height, width = problem.width, lanes = level.lanes;
+        for (const Group& group : problem.groups) {
+            const Axis &rows = group.rows, &cols = group.cols;
+            windows_per_image = std::max(windows_per_image, int64_t(rows.competing()) * cols.competing());
+            const int slots = k <= RING ? k : std::min(k, rows.locked ? rows.queries() : rows.windows());
+            const int pitch = round_up(cols.competing(), GROUP) | 1;
+            int strip = cols.queries();
+            while (!cols.locked && strip > 8 &&
+                   int64_t(strip + 2 * MARGIN) * pitch * lanes * 4 * (1 + slots) > STATE_BYTES)
+                strip = (strip + 1) / 2;
+            for (int q0 = cols.q0; q0 < cols.q1; q0 += strip) {
+                Panel panel;
+                panel.rows = rows;
+                panel.cols = cols;
+                panel.cols.q0 = q0;
+                panel.cols.q1 = std::min(q0 + strip, cols.q1);
+                if (cols.locked) panel.cols.w0 = panel.cols.q0, panel.cols.w1 = panel.cols.q1;
+                panel.runs = runs_of(rows, height, problem.circular);
+                panel.diagonals = diagonals_of(panel.cols, width, problem.circular);
+                panel.entries = cols.competing();
+                panel.pitch = cols.locked ? 1 : pitch;
+                panel.state_row = cols.locked ? panel.cols.queries()
+                                              : int64_t(panel.cols.queries() + 2 * MARGIN) * panel.pitch;
+                panel.slots = slots;
+                panel.first_query = queries;
+                queries += int64_t(rows.queries()) * panel.cols.queries();
+                map_columns(panel, width);
+                panels.push_back(panel);
+            }
+        }
+    }
+
+    void map_columns(Panel& panel, int width) const {
+        const bool wrapping = wraps(panel.cols, width, problem.circular);
+        const int low = wrapping ? panel.cols.w0 - (width - 1) : panel.cols.q0 - MARGIN;
+        const int high = wrapping ? panel.cols.w1 : panel.cols.q1 + MARGIN;
+        panel.lowest = low;
+        for (int j = low; j < high; ++j) {
+            const int query = wrapping ? ((j % width) + width) % width : j - panel.cols.q0;
+            panel.state_of.push_back((query + MARGIN) * panel.pitch);
+        }
+    }
+
+    void plan_sizes() {
+        const int64_t k = problem.patch_size, parts = 2 + problem.channels, lanes = level.lanes;
+        const int64_t height = problem.height, width = problem.width, channels = problem.channels;
+        q_margin = int(width + k / 2 + 8);
+        q_pitch = int((width + 2 * q_margin) * channels);
+        q_floats = (height + 1) * q_pitch;
+        block_floats = ((height + 1) * width + GROUP) * channels * lanes;
+        scratch_floats = std::max<int64_t>((k + 1) * NEIGHBOURS, 2 * (width + 2 * k)) * lanes;
+        state_floats = 0;
+        int64_t widest = 0;
+        for (const Panel& panel : panels) {
+            state_floats = std::max(state_floats, (1 + panel.slots) * panel.state_row * lanes);
+            widest = std::max(widest, int64_t(panel.rows.queries()) * panel.cols.queries());
+        }
+        keep_lanes = queries * parts * lanes * 4 <= LANE_BYTES;
+        lane_floats = (keep_lanes ? queries : widest) * parts * lanes;
+        if (!keep_lanes)
+            for (Panel& panel : panels) panel.first_query = 0;
+        flush_every = int(std::max<int64_t>(1, PAIRS_A_FLUSH / std::max<int64_t>(1, windows_per_image)));
+        // Packing a block is work too: where there is little else, several noisy images share it.
+        items = windows_per_image < 64 ? std::min(problem.batch, 8) : 1;
+        if (problem.patch_size == 0) items = std::min(problem.batch, 16);
+        while (items > 1 && bytes_per_thread() > problem.memory_limit / std::max(1, problem.threads)) items /= 2;
+        while (items > 1 && int64_t(chunks) * ((problem.batch + items - 1) / items) < 4 * problem.threads) items /= 2;
+    }
+
+    int64_t item_bytes() const {
+        const int64_t pixels = int64_t(problem.height) * problem.width;
+        if (problem.patch_size == 0) return (whole_padded() * 4) + pixels * problem.channels * 16;
+        return (q_floats + lane_floats + pixels) * 4 + pixels * (2 + problem.channels) * 8;
+    }
+
+    int64_t whole_padded() const { return round_up(int64_t(problem.channels) * problem.height * problem.width, 32); }
+
+    int64_t bytes_per_thread() const {
+        if (problem.patch_size == 0) return items * item_bytes() + chunk * (whole_padded() * 4 + 16);
+        return items * item_bytes() + (block_floats + state_floats + scratch_floats) * 4;
+    }
+
+    int64_t units() const { return int64_t(chunks) * ((problem.batch + items - 1) / items); }
+};
+
+// A thread's memory and what it does with a unit.
+class Worker {
+    const Plan& plan;
+    const Problem& problem;
+    Interrupt& interrupt;
+    const bool calling_thread;
+    const int64_t pixels;
+
+public:
+    Worker(const Plan& plan, Interrupt& interrupt, bool calling_thread)
+        : plan(plan), problem(plan.problem), interrupt(interrupt), calling_thread(calling_thread),
+          pixels(int64_t(problem.height) * problem.width) {}
+    virtual ~Worker() = default;
+    virtual void compute(int first_item, int items, int64_t start, int64_t stop) = 0;
+    virtual void merge(int first_item, int items) = 0;
+
+protected:
+    const Plan& the_plan() const { return plan; }
+    const Problem& the_problem() const { return problem; }
+    bool stopped() const { return interrupt.stopped(calling_thread); }
+    Interrupt* the_interrupt() const { return &interrupt; }
+    bool on_calling_thread() const { return calling_thread; }
+    int64_t pixel_count() const { return pixels; }
+};
+
+// Adds one sum to another, both relative to their own log-weights; v of `channels` values `stride` apart.
+void merge_sum(double& m, double& s, double& s2, double* v, int64_t stride, double other_m, double other_s,
+               double other_s2, const double* other_v, int64_t count) {
+    if (other_s <= 0) return;
+    const double top = std::max(m, other_m), mine = std::exp(m - top), other = std::exp(other_m - top);
+    m = top;
+    s = s * mine + other_s * other;
+    s2 = s2 * mine * mine + other_s2 * other * other;
+    for (int64_t c = 0; c < count; ++c) v[c * stride] = v[c * stride] * mine + other_v[c] * other;
+}
+
+class WindowWorker : public Worker {
+    Buffer<float> q, block, state, scratch, lanes, reference;
+    Buffer<double> sums;
+
+public:
+    WindowWorker(const Plan& plan, Interrupt& interrupt, bool calling_thread)
+        : Worker(plan, interrupt, calling_thread), q(plan.q_floats * plan.items), block(plan.block_floats),
+          state(plan.state_floats), scratch(plan.scratch_floats), lanes(plan.lane_floats * plan.items),
+          reference(pixel_count() * plan.items), sums(pixel_count() * (2 + plan.problem.channels) * plan.items) {}
+
+    void compute(int first_item, int items, int64_t start, int64_t stop) override {
+        const Plan& plan = the_plan();
+        const Problem& problem = the_problem();
+        const int64_t sum_count = pixel_count() * (2 + problem.channels);
+        std::vector<Task> tasks;
+        for (int item = 0; item < items; ++item) {
+            tasks.push_back(task(first_item + item, item));
+            std::fill_n(tasks.back().sums, sum_count, 0.0);
+            std::fill_n(tasks.back().lanes, plan.lane_floats, 0.f);
+            std::fill_n(tasks.back().reference, pixel_count(), FAR);
+        }
+        const Images images = {problem.images, problem.images_are_bytes, problem.indices, problem.channels,
+                               problem.height, problem.width, plan.value_of_byte};
+        int blocks = 0;
+        for (int64_t at = start; at < stop; at += plan.level.lanes) {
+            const int count = int(std::min<int64_t>(plan.level.lanes, stop - at));
+            plan.level.pack(images, at, count, block.get());
+            const bool last = at + plan.level.lanes >= stop;
+            const bool flush = !plan.keep_lanes || last || ++blocks % plan.flush_every == 0;
+            for (Task& task : tasks) {
+                task.flush_at_end = flush;
+                for (const Panel& panel : plan.panels) {
+                    plan.level.panel(task, panel);
+                    if (stopped()) return;
+                }
+            }
+        }
+    }
+
+    void merge(int first_item, int items) override {
+        const Problem& problem = the_problem();
+        const int64_t pixels = pixel_count(), parts = 2 + problem.channels;
+        for (int item = 0; item < items; ++item) {
+            const double sigma = problem.sigma[first_item + item], precision = 0.5 / (sigma * sigma);
+            for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+                const double* sum = sums.get() + (item * pixels + pixel) * parts;
+                const int64_t at = (first_item + item) * pixels + pixel;
+                const double m = -double(reference.get()[item * pixels + pixel]) * precision;
+                merge_sum(problem.m[at], problem.s[at], problem.s2[at],
+                          problem.v + (first_item + item) * pixels * problem.channels + pixel, pixels, m, sum[0],
+                          sum[1], sum + 2, problem.channels);
+            }
+        }
+    }
+
+private:
+    Task task(int item, int place) {
+        const Plan& plan = the_plan();
+        const Problem& problem = the_problem();
+        Task t{};
+        t.channels = problem.channels, t.height = problem.height, t.width = problem.width;
+        t.patch_size = problem.patch_size, t.circular = problem.circular;
+        float* padded = q.get() + place * plan.q_floats;
+        fill_queries(item, padded);
+        t.q = padded, t.q_margin = plan.q_margin, t.q_pitch = plan.q_pitch;
+        t.p = block.get();
+        const double sigma = problem.sigma[item], scale = 1.4426950408889634 / (2 * sigma * sigma);
+        t.scale = float(std::min(1e30, std::max(1e-24, scale)));
+        // All windows of the bank together, each below 2^-bits, weigh less than 2^-20 of the nearest.
+        const double bits = 20 + std::log2(double(plan.windows_per_image) * double(problem.count));
+        t.negligible = float(-bits / double(t.scale));
+        t.reference = reference.get() + place * pixel_count();
+        t.sums = sums.get() + place * pixel_count() * (2 + problem.channels);
+        t.lanes = lanes.get() + place * plan.lane_floats;
+        t.state = state.get(), t.scratch = scratch.get();
+        t.interrupt = the_interrupt(), t.calling_thread = on_calling_thread();
+        return t;
+    }
+
+    void fill_queries(int item, float* padded) const {
+        const Plan& plan = the_plan();
+        const Problem& problem = the_problem();
+        const int width = problem.width, channels = problem.channels;
+        const float* z = problem.z + int64_t(item) * channels * pixel_count();
+        for (int i = 0; i < problem.height; ++i)
+            for (int j = -plan.q_margin; j < width + plan.q_margin; ++j) {
+                const int column = problem.circular ? (j % width + width) % width : j;
+                const bool inside = column >= 0 && column < width;
+                for (int c = 0; c < channels; ++c)
+                    padded[int64_t(i) * plan.q_pitch + int64_t(j + plan.q_margin) * channels + c] =
+                        inside ? z[c * pixel_count() + int64_t(i) * width + column] : 0.f;
+            }
+    }
+};
+
+class WholeWorker : public Worker {
+    const int64_t values, padded;
+    Buffer<float> p, q, weights;
+    Buffer<double> logits, v;
+    std::vector<double> m, s, s2;
+
+public:
+    WholeWorker(const Plan& plan, Interrupt& interrupt, bool calling_thread)
+        : Worker(plan, interrupt, calling_thread), values(pixel_count() * plan.problem.channels),
+          padded(plan.whole_padded()), p(padded * plan.chunk), q(padded), weights(plan.chunk), logits(plan.chunk),
+          v(values * plan.items), m(size_t(plan.items)), s(size_t(plan.items)), s2(size_t(plan.items)) {}
+
+    void compute(int first_item, int items, int64_t start, int64_t stop) override {
+        const Plan& plan = the_plan();
+        const Problem& problem = the_problem();
+        for (int64_t i = start; i < stop; ++i) {
+            const int64_t index = problem.indices ? problem.indices[i] : i;
+            float* image = p.get() + (i - start) * padded;
+            if (problem.images_are_bytes) {
+                const uint8_t* raw = static_cast<const uint8_t*>(problem.images) + index * values;
+                for (int64_t x = 0; x < values; ++x) image[x] = plan.value_of_byte[raw[x]];
+            } else {
+                std::copy_n(static_cast<const float*>(problem.images) + index * values, values, image);
+            }
+        }
+        for (int item = 0; item < items && !stopped(); ++item) {
+            std::copy_n(problem.z + (first_item + item) * values, values, q.get());
+            const double sigma = problem.sigma[first_item + item];
+            plan.level.whole({values, padded, q.get(), p.get(), int(stop - start), 0.5 / (sigma * sigma),
+                              logits.get(), weights.get(), &m[size_t(item)], &s[size_t(item)], &s2[size_t(item)],
+                              v.get() + item * values});
+        }
+    }
+
+    void merge(int first_item, int items) override {
+        const Problem& problem = the_problem();
+        for (int item = 0; item < items; ++item) {
+            const int64_t at = first_item + item;
+            merge_sum(problem.m[at], problem.s[at], problem.s2[at], problem.v + at * values, 1, m[size_t(item)],
+                      s[size_t(item)], s2[size_t(item)], v.get() + item * values, values);
+        }
+    }
+};
+
+// Hands out units in order and lets each merge only after those before it that share its noisy images.
+class Queue {
+    const Plan& plan;
+    Interrupt& interrupt;
+    std::atomic<int64_t> next{0};
+    std::mutex mutex;
+    std::condition_variable turned;
+    std::vector<int> turn;  // per group of noisy images: the chunk that may merge now
+    std::exception_ptr failure;
+
+public:
+    Queue(const Plan& plan, Interrupt& interrupt)
+        : plan(plan), interrupt(interrupt), turn(size_t(plan.units() / plan.chunks), 0) {}
+
+    void work(bool calling_thread) noexcept {
+        try {
+            const FlushSubnormals flush_subnormals;
+            std::unique_ptr<Worker> worker;
+            if (plan.problem.patch_size)
+                worker = std::make_unique<WindowWorker>(plan, interrupt, calling_thread);
+            else
+                worker = std::make_unique<WholeWorker>(plan, interrupt, calling_thread);
+            for (int64_t unit; (unit = next++) < plan.units() && !interrupt.stopped(calling_thread);)
+                if (!serve(*worker, unit, calling_thread)) break;
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(mutex);
+            if (!failure) failure = std::current_exception();
+            interrupt.stop = true;
+        }
+    }
+
+    void rethrow() const {
+        if (failure) std::rethrow_exception(failure);
+    }
+
+private:
+    bool serve(Worker& worker, int64_t unit, bool calling_thread) {
+        const int group = int(unit / plan.chunks), chunk = int(unit % plan.chunks);
+        const int first = group * plan.items, items = std::min(plan.items, plan.problem.batch - first);
+        const int64_t start = chunk * plan.chunk;
+        worker.compute(first, items, start, std::min(start + plan.chunk, plan.problem.count));
+        std::unique_lock<std::mutex> lock(mutex);
+        while (!interrupt.stop && turn[size_t(group)] != chunk) {
+            turned.wait_for(lock, std::chrono::milliseconds(20));
+            lock.unlock();
+            interrupt.stopped(calling_thread);
+            lock.lock();
+        }
+        if (interrupt.stop) return false;
+        lock.unlock();
+        worker.merge(first, items);
+        lock.lock();
+        ++turn[size_t(group)];
+        turned.notify_all();
+        return true;
+    }
+};
+
+void check(const Problem& problem) {
+    const auto require = [](bool fine, const char* what) {
+        if (!fine) throw std::invalid_argument(what);
+    };
+    const int k = problem.patch_size, r = k / 2;
+    require(problem.batch > 0 && problem.channels > 0 && problem.height > 0 && problem.width > 0 && problem.count > 0,
+            "z, images: nothing may be empty");
+    require(k == 0 || (k % 2 == 1 && k < 2 * std::max(problem.height, problem.width)),
+            "patch_size: takes odd sizes below twice the image");
+    const int64_t values = int64_t(problem.batch) * problem.channels * problem.height * problem.width;
+    for (int64_t i = 0; i < values; ++i)
+        require(std::abs(problem.z[i]) <= LARGEST_PIXEL, "z: takes finite values up to 1e12");
+    for (int b = 0; b < problem.batch; ++b)
+        require(problem.sigma[b] > 0 && std::isfinite(problem.sigma[b]), "sigma: takes positive finite numbers");
+    for (const Group& group : problem.groups)
+        for (const bool is_row : {true, false}) {
+            const Axis& axis = is_row ? group.rows : group.cols;
+            const int size = is_row ? problem.height : problem.width;
+            require(axis.q0 >= 0 && axis.q0 < axis.q1 && axis.q1 <= size, "groups: queries outside the image");
+            const bool windows_inside = axis.w0 >= r && axis.w1 <= size - r;
+            require(axis.locked ? windows_inside || !problem.circular : windows_inside && axis.w0 < axis.w1,
+                    "groups: windows must lie inside the image, but for locked axes continued by zeros");
+        }
+}
+
+}  // namespace
+
+std::vector<std::string> simd_levels() {
+    int count;
+    const Level* all = levels(count);
+    std::vector<std::string> names;
+    for (int i = 0; i < count; ++i)
+        if (machine_has(all[i].name)) names.push_back(all[i].name);
+    return names;
+}
+
+bool sliding_posterior_sum(const Problem& problem, const std::string& simd, Poll poll) {
+    const Level& level = choose_level(simd);
+    check(problem);
+    const Plan plan(problem, level);
+    const int64_t affordable = problem.memory_limit / plan.bytes_per_thread();
+    if (affordable < 1)
+        throw std::invalid_argument("memory_limit: got " + std::to_string(problem.memory_limit) +
+                                    " bytes, one thread takes " + std::to_string(plan.bytes_per_thread()));
+    const int64_t threads = std::max<int64_t>(1, std::min({int64_t(problem.threads), affordable, plan.units()}));
+    Interrupt interrupt;
+    interrupt.poll = poll;
+    Queue queue(plan, interrupt);
+    std::vector<std::thread> others;
+    try {
+        for (int64_t i = 1; i < threads; ++i) others.emplace_back([&queue] { queue.work(false); });
+    } catch (const std::system_error&) {
+        // No more threads to be had: those that started serve.
+    }
+    queue.work(true);
+    for (std::thread& other : others) other.join();
+    queue.rethrow();
+    return !interrupt.stop;
+}
+
+}  // namespace patchscore
