@@ -116,9 +116,9 @@ class ScoreMachine(Denoiser):
         """The name of the engine that serves on `device`."""
         return engines.choose(self.engine, torch.device(device))[0]
 
-    def explain_choice(self, device: torch.device | str = "cpu") -> str:
-        """Which engine serves on `device`, and why not the others, a line each."""
-        return engines.explain_choice(self.engine, torch.device(device))
+    def explain_choice(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+        """Which engine serves images of `dtype` on `device`, and why not those before it, a line each."""
+        return engines.explain_choice(self.engine, torch.device(device), dtype)
 
     @torch.no_grad()
     def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
@@ -132,7 +132,7 @@ class ScoreMachine(Denoiser):
             parts.setdefault((label, self.patch_size_at(level)), []).append(item)
 
         mean, ess, pairs = torch.empty_like(z), z.new_empty(len(z), *z.shape[2:]), 0
-        name, engine = engines.choose(self.engine, z.device)
+        name, engine = engines.choose(self.engine, z.device, z.dtype)
         for (label, k), items in parts.items():
             bank = self.bank if label is None else self.bank.select(label)
             competition = self.competition(k)

@@ -70,8 +70,11 @@ class Run:
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out}: not a folder")
         out.mkdir(parents=True, exist_ok=True)
-        if not overwrite:
+        try:
             self._take_up()
+        except ValueError:
+            if not overwrite:
+                raise
 
     def sample(self, n: int, batch_size: int, device: str) -> int:
         """Makes images 0..n-1 as far as they are not there yet, then the pictures; returns how many were there."""
@@ -159,7 +162,7 @@ class Run:
                 torch.from_numpy(np.stack([self.x0[i] for i in drawn])).float(),
                 ratios,
                 [self.machine.patch_size_at(sigma) for sigma in ratios],
-                zoom=max(1, round(64 / self.machine.shape[-1])),
+                zoom=max(1, round(84 / self.machine.shape[-1])),
             )
             write_atomically(self.out / "trajectory.png", _png(picture))
 
