@@ -122,9 +122,9 @@ class ScoreMachine(Denoiser):
 
     @torch.no_grad()
     def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
-        z = _check_noisy(z, self.shape)
-        sigmas = _check_sigma(sigma, len(z))
-        classes = self._check_labels(labels, len(z))
+        z = check_noisy(z, self.shape)
+        sigmas = check_sigma(sigma, len(z))
+        classes = check_labels(labels, self.bank, len(z))
 
         # Items that share a class and a patch size are served together.
         parts: dict[tuple[int | None, int | None], list[int]] = {}
@@ -141,19 +141,6 @@ class ScoreMachine(Denoiser):
             ess[items] = total.ess[:, 0].to(z.dtype).expand(len(items), *z.shape[2:])
             pairs += len(items) * len(bank) * competition.pairs_per_image
         return Estimate(mean, torch.zeros_like(mean), ess, pairs, name)
-
-    def _check_labels(self, labels: Labels, batch: int) -> list[int | None]:
-        if labels is None or isinstance(labels, (int, str)):
-            listed: list[Any] = [labels] * batch
-        elif isinstance(labels, Tensor) and labels.is_floating_point():
-            raise TypeError(f"labels: got a tensor of {labels.dtype}, takes integers")
-        else:
-            listed = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-            if not isinstance(listed, list):
-                listed = [listed] * batch
-        if len(listed) != batch:
-            raise ValueError(f"labels: got {len(listed)} for a batch of {batch}")
-        return [None if label is None else self.bank.label_ids([label])[0] for label in listed]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.bank!r}, engine={self.engine!r})"
@@ -290,7 +277,7 @@ def _check_patch_size(patch_size: int | ScaleTable) -> int | ScaleTable:
     return patch_size
 
 
-def _check_noisy(z: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def check_noisy(z: Tensor, shape: tuple[int, int, int]) -> Tensor:
     if not isinstance(z, Tensor) or not z.is_floating_point():
         got = str(z.dtype) if isinstance(z, Tensor) else type(z).__name__
         raise TypeError(f"z: got {got}, takes a floating point tensor [B, C, H, W]")
@@ -301,7 +288,7 @@ def _check_noisy(z: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return z if z.dtype == torch.float64 else z.to(torch.float32)
 
 
-def _check_sigma(sigma: float | Tensor, batch: int) -> Tensor:
+def check_sigma(sigma: float | Tensor, batch: int) -> Tensor:
     """[B] float64 on the CPU, where patch sizes are looked up."""
     if isinstance(sigma, (bool, str, bytes)) or sigma is None:
         raise TypeError(f"sigma: got {sigma!r}, takes a number or one for each item")
@@ -313,6 +300,26 @@ def _check_sigma(sigma: float | Tensor, batch: int) -> Tensor:
     if bad:
         raise ValueError(f"sigma: got {bad[0]}, takes positive finite numbers")
     return sigmas.clone()
+
+
+def labels_per_item(labels: Labels, batch: int) -> list[int | str | None]:
+    """One label for each item, from one for all or one for each."""
+    if labels is None or isinstance(labels, (int, str)):
+        listed: list[Any] = [labels] * batch
+    elif isinstance(labels, Tensor) and labels.is_floating_point():
+        raise TypeError(f"labels: got a tensor of {labels.dtype}, takes integers")
+    else:
+        listed = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+        if not isinstance(listed, list):
+            listed = [listed] * batch
+    if len(listed) != batch:
+        raise ValueError(f"labels: got {len(listed)} for a batch of {batch}")
+    return listed
+
+
+def check_labels(labels: Labels, bank: PatchBank, batch: int) -> list[int | None]:
+    """`labels_per_item` as label numbers that occur in the bank."""
+    return [None if label is None else bank.label_ids([label])[0] for label in labels_per_item(labels, batch)]
 
 
 def _per_item(value: float | Tensor, x: Tensor, name: str) -> Tensor:
