@@ -11,10 +11,10 @@ INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 
 .PHONY: demo test lint clean
 
-# Without a compiler the engine in plain torch serves; a quarter of the images keeps that within minutes too.
+# Without a compiler the engine in plain torch serves; fewer training images keep that within minutes too.
 demo: $(VENV)/.installed
-	$(BIN)/patchscore sample fashion-mnist --size 32 --labels all --overwrite --out out \
-	    --limit $$($(BIN)/python -c 'import patchscore._native' 2>/dev/null && echo 4000 || echo 1000)
+	@limit=4000; $(BIN)/python -c 'import patchscore._native' 2>/dev/null || limit=1000; \
+	    set -x; $(BIN)/patchscore sample fashion-mnist --labels all --limit $$limit --overwrite --out out
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
