@@ -299,7 +299,8 @@ def check_sigma(sigma: float | Tensor, batch: int) -> Tensor:
     bad = [value for value in sigmas.tolist() if not (value > 0 and math.isfinite(value))]
     if bad:
         raise ValueError(f"sigma: got {bad[0]}, takes positive finite numbers")
-    return sigmas.clone()
+    # Below this the nearest window has all the weight, and squares would underflow.
+    return sigmas.clamp(min=1e-9)
 
 
 def labels_per_item(labels: Labels, batch: int) -> list[int | str | None]:

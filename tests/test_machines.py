@@ -267,6 +267,22 @@ def test_labels_need_a_bank_that_has_them(bank):
         ps.IdealScore(unlabelled).denoise(noisy(bank, 1.0), 1.0, labels=0)
 
 
+@given(
+    exponent=st.floats(-300, 6),
+    name=st.sampled_from(MACHINES),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    engine=st.sampled_from(["auto", "reference"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_sigma_gives_nan(exponent, name, dtype, engine):
+    bank = ps.PatchBank(smooth_images(5, 1, 6, 7))
+    sigma = 10.0**exponent
+    estimate = machine_named(name, bank, 3, engine=engine).estimate(noisy(bank, sigma, 2).to(dtype), sigma)
+    assert torch.isfinite(estimate.mean).all()
+    assert (estimate.mean.abs() <= 1 + 1e-5).all()
+    assert (estimate.ess >= 1 - 1e-4).all()
+
+
 @pytest.mark.parametrize("name", MACHINES)
 def test_equal_windows_and_one_image_never_give_nan(name):
     flat = ps.PatchBank(torch.full((1, 1, 6, 6), 128, dtype=torch.uint8))
