@@ -1,6 +1,8 @@
 """patchscore: the score of a diffusion model that has no network, from nothing but training patches."""
 
 from .bank import PatchBank
+from .gaussian import GaussianScore
+from .guidance import Guided, Switch
 from .machines import Denoiser, EquivariantLocalScore, Estimate, IdealScore, LocalScore
 from .noise import Schedule, get_schedule
 from .posterior import PosteriorSum, merge
@@ -12,6 +14,8 @@ __all__ = [
     "Denoiser",
     "EquivariantLocalScore",
     "Estimate",
+    "GaussianScore",
+    "Guided",
     "IdealScore",
     "LocalScore",
     "PatchBank",
@@ -19,6 +23,7 @@ __all__ = [
     "ScaleTable",
     "Schedule",
     "Step",
+    "Switch",
     "__version__",
     "get_schedule",
     "merge",

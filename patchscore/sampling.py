@@ -7,8 +7,9 @@ method on it, and a sampler is a few lines.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -17,11 +18,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .gaussian import GaussianScore
 from .machines import Denoiser, Labels
 from .noise import Schedule, get_schedule
 
 Denoise = Callable[[Tensor, float], Tensor]
 """denoise(z, sigma) -> x0, with the labels already bound."""
+
+Begin = Callable[[Tensor, Labels], Tensor]
+"""begin(noise, labels) -> z at the first level."""
 
 DEFAULT_BATCH = 16
 
@@ -105,6 +110,9 @@ def sample(
     batch_size: int = DEFAULT_BATCH,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    gaussian_until: float | None = None,
+    sigma_max: float | None = None,
+    gaussian: GaussianScore | None = None,
     callback: Callable[[Step], None] | None = None,
     progress: bool = True,
 ) -> Tensor:
@@ -126,6 +134,12 @@ def sample(
         batch_size: images denoised together.
         device: where the denoising happens.
         dtype: torch.float32 or torch.float64.
+        gaussian_until: jump from the start to the schedule's first level at or below this sigma in one step, by the
+            probability flow of the bank's Gaussian, and sample from there on; None walks every level.
+        sigma_max: leave out the schedule's levels above this sigma and start from the Gaussian's own marginal at the
+            first that is left, instead of white noise.
+        gaussian: the Gaussian of these two; None takes that of the denoiser's bank (give it where that is large, or
+            where many calls share it). Each image has that of its class.
         callback: called with a `Step` after each denoising step of each batch.
         progress: show a bar on stderr once it has taken two seconds.
 
@@ -146,7 +160,7 @@ def sample(
         raise ValueError(f"sampler: got {sampler!r}, takes {', '.join(map(repr, SAMPLERS))}")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype: got {dtype}, takes torch.float32 or torch.float64")
-    levels = get_schedule(schedule, steps)
+    levels, begin = _beginning(denoiser, get_schedule(schedule, steps), sigma_max, gaussian_until, gaussian)
     images = range(first, first + n)
     listed = labels_in_turn(labels, images)
     device = torch.device(device)
@@ -157,7 +171,7 @@ def sample(
             batch = images[start : start + batch_size]
             batch_labels = None if listed is None else listed[start : start + batch_size]
             done.append(
-                _sample_batch(denoiser, batch, levels, sampler, batch_labels, seed, device, dtype, callback, bar)
+                _sample_batch(denoiser, batch, levels, begin, sampler, batch_labels, seed, device, dtype, callback, bar)
             )
     return torch.cat(done)
 
@@ -166,6 +180,7 @@ def _sample_batch(
     denoiser: Denoiser,
     images: range,
     levels: Schedule,
+    begin: Begin,
     sampler: str,
     labels: list[int | str | None] | None,
     seed: int,
@@ -191,8 +206,57 @@ def _sample_batch(
             alpha = alphas[index]
             callback(Step(index, len(levels), alpha, sigmas[index], alpha * z, x0, images))
 
-    z = levels.start_std / alphas[0] * noise()
+    z = begin(noise(), labels)
     return SAMPLERS[sampler](denoise, z, ratios, noise, on_step).clamp(-1, 1)
+
+
+def _beginning(
+    denoiser: Denoiser,
+    levels: Schedule,
+    sigma_max: float | None,
+    gaussian_until: float | None,
+    gaussian: GaussianScore | None,
+) -> tuple[Schedule, Begin]:
+    """The levels that are left to walk, and how white noise comes to the first of them."""
+    scale, ratios = levels.start_std / levels.alphas[0].item(), levels.ratios.tolist()
+    if sigma_max is None and gaussian_until is None:
+        return levels, lambda noise, labels: scale * noise
+
+    known = _check_gaussian(gaussian, denoiser)
+    first = 0 if sigma_max is None else _first_level(ratios, sigma_max, "sigma_max")
+    landing = first if gaussian_until is None else max(first, _first_level(ratios, gaussian_until, "gaussian_until"))
+
+    def begin(noise: Tensor, labels: Labels) -> Tensor:
+        z = scale * noise if sigma_max is None else known.marginal(noise, ratios[first], labels)
+        return z if landing == first else known.flow(z, ratios[first], ratios[landing], labels)
+
+    return replace(levels, alphas=levels.alphas[landing:], sigmas=levels.sigmas[landing:]), begin
+
+
+def _first_level(ratios: list[float], sigma: float, name: str) -> int:
+    """The first level at or below sigma; a level that is sigma up to rounding counts."""
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
+        raise TypeError(f"{name}: got {sigma!r}, takes a number or None")
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"{name}: got {sigma}, takes a positive number")
+    at = next(i for i, ratio in enumerate(ratios) if ratio <= sigma * (1 + 1e-9))
+    if at == len(ratios) - 1:
+        raise ValueError(f"{name}: got {sigma}, below the schedule's last noise level {ratios[-2]:.6g}")
+    return at
+
+
+def _check_gaussian(gaussian: GaussianScore | None, denoiser: Denoiser) -> GaussianScore:
+    if gaussian is None:
+        bank = getattr(denoiser, "bank", None)
+        if bank is None:
+            raise ValueError(f"gaussian: {type(denoiser).__name__} has no bank to take it from, give a GaussianScore")
+        return GaussianScore(bank)
+    if not isinstance(gaussian, GaussianScore):
+        raise TypeError(f"gaussian: got {type(gaussian).__name__}, takes a GaussianScore")
+    if tuple(gaussian.shape) != tuple(denoiser.shape):
+        of, takes = (" x ".join(map(str, shape)) for shape in (gaussian.shape, denoiser.shape))
+        raise ValueError(f"gaussian: of {of} images, the denoiser's are {takes}")
+    return gaussian
 
 
 def image_generator(seed: int, image: int) -> torch.Generator:

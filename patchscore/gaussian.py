@@ -1,0 +1,248 @@
+"""GaussianScore: the optimal denoiser of a Gaussian with the bank's mean and covariance, in closed form.
+
+With mu and Sigma = U diag(lambda) U^T the mean and covariance of the training images, everything is diagonal in U: the
+posterior mean, the probability flow from one noise level to another, and the marginal at any level. At high noise every
+score of the bank looks like this one (Wang & Vastola, "The unreasonable effectiveness of Gaussian score approximation
+for diffusion models and its applications", 2024), so that a sampler may start with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .bank import PatchBank
+from .machines import DEFAULT_MEMORY_LIMIT, Denoiser, Estimate, Labels, check_labels, check_noisy, check_sigma
+from .posterior import accumulator_dtype
+
+RELATIVE_NULL = 1e-12
+"""Variances below this share of the largest are rounding, and count as 0."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Mean and principal axes of n images of d = C H W pixels.
+
+    mean: [d] mu;  basis: [d, r] U, orthonormal columns;  variances: [r] lambda, descending. Outside U it is 0.
+    """
+
+    n: int
+    mean: Tensor
+    basis: Tensor
+    variances: Tensor
+
+    def to(self, device: torch.device) -> Axes:
+        dtype = accumulator_dtype(device)
+        mean, basis, variances = (x.to(device, dtype) for x in (self.mean, self.basis, self.variances))
+        return Axes(self.n, mean, basis, variances)
+
+
+class GaussianScore(Denoiser):
+    """The optimal denoiser for images drawn from N(mu, Sigma), mu and Sigma the bank's mean and covariance (over N).
+
+        D(z) = mu + U diag(lambda / (lambda + sigma^2)) U^T (z - mu)
+
+    With labels, mu and Sigma are those of the class; each class is decomposed once, when it is first asked for.
+    Arithmetic is float64 wherever the device has it.
+
+    `estimate` has stderr 0 and pairs 0 (no window is visited). D(z) is a sum of the training images with weights
+    w_n = (1 + (x_n - mu)^T a) / N where a = (Sigma + sigma^2)^-1 (z - mu), and ess is their effective number
+    (sum w)^2 / sum w^2 = N / (1 + a^T Sigma a), one for all pixels.
+
+    Args:
+        bank: the training images.
+        rank: keep so many leading principal axes (by a randomized SVD, streaming over the bank) and treat the images as
+            constant along all others; None keeps all.
+        memory_limit: bytes that a decomposition may take.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of its range. When a class is first decomposed,
+            ValueError if that takes more than `memory_limit`, naming both.
+    """
+
+    def __init__(self, bank: PatchBank, rank: int | None = None, memory_limit: int = DEFAULT_MEMORY_LIMIT):
+        if not isinstance(bank, PatchBank):
+            raise TypeError(f"bank: got {type(bank).__name__}, takes a PatchBank")
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
+            raise TypeError(f"rank: got {rank!r}, takes an integer or None")
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank: got {rank}, takes an integer from 1")
+        if isinstance(memory_limit, bool) or not isinstance(memory_limit, int):
+            raise TypeError(f"memory_limit: got {memory_limit!r}, takes a number of bytes")
+        if memory_limit <= 0:
+            raise ValueError(f"memory_limit: got {memory_limit}, takes a positive number of bytes")
+        self.bank = bank
+        self.shape = bank.shape
+        self.rank = rank
+        self.memory_limit = memory_limit
+        self._axes: dict[int | None, Axes] = {}
+
+    def axes(self, label: int | str | None = None, device: torch.device | str = "cpu") -> Axes:
+        """Mean and principal axes of a class, or of the whole bank for None."""
+        (known,) = check_labels([label], self.bank, 1)
+        axes = self._axes.get(known)
+        if axes is None:
+            bank = self.bank if known is None else self.bank.select(known)
+            axes = principal_axes(bank, self.rank, self.memory_limit)
+        if axes.mean.device != torch.device(device):
+            axes = axes.to(torch.device(device))
+        self._axes[known] = axes
+        return axes
+
+    @torch.no_grad()
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
+        z = check_noisy(z, self.shape)
+        sigmas = check_sigma(sigma, len(z))
+        mean, ess = torch.empty_like(z), z.new_empty(len(z), *z.shape[2:])
+        for label, items in self._by_class(labels, len(z)):
+            axes = self.axes(label, z.device)
+            noise_variance = sigmas[items, None].to(axes.mean) ** 2
+            c = (z[items].flatten(1).to(axes.mean) - axes.mean) @ axes.basis  # [b, r] coordinates along U
+            total = axes.variances + noise_variance
+            mean[items] = (axes.mean + (c * axes.variances / total) @ axes.basis.T).view(-1, *self.shape).to(z.dtype)
+            spread = (axes.variances * (c / total) ** 2).sum(1)  # a^T Sigma a
+            ess[items] = (axes.n / (1 + spread)).to(z.dtype)[:, None, None].expand(-1, *z.shape[2:])
+        return Estimate(mean, torch.zeros_like(mean), ess, 0, "closed-form")
+
+    @torch.no_grad()
+    def flow(self, z: Tensor, sigma_from: float | Tensor, sigma_to: float | Tensor, labels: Labels = None) -> Tensor:
+        """The probability-flow ODE dz/dsigma = (z - D(z)) / sigma, solved exactly from one noise level to another.
+
+            z_b = mu + U diag(sqrt((lambda + sigma_b^2) / (lambda + sigma_a^2))) U^T (z_a - mu)
+
+        and outside U, where lambda = 0, z_b - mu shrinks by sigma_b / sigma_a. Wang & Vastola 2024, section 4.
+
+        Args:
+            z: [B, C, H, W] at sigma_from.
+            sigma_from, sigma_to: noise levels, numbers or [B]; either may be the larger.
+            labels: as in `denoise`.
+
+        Returns:
+            [B, C, H, W] at sigma_to, float64 if z is, else float32.
+        """
+        z = check_noisy(z, self.shape)
+        start, end = check_sigma(sigma_from, len(z)), check_sigma(sigma_to, len(z))
+        moved = torch.empty_like(z)
+        for label, items in self._by_class(labels, len(z)):
+            axes = self.axes(label, z.device)
+            a, b = (level[items, None].to(axes.mean) for level in (start, end))
+            gain = ((axes.variances + b**2) / (axes.variances + a**2)).sqrt()
+            offset = z[items].flatten(1).to(axes.mean) - axes.mean
+            moved[items] = self._stretch(axes, offset, gain, outside=b / a).to(z.dtype)
+        return moved
+
+    @torch.no_grad()
+    def marginal(self, noise: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
+        """White noise as a draw from the marginal at a noise level: mu + (Sigma + sigma^2)^(1/2) noise.
+
+        It is where the probability flow arrives from z = sigma' noise at sigma' -> infinity.
+
+        Args:
+            noise: [B, C, H, W] white noise of variance 1.
+            sigma: noise level, a number or [B].
+            labels: as in `denoise`.
+        """
+        noise = check_noisy(noise, self.shape)
+        sigmas = check_sigma(sigma, len(noise))
+        drawn = torch.empty_like(noise)
+        for label, items in self._by_class(labels, len(noise)):
+            axes = self.axes(label, noise.device)
+            level = sigmas[items, None].to(axes.mean)
+            gain = (axes.variances + level**2).sqrt()
+            drawn[items] = self._stretch(axes, noise[items].flatten(1).to(axes.mean), gain, outside=level).to(
+                noise.dtype
+            )
+        return drawn
+
+    def _stretch(self, axes: Axes, offset: Tensor, gain: Tensor, outside: Tensor) -> Tensor:
+        """mu + U diag(gain) U^T offset + outside (1 - U U^T) offset."""
+        stretched = axes.mean + outside * offset + (offset @ axes.basis * (gain - outside)) @ axes.basis.T
+        return stretched.view(-1, *self.shape)
+
+    def _by_class(self, labels: Labels, batch: int) -> list[tuple[int | None, list[int]]]:
+        parts: dict[int | None, list[int]] = {}
+        for item, label in enumerate(check_labels(labels, self.bank, batch)):
+            parts.setdefault(label, []).append(item)
+        return list(parts.items())
+
+    def __repr__(self) -> str:
+        return f"GaussianScore({self.bank!r}, rank={self.rank})"
+
+
+def principal_axes(bank: PatchBank, rank: int | None = None, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> Axes:
+    """Mean, principal axes and variances of a bank, in float64 on the CPU.
+
+    All of them from the covariance [d, d] or, where there are fewer images than pixels, from the images' products
+    [n, n]; the leading `rank` of many by a randomized SVD that never holds more than [d, rank].
+
+    Raises:
+        ValueError: it takes more than `memory_limit` bytes.
+    """
+    n, d = len(bank), bank.images[0].numel()
+    mean = sum(_centred(bank, start, stop, 0).sum(0) for start, stop in _chunks(n, d)) / n
+    assert isinstance(mean, Tensor)
+    if rank is not None and rank + OVERSAMPLING < min(n, d):
+        _check_memory(bank, f"rank={rank}", 8 * 4 * d * (rank + OVERSAMPLING), memory_limit)
+        basis, variances = _randomized(bank, mean, rank)
+    elif n <= d:
+        _check_memory(bank, f"all {n} images", 8 * (4 * n * n + 2 * n * d), memory_limit)
+        centred = _centred(bank, 0, n, mean)
+        variances, weights = torch.linalg.eigh(centred @ centred.T / n)
+        kept = variances > RELATIVE_NULL * variances[-1]
+        variances = variances[kept]
+        basis = centred.T @ (weights[:, kept] / (n * variances).sqrt())
+    else:
+        _check_memory(bank, f"all {d} pixels", 8 * 4 * d * d, memory_limit)
+        covariance = torch.zeros(d, d, dtype=torch.float64)
+        for start, stop in _chunks(n, d):
+            centred = _centred(bank, start, stop, mean)
+            covariance.addmm_(centred.T, centred, alpha=1 / n)
+        variances, basis = torch.linalg.eigh(covariance)
+        kept = variances > RELATIVE_NULL * variances[-1]
+        variances, basis = variances[kept], basis[:, kept]
+    leading = slice(None) if rank is None else slice(rank)
+    return Axes(n, mean, basis.flip(1)[:, leading].contiguous(), variances.flip(0)[leading])
+
+
+OVERSAMPLING = 16
+POWER_ITERATIONS = 8
+
+
+def _randomized(bank: PatchBank, mean: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Leading axes by subspace iteration on a random start (Halko et al. 2011, algorithms 4.4 and 5.3), ascending."""
+    start = torch.randn(len(mean), rank + OVERSAMPLING, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis = torch.linalg.qr(start).Q
+    for _ in range(POWER_ITERATIONS):
+        basis = torch.linalg.qr(_covariance_times(bank, mean, basis)).Q
+    # Rayleigh-Ritz: the covariance within the subspace, diagonalised.
+    variances, turn = torch.linalg.eigh(basis.T @ _covariance_times(bank, mean, basis))
+    return basis @ turn, variances.clamp(min=0)
+
+
+def _covariance_times(bank: PatchBank, mean: Tensor, basis: Tensor) -> Tensor:
+    product = torch.zeros_like(basis)
+    for start, stop in _chunks(len(bank), len(mean)):
+        centred = _centred(bank, start, stop, mean)
+        product.addmm_(centred.T, centred @ basis, alpha=1 / len(bank))
+    return product
+
+
+def _chunks(n: int, d: int) -> list[tuple[int, int]]:
+    """Ranges of images that take 64 MiB in float64."""
+    step = max(1, (64 << 20) // (8 * d))
+    return [(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def _centred(bank: PatchBank, start: int, stop: int, mean: Tensor | int) -> Tensor:
+    """[stop - start, d] images minus their mean."""
+    return bank.chunk(start, stop, torch.float64, "cpu").flatten(1) - mean
+
+
+def _check_memory(bank: PatchBank, what: str, needed: int, memory_limit: int) -> None:
+    if needed > memory_limit:
+        raise ValueError(
+            f"memory_limit: principal axes of {bank!r} for {what} take {needed / 2**30:.2g} GiB, the limit is "
+            f"{memory_limit / 2**30:.2g} GiB; give a smaller rank, or more memory"
+        )

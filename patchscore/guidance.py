@@ -1,0 +1,168 @@
+"""Denoisers made of denoisers: classifier-free guidance, and a switch by noise level.
+
+Both are denoisers themselves, so that every sampler and adapter takes them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .machines import Denoiser, Estimate, Labels, check_noisy, check_sigma, labels_per_item
+
+
+class Guided(Denoiser):
+    """Classifier-free guidance: D = D_uncond + scale (D_cond - D_uncond) (Ho & Salimans 2022, equation 6).
+
+    scale 0 is `uncond`, 1 is `cond`, and beyond 1 the step from one to the other is extended; values may then leave
+    [-1, 1]. Each call is one call of `cond` with the labels and one of `uncond` without; an item whose label is None is
+    not conditioned, and so not guided. Both may be the same machine: `Guided(els, els, 2.0)`.
+
+    `estimate`: stderr is a bound, |scale| stderr_cond + |1 - scale| stderr_uncond; ess is the smaller of the two; pairs
+    add up.
+
+    Args:
+        cond, uncond: denoisers of images of one shape.
+        scale: guidance scale, any finite number.
+
+    Raises:
+        TypeError: not a denoiser, or a scale that is not a number.
+        ValueError: denoisers of different shapes, a scale that is not finite.
+    """
+
+    def __init__(self, cond: Denoiser, uncond: Denoiser, scale: float):
+        for name, denoiser in (("cond", cond), ("uncond", uncond)):
+            _check_denoiser(name, denoiser)
+        if tuple(cond.shape) != tuple(uncond.shape):
+            raise ValueError(f"cond, uncond: got denoisers of {_size(cond)} and of {_size(uncond)} images")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"scale: got {scale!r}, takes a number")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale: got {scale}, takes a finite number")
+        self.cond = cond
+        self.uncond = uncond
+        self.scale = scale
+        self.shape = cond.shape
+        self.bank = getattr(cond, "bank", None)
+
+    def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
+        return self._extend(self.cond.denoise(z, sigma, labels), self.uncond.denoise(z, sigma))
+
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
+        cond, uncond = self.cond.estimate(z, sigma, labels), self.uncond.estimate(z, sigma)
+        return Estimate(
+            mean=self._extend(cond.mean, uncond.mean),
+            stderr=abs(self.scale) * cond.stderr + abs(1 - self.scale) * uncond.stderr,
+            ess=torch.minimum(cond.ess, uncond.ess),
+            pairs=cond.pairs + uncond.pairs,
+            engine=_joined([cond.engine, uncond.engine]),
+        )
+
+    def _extend(self, cond: Tensor, uncond: Tensor) -> Tensor:
+        return uncond + self.scale * (cond - uncond)
+
+    def __repr__(self) -> str:
+        return f"Guided({self.cond!r}, {self.uncond!r}, scale={self.scale})"
+
+
+class Switch(Denoiser):
+    """One denoiser after another, by noise level: each serves up to its sigma_max, and above the one before it.
+
+    `Switch([(2.0, els), (math.inf, GaussianScore(bank))])` is `els` at sigma <= 2 and the Gaussian above. Items of a
+    batch are sent where their own sigma belongs, one call for each denoiser that is needed.
+
+    Args:
+        parts: (sigma_max, denoiser) pairs with ascending sigma_max; the last may be inf.
+
+    Raises:
+        TypeError: not such pairs.
+        ValueError: no part, sigma_max not positive and ascending, denoisers of different shapes; when denoising, a
+            sigma above the last sigma_max.
+    """
+
+    def __init__(self, parts: Sequence[tuple[float, Denoiser]]):
+        self.parts = [_check_part(part) for part in parts]
+        if not self.parts:
+            raise ValueError("parts: got none, takes one or more (sigma_max, denoiser)")
+        limits = [limit for limit, _ in self.parts]
+        if not all(limit > 0 for limit in limits) or limits != sorted(set(limits)):
+            raise ValueError(f"parts: got sigma_max {limits}, takes positive, strictly ascending numbers")
+        first = self.parts[0][1]
+        for _, denoiser in self.parts:
+            if tuple(denoiser.shape) != tuple(first.shape):
+                raise ValueError(f"parts: got denoisers of {_size(first)} and of {_size(denoiser)} images")
+        self.shape = first.shape
+        self.bank = getattr(first, "bank", None)
+
+    def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
+        served = [
+            (items, denoiser.denoise(z[items], level, part_labels))
+            for denoiser, items, level, part_labels in self._split(z, sigma, labels)
+        ]
+        return _assembled(served, len(z))
+
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
+        served = [
+            (items, denoiser.estimate(z[items], level, part_labels))
+            for denoiser, items, level, part_labels in self._split(z, sigma, labels)
+        ]
+        return Estimate(
+            mean=_assembled([(items, part.mean) for items, part in served], len(z)),
+            stderr=_assembled([(items, part.stderr) for items, part in served], len(z)),
+            ess=_assembled([(items, part.ess) for items, part in served], len(z)),
+            pairs=sum(part.pairs for _, part in served),
+            engine=_joined([part.engine for _, part in served]),
+        )
+
+    def _split(
+        self, z: Tensor, sigma: float | Tensor, labels: Labels
+    ) -> Iterator[tuple[Denoiser, list[int], Tensor, list[int | str | None]]]:
+        """The denoisers that are needed, each with its items, their noise levels and their labels."""
+        z = check_noisy(z, self.shape)
+        sigmas = check_sigma(sigma, len(z))
+        listed = labels_per_item(labels, len(z))
+        limits = [limit for limit, _ in self.parts]
+        serving = [bisect.bisect_left(limits, level) for level in sigmas.tolist()]
+        if max(serving, default=0) == len(limits):
+            raise ValueError(f"sigma: got {sigmas.max():.6g}, above the last sigma_max {limits[-1]:g}")
+        for part in sorted(set(serving)):
+            items = [item for item, number in enumerate(serving) if number == part]
+            yield self.parts[part][1], items, sigmas[items], [listed[item] for item in items]
+
+    def __repr__(self) -> str:
+        return f"Switch({', '.join(f'up to {limit:g}: {denoiser!r}' for limit, denoiser in self.parts)})"
+
+
+def _assembled(served: list[tuple[list[int], Tensor]], batch: int) -> Tensor:
+    """[B, ...] from parts that each hold some of the items."""
+    whole = served[0][1].new_empty(batch, *served[0][1].shape[1:])
+    for items, part in served:
+        whole[items] = part
+    return whole
+
+
+def _joined(engines: Sequence[str]) -> str:
+    return " + ".join(dict.fromkeys(engines))
+
+
+def _check_denoiser(name: str, denoiser: Denoiser) -> None:
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(f"{name}: got {type(denoiser).__name__}, takes a denoiser")
+
+
+def _check_part(part: tuple[float, Denoiser]) -> tuple[float, Denoiser]:
+    try:
+        limit, denoiser = part
+        limit = float(limit)
+    except (TypeError, ValueError):
+        raise TypeError(f"parts: got {part!r}, takes (sigma_max, denoiser) pairs") from None
+    _check_denoiser("parts", denoiser)
+    return limit, denoiser
+
+
+def _size(denoiser: Denoiser) -> str:
+    return " x ".join(map(str, denoiser.shape))
