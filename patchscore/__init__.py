@@ -1,6 +1,7 @@
 """patchscore: the score of a diffusion model that has no network, from nothing but training patches."""
 
 from .bank import PatchBank
+from .classification import Classification, classify
 from .gaussian import GaussianScore
 from .guidance import Guided, Switch
 from .machines import Denoiser, EquivariantLocalScore, Estimate, IdealScore, LocalScore
@@ -11,6 +12,7 @@ from .scales import ScaleTable
 from .version import __version__
 
 __all__ = [
+    "Classification",
     "Denoiser",
     "EquivariantLocalScore",
     "Estimate",
@@ -25,6 +27,7 @@ __all__ = [
     "Step",
     "Switch",
     "__version__",
+    "classify",
     "get_schedule",
     "merge",
     "sample",

@@ -277,14 +277,15 @@ def _check_patch_size(patch_size: int | ScaleTable) -> int | ScaleTable:
     return patch_size
 
 
-def check_noisy(z: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def check_noisy(z: Tensor, shape: tuple[int, int, int], name: str = "z") -> Tensor:
     if not isinstance(z, Tensor) or not z.is_floating_point():
         got = str(z.dtype) if isinstance(z, Tensor) else type(z).__name__
-        raise TypeError(f"z: got {got}, takes a floating point tensor [B, C, H, W]")
+        raise TypeError(f"{name}: got {got}, takes a floating point tensor [B, C, H, W]")
     if z.ndim != 4 or tuple(z.shape[1:]) != shape:
-        raise ValueError(f"z: got shape {list(z.shape)}, takes [B, {shape[0]}, {shape[1]}, {shape[2]}] as the bank's")
+        takes = f"[B, {shape[0]}, {shape[1]}, {shape[2]}]"
+        raise ValueError(f"{name}: got shape {list(z.shape)}, takes {takes} as the bank's")
     if not torch.isfinite(z).all():
-        raise ValueError("z: NaN or infinite pixels")
+        raise ValueError(f"{name}: NaN or infinite pixels")
     return z if z.dtype == torch.float64 else z.to(torch.float32)
 
 
