@@ -1,0 +1,71 @@
+"""A denoiser for k-diffusion's samplers and for EDM's: both call `denoiser(x, sigma, ...)` with x = x_0 + sigma eps.
+
+That is this package's own convention, so the adapter only translates labels and answers the questions that EDM's
+sampler asks a network.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..machines import Denoiser
+from .module import DenoiserModule
+
+
+class PatchScoreDenoiser(DenoiserModule):
+    """A denoiser as k-diffusion's `model(x, sigma, **extra_args)` and as EDM's `net(x, sigma, class_labels)`.
+
+        K.sampling.sample_heun(PatchScoreDenoiser(machine), x, sigmas, extra_args={"class_labels": labels})
+
+    Crowson, k-diffusion; Karras et al. 2022 (EDM), whose attributes it has: `sigma_min`, `sigma_max`, `round_sigma`,
+    `img_resolution`, `img_channels`, `label_dim`. EDM's one-hot labels count the bank's classes in ascending order.
+
+    EDM's sampler hands out float64 images and lets its networks compute in float32; so does this, unless `.to(
+    torch.float64)` says otherwise.
+
+    Args:
+        machine: the denoiser.
+        sigma_min, sigma_max: the levels between which EDM's sampler may ask.
+
+    Raises:
+        TypeError: not a denoiser.
+        ValueError: not 0 < sigma_min < sigma_max.
+    """
+
+    def __init__(self, machine: Denoiser, sigma_min: float = 0.002, sigma_max: float = 80.0):
+        super().__init__(machine)
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"sigma_min, sigma_max: got {sigma_min} and {sigma_max}, takes 0 < sigma_min < sigma_max")
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        self.img_channels, height, width = machine.shape
+        self.img_resolution = height if height == width else (height, width)
+        self.label_dim = len(self.classes)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, sigma: float | Tensor, class_labels: Any = None, class_cond: Any = None) -> Tensor:
+        """D(x; sigma): [B, C, H, W] in x's dtype.
+
+        Args:
+            x: [B, C, H, W] noisy images x_0 + sigma eps.
+            sigma: noise level, a number or [B] (or [B, 1, 1, 1], as in EDM).
+            class_labels: labels or names, one for all or [B] (None among them means every class), or one-hot rows
+                [B, label_dim], where a row of zeros means every class.
+            class_cond: k-diffusion's name for the same.
+
+        Raises:
+            ValueError: images unlike the bank's, bad noise levels, an unknown label, labels under both names.
+        """
+        self.check_images(x, "x")
+        if class_labels is not None and class_cond is not None:
+            raise ValueError("class_labels, class_cond: got both, takes one")
+        labels = self.labels_from(class_labels if class_cond is None else class_cond)
+        level = sigma.flatten() if isinstance(sigma, Tensor) else sigma
+        return self.denoiser.denoise(x.to(self.compute_dtype), level, labels).to(x.dtype)
+
+    def round_sigma(self, sigma: float | Tensor) -> Tensor:
+        """Every noise level is served as it is."""
+        return torch.as_tensor(sigma)

@@ -1,0 +1,70 @@
+"""DenoiserModule: a denoiser where a network is expected.
+
+Libraries ask a network where it lies and in what precision it computes, and move it; so an adapter is a torch module
+that holds nothing but an empty buffer, which goes where it is sent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..machines import Denoiser, Labels
+
+
+class DenoiserModule(nn.Module):
+    """What the adapters share.
+
+    `.to(dtype)` sets the precision of the arithmetic, as for a network: float32 unless it is float64 (which the exact
+    engines serve more slowly). Answers have the dtype of the noisy images.
+    """
+
+    _placement: Tensor
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__()
+        if not isinstance(denoiser, Denoiser):
+            raise TypeError(f"denoiser: got {type(denoiser).__name__}, takes a machine or another denoiser")
+        self.denoiser = denoiser
+        self.register_buffer("_placement", torch.empty(0), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self._placement.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._placement.dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """The labels of the bank behind the denoiser; empty where there are none."""
+        return tuple(getattr(getattr(self.denoiser, "bank", None), "classes", ()))
+
+    def check_images(self, x: Any, name: str) -> None:
+        """ValueError, naming both sides, unless x is [B, C, H, W] as the bank's images are."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name}: got {got}, takes a floating point tensor [B, C, H, W]")
+        if x.ndim != 4 or tuple(x.shape[1:]) != tuple(self.denoiser.shape):
+            has = " x ".join(map(str, self.denoiser.shape))
+            raise ValueError(f"{name}: the sampler gives {list(x.shape)}, the denoiser's bank has {has} images")
+
+    def labels_from(self, class_labels: Any) -> Labels:
+        """Labels, or one-hot rows [B, number of classes] over `classes`; a row of zeros means every class."""
+        if not (isinstance(class_labels, Tensor) and class_labels.ndim == 2):
+            return class_labels
+        rows = class_labels.detach().cpu()
+        if rows.shape[1] != len(self.classes):
+            raise ValueError(
+                f"class_labels: got one-hot rows over {rows.shape[1]} classes, the bank has {len(self.classes)}"
+            )
+        if not (((rows == 0) | (rows == 1)).all() and (rows.sum(1) <= 1).all()):
+            raise ValueError("class_labels: got rows that are not one-hot, takes a single 1 or all zeros")
+        return [self.classes[int(row.argmax())] if row.any() else None for row in rows]
