@@ -1,0 +1,16 @@
+"""Classifier-free guidance, one row a scale, one column a class: python examples/guidance.py out.png"""
+
+import sys
+
+import torch
+
+import patchscore as ps
+from patchscore import plots
+
+bank = ps.PatchBank.open("fashion-mnist", limit=100)
+machine = ps.EquivariantLocalScore(bank, ps.ScaleTable.published("fashionmnist-resnet-zeros"))
+rows = [
+    ps.sample(ps.Guided(machine, machine, scale), n=4, steps=10, labels=["trouser", "dress", "sneaker", "bag"])
+    for scale in (0.0, 1.0, 2.0, 4.0)
+]
+plots.grid(torch.cat(rows), columns=4).save(sys.argv[1])

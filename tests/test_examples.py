@@ -1,0 +1,54 @@
+"""Every example runs as it stands, and does what its first line says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name, *arguments):
+    # One after another on few cores: more threads than these only get in each other's way.
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_diffusers_pipeline_in_fifteen_lines(tmp_path):
+    pytest.importorskip("diffusers.pipelines.ddim.pipeline_ddim", reason="diffusers cannot be imported")
+    run("diffusers_pipeline.py", tmp_path / "out.png")
+    picture = Image.open(tmp_path / "out.png")
+    assert picture.size == (56, 28)
+    assert len(set(picture.convert("L").getdata())) > 20
+    code = (EXAMPLES / "diffusers_pipeline.py").read_text().split('"""')[2]
+    assert len([line for line in code.splitlines() if line]) <= 15
+
+
+def test_guidance_draws_its_grid(tmp_path):
+    run("guidance.py", tmp_path / "out.png")
+    assert Image.open(tmp_path / "out.png").size == (4 * 30 * 3 + 6, 4 * 30 * 3 + 6)
+
+
+def test_classification_is_mostly_right():
+    *lines, verdict = run("classification.py").splitlines()
+    assert len(lines) == 20
+    assert int(verdict.split()[0]) >= 12  # chance is 2
+
+
+def test_engines_agree():
+    *lines, _choice = run("engines.py").splitlines()
+    worst = [float(line.split("worst pixel ")[1].split()[0]) for line in lines if "worst pixel" in line]
+    assert len(worst) >= 2
+    assert max(worst) < 1e-3
+
+
+def test_every_example_is_run_here():
+    tests = Path(__file__).read_text()
+    for example in EXAMPLES.glob("*.py"):
+        assert f'"{example.name}"' in tests
