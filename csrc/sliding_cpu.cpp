@@ -21,15 +21,23 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for a mistake.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 #define PS_INLINE static inline __attribute__((always_inline))
 #define PS_LAMBDA __attribute__((always_inline))
+#define PS_RARELY(condition) __builtin_expect(condition, 0)
 #define PS_COLD static __attribute__((noinline, cold))
 #if defined(__clang__)
 #define PS_UNROLL _Pragma("unroll")
 #else
 #define PS_UNROLL _Pragma("GCC unroll 8")
 #endif
+
+// One operation on each of a few independent vectors: written next to each other, their latencies overlap.
+#define PS_EACH(count) PS_UNROLL for (int i = 0; i < (count); ++i)
 
 namespace patchscore {
 
@@ -51,36 +59,24 @@ namespace patchscore {
 namespace avx512 {
 using F = __m512;
 constexpr int LANES = 16;
-PS_EXP2_COEFFICIENTS
 PS_INLINE F load(const float* at) { return _mm512_load_ps(at); }
 PS_INLINE void store(float* at, F x) { _mm512_store_ps(at, x); }
 PS_INLINE F broadcast(float x) { return _mm512_set1_ps(x); }
 PS_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 PS_INLINE F maximum(F a, F b) { return _mm512_max_ps(a, b); }
+PS_INLINE F minimum(F a, F b) { return _mm512_min_ps(a, b); }
 PS_INLINE bool any_above(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
-#ifdef PS_EXP_SCALEF
-PS_INLINE F exp2_scaled(F x, F scale, F) {
-    const F l = x * scale;
-    const F f = _mm512_reduce_ps(l, 9);
-    F y = fma(broadcast(1.353416792e-02f), f, broadcast(5.201146061e-02f));
-    y = fma(y, f, broadcast(2.414427569e-01f));
-    y = fma(y, f, broadcast(6.930038345e-01f));
-    y = fma(y, f, broadcast(1.000002593e+00f));
-    return _mm512_scalef_ps(y, l);
+template <int COUNT>
+PS_INLINE void exp2_scaled(F (&y)[COUNT], const F (&x)[COUNT], F scale, F) {
+    F f[COUNT], l[COUNT];
+    PS_EACH(COUNT) l[i] = x[i] * scale;
+    PS_EACH(COUNT) f[i] = _mm512_reduce_ps(l[i], 9);  // l - floor(l); scalef gives 2^floor(l), and 0 far below
+    PS_EACH(COUNT) y[i] = fma(broadcast(1.353416792e-02f), f[i], broadcast(5.201146061e-02f));
+    PS_EACH(COUNT) y[i] = fma(y[i], f[i], broadcast(2.414427569e-01f));
+    PS_EACH(COUNT) y[i] = fma(y[i], f[i], broadcast(6.930038345e-01f));
+    PS_EACH(COUNT) y[i] = fma(y[i], f[i], broadcast(1.000002593e+00f));
+    PS_EACH(COUNT) y[i] = _mm512_scalef_ps(y[i], l[i]);
 }
-#else
-PS_INLINE F exp2_scaled(F x, F scale, F lowest) {
-    x = maximum(x, lowest);
-    const F t = fma(x, scale, broadcast(ROUND));
-    const F f = fma(x, scale, broadcast(ROUND) - t);
-    F y = fma(broadcast(C4), f, broadcast(C3));
-    y = fma(y, f, broadcast(C2));
-    y = fma(y, f, broadcast(C1));
-    y = fma(y, f, broadcast(C0));
-    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y), exponent));
-}
-#endif
 #include "sliding_kernel.h"
 }  // namespace avx512
 #if defined(__clang__)
@@ -100,17 +96,20 @@ PS_INLINE void store(float* at, F x) { _mm256_store_ps(at, x); }
 PS_INLINE F broadcast(float x) { return _mm256_set1_ps(x); }
 PS_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 PS_INLINE F maximum(F a, F b) { return _mm256_max_ps(a, b); }
+PS_INLINE F minimum(F a, F b) { return _mm256_min_ps(a, b); }
 PS_INLINE bool any_above(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
-PS_INLINE F exp2_scaled(F x, F scale, F lowest) {
-    x = maximum(x, lowest);
-    const F t = fma(x, scale, broadcast(ROUND));
-    const F f = fma(x, scale, broadcast(ROUND) - t);
-    F y = fma(broadcast(C4), f, broadcast(C3));
-    y = fma(y, f, broadcast(C2));
-    y = fma(y, f, broadcast(C1));
-    y = fma(y, f, broadcast(C0));
-    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), exponent));
+template <int COUNT>
+PS_INLINE void exp2_scaled(F (&y)[COUNT], const F (&x)[COUNT], F scale, F lowest) {
+    F l[COUNT], t[COUNT], f[COUNT];
+    PS_EACH(COUNT) l[i] = maximum(x[i], lowest);
+    PS_EACH(COUNT) t[i] = fma(l[i], scale, broadcast(ROUND));
+    PS_EACH(COUNT) f[i] = fma(l[i], scale, broadcast(ROUND) - t[i]);
+    PS_EACH(COUNT) y[i] = fma(broadcast(C4), f[i], broadcast(C3));
+    PS_EACH(COUNT) y[i] = fma(y[i], f[i], broadcast(C2));
+    PS_EACH(COUNT) y[i] = fma(y[i], f[i], broadcast(C1));
+    PS_EACH(COUNT) y[i] = fma(y[i], f[i], broadcast(C0));
+    PS_EACH(COUNT) y[i] = _mm256_castsi256_ps(_mm256_add_epi32(
+        _mm256_castps_si256(y[i]), _mm256_slli_epi32(_mm256_castps_si256(t[i]), 23)));
 }
 #include "sliding_kernel.h"
 }  // namespace avx2
@@ -134,20 +133,23 @@ PS_INLINE F broadcast(float x) { return F{x, x, x, x}; }
 PS_INLINE F fma(F a, F b, F c) { return a * b + c; }
 PS_INLINE F choose(I mask, F a, F b) { return F((I(a) & mask) | (I(b) & ~mask)); }
 PS_INLINE F maximum(F a, F b) { return choose(a > b, a, b); }
+PS_INLINE F minimum(F a, F b) { return choose(a < b, a, b); }
 PS_INLINE bool any_above(F a, F b) {
     const I above = a > b;
     return (above[0] | above[1] | above[2] | above[3]) != 0;
 }
-PS_INLINE F exp2_scaled(F x, F scale, F lowest) {
-    x = maximum(x, lowest);
-    const F l = x * scale;
-    const F t = l + broadcast(ROUND);
-    const F f = l - (t - broadcast(ROUND));
-    F y = fma(broadcast(C4), f, broadcast(C3));
-    y = fma(y, f, broadcast(C2));
-    y = fma(y, f, broadcast(C1));
-    y = fma(y, f, broadcast(C0));
-    return F(U32(y) + (U32(t) << 23));
+template <int COUNT>
+PS_INLINE void exp2_scaled(F (&y)[COUNT], const F (&x)[COUNT], F scale, F lowest) {
+    PS_EACH(COUNT) {
+        const F l = maximum(x[i], lowest) * scale;
+        const F t = l + broadcast(ROUND);
+        const F f = l - (t - broadcast(ROUND));
+        y[i] = fma(broadcast(C4), f, broadcast(C3));
+        y[i] = fma(y[i], f, broadcast(C2));
+        y[i] = fma(y[i], f, broadcast(C1));
+        y[i] = fma(y[i], f, broadcast(C0));
+        y[i] = F(U32(y[i]) + (U32(t) << 23));
+    }
 }
 #include "sliding_kernel.h"
 }  // namespace plain
@@ -220,7 +222,7 @@ public:
 
 constexpr int64_t STATE_BYTES = int64_t(4) << 20;   // state of one panel: wider groups are cut into strips
 constexpr int64_t LANE_BYTES = int64_t(12) << 20;   // accumulators kept from block to block; larger ones are flushed
-constexpr int CHUNKS = 64;                          // a bank is cut into about so many
+constexpr int CHUNKS = 32;                          // a bank is cut into about so many
 
 int round_up(int64_t x, int64_t to) { return int((x + to - 1) / to * to); }
 
@@ -241,7 +243,7 @@ struct Plan {
 
     Plan(const Problem& problem, const Level& level) : problem(problem), level(level) {
         for (int u = 0; u < 256; ++u) value_of_byte[u] = float(u) / 127.5f - 1.f;
-        chunk = std::max<int64_t>(16, round_up((problem.count + CHUNKS - 1) / CHUNKS, 16));
+        chunk = std::max<int64_t>(32, round_up((problem.count + CHUNKS - 1) / CHUNKS, 16));
         if (problem.patch_size == 0) chunk = std::min<int64_t>(chunk, 64);
         chunks = int((problem.count + chunk - 1) / chunk);
         if (problem.patch_size) plan_panels();
@@ -253,7 +255,7 @@ struct Plan {
         for (const Group& group : problem.groups) {
             const Axis &rows = group.rows, &cols = group.cols;
             windows_per_image = std::max(windows_per_image, int64_t(rows.competing()) * cols.competing());
-            const int slots = k <= RING ? k : std::min(k, rows.locked ? rows.queries() : rows.windows());
+            const int slots = k <= FEW_ROWS ? k : std::min(k, rows.locked ? rows.queries() : rows.windows());
             const int pitch = round_up(cols.competing(), GROUP) | 1;
             int strip = cols.queries();
             while (!cols.locked && strip > 8 &&
@@ -321,7 +323,7 @@ struct Plan {
     int64_t item_bytes() const {
         const int64_t pixels = int64_t(problem.height) * problem.width;
         if (problem.patch_size == 0) return (whole_padded() * 4) + pixels * problem.channels * 16;
-        return (q_floats + lane_floats + pixels) * 4 + pixels * (2 + problem.channels) * 8;
+        return (q_floats + lane_floats) * 4 + pixels * (3 + problem.channels) * 8;
     }
 
     int64_t whole_padded() const { return round_up(int64_t(problem.channels) * problem.height * problem.width, 32); }
@@ -371,8 +373,8 @@ void merge_sum(double& m, double& s, double& s2, double* v, int64_t stride, doub
 }
 
 class WindowWorker : public Worker {
-    Buffer<float> q, block, state, scratch, lanes, reference;
-    Buffer<double> sums;
+    Buffer<float> q, block, state, scratch, lanes;
+    Buffer<double> reference, sums;
 
 public:
     WindowWorker(const Plan& plan, Interrupt& interrupt, bool calling_thread)
@@ -389,7 +391,7 @@ public:
             tasks.push_back(task(first_item + item, item));
             std::fill_n(tasks.back().sums, sum_count, 0.0);
             std::fill_n(tasks.back().lanes, plan.lane_floats, 0.f);
-            std::fill_n(tasks.back().reference, pixel_count(), FAR);
+            std::fill_n(tasks.back().reference, pixel_count(), double(FAR));
         }
         const Images images = {problem.images, problem.images_are_bytes, problem.indices, problem.channels,
                                problem.height, problem.width, plan.value_of_byte};
@@ -417,7 +419,7 @@ public:
             for (int64_t pixel = 0; pixel < pixels; ++pixel) {
                 const double* sum = sums.get() + (item * pixels + pixel) * parts;
                 const int64_t at = (first_item + item) * pixels + pixel;
-                const double m = -double(reference.get()[item * pixels + pixel]) * precision;
+                const double m = -reference.get()[item * pixels + pixel] * precision;
                 merge_sum(problem.m[at], problem.s[at], problem.s2[at],
                           problem.v + (first_item + item) * pixels * problem.channels + pixel, pixels, m, sum[0],
                           sum[1], sum + 2, problem.channels);

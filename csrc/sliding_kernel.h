@@ -4,6 +4,23 @@
 // slide: a window of k steps is a suffix of one block of k steps plus a prefix of the next (van Herk), so any k costs
 // three additions an axis. Nothing is ever subtracted, so a small distance carries no rounding left by large ones.
 
+// a + b on the multiplication pipe: where additions would wait for each other while it idles.
+PS_INLINE F plus(F a, F b) {
+    return fma(a, broadcast(1.f), b);
+}
+
+// Rows outside: the noisy image wraps or is zero; a training row is only asked for outside where both are zero.
+PS_INLINE const float* query_row(const Task& t, int row) {
+    if (t.circular) row = (row % t.height + t.height) % t.height;
+    const bool inside = row >= 0 && row < t.height;
+    return t.q + int64_t(inside ? row : t.height) * t.q_pitch + t.q_margin * t.channels;
+}
+
+PS_INLINE const float* window_row(const Task& t, int row) {
+    const bool inside = row >= 0 && row < t.height;
+    return t.p + int64_t(inside ? row : t.height) * t.width * t.channels * LANES;
+}
+
 // Along one diagonal: squared differences e of `U` neighbouring displacements at one training column.
 template <int C, int U>
 PS_INLINE void add_squares(F (&e)[U], const float* q, const float* p, int channels) {
@@ -19,16 +36,14 @@ PS_INLINE void add_squares(F (&e)[U], const float* q, const float* p, int channe
 
 template <int C, int U>
 PS_INLINE void squares(F (&e)[U], const float* q, const float* p, int channels) {
-    const int n = C ? C : channels;
-    const F pixel = load(p);
     for (int u = 0; u < U; ++u) {
-        const F difference = pixel - broadcast(q[-u * n]);
+        const F difference = load(p) - broadcast(q[-u * (C ? C : channels)]);
         e[u] = difference * difference;
     }
-    for (int c = 1; c < n; ++c) {
+    for (int c = 1; c < (C ? C : channels); ++c) {
         const F pixel = load(p + c * LANES);
         for (int u = 0; u < U; ++u) {
-            const F difference = pixel - broadcast(q[c - u * n]);
+            const F difference = pixel - broadcast(q[c - u * (C ? C : channels)]);
             e[u] = fma(difference, difference, e[u]);
         }
     }
@@ -56,7 +71,7 @@ PS_INLINE void put(const Rows& rows, int64_t at, F h) {
 }
 
 // The horizontal window sums of one pair of rows (query row q, training row p) on `U` neighbouring diagonals.
-// K = 1, 3 keep the few partial sums in registers; K = 0 takes any k by blocks.
+// K = 1, 3, 5 keep the few partial sums in registers; K = 0 takes any k by blocks.
 template <int C, int K, int U, Into INTO>
 PS_INLINE void slide(const Task& t, const Panel& panel, const Diagonals& d, const float* q, const float* p,
                      const Rows& rows) {
@@ -72,28 +87,18 @@ PS_INLINE void slide(const Task& t, const Panel& panel, const Diagonals& d, cons
         for (int u = 0; u < U; ++u) put<INTO>(rows, int64_t(state_of[window - u] + column + window) * LANES, h[u]);
     };
 
-    if (K == 1) {
-        for (int x = 0; x < windows; ++x) {
-            F e[U];
-            squares<C, U>(e, q + x * n, p + int64_t(x) * n * LANES, n);
-            emit(x, e);
-        }
-        return;
-    }
-    if (K == 3 || K == 5) {
-        // sums[i]: the last i + 1 squares.
+    if (K > 0) {
         constexpr int HELD = K > 1 ? K - 1 : 1;
-        F sums[HELD][U];
+        F sums[HELD][U];  // sums[i]: the last i + 1 squares
         for (int i = 0; i < HELD; ++i)
             for (int u = 0; u < U; ++u) sums[i][u] = broadcast(0.f);
         for (int x = 0; x < windows + K - 1; ++x) {
             F e[U], h[U];
             squares<C, U>(e, q + x * n, p + int64_t(x) * n * LANES, n);
-            for (int u = 0; u < U; ++u) {
-                h[u] = sums[HELD - 1][u] + e[u];
-                for (int i = HELD - 1; i > 0; --i) sums[i][u] = sums[i - 1][u] + e[u];
-                sums[0][u] = e[u];
-            }
+            PS_EACH(U) h[i] = K > 1 ? plus(sums[HELD - 1][i], e[i]) : e[i];
+            for (int held = HELD - 1; held > 0; --held)
+                PS_EACH(U) sums[held][i] = sums[held - 1][i] + e[i];
+            PS_EACH(U) sums[0][i] = e[i];
             if (x >= K - 1) emit(x - K + 1, h);
         }
         return;
@@ -173,13 +178,8 @@ PS_INLINE void slide_locked(const Task& t, const Panel& panel, const float* q, c
 }
 
 template <int C, int K, Into INTO>
-static void slide_row(const Task& t, const Panel& panel, int query_row, int window_row, const Rows& rows) {
-    const int n = C ? C : t.channels;
-    // Rows outside: the noisy image wraps or is zero; a training row is only asked for outside where both are zero.
-    if (t.circular) query_row = (query_row % t.height + t.height) % t.height;
-    const bool q_inside = query_row >= 0 && query_row < t.height, p_inside = window_row >= 0 && window_row < t.height;
-    const float* q = t.q + int64_t(q_inside ? query_row : t.height) * t.q_pitch + t.q_margin * n;
-    const float* p = t.p + int64_t(p_inside ? window_row : t.height) * t.width * n * LANES;
+static void slide_row(const Task& t, const Panel& panel, int query, int window, const Rows& rows) {
+    const float *q = query_row(t, query), *p = window_row(t, window);
     if (panel.cols.locked) {
         slide_locked<C, INTO>(t, panel, q, p, rows);
         return;
@@ -192,117 +192,199 @@ static void slide_row(const Task& t, const Panel& panel, int query_row, int wind
     }
 }
 
-// One query against the windows of one training row: distances are sums of `ROWS` state rows.
-// Weights are taken relative to the query's reference. Returns false, having changed nothing, where a window is so much
-// nearer than the reference that it must be lowered first.
-template <int C, int ROWS>
-PS_INLINE bool add_query(const Task& t, const float* const (&rows)[ROWS], int groups, const float* values, float* lanes,
-                         float reference) {
-    const int n = C ? C : t.channels;
-    const F ref = broadcast(reference), scale = broadcast(t.scale);
-    const F negligible = broadcast(t.negligible), lowest = broadcast(-100.f / t.scale);
-    F nearest = broadcast(-FAR);
-    F s = load(lanes), s2 = load(lanes + LANES), v[C ? C : 1];
-    for (int c = 0; c < C; ++c) v[c] = load(lanes + (2 + c) * LANES);
-    if (C == 0) {
-        for (int i = 0; i < groups * GROUP; ++i) {
-            F distance = load(rows[0] + i * LANES);
-            for (int row = 1; row < ROWS; ++row) distance = distance + load(rows[row] + i * LANES);
-            nearest = maximum(nearest, ref - distance);
-        }
-        if (any_above(nearest, broadcast(RISE_BITS / t.scale))) return false;
-    }
-    for (int g = 0; g < groups; ++g) {
-        F x[GROUP], w[GROUP];
-        PS_UNROLL
-        for (int i = 0; i < GROUP; ++i) {
-            const int64_t at = (g * GROUP + i) * LANES;
-            F distance = load(rows[0] + at);
-            for (int row = 1; row < ROWS; ++row) distance = distance + load(rows[row] + at);
-            x[i] = ref - distance;
-        }
-        const F top = maximum(maximum(x[0], x[1]), maximum(x[2], x[3]));
-        nearest = maximum(nearest, top);
-        if (!any_above(top, negligible)) continue;
-        PS_UNROLL
-        for (int i = 0; i < GROUP; ++i) w[i] = exp2_scaled(x[i], scale, lowest);
-        s = s + ((w[0] + w[1]) + (w[2] + w[3]));
-        PS_UNROLL
-        for (int i = 0; i < GROUP; ++i) {
-            s2 = fma(w[i], w[i], s2);
-            const float* value = values + int64_t(g * GROUP + i) * n * LANES;
-            for (int c = 0; c < C; ++c) v[c] = fma(w[i], load(value + c * LANES), v[c]);
-            if (C == 0)
-                for (int c = 0; c < n; ++c)
-                    store(lanes + (2 + c) * LANES, fma(w[i], load(value + c * LANES), load(lanes + (2 + c) * LANES)));
-        }
-    }
-    if (C && any_above(nearest, broadcast(RISE_BITS / t.scale))) return false;
-    store(lanes, s);
-    store(lanes + LANES, s2);
-    for (int c = 0; c < C; ++c) store(lanes + (2 + c) * LANES, v[c]);
-    return true;
-}
-
-template <int C>
-PS_INLINE bool add_locked_query(const Task& t, F distance, const float* value, float* lanes, float reference) {
-    const int n = C ? C : t.channels;
-    const F x = broadcast(reference) - distance;
-    if (any_above(x, broadcast(RISE_BITS / t.scale))) return false;
-    if (!any_above(x, broadcast(t.negligible))) return true;
-    const F w = exp2_scaled(x, broadcast(t.scale), broadcast(-100.f / t.scale));
-    store(lanes, load(lanes) + w);
-    store(lanes + LANES, fma(w, w, load(lanes + LANES)));
-    for (int c = 0; c < n; ++c)
-        store(lanes + (2 + c) * LANES, fma(w, load(value + c * LANES), load(lanes + (2 + c) * LANES)));
-    return true;
-}
-
-// Makes the nearest of these windows the reference and rescales the query's sums to it.
-template <int ROWS>
-PS_COLD void lower_reference(const Task& t, const float* const (&rows)[ROWS], int entries, float* lanes, int pixel) {
-    float nearest = FAR;
-    for (int i = 0; i < entries; ++i) {
-        F distance = load(rows[0] + i * LANES);
-        for (int row = 1; row < ROWS; ++row) distance = distance + load(rows[row] + i * LANES);
-        alignas(64) float each[LANES];
-        store(each, distance);
-        for (float one : each) nearest = one < nearest ? one : nearest;
-    }
-    const double bits = (double(nearest) - double(t.reference[pixel])) * double(t.scale);
-    const double factor = exp2(bits);
+// Makes `to`, a squared distance, the query's reference and rescales its sums to it.
+static void refer_to(const Task& t, double to, float* lanes, int pixel) {
+    const double factor = exp2((to - t.reference[pixel]) * double(t.scale));
     double* sums = t.sums + int64_t(pixel) * (2 + t.channels);
     for (int part = 0; part < 2 + t.channels; ++part) {
         const double by = part == 1 ? factor * factor : factor;
         sums[part] *= by;
         store(lanes + part * LANES, load(lanes + part * LANES) * broadcast(float(by)));
     }
-    t.reference[pixel] = nearest;
+    t.reference[pixel] = to;
 }
 
-// Window row `a` has become complete for query row `i`: adds its pairs to the sums of that row's queries.
+// The same for every query of a task.
+struct Scale {
+    F scale, negligible, rise, lowest;
+    float distant;
+};
+
+PS_INLINE Scale scale_of(const Task& t) {
+    return {broadcast(t.scale), broadcast(t.negligible), broadcast(RISE_BITS / t.scale), broadcast(-100.f / t.scale),
+            DISTANT_BITS / t.scale};
+}
+
+// One query's sums, held in registers while it meets the windows of one training row.
+template <int C>
+struct Query {
+    float* lanes;
+    int pixel;
+    bool distant;          // so far from all windows that float32 distances are not exact enough
+    F reference, far, near;  // distances beyond `far` weigh nothing, nearer than `near` too much
+    F s, s2, v[C ? C : 1];
+};
+
+template <int C>
+PS_INLINE void open(Query<C>& query, const Task& t, const Scale& by, float* lanes, int pixel) {
+    query.lanes = lanes;
+    query.pixel = pixel;
+    const float reference = float(t.reference[pixel]);
+    query.reference = broadcast(reference);
+    query.distant = reference > by.distant;
+    // Room for the rounding of distances, which outgrows the weights' own reach as sigma vanishes.
+    query.far = broadcast(reference * 1.000002f) - by.negligible;
+    query.near = query.reference - by.rise;
+    query.s = load(lanes);
+    query.s2 = load(lanes + LANES);
+    for (int c = 0; c < C; ++c) query.v[c] = load(lanes + (2 + c) * LANES);
+}
+
+template <int C>
+PS_INLINE void close(const Query<C>& query) {
+    store(query.lanes, query.s);
+    store(query.lanes + LANES, query.s2);
+    for (int c = 0; c < C; ++c) store(query.lanes + (2 + c) * LANES, query.v[c]);
+}
+
+// The distance once more, straight from the definition and in float64.
+PS_COLD double exact_distance(const Task& t, int pixel, int64_t window, int lane) {
+    const int n = t.channels, r = t.patch_size / 2;
+    const int i = pixel / t.width, j = pixel % t.width, a = int(window / t.width), b = int(window % t.width);
+    double total = 0;
+    for (int y = -r; y <= r; ++y) {
+        const float *q = query_row(t, i + y) + int64_t(j - r) * n, *p = window_row(t, a + y);
+        for (int x = -r; x <= r; ++x)
+            for (int c = 0; c < n; ++c, ++q) {
+                const bool inside = b + x >= 0 && b + x < t.width;
+                const double pixel_value = inside ? double(p[(int64_t(b + x) * n + c) * LANES + lane]) : 0.0;
+                total += (double(*q) - pixel_value) * (double(*q) - pixel_value);
+            }
+    }
+    return total;
+}
+
+// A window much nearer than the reference has come: it becomes the reference.
+PS_COLD void lower_reference(const Task& t, const F* distance, int count, const float* values, float* lanes,
+                             int pixel) {
+    alignas(64) float each[LANES];
+    double nearest = t.reference[pixel];
+    int64_t window = 0;
+    int which = 0;
+    for (int i = 0; i < count; ++i) {
+        store(each, distance[i]);
+        for (int lane = 0; lane < LANES; ++lane)
+            if (double(each[lane]) < nearest) {
+                nearest = double(each[lane]);
+                window = (values - t.p) / (t.channels * LANES) + i;
+                which = lane;
+            }
+    }
+    if (nearest * double(t.scale) > DISTANT_BITS) nearest = exact_distance(t, pixel, window, which);
+    if (nearest < t.reference[pixel]) refer_to(t, nearest, lanes, pixel);
+}
+
+// Where even the nearest window is thousands of nats away, float32 leaves its distance more than 1e-4 nats off. Few
+// windows matter there, and those go to the float64 sums by their exact distances. Where many matter their roundings,
+// independent of each other, average out: returns false and leaves them to float32.
+PS_COLD bool weigh_exactly(const Task& t, int pixel, F far, const F* distance, int count, const float* values,
+                           float* lanes) {
+    alignas(64) float each[LANES], limit[LANES];
+    store(limit, far);
+    double* sums = t.sums + int64_t(pixel) * (2 + t.channels);
+    int matter = 0;
+    for (int i = 0; i < count; ++i) {
+        store(each, distance[i]);
+        for (float one : each) matter += one < limit[0];
+    }
+    if (matter > FEW) return false;
+    for (int i = 0; i < count; ++i) {
+        store(each, distance[i]);
+        for (int lane = 0; lane < LANES; ++lane) {
+            if (!(each[lane] < limit[0])) continue;
+            const double exact = exact_distance(t, pixel, (values - t.p) / (t.channels * LANES) + i, lane);
+            if (exact < t.reference[pixel]) refer_to(t, exact, lanes, pixel);
+            const double w = exp2((t.reference[pixel] - exact) * double(t.scale));
+            sums[0] += w;
+            sums[1] += w * w;
+            for (int c = 0; c < t.channels; ++c)
+                sums[2 + c] += w * double(values[(int64_t(i) * t.channels + c) * LANES + lane]);
+        }
+    }
+    return true;
+}
+
+// Adds COUNT windows at these squared distances, centred at neighbouring training columns with pixels `values`.
+template <int C, int COUNT>
+PS_INLINE void weigh(Query<C>& query, const Task& t, const Scale& by, const F (&distance)[COUNT], const float* values) {
+    const int n = C ? C : t.channels;
+    F nearest = distance[0];
+    if (COUNT == 4)
+        nearest = minimum(minimum(distance[0], distance[1]), minimum(distance[2], distance[3]));
+    if (!any_above(query.far, nearest)) return;
+    F x[COUNT], w[COUNT];
+    if (PS_RARELY(query.distant || any_above(query.near, nearest))) {
+        F all[COUNT];
+        PS_EACH(COUNT) all[i] = distance[i];
+        close(query);
+        if (any_above(query.near, nearest)) {
+            lower_reference(t, all, COUNT, values, query.lanes, query.pixel);
+            open(query, t, by, query.lanes, query.pixel);
+        }
+        if (query.distant) {
+            const bool weighed = weigh_exactly(t, query.pixel, query.far, all, COUNT, values, query.lanes);
+            open(query, t, by, query.lanes, query.pixel);
+            if (weighed) return;
+        }
+    }
+    PS_EACH(COUNT) x[i] = query.reference - distance[i];
+    exp2_scaled(w, x, by.scale, by.lowest);
+    if (COUNT == 4)
+        query.s = query.s + ((w[0] + w[1]) + (w[2] + w[3]));
+    else
+        for (int i = 0; i < COUNT; ++i) query.s = query.s + w[i];
+    PS_EACH(COUNT) {
+        query.s2 = fma(w[i], w[i], query.s2);
+        const float* value = values + int64_t(i) * n * LANES;
+        for (int c = 0; c < C; ++c) query.v[c] = fma(w[i], load(value + c * LANES), query.v[c]);
+        if (C == 0)
+            for (int c = 0; c < n; ++c) {
+                float* sum = query.lanes + (2 + c) * LANES;
+                store(sum, fma(w[i], load(value + c * LANES), load(sum)));
+            }
+    }
+}
+
+// Window row `a` has become complete for query row `i`: adds its pairs to the sums of that row's queries. Squared
+// distances are sums of `ROWS` state rows.
 template <int C, int ROWS>
-static void evaluate(const Task& t, const Panel& panel, const float* const (&state)[ROWS], int i, int a) {
+static void evaluate(const Task& t, const Panel& panel, const float* const (&state)[ROWS], int row_of_queries,
+                     int row_of_windows) {
     const int n = C ? C : t.channels;
     const Axis& cols = panel.cols;
-    const int queries = cols.queries(), groups = (panel.entries + GROUP - 1) / GROUP;
-    float* lanes = t.lanes + (panel.first_query + int64_t(i - panel.rows.q0) * queries) * (2 + n) * LANES;
-    const float* values = t.p + (int64_t(a) * t.width + cols.w0) * n * LANES;
+    const int queries = cols.queries(), entries = panel.entries;
+    float* lanes = t.lanes + (panel.first_query + int64_t(row_of_queries - panel.rows.q0) * queries) * (2 + n) * LANES;
+    const float* values = t.p + (int64_t(row_of_windows) * t.width + cols.w0) * n * LANES;
+    const Scale by = scale_of(t);
     for (int j = 0; j < queries; ++j, lanes += (2 + n) * LANES) {
-        const int pixel = i * t.width + cols.q0 + j;
-        const float* rows[ROWS];
-        const int64_t at = cols.locked ? j : int64_t(j + MARGIN) * panel.pitch;
-        for (int row = 0; row < ROWS; ++row) rows[row] = state[row] + at * LANES;
+        Query<C> query;
+        open(query, t, by, lanes, row_of_queries * t.width + cols.q0 + j);
         if (cols.locked) {
-            F distance = load(rows[0]);
-            for (int row = 1; row < ROWS; ++row) distance = distance + load(rows[row]);
-            const float* value = values + int64_t(j) * n * LANES;
-            while (!add_locked_query<C>(t, distance, value, lanes, t.reference[pixel]))
-                lower_reference<ROWS>(t, rows, 1, lanes, pixel);
+            F distance[1] = {load(state[0] + int64_t(j) * LANES)};
+            for (int row = 1; row < ROWS; ++row) distance[0] = distance[0] + load(state[row] + int64_t(j) * LANES);
+            weigh<C, 1>(query, t, by, distance, values + int64_t(j) * n * LANES);
         } else {
-            while (!add_query<C, ROWS>(t, rows, groups, values, lanes, t.reference[pixel]))
-                lower_reference<ROWS>(t, rows, panel.entries, lanes, pixel);
+            const int64_t at = int64_t(j + MARGIN) * panel.pitch * LANES;
+            for (int entry = 0; entry < entries; entry += GROUP) {
+                F distance[GROUP];
+                PS_EACH(GROUP) distance[i] = load(state[0] + at + (entry + i) * LANES);
+                for (int row = 1; row < ROWS; ++row)
+                    PS_EACH(GROUP) distance[i] = row % 2 ? plus(load(state[row] + at + (entry + i) * LANES), distance[i])
+                                                 : distance[i] + load(state[row] + at + (entry + i) * LANES);
+                weigh<C, GROUP>(query, t, by, distance, values + int64_t(entry) * n * LANES);
+            }
         }
+        close(query);
     }
 }
 
@@ -332,29 +414,31 @@ static void fill_tails(const Task& t, const Panel& panel) {
             store(t.state + (row * panel.pitch + i) * LANES, broadcast(FAR));
 }
 
-// One run of rows: window sums of k rows slide along it as those of columns do, with whole state rows as elements.
+// Small patches: the sums of the last K rows are added afresh for every window.
 template <int C, int K>
+static bool walk_few(const Task& t, const Panel& panel, const Run& run) {
+    auto slot = [&](int row) PS_LAMBDA { return t.state + (1 + row % K) * panel.state_row * LANES; };
+    for (int x = 0; x < run.length + K - 1; ++x) {
+        if (t.interrupt->stopped(t.calling_thread)) return false;
+        slide_row<C, K, SET>(t, panel, run.query - K / 2 + x, run.window - K / 2 + x, {slot(x), nullptr, nullptr});
+        const int window = x - (K - 1);
+        if (window < 0) continue;
+        const float* rows[K];
+        for (int row = 0; row < K; ++row) rows[row] = slot(window + row);
+        evaluate<C, K>(t, panel, rows, (run.query + window) % t.height, run.window + window);
+    }
+    return true;
+}
+
+// One run of rows: window sums of k rows slide along it as those of columns do, with whole state rows as elements.
+template <int C>
 static bool walk(const Task& t, const Panel& panel, const Run& run) {
-    const int k = K ? K : t.patch_size, r = k / 2, windows = run.length, steps = windows + k - 1;
+    const int k = t.patch_size, r = k / 2, windows = run.length, steps = windows + k - 1;
     const int64_t size = panel.state_row * LANES;
     float* const prefix = t.state;
     auto slot = [&](int i) PS_LAMBDA { return t.state + (1 + i) * size; };
     auto query = [&](int window) PS_LAMBDA { return (run.query + window) % t.height; };
     auto stop = [&]() PS_LAMBDA { return t.interrupt->stopped(t.calling_thread); };
-
-    if (K) {  // few rows: add them afresh
-        constexpr int ROWS = K ? K : 1;
-        for (int x = 0; x < steps; ++x) {
-            if (stop()) return false;
-            slide_row<C, K, SET>(t, panel, run.query - r + x, run.window - r + x, {slot(x % ROWS), nullptr, nullptr});
-            const int window = x - ROWS + 1;
-            if (window < 0) continue;
-            const float* rows[ROWS];
-            for (int row = 0; row < ROWS; ++row) rows[row] = slot((window + row) % ROWS);
-            evaluate<C, ROWS>(t, panel, rows, query(window), run.window + window);
-        }
-        return true;
-    }
 
     // First block, backwards: suffix sums only; rows past the last window gather in its slot.
     const int last = (windows < k ? windows : k) - 1;
@@ -362,9 +446,9 @@ static bool walk(const Task& t, const Panel& panel, const Run& run) {
         if (stop()) return false;
         const int y = run.query - r + x, a = run.window - r + x;
         if (x == k - 1)
-            slide_row<C, K, SET>(t, panel, y, a, {slot(last), nullptr, nullptr});
+            slide_row<C, 0, SET>(t, panel, y, a, {slot(last), nullptr, nullptr});
         else
-            slide_row<C, K, ADD>(t, panel, y, a, {slot(x < last ? x : last), slot(x < last ? x + 1 : last), nullptr});
+            slide_row<C, 0, ADD>(t, panel, y, a, {slot(x < last ? x : last), slot(x < last ? x + 1 : last), nullptr});
     }
     const float* first_row[1] = {slot(0)};
     evaluate<C, 1>(t, panel, first_row, query(0), run.window);
@@ -376,13 +460,13 @@ static bool walk(const Task& t, const Panel& panel, const Run& run) {
             const int y = run.query - r + x, a = run.window - r + x;
             const Rows rows = {prefix, prefix, keep ? slot(x - start) : nullptr};
             if (x == start && keep)
-                slide_row<C, K, SET_KEEP>(t, panel, y, a, rows);
+                slide_row<C, 0, SET_KEEP>(t, panel, y, a, rows);
             else if (x == start)
-                slide_row<C, K, SET>(t, panel, y, a, rows);
+                slide_row<C, 0, SET>(t, panel, y, a, rows);
             else if (keep)
-                slide_row<C, K, ADD_KEEP>(t, panel, y, a, rows);
+                slide_row<C, 0, ADD_KEEP>(t, panel, y, a, rows);
             else
-                slide_row<C, K, ADD>(t, panel, y, a, rows);
+                slide_row<C, 0, ADD>(t, panel, y, a, rows);
             const int window = x - k + 1;
             if (x == start + k - 1) {
                 const float* rows1[1] = {prefix};
@@ -401,12 +485,17 @@ static bool walk(const Task& t, const Panel& panel, const Run& run) {
     return true;
 }
 
-template <int C, int K>
-static void walk_panel(const Task& t, const Panel& panel) {
+template <int C>
+static void panel_of_channels(const Task& t, const Panel& panel) {
     fill_tails(t, panel);
     int pairs = 0;
     for (const Run& run : panel.runs) {
-        if (!walk<C, K>(t, panel, run)) return;
+        const int k = panel.cols.locked ? 0 : t.patch_size;
+        const bool finished = k == 1   ? walk_few<C, 1>(t, panel, run)
+                              : k == 3 ? walk_few<C, 3>(t, panel, run)
+                              : k == 5 ? walk_few<C, 5>(t, panel, run)
+                                       : walk<C>(t, panel, run);
+        if (!finished) return;
         pairs += panel.entries;
         if (pairs >= PAIRS_A_FLUSH) {
             flush(t, panel);
@@ -414,16 +503,6 @@ static void walk_panel(const Task& t, const Panel& panel) {
         }
     }
     if (t.flush_at_end) flush(t, panel);
-}
-
-template <int C>
-static void panel_of_channels(const Task& t, const Panel& panel) {
-    if (t.patch_size == 1)
-        walk_panel<C, 1>(t, panel);
-    else if (t.patch_size == 3)
-        walk_panel<C, 3>(t, panel);
-    else
-        walk_panel<C, 0>(t, panel);
 }
 
 static void panel_entry(const Task& t, const Panel& panel) {

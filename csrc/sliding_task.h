@@ -19,8 +19,10 @@ constexpr int GROUP = 4;                    // window columns whose weights are 
 constexpr float FAR = 1e30f;                // squared distance of a pair that does not exist
 constexpr float ABSENT_PIXEL = 1e15f;       // pixel of a lane without an image: its squared distance passes FAR
 constexpr float LARGEST_PIXEL = 1e12f;      // noisy pixels beyond would reach FAR themselves
-constexpr int RING = 3;                     // largest patch size whose rows are added afresh for every window
 constexpr int RISE_BITS = 16;               // a weight above 2^RISE_BITS moves the reference
+constexpr int FEW_ROWS = 5;                 // patch sizes whose rows are added afresh for every window
+constexpr float DISTANT_BITS = 2000;         // a nearest window beyond is summed from exact distances ..
+constexpr int FEW = 8;                      // .. unless more than so many of a group matter
 constexpr int PAIRS_A_FLUSH = 2048;         // float32 sums a lane may hold before they go to float64
 
 // A strip of query columns of one group, with the runs that serve it.
@@ -66,7 +68,7 @@ struct Task {
     // Log-weights in bits: l = (reference - distance^2) * scale, scale = log2(e) / (2 sigma^2).
     float scale;
     float negligible;                       // of reference - distance^2: below it all pairs together round away
-    float* reference;                       // [height * width] a squared distance near the least one met
+    double* reference;                      // [height * width] a squared distance near the least one met
     double* sums;                           // [height * width][2 + channels]: s, s2, v
     float* lanes;                           // [queries][2 + channels][lanes]: the same, not yet flushed
     bool flush_at_end;

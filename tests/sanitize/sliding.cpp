@@ -1,0 +1,102 @@
+// Runs the sliding engine on awkward shapes, on every instruction set, under AddressSanitizer and UBSan.
+//
+// What it computes is checked by tests/test_sliding.py; here only that no access leaves its memory and no arithmetic is
+// undefined. Sums must come out finite and alike on all instruction sets.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <vector>
+
+#include "../../csrc/sliding.h"
+
+using patchscore::Axis;
+using patchscore::Group;
+
+static uint32_t state = 1;
+
+static float uniform() {
+    state = state * 1664525u + 1013904223u;
+    return float(state >> 8) / float(1 << 24);
+}
+
+static Axis locked(int q0, int q1) { return {q0, q1, q0, q1, true}; }
+static Axis free_axis(int q0, int q1, int w0, int w1) { return {q0, q1, w0, w1, false}; }
+
+static std::vector<Axis> axes(int size, int k, char kind) {
+    const int r = k / 2;
+    if (kind == 'c') return {free_axis(0, size, r, size - r)};
+    if (kind == 'l' || k >= size) return {locked(0, size)};
+    if (kind == 'n') return {free_axis(1, size, r, r + 1), free_axis(0, 1, r, size - r)};
+    if (r == 0) return {free_axis(0, size, 0, size)};
+    return {locked(0, r), free_axis(r, size - r, r, size - r), locked(size - r, size)};
+}
+
+static std::vector<double> run(const char* simd, int batch, int channels, int height, int width, int count, int k,
+                               char kind, bool bytes, bool select, double sigma, int threads) {
+    state = 1;
+    const size_t pixels = size_t(height) * size_t(width), values = pixels * size_t(channels);
+    std::vector<float> z(size_t(batch) * values), floats(size_t(count) * values);
+    std::vector<uint8_t> raw(size_t(count) * values);
+    for (float& value : z) value = 3 * uniform() - 1.5f;
+    for (size_t i = 0; i < raw.size(); ++i) raw[i] = uint8_t(uniform() * 255), floats[i] = float(raw[i]) / 127.5f - 1.f;
+    std::vector<int64_t> indices;
+    for (int64_t i = 0; i < count; i += 2) indices.push_back(count - 1 - i);
+    std::vector<double> sigmas(size_t(batch), sigma);
+    const size_t outputs = size_t(batch) * (k ? pixels : 1);
+    std::vector<double> m(outputs, -std::numeric_limits<double>::infinity()), s(outputs), s2(outputs);
+    std::vector<double> v(size_t(batch) * values);
+
+    patchscore::Problem problem{};
+    problem.batch = batch, problem.channels = channels, problem.height = height, problem.width = width;
+    problem.z = z.data(), problem.sigma = sigmas.data();
+    problem.images = bytes ? static_cast<const void*>(raw.data()) : static_cast<const void*>(floats.data());
+    problem.images_are_bytes = bytes;
+    problem.indices = select ? indices.data() : nullptr;
+    problem.count = select ? int64_t(indices.size()) : count;
+    problem.patch_size = k, problem.circular = kind == 'c';
+    if (k)
+        for (const Axis& rows : axes(height, k, kind))
+            for (const Axis& cols : axes(width, k, kind)) problem.groups.push_back({rows, cols});
+    problem.m = m.data(), problem.s = s.data(), problem.s2 = s2.data(), problem.v = v.data();
+    problem.threads = threads, problem.memory_limit = int64_t(1) << 30;
+    if (!patchscore::sliding_posterior_sum(problem, simd, nullptr)) std::abort();
+
+    std::vector<double> means;
+    for (size_t b = 0; b < size_t(batch); ++b)
+        for (size_t i = 0; i < values; ++i) {
+            const double weight = s[k ? b * pixels + i % pixels : b];
+            means.push_back(v[b * values + i] / weight);
+        }
+    return means;
+}
+
+int main() {
+    const std::vector<std::string> levels = patchscore::simd_levels();
+    int runs = 0;
+    for (const char kind : {'c', 'z', 'n', 'l', 'w'})
+        for (const int k : {1, 3, 5, 7, 9, 15, 21})
+            for (const int channels : {1, 2, 3, 4})
+                for (const int width : {9, 14}) {
+                    const int height = 23 - width, patch = kind == 'w' ? 0 : k;
+                    if (kind == 'c' && (k > height || k > width)) continue;
+                    if (kind == 'w' && k > 1) continue;
+                    if (k >= 2 * (height > width ? height : width)) continue;
+                    const double sigma = channels == 2 ? 1e-3 : channels == 4 ? 100 : 0.5;
+                    std::vector<double> first;
+                    for (const std::string& level : levels) {
+                        const std::vector<double> means = run(level.c_str(), 2, channels, height, width, 19, patch, kind,
+                                                              width == 9, channels == 3, sigma, 1 + channels % 2);
+                        if (first.empty()) first = means;
+                        for (size_t i = 0; i < means.size(); ++i)
+                            if (!(std::abs(means[i] - first[i]) < 1e-3)) {
+                                std::printf("%s: %c k=%d C=%d: %g against %g\n", level.c_str(), kind, k, channels,
+                                            means[i], first[i]);
+                                return 1;
+                            }
+                        ++runs;
+                    }
+                }
+    std::printf("%d runs, no complaint\n", runs);
+    return 0;
+}

@@ -1,0 +1,342 @@
+"""Engine `sliding` gives the sums of `reference` in float64, on every instruction set this machine has."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import smooth_images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import patchscore as ps
+from patchscore.engines import reference, sliding
+from patchscore.windows import WHOLE_IMAGE, Axis, Competition, Group
+
+native = pytest.importorskip("patchscore._native", reason="the C++ extension was not built")
+LEVELS = native.simd_levels()
+LIMIT = 2**30
+
+
+@pytest.fixture(params=LEVELS)
+def simd(request, monkeypatch):
+    monkeypatch.setenv("PATCHSCORE_SIMD", request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def circular(k, height, width):
+    r = k // 2
+    rows, cols = range(r, height - r), range(r, width - r)
+    return Competition(k, "circular", (Group(Axis(range(height), rows), Axis(range(width), cols)),))
+
+
+def broken_axes(k, size):
+    r = k // 2
+    if k >= size:
+        return [Axis(range(size))]
+    interior = Axis(range(r, size - r), range(r, size - r))
+    return [interior] if r == 0 else [Axis(range(r)), interior, Axis(range(size - r, size))]
+
+
+def broken(k, height, width):
+    groups = [Group(rows, cols) for rows in broken_axes(k, height) for cols in broken_axes(k, width)]
+    return Competition(k, "zeros", tuple(groups))
+
+
+def local(k, height, width):
+    return Competition(k, "zeros", (Group(Axis(range(height)), Axis(range(width))),))
+
+
+def assert_same(got, expected, tolerance):
+    assert torch.isfinite(got.mean).all()
+    assert (got.mean - expected.mean).abs().max() <= tolerance
+    # Effective sample sizes and log-evidence are sums of the same weights.
+    torch.testing.assert_close(got.ess, expected.ess, rtol=2e-2, atol=1e-3)
+    evidence, expected_evidence = got.m + got.s.log(), expected.m + expected.s.log()
+    torch.testing.assert_close(evidence, expected_evidence, rtol=1e-5, atol=2e-3)
+
+
+def compare(bank, competition, sigma, seed=1, tolerance=1e-4):
+    """One noisy image per sigma around images of the bank; pixels in float32, so that both engines read the same."""
+    sigma = torch.tensor(sigma, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    x0 = bank.chunk(0, 1).expand(len(sigma), -1, -1, -1)
+    z = x0 + sigma.float()[:, None, None, None] * torch.randn(x0.shape, generator=generator)
+    got = sliding.posterior_sum(z, sigma, bank, competition, LIMIT)
+    expected = reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT)
+    assert_same(got, expected, tolerance)
+    return got
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("k", [1, 3, 5, 7, 9, 11])
+@pytest.mark.parametrize("kind", [circular, broken, local])
+def test_sums_are_the_references(simd, kind, k, channels):
+    height, width = (11, 14) if channels % 2 else (13, 11)
+    bank = ps.PatchBank(smooth_images(19, channels, height, width))
+    compare(bank, kind(k, height, width), [0.05, 0.3, 2.0])
+
+
+@pytest.mark.parametrize("k", [13, 15, 17, 27])
+def test_sums_are_the_references_where_the_window_is_larger_than_the_image(simd, k):
+    bank = ps.PatchBank(smooth_images(19, 3, 14, 12))
+    compare(bank, local(k, 14, 12), [0.05, 1.0])
+    compare(bank, broken(k, 14, 12), [0.05, 1.0])
+
+
+@pytest.mark.parametrize("kind", [circular, broken])
+def test_sums_are_the_references_on_larger_images(simd, kind):
+    bank = ps.PatchBank(smooth_images(5, 3, 32, 37))
+    compare(bank, kind(17, 32, 37), [0.5, 4.0])
+
+
+def test_images_wider_than_one_strip_give_the_references_sums():
+    bank = ps.PatchBank(smooth_images(2, 1, 26, 170))
+    compare(bank, circular(13, 26, 170), [1.0])
+
+
+@pytest.mark.parametrize("kind", [circular, broken, local])
+def test_extreme_noise_is_held(simd, kind):
+    bank = ps.PatchBank(smooth_images(35, 3, 12, 10))
+    compare(bank, kind(7, 12, 10), [0.005, 0.01, 0.02], tolerance=1e-3)
+    compare(bank, kind(3, 12, 10), [100.0, 1e4], tolerance=1e-4)
+
+
+@pytest.mark.parametrize("kind", [circular, local])
+def test_mean_is_nearest_window_as_sigma_vanishes(simd, kind):
+    bank = ps.PatchBank(smooth_images(35, 3, 12, 10))
+    z = bank.chunk(4, 6) + 0.01 * torch.randn(2, 3, 12, 10, generator=torch.Generator().manual_seed(0))
+    competition = kind(5, 12, 10)
+    expected = reference.posterior_sum(
+        z.double(), torch.full((2,), 1e-4, dtype=torch.float64), bank, competition, LIMIT
+    )
+    for sigma in (1e-4, 1e-6, 1e-12):
+        got = sliding.posterior_sum(z, torch.full((2,), sigma, dtype=torch.float64), bank, competition, LIMIT)
+        assert (got.mean - expected.mean).abs().max() < 1e-5
+    huge = sliding.posterior_sum(z, torch.full((2,), 1e9, dtype=torch.float64), bank, competition, LIMIT)
+    assert (huge.ess / (35 * competition.groups[0].windows_per_image) - 1).abs().max() < 1e-4
+
+
+def test_ties_share_their_weight(simd):
+    image = smooth_images(1, 3, 10, 10)
+    bank = ps.PatchBank(image.repeat(37, 1, 1, 1))
+    got = compare(bank, local(5, 10, 10), [0.005, 0.5], tolerance=1e-5)
+    assert (got.ess - 37).abs().max() < 1e-3
+
+
+def test_maximum_may_rise_by_thousands_of_nats(simd):
+    # Far images first: the reference moves with almost every image.
+    images = torch.linspace(1, -1, 40)[:, None, None, None] * torch.ones(1, 3, 9, 9)
+    bank = ps.PatchBank(images)
+    z = torch.full((1, 3, 9, 9), -1.0) + 0.005 * torch.randn(1, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.005], dtype=torch.float64)
+    for competition in (local(3, 9, 9), circular(7, 9, 9), broken(3, 9, 9)):
+        got = sliding.posterior_sum(z, sigma, bank, competition, LIMIT)
+        assert_same(got, reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT), 1e-3)
+
+
+@pytest.mark.parametrize("images", [1, 3, 16, 33, 150])
+def test_whole_images_are_the_references(simd, images):
+    bank = ps.PatchBank(smooth_images(images, 3, 9, 7))
+    compare(bank, WHOLE_IMAGE, [0.005, 0.05, 1.0, 50.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("competition", [circular(3, 10, 12), local(9, 10, 12), WHOLE_IMAGE])
+def test_selections_and_dtypes_read_the_same_pixels(simd, dtype, competition):
+    labels = torch.arange(50) % 3
+    bank = ps.PatchBank(smooth_images(50, 3, 10, 12, dtype=dtype), labels).select(1)
+    compare(bank, competition, [0.1, 1.0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_product_of_axes_gives_the_references_sums(data):
+    k = data.draw(st.sampled_from([1, 3, 5, 7]))
+    mode = data.draw(st.sampled_from(["zeros", "circular"]))
+
+    def part(size):
+        first = data.draw(st.integers(0, size - 1))
+        return range(first, data.draw(st.integers(first + 1, size)))
+
+    def axis(size):
+        inner = part(size - k + 1)
+        inside = range(inner.start + k // 2, inner.stop + k // 2)
+        return Axis(inside) if data.draw(st.booleans()) else Axis(part(size), inside)
+
+    height, width = data.draw(st.integers(k, 12)), data.draw(st.integers(k, 12))
+    competition = Competition(k, mode, (Group(axis(height), axis(width)),))
+    bank = ps.PatchBank(smooth_images(data.draw(st.integers(1, 20)), data.draw(st.integers(1, 4)), height, width))
+    z = bank.chunk(0, 1) + 0.3
+    sigma = torch.tensor([0.4], dtype=torch.float64)
+    got = sliding.posterior_sum(z, sigma, bank, competition, LIMIT)
+    expected = reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT)
+    served = expected.s > 0
+    assert torch.equal(served, got.s > 0)
+    assert (got.mean - expected.mean)[served.expand_as(got.v)].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("competition", [circular(3, 12, 10), broken(7, 12, 10), local(5, 12, 10), WHOLE_IMAGE])
+def test_numbers_do_not_depend_on_threads_batch_or_memory(simd, threads, competition):
+    bank = ps.PatchBank(smooth_images(200, 3, 12, 10))
+    sigma = torch.tensor([0.05, 0.4, 3.0, 0.2, 0.1, 1.0], dtype=torch.float64)
+    z = bank.chunk(0, 6) + sigma.float()[:, None, None, None] * torch.randn(6, 3, 12, 10)
+    threads(1)
+    expected = sliding.posterior_sum(z, sigma, bank, competition, LIMIT)
+    for count, items, limit in ((2, slice(None), LIMIT), (3, slice(1, 4), LIMIT), (2, slice(5, 6), 4 * 2**20)):
+        threads(count)
+        got = sliding.posterior_sum(z[items], sigma[items], bank, competition, limit)
+        for a, b in ((got.m, expected.m), (got.s, expected.s), (got.v, expected.v), (got.s2, expected.s2)):
+            assert torch.equal(a, b[items])
+
+
+def test_float64_input_is_taken():
+    bank = ps.PatchBank(smooth_images(5, 1, 8, 8))
+    z = bank.chunk(0, 1, torch.float64)
+    sums = sliding.posterior_sum(z, torch.ones(1, dtype=torch.float64), bank, local(3, 8, 8), LIMIT)
+    assert sums.v.dtype == torch.float64
+    assert z.dtype == torch.float64
+
+
+def test_memory_limit_too_small_for_one_thread_is_refused():
+    bank = ps.PatchBank(smooth_images(5, 3, 32, 32))
+    with pytest.raises(ValueError, match="memory_limit"):
+        sliding.posterior_sum(bank.chunk(0, 1), torch.ones(1).double(), bank, circular(17, 32, 32), 10_000)
+
+
+def test_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("PATCHSCORE_SIMD", "mmx")
+    bank = ps.PatchBank(smooth_images(5, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"PATCHSCORE_SIMD.*mmx.*plain"):
+        sliding.posterior_sum(bank.chunk(0, 1), torch.ones(1).double(), bank, local(3, 8, 8), LIMIT)
+
+
+def test_without_the_extension_the_engine_says_so(monkeypatch):
+    monkeypatch.setattr(sliding, "_native", None)
+    monkeypatch.setattr(sliding, "_missing", "No module named 'patchscore._native'", raising=False)
+    reason = sliding.unavailable(torch.device("cpu"))
+    assert reason is not None
+    assert "not built" in reason
+
+
+def test_other_devices_are_declined():
+    assert sliding.unavailable(torch.device("cpu")) is None
+    assert "cuda" in (sliding.unavailable(torch.device("cuda")) or "")
+
+
+def native_arguments(**changes):
+    """Arguments the native module takes, but for `changes`."""
+    shape = (1, 3, 6, 5)
+    arguments = {
+        "z": np.zeros(shape, np.float32),
+        "sigma": np.ones(1),
+        "images": np.zeros((4, 3, 6, 5), np.uint8),
+        "indices": None,
+        "patch_size": 3,
+        "circular": False,
+        "groups": np.array([[1, 5, 1, 5, 1, 4, 1, 4]], np.int64),
+        "m": np.full((1, 1, 6, 5), -np.inf),
+        "s": np.zeros((1, 1, 6, 5)),
+        "s2": np.zeros((1, 1, 6, 5)),
+        "v": np.zeros(shape),
+        "threads": 1,
+        "memory_limit": LIMIT,
+        "simd": "",
+    }
+    return arguments | changes
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+def unaligned(shape, dtype):
+    raw = np.zeros(int(np.prod(shape)) * np.dtype(dtype).itemsize + 1, np.uint8)
+    return raw[1:].view(dtype).reshape(shape)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"z": np.zeros((1, 3, 6, 5))},
+        {"z": np.zeros((3, 6, 5), np.float32)},
+        {"z": np.zeros((1, 3, 6, 0), np.float32)},
+        {"z": np.zeros((1, 3, 6, 10), np.float32)[..., ::2]},
+        {"z": np.zeros((1, 3, 5, 6), np.float32).swapaxes(2, 3)},
+        {"z": unaligned((1, 3, 6, 5), np.float32)},
+        {"z": np.full((1, 3, 6, 5), np.nan, np.float32)},
+        {"z": np.full((1, 3, 6, 5), np.inf, np.float32)},
+        {"sigma": np.ones(2)},
+        {"sigma": np.ones(1, np.float32)},
+        {"sigma": np.zeros(1)},
+        {"sigma": np.array([np.nan])},
+        {"images": np.zeros((4, 1, 6, 5), np.uint8)},
+        {"images": np.zeros((0, 3, 6, 5), np.uint8)},
+        {"images": np.zeros((4, 3, 6, 5), np.int8)},
+        {"images": np.zeros((4, 3, 6, 5), np.float64)},
+        {"images": np.zeros((8, 3, 6, 5), np.uint8)[::2]},
+        {"indices": np.array([0, 4])},
+        {"indices": np.array([-1])},
+        {"indices": np.array([0], np.int32)},
+        {"indices": np.array([], np.int64)},
+        {"patch_size": 2},
+        {"patch_size": -3},
+        {"patch_size": 99},
+        {"patch_size": 5},
+        {"groups": np.zeros((1, 7), np.int64)},
+        {"groups": np.array([[0, 7, 1, 5, 1, 4, 1, 4]], np.int64)},
+        {"groups": np.array([[2, 2, 1, 5, 1, 4, 1, 4]], np.int64)},
+        {"groups": np.array([[1, 5, 0, 5, 1, 4, 1, 4]], np.int64)},
+        {"groups": np.array([[1, 5, 1, 6, 1, 4, 1, 4]], np.int64)},
+        {"groups": np.array([[1, 5, 3, 3, 1, 4, 1, 4]], np.int64)},
+        {"groups": np.array([[1, 2**40, 1, 5, 1, 4, 1, 4]], np.int64)},
+        {"groups": np.array([[0, 5, -1, -1, 1, 4, 1, 4]], np.int64), "circular": True},
+        {"m": np.zeros((1, 1, 6, 4))},
+        {"s": np.zeros((1, 1, 6, 5), np.float32)},
+        {"v": np.zeros((1, 1, 6, 5))},
+        {"v": read_only(np.zeros((1, 3, 6, 5)))},
+        {"memory_limit": 10},
+        {"simd": "neon"},
+    ],
+)
+def test_arguments_that_do_not_fit_are_value_errors(changes):
+    native.sliding(**native_arguments())
+    with pytest.raises((ValueError, BufferError)):
+        native.sliding(**native_arguments(**changes))
+
+
+def test_interrupt_stops_within_a_second():
+    script = """
+import torch, patchscore as ps
+from patchscore.engines import sliding
+from patchscore.windows import Axis, Competition, Group
+bank = ps.PatchBank(torch.zeros(20000, 3, 32, 32, dtype=torch.uint8))
+axis = Axis(range(32), range(1, 31))
+torch.set_num_threads(2)
+print("started", flush=True)
+try:
+    sliding.posterior_sum(torch.zeros(4, 3, 32, 32), torch.ones(4).double(), bank,
+                          Competition(3, "circular", (Group(axis, axis),)), 2**30)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    time.sleep(0.5)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "interrupted\n"
+    assert time.monotonic() - start < 1
+    process.wait(timeout=10)
