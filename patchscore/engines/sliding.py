@@ -16,9 +16,9 @@ from ..posterior import PosteriorSum
 from ..windows import Axis, Competition
 
 try:
-    from .. import _native
+    import patchscore._native as _native
 except ImportError as error:  # not built, or built for another Python
-    _native = None  # type: ignore[assignment]
+    _native = None
     _missing = str(error)
 
 

@@ -1,0 +1,323 @@
+"""Pairs a second of every exact engine and peer on the CPU, in one interleaved run.
+
+A pair is a query pixel and a competing window. All queries of circular EquivariantLocalScore compete with all windows;
+each contender gets as many images as fill its time slot, since a rate is what is compared. Errors are of the denoised
+pixel, against `reference` in float64, all on the same few images. Writes benchmarks/results/exact_cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import patchscore as ps
+from patchscore.engines import reference, sliding
+from patchscore.windows import Axis, Competition, Group
+
+SIGMA = {3: 0.16, 5: 0.5, 7: 0.99, 11: 1.92, 17: 3.98, 25: 8.0}
+"""The noise each patch size is calibrated to, roughly; and one case where nearly all weights vanish."""
+LOW_NOISE = (3, 0.08)
+SLOT = 0.2  # seconds a measurement aims at
+MOST_IMAGES = 2048
+MEMORY = 2**31
+RESULTS = Path(__file__).parent / "results" / "exact_cpu.json"
+
+Denoise = Callable[[torch.Tensor, float, torch.Tensor, int], torch.Tensor]
+
+
+# Contenders: denoise(z [1, C, H, W], sigma, train [N, C, H, W] in [-1, 1], k) -> [C, H * W].
+
+
+def competition(k: int, size: int) -> Competition:
+    axis = Axis(range(size), range(k // 2, size - k // 2))
+    return Competition(k, "circular", (Group(axis, axis),))
+
+
+def by_engine(engine) -> Denoise:
+    def denoise(z, sigma, train, k):
+        bank = ps.PatchBank.__new__(ps.PatchBank)  # without the checks of pixels, which are not what is measured
+        bank.images, bank.indices = train, None
+        noise = torch.tensor([sigma], dtype=torch.float64)
+        return engine.posterior_sum(z, noise, bank, competition(k, z.shape[-1]), MEMORY).mean[0].flatten(1)
+
+    return denoise
+
+
+def query_rows(z, k):
+    """Windows of z as rows [H W, d]."""
+    return F.unfold(F.pad(z, (k // 2,) * 4, mode="circular"), k)[0].T.contiguous()
+
+
+def window_rows(train, k):
+    """Competing windows and their centres: [M, d], [M, C]."""
+    r = k // 2
+    windows = F.unfold(train, k).transpose(1, 2).flatten(0, 1)
+    centres = train[:, :, r : train.shape[2] - r, r : train.shape[3] - r].flatten(2).transpose(1, 2).flatten(0, 1)
+    return windows.contiguous(), centres.contiguous()
+
+
+def attention(z, sigma, train, k):
+    """scaled_dot_product_attention, |p|^2 as one more column."""
+    p, v = window_rows(train, k)
+    q = query_rows(z, k) / sigma**2
+    keys = torch.cat([p, p.square().sum(1, keepdim=True) / (-2 * sigma**2)], 1)
+    queries = torch.cat([q, torch.ones(len(q), 1)], 1)
+    # The fused CPU kernel wants values as wide as keys; without it the logits are materialised, which is slower.
+    values = F.pad(v, (0, keys.shape[1] - v.shape[1]))
+    out = F.scaled_dot_product_attention(queries[None, None], keys[None, None], values[None, None], scale=1.0)
+    return out[0, 0, :, : v.shape[1]].T
+
+
+def online_softmax(logits_and_values):
+    m = s = acc = None
+    for logits, values in logits_and_values:  # [Q, M], [M, C]
+        top = logits.amax(1, keepdim=True)
+        new = top if m is None else torch.maximum(m, top)
+        w = logits.sub_(new).exp_()
+        if m is None:
+            s, acc = w.sum(1, keepdim=True), w @ values
+        else:
+            fade = (m - new).exp()
+            s, acc = s * fade + w.sum(1, keepdim=True), acc * fade + w @ values
+        m = new
+    return (acc / s).T
+
+
+def gemm(z, sigma, train, k, chunk=1024):
+    """Chunked matrix product and online softmax."""
+    p, v = window_rows(train, k)
+    q = query_rows(z, k) / sigma**2
+    bias = p.square().sum(1) / (-2 * sigma**2)
+    return online_softmax(
+        (torch.addmm(bias[a : a + chunk], q, p[a : a + chunk].T), v[a : a + chunk]) for a in range(0, len(p), chunk)
+    )
+
+
+def convolution(z, sigma, train, k, chunk=1024):
+    """The published formulation: training windows are the filters of a convolution over z."""
+    p, v = window_rows(train, k)
+    padded = F.pad(z, (k // 2,) * 4, mode="circular") / sigma**2
+    bias = p.square().sum(1) / (-2 * sigma**2)
+    filters = p.reshape(-1, z.shape[1], k, k)
+
+    def logits(a):
+        return F.conv2d(padded, filters[a : a + chunk], bias[a : a + chunk])[0].flatten(1).T.contiguous()
+
+    return online_softmax((logits(a), v[a : a + chunk]) for a in range(0, len(p), chunk))
+
+
+def keops() -> Denoise | None:
+    try:
+        from pykeops.torch import Vi, Vj
+    except ImportError:
+        return None
+
+    def denoise(z, sigma, train, k):
+        p, v = window_rows(train, k)
+        q = query_rows(z, k)
+        logits = -Vi(q).sqdist(Vj(p)) / (2 * sigma**2)
+        return logits.sumsoftmaxweight(Vj(v), dim=1).T
+
+    return denoise
+
+
+def contenders() -> dict[str, Denoise]:
+    found = {
+        "sliding": by_engine(sliding),
+        "reference": by_engine(reference),
+        "attention": attention,
+        "gemm": gemm,
+        "convolution": convolution,
+    }
+    guest = keops()
+    return found | ({"keops": guest} if guest else {})
+
+
+# Data.
+
+
+def images_of(path: str | None, channels: int, size: int, count: int) -> torch.Tensor:
+    """uint8 [count, channels, size, size]: from a folder or tar of image files, or smooth random ones."""
+    if path is None:
+        return smooth(channels, size, count)
+    loaded = []
+    for data in files_of(Path(path)):
+        image = Image.open(data).convert("L" if channels == 1 else "RGB").resize((size, size))
+        loaded.append(np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1))
+        if len(loaded) == count:
+            break
+    order = torch.randperm(len(loaded), generator=torch.Generator().manual_seed(0))
+    repeated = torch.from_numpy(np.stack(loaded))[order]
+    return repeated.repeat(-(-count // len(repeated)), 1, 1, 1)[:count].contiguous()
+
+
+def files_of(path: Path):
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.suffix.lower() in {".jpg", ".jpeg", ".png"}:
+                yield io.BytesIO(file.read_bytes())
+        return
+    with tarfile.open(path) as archive:
+        # Every twelfth, so that a few thousand cover all classes of an archive sorted by class.
+        members = [m for m in archive.getmembers() if m.name.lower().endswith((".jpg", ".jpeg", ".png"))]
+        for member in members[:: max(1, len(members) // MOST_IMAGES)]:
+            yield io.BytesIO(archive.extractfile(member).read())
+
+
+def smooth(channels: int, size: int, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(count, channels, size // 4, size // 4, generator=generator)
+    fine = F.interpolate(coarse, size=(size, size), mode="bicubic")
+    fine += 0.1 * torch.randn(fine.shape, generator=generator)
+    return ((fine * 0.5).clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+
+
+# Measuring.
+
+
+def measure(case, engines: dict[str, Denoise], images: torch.Tensor, repeats: int) -> list[dict]:
+    k, sigma, channels, size = case
+    pairs_per_image = size**2 * (size - k + 1) ** 2
+    z = (
+        images[:1] / 127.5
+        - 1
+        + sigma * torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(1))
+    )
+    exact = by_engine(reference)(z.double(), sigma, images[:2], k)
+
+    def call(name, count):
+        train = images[:count] if name in ("sliding", "reference") else images[:count] / 127.5 - 1
+        start = time.perf_counter()
+        result = engines[name](z, sigma, train, k)
+        return time.perf_counter() - start, result
+
+    rows = {}
+    for name in engines:
+        call(name, 1)
+        error = (call(name, 2)[1].double() - exact).abs().max().item()
+        count = 2
+        while (seconds := call(name, count)[0]) < SLOT / 2 and count < min(MOST_IMAGES, len(images)):
+            count = int(min(MOST_IMAGES, len(images), count * min(8.0, max(2.0, SLOT / seconds))))
+        rows[name] = {
+            "engine": name,
+            "k": k,
+            "sigma": sigma,
+            "channels": channels,
+            "size": size,
+            "images": count,
+            "pairs": count * pairs_per_image,
+            "error": error,
+            "seconds": [],
+        }
+    for _ in range(repeats):
+        for name, row in rows.items():
+            row["seconds"].append(call(name, row["images"])[0])
+    for row in rows.values():
+        seconds = row.pop("seconds")
+        row |= {"seconds_median": statistics.median(seconds), "seconds_min": min(seconds), "seconds_max": max(seconds)}
+        row["pairs_per_second"] = row["pairs"] / row["seconds_median"]
+    return list(rows.values())
+
+
+def ceilings() -> dict[str, float]:
+    """Fused multiply-adds and exponentials a second, as torch's own kernels reach them on the same threads."""
+
+    def best(work, operations):
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return operations / statistics.median(times)
+
+    a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
+    x, out = torch.randn(64, 1 << 14), torch.empty(64, 1 << 14)
+    return {
+        "fused_multiply_adds_per_second": best(lambda: a @ b, 1536**3),
+        "exponentials_per_second": best(lambda: [torch.exp(x, out=out) for _ in range(8)], 8 * x.numel()),
+    }
+
+
+def machine() -> dict:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "simd": os.environ.get("PATCHSCORE_SIMD") or sliding._native.simd_levels()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "commit": commit.stdout.strip(),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """Billions of pairs a second, and how many times `sliding` is ahead."""
+    names = list(dict.fromkeys(row["engine"] for row in rows))
+    lines = ["| case | " + " | ".join(names) + " | worst error of sliding |", "| --- " * (len(names) + 2) + "|"]
+    cases = dict.fromkeys((row["size"], row["channels"], row["k"], row["sigma"]) for row in rows)
+    for size, channels, k, sigma in cases:
+        found = {
+            r["engine"]: r for r in rows if (r["size"], r["channels"], r["k"], r["sigma"]) == (size, channels, k, sigma)
+        }
+        ours = found["sliding"]["pairs_per_second"]
+        cells = [f"{size} x {size} x {channels}, k = {k}, sigma = {sigma}"]
+        for name in names:
+            rate = found[name]["pairs_per_second"]
+            cells.append(f"{rate / 1e9:.3f}" + ("" if name == "sliding" else f" ({ours / rate:.1f}x)"))
+        lines.append("| " + " | ".join([*cells, f"{found['sliding']['error']:.1e}"]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", help="folder or tar of images to use instead of smooth random ones")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--channels", type=int, nargs="+", default=[3, 1])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.images and not Path(options.images).exists():
+        print(f"{options.images}: not found, taking smooth random images", file=sys.stderr)
+        options.images = None
+    if reason := sliding.unavailable(torch.device("cpu")):
+        sys.exit(f"engine sliding: {reason}")
+
+    engines, rows = contenders(), []
+    speed = ceilings()
+    for size in options.sizes:
+        for channels in options.channels:
+            images = images_of(options.images, channels, size, MOST_IMAGES)
+            cases = [(k, sigma, channels, size) for k, sigma in SIGMA.items()]
+            for case in [(*LOW_NOISE, channels, size), *cases] if size == 32 else cases:
+                rows += measure(case, engines, images, options.repeats)
+                print(table(rows[-len(engines) :]).splitlines()[-1], flush=True)
+    data = "smooth random" if options.images is None else Path(options.images).name
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"machine": machine(), "data": data, "ceilings": speed, "rows": rows}, indent=1))
+    print(table(rows))
+    print({name: f"{value:.3g}" for name, value in speed.items()})
+
+
+if __name__ == "__main__":
+    main()
