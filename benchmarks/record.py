@@ -1,0 +1,79 @@
+"""What every figure script shares: where results go, what is written beside them, and how the data is opened."""
+
+import datetime
+import io
+import json
+import platform
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import patchscore as ps
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def write(name: str, what: str, **content: object) -> None:
+    """benchmarks/results/<name>.json: the content, and on what, with what and when it was measured."""
+    record = {"what": what, **provenance(), **content}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(rounded(record), indent=1) + "\n")
+
+
+def provenance() -> dict[str, object]:
+    model = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "machine": f"{model}, {torch.get_num_threads()} threads",
+        "versions": {"patchscore": ps.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "commit": commit.stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def rounded(value: object) -> object:
+    """Floats to five digits, so that a rerun differs where something changed."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def cifar10(archive: Path, per_class: int) -> ps.PatchBank:
+    """The first images of each class from a tar of train/<class>/<number>.jpg."""
+    images: dict[str, list[np.ndarray]] = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            path = Path(member.name)
+            if path.suffix != ".jpg" or len(images.setdefault(path.parent.name, [])) >= per_class:
+                continue
+            handle = tar.extractfile(member)
+            assert handle is not None
+            images[path.parent.name].append(np.asarray(Image.open(io.BytesIO(handle.read())).convert("RGB")))
+    names = sorted(images)
+    pixels = np.stack([image for name in names for image in images[name]]).transpose(0, 3, 1, 2)
+    labels = np.repeat(np.arange(len(names)), [len(images[name]) for name in names])
+    return ps.PatchBank(np.ascontiguousarray(pixels), labels, names)
+
+
+def r_squared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[B] squared correlation of the pixels of each pair of images."""
+    a, b = (x.double().flatten(1) - x.double().flatten(1).mean(1, keepdim=True) for x in (a, b))
+    return (a * b).sum(1) ** 2 / ((a * a).sum(1) * (b * b).sum(1))
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
