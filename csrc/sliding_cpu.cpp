@@ -290,7 +290,7 @@ struct Plan {
         panel.lowest = low;
         for (int j = low; j < high; ++j) {
             const int query = wrapping ? ((j % width) + width) % width : j - panel.cols.q0;
-            panel.state_of.push_back((query + MARGIN) * panel.pitch);
+            panel.state_of.push_back(int64_t(query + MARGIN) * panel.pitch * level.lanes);
         }
     }
 

@@ -81,10 +81,12 @@ PS_INLINE void slide(const Task& t, const Panel& panel, const Diagonals& d, cons
     // Step x is training column first - r + x; the window that ends there is number x - k + 1.
     q += int64_t(d.first - r - d.displacement) * n;
     p += int64_t(d.first - r) * n * LANES;
-    const int32_t* state_of = panel.state_of.data() + (d.first - d.displacement - panel.lowest);
-    const int column = d.first - panel.cols.w0;
-    auto emit = [&](int window, const F(&h)[U]) PS_LAMBDA {
-        for (int u = 0; u < U; ++u) put<INTO>(rows, int64_t(state_of[window - u] + column + window) * LANES, h[u]);
+    const int64_t* state_of = panel.state_of.data() + (d.first - d.displacement - panel.lowest);
+    const int64_t column = (d.first - panel.cols.w0) * LANES;
+    const Rows at = {rows.to + column, INTO == SET || INTO == SET_KEEP ? nullptr : rows.from + column,
+                     INTO == SET || INTO == ADD ? nullptr : rows.keep + column};
+    auto emit = [&](int64_t window, const F(&h)[U]) PS_LAMBDA {
+        PS_EACH(U) put<INTO>(at, state_of[window - i] + window * LANES, h[i]);
     };
 
     if (K > 0) {

@@ -35,7 +35,7 @@ struct Panel {
     int64_t state_row;                      // vectors of one state row
     int slots;                              // state rows kept besides the running one
     int64_t first_query;                    // where its accumulators start, in queries
-    std::vector<int32_t> state_of;          // query column (from `lowest` on) -> its row in the state, in vectors
+    std::vector<int64_t> state_of;          // query column (from `lowest` on) -> its row in the state, in floats
     int lowest;
 };
 
