@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .bank import RANGE_TOLERANCE
 from .machines import Denoiser, check_noisy
 from .sampling import image_generator
 
@@ -70,8 +71,8 @@ def classify(
         progress: show a bar on stderr once it has taken two seconds.
 
     Raises:
-        ValueError: wrong shape, NaN or infinite pixels, no or bad sigmas, unknown labels, fewer than two classes, a
-            denoiser without labels.
+        ValueError: wrong shape, pixels that are NaN, infinite or outside [-1, 1], no or bad sigmas, unknown labels, fewer
+            than two classes, a denoiser without labels.
         TypeError: an argument of a type that is not taken.
     """
     for name, value, least in (("draws", draws, 1), ("batch_size", batch_size, 1)):
@@ -82,6 +83,9 @@ def classify(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: got {seed!r}, takes an integer")
     images = check_noisy(images, denoiser.shape, name="images")
+    if images.numel() and images.abs().max() > 1 + RANGE_TOLERANCE:
+        low, high = images.aminmax()
+        raise ValueError(f"images: values from {low:.4g} to {high:.4g}, takes [-1, 1]")
     levels = _check_sigmas(sigmas)
     known = _check_classes(denoiser, classes)
 

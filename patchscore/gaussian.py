@@ -8,14 +8,20 @@ for diffusion models and its applications", 2024), so that a sampler may start w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from . import checks
 from .bank import PatchBank
 from .machines import DEFAULT_MEMORY_LIMIT, Denoiser, Estimate, Labels, check_labels, check_noisy, check_sigma
 from .posterior import accumulator_dtype
+
+T = TypeVar("T")
 
 RELATIVE_NULL = 1e-12
 """Variances below this share of the largest are rounding, and count as 0."""
@@ -65,31 +71,22 @@ class GaussianScore(Denoiser):
     def __init__(self, bank: PatchBank, rank: int | None = None, memory_limit: int = DEFAULT_MEMORY_LIMIT):
         if not isinstance(bank, PatchBank):
             raise TypeError(f"bank: got {type(bank).__name__}, takes a PatchBank")
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
-            raise TypeError(f"rank: got {rank!r}, takes an integer or None")
-        if rank is not None and rank < 1:
-            raise ValueError(f"rank: got {rank}, takes an integer from 1")
-        if isinstance(memory_limit, bool) or not isinstance(memory_limit, int):
-            raise TypeError(f"memory_limit: got {memory_limit!r}, takes a number of bytes")
-        if memory_limit <= 0:
-            raise ValueError(f"memory_limit: got {memory_limit}, takes a positive number of bytes")
         self.bank = bank
         self.shape = bank.shape
-        self.rank = rank
-        self.memory_limit = memory_limit
-        self._axes: dict[int | None, Axes] = {}
+        self.rank = None if rank is None else checks.integer("rank", rank, at_least=1)
+        self.memory_limit = checks.integer("memory_limit", memory_limit, at_least=1)
+        self._axes: dict[tuple[int | None, torch.device], Axes] = {}
 
     def axes(self, label: int | str | None = None, device: torch.device | str = "cpu") -> Axes:
         """Mean and principal axes of a class, or of the whole bank for None."""
         (known,) = check_labels([label], self.bank, 1)
-        axes = self._axes.get(known)
-        if axes is None:
+        home, asked = torch.device("cpu"), torch.device(device)
+        if (known, home) not in self._axes:
             bank = self.bank if known is None else self.bank.select(known)
-            axes = principal_axes(bank, self.rank, self.memory_limit)
-        if axes.mean.device != torch.device(device):
-            axes = axes.to(torch.device(device))
-        self._axes[known] = axes
-        return axes
+            self._axes[known, home] = principal_axes(bank, self.rank, self.memory_limit)
+        if (known, asked) not in self._axes:
+            self._axes[known, asked] = self._axes[known, home].to(asked)
+        return self._axes[known, asked]
 
     @torch.no_grad()
     def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
@@ -196,7 +193,7 @@ def principal_axes(bank: PatchBank, rank: int | None = None, memory_limit: int =
     else:
         _check_memory(bank, f"all {d} pixels", 8 * 4 * d * d, memory_limit)
         covariance = torch.zeros(d, d, dtype=torch.float64)
-        for start, stop in _chunks(n, d):
+        for start, stop in _progress(_chunks(n, d)):
             centred = _centred(bank, start, stop, mean)
             covariance.addmm_(centred.T, centred, alpha=1 / n)
         variances, basis = torch.linalg.eigh(covariance)
@@ -214,7 +211,7 @@ def _randomized(bank: PatchBank, mean: Tensor, rank: int) -> tuple[Tensor, Tenso
     """Leading axes by subspace iteration on a random start (Halko et al. 2011, algorithms 4.4 and 5.3), ascending."""
     start = torch.randn(len(mean), rank + OVERSAMPLING, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     basis = torch.linalg.qr(start).Q
-    for _ in range(POWER_ITERATIONS):
+    for _ in _progress(range(POWER_ITERATIONS)):
         basis = torch.linalg.qr(_covariance_times(bank, mean, basis)).Q
     # Rayleigh-Ritz: the covariance within the subspace, diagonalised.
     variances, turn = torch.linalg.eigh(basis.T @ _covariance_times(bank, mean, basis))
@@ -233,6 +230,10 @@ def _chunks(n: int, d: int) -> list[tuple[int, int]]:
     """Ranges of images that take 64 MiB in float64."""
     step = max(1, (64 << 20) // (8 * d))
     return [(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def _progress(work: Sequence[T]) -> tqdm[T]:
+    return tqdm(work, desc="principal axes", delay=2)
 
 
 def _centred(bank: PatchBank, start: int, stop: int, mean: Tensor | int) -> Tensor:

@@ -91,6 +91,7 @@ def test_denoisers_of_denoisers_classify(bank):
         ({"classes": [1, 8]}, ValueError, "unknown label 8"),
         ({"images": torch.zeros(2, 1, 12, 10)}, ValueError, r"images: got shape \[2, 1, 12, 10\], takes \[B, 3, 12"),
         ({"images": torch.full((1, 3, 12, 10), math.inf)}, ValueError, "images: NaN or infinite"),
+        ({"images": torch.full((1, 3, 12, 10), 255.0)}, ValueError, r"images: values from 255 to 255, takes \[-1, 1\]"),
         ({"images": torch.zeros(2, 3, 12, 10, dtype=torch.uint8)}, TypeError, r"images: got torch\.uint8"),
     ],
 )

@@ -1,6 +1,7 @@
-"""Every example runs as it stands, and does what its first line says."""
+"""Every example runs as it stands, and does what its first line says; docs/adapters.md is true."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+PAGE = (ROOT / "docs" / "adapters.md").read_text()
 
 
 def run(name, *arguments):
@@ -52,3 +55,26 @@ def test_every_example_is_run_here():
     tests = Path(__file__).read_text()
     for example in EXAMPLES.glob("*.py"):
         assert f'"{example.name}"' in tests
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_pages_code_runs_as_it_stands():
+    pytest.importorskip("diffusers.pipelines.ddim.pipeline_ddim", reason="diffusers cannot be imported")
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(block, names)
+    assert names["x0"].shape == names["x"].shape == names["predicted"].shape == (2, 1, 28, 28)
+    assert names["found"].posterior.shape == (4, 10)
+
+
+def test_the_pages_numbers_are_the_results():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"<!-- (\w+) -->\n<!-- /\1 -->", PAGE)
+
+
+def test_the_pages_pictures_exist():
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", PAGE):
+        assert (ROOT / "docs" / picture).is_file()

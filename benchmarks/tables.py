@@ -1,0 +1,158 @@
+"""Puts measured numbers into docs/adapters.md: every block between <!-- name --> and <!-- /name --> is made here.
+
+python benchmarks/tables.py           # rewrites the blocks
+python benchmarks/tables.py --check   # fails if they are not what the results say
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "adapters.md"
+MACHINES = {"els": "EquivariantLocalScore", "local": "LocalScore", "ideal": "IdealScore"}
+DATA = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+
+
+def result(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def measured_on(record: dict) -> str:
+    versions = record["versions"]
+    return f"({record['machine']}, torch {versions['torch']}, {record['commit']}, {record['date']})"
+
+
+def agreement() -> str:
+    record = result("adapters")
+    rows = []
+    for row in record["rows"]:
+        figures = [row.get(dtype) for dtype in ("float32", "float64")]
+        cells = [f"{figure['rms']:.0e} / {figure['worst']:.0e}" if figure else "" for figure in figures]
+        rows.append([row["scheduler"], f"`{row['against'].split(', ')[1]}`", *cells])
+    note = (
+        f"{record['images']} images of EquivariantLocalScore over {record['bank']} of Fashion-MNIST, {record['steps']} "
+        f"steps, diffusers {record['diffusers']} {measured_on(record)}:"
+    )
+    header = ["diffusers scheduler", "our sampler", "float32: rms / worst pixel", "float64: rms / worst pixel"]
+    return f"{note}\n\n{table(header, rows)}"
+
+
+def flow() -> str:
+    record = result("adapters")
+    steps = [key for key in record["flow"][0] if key != "scheduler"]
+    rows = [[row["scheduler"], *(f"{row[step]:.1e}" for step in steps)] for row in record["flow"]]
+    return table(["scheduler", *(f"{step} steps" for step in steps)], rows)
+
+
+def guidance() -> str:
+    record = result("guidance")
+    rows = [
+        [
+            f"{row['scale']:g}",
+            f"{row['in_class'] * record['samples']:.0f} of {record['samples']}",
+            f"{row['largest']:.2g}",
+        ]
+        for row in record["rows"]
+    ]
+    header = ["scale", "samples that a classifier puts in their class", "largest absolute value denoised on the way"]
+    return table(header, rows)
+
+
+def departure() -> str:
+    parts = []
+    for data, title in DATA.items():
+        record = result(f"gaussian-{data}")
+        steps = {name: measured["departure"] for name, measured in record["machines"].items()}
+        rows = []
+        for i, row in enumerate(steps["els"]):
+            cells = [f"{steps[name][i]['rms']:.2f} / {100 * steps[name][i]['score']:.1f}%" for name in MACHINES]
+            rows.append([str(i + 1), f"{row['sigma']:.3g}", str(row["k"]), *cells])
+        header = ["step", "sigma", "k", *MACHINES.values()]
+        parts.append(f"{title}, {record['bank']} {measured_on(record)}:\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def skipping() -> str:
+    parts = []
+    for data, title in DATA.items():
+        record = result(f"gaussian-{data}")
+        rows = []
+        for i, row in enumerate(record["machines"]["els"]["skipping"]):
+            cells = []
+            for name in MACHINES:
+                of = record["machines"][name]["skipping"][i]
+                cells += [f"{of['r2']:.2f} / {of['r2_flow']:.2f}", f"{of['time']:.2f}"]
+            rows.append([f"{row['skipped']} ({100 * row['share']:.0f}%)", f"{row['until']:.3g}", *cells])
+        header = ["steps skipped", "sigma"] + [cell for name in MACHINES.values() for cell in (name, "time")]
+        parts.append(f"{title}:\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def starting() -> str:
+    parts = []
+    for data, title in DATA.items():
+        record = result(f"gaussian-{data}")
+        rows = []
+        for i, row in enumerate(record["machines"]["els"]["starting"]):
+            cells = []
+            for name in MACHINES:
+                of = record["machines"][name]["starting"][i]
+                cells += [f"{of['white']:.2f} / {of['gaussian']:.2f}", f"{of['time']:.2f}"]
+            rows.append([f"{row['s']:g}", str(row["steps"]), *cells])
+        header = ["s", "steps left"] + [cell for name in MACHINES.values() for cell in (name, "time")]
+        parts.append(f"{title}:\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def classification() -> str:
+    record = result("classification")
+    rows = [
+        [
+            row["machine"],
+            f"{row['bank']:,}",
+            ", ".join(f"{sigma:g}" for sigma in row["sigmas"]),
+            f"{100 * row['accuracy']:.1f}%",
+            f"{row['pairs']:.2g}" if row["pairs"] else "none",
+            f"{row['cpu_milliseconds']:.2g}",
+        ]
+        for row in record["rows"]
+    ]
+    header = ["denoiser", "bank", "sigmas", "accuracy", "pairs an image", "CPU ms an image"]
+    note = (
+        f"{record['images']} held-out images, one draw at each sigma {measured_on(record)}; the nearest of "
+        f"{max(row['bank'] for row in record['rows']):,} training images is right for "
+        f"{100 * record['nearest_neighbour']:.1f}%:"
+    )
+    return f"{note}\n\n{table(header, rows)}"
+
+
+def filled(page: str) -> str:
+    """The page with every block made afresh."""
+    made = {
+        block.__name__: block for block in (agreement, flow, guidance, departure, skipping, starting, classification)
+    }
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"<!-- {name} -->\n{made[name]()}\n<!-- /{name} -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", fill, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    page = PAGE.read_text()
+    made = filled(page)
+    if "--check" in sys.argv[1:] and page != made:
+        sys.exit(f"{PAGE.relative_to(ROOT)} is not what the results say: run python benchmarks/tables.py")
+    PAGE.write_text(made)
+
+
+if __name__ == "__main__":
+    main()
