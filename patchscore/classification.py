@@ -71,8 +71,8 @@ def classify(
         progress: show a bar on stderr once it has taken two seconds.
 
     Raises:
-        ValueError: wrong shape, pixels that are NaN, infinite or outside [-1, 1], no or bad sigmas, unknown labels, fewer
-            than two classes, a denoiser without labels.
+        ValueError: wrong shape, pixels that are NaN, infinite or outside [-1, 1], no or bad sigmas, unknown labels,
+            fewer than two classes, a denoiser without labels.
         TypeError: an argument of a type that is not taken.
     """
     for name, value, least in (("draws", draws, 1), ("batch_size", batch_size, 1)):
