@@ -30,20 +30,23 @@ T* data_of(const char* name, const py::buffer_info& info, const std::vector<py::
         throw py::value_error(got + "shape " + shape_text(info.shape) + ", takes " + shape_text(shape));
     py::ssize_t stride = sizeof(T);
     for (size_t i = shape.size(); i-- > 0; stride *= shape[i])
-        if (shape[i] > 1 && info.strides[i] != stride) throw py::value_error(got + "a strided array, takes a contiguous one");
+        if (shape[i] > 1 && info.strides[i] != stride)
+            throw py::value_error(got + "a strided array, takes a contiguous one");
     if (reinterpret_cast<uintptr_t>(info.ptr) % alignof(T)) throw py::value_error(got + "unaligned memory");
     if (writable && info.readonly) throw py::value_error(got + "read-only memory");
     return static_cast<T*>(info.ptr);
 }
 
 int size_of(const char* name, py::ssize_t size) {
-    if (size < 1 || size > 1 << 24) throw py::value_error(std::string(name) + ": got a size of " + std::to_string(size));
+    if (size < 1 || size > 1 << 24)
+        throw py::value_error(std::string(name) + ": got a size of " + std::to_string(size));
     return int(size);
 }
 
 patchscore::Axis axis_of(const int64_t* four) {
     for (int i = 0; i < 4; ++i)
-        if (four[i] < -1 || four[i] > 1 << 24) throw py::value_error("groups: got a coordinate of " + std::to_string(four[i]));
+        if (four[i] < -1 || four[i] > 1 << 24)
+            throw py::value_error("groups: got a coordinate of " + std::to_string(four[i]));
     const int q0 = int(four[0]), q1 = int(four[1]);
     const bool locked = four[2] < 0;
     return {q0, q1, locked ? q0 : int(four[2]), locked ? q1 : int(four[3]), locked};

@@ -1,7 +1,7 @@
 // Which displacements a competition visits, and along which stretch: the indexing shared by all sliding kernels.
 //
-// On a free axis a pair (query coordinate i, window centre a) lies on the diagonal a - i. Window distances are sums over
-// k consecutive steps of one diagonal, so an axis is a list of runs: stretches of diagonals along which both move.
+// On a free axis a pair (query coordinate i, window centre a) lies on the diagonal a - i. Window distances are sums
+// over k consecutive steps of one diagonal, so an axis is a list of runs: stretches of diagonals that both move along.
 #pragma once
 
 #include <algorithm>

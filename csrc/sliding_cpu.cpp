@@ -255,7 +255,7 @@ struct Plan {
         for (const Group& group : problem.groups) {
             const Axis &rows = group.rows, &cols = group.cols;
             windows_per_image = std::max(windows_per_image, int64_t(rows.competing()) * cols.competing());
-            const int slots = k <= FEW_ROWS ? k : std::min(k, rows.locked ? rows.queries() : rows.windows());
+            const int slots = k <= FEW_ROWS ? k + 1 : std::min(k, rows.locked ? rows.queries() : rows.windows());
             const int pitch = round_up(cols.competing(), GROUP) | 1;
             int strip = cols.queries();
             while (!cols.locked && strip > 8 &&
@@ -440,8 +440,8 @@ private:
         t.p = block.get();
         const double sigma = problem.sigma[item], scale = 1.4426950408889634 / (2 * sigma * sigma);
         t.scale = float(std::min(1e30, std::max(1e-24, scale)));
-        // All windows of the bank together, each below 2^-bits, weigh less than 2^-20 of the nearest.
-        const double bits = 20 + std::log2(double(plan.windows_per_image) * double(problem.count));
+        // All windows of the bank together, each below 2^-bits, weigh less than 2^-17 of the nearest.
+        const double bits = 17 + std::log2(double(plan.windows_per_image) * double(problem.count));
         t.negligible = float(-bits / double(t.scale));
         t.reference = reference.get() + place * pixel_count();
         t.sums = sums.get() + place * pixel_count() * (2 + problem.channels);

@@ -381,12 +381,49 @@ static void evaluate(const Task& t, const Panel& panel, const float* const (&sta
                 F distance[GROUP];
                 PS_EACH(GROUP) distance[i] = load(state[0] + at + (entry + i) * LANES);
                 for (int row = 1; row < ROWS; ++row)
-                    PS_EACH(GROUP) distance[i] = row % 2 ? plus(load(state[row] + at + (entry + i) * LANES), distance[i])
-                                                 : distance[i] + load(state[row] + at + (entry + i) * LANES);
+                    PS_EACH(GROUP) {
+                        const F more = load(state[row] + at + (entry + i) * LANES);
+                        distance[i] = row % 2 ? plus(more, distance[i]) : distance[i] + more;
+                    }
                 weigh<C, GROUP>(query, t, by, distance, values + int64_t(entry) * n * LANES);
             }
         }
         close(query);
+    }
+}
+
+// Two window rows, `a` and a + 1, that became complete for two query rows: K + 1 state rows serve both, and the
+// K - 1 rows between are read and added once.
+template <int C, int K>
+static void evaluate_two(const Task& t, const Panel& panel, const float* const (&state)[K + 1], int upper_row,
+                         int lower_row, int a) {
+    const int n = C ? C : t.channels;
+    const Axis& cols = panel.cols;
+    const int queries = cols.queries(), entries = panel.entries;
+    const int64_t row_of_lanes = int64_t(queries) * (2 + n) * LANES, row_of_values = int64_t(t.width) * n * LANES;
+    float* const lanes = t.lanes + panel.first_query * (2 + n) * LANES;
+    float* upper_lanes = lanes + (upper_row - panel.rows.q0) * row_of_lanes;
+    float* lower_lanes = lanes + (lower_row - panel.rows.q0) * row_of_lanes;
+    const float* values = t.p + a * row_of_values + int64_t(cols.w0) * n * LANES;
+    const Scale by = scale_of(t);
+    for (int j = 0; j < queries; ++j, upper_lanes += (2 + n) * LANES, lower_lanes += (2 + n) * LANES) {
+        Query<C> upper, lower;
+        open(upper, t, by, upper_lanes, upper_row * t.width + cols.q0 + j);
+        open(lower, t, by, lower_lanes, lower_row * t.width + cols.q0 + j);
+        const int64_t at = int64_t(j + MARGIN) * panel.pitch * LANES;
+        for (int entry = 0; entry < entries; entry += GROUP) {
+            const int64_t here = at + entry * LANES;
+            F first[GROUP], second[GROUP];
+            PS_EACH(GROUP) second[i] = load(state[1] + here + i * LANES);
+            for (int row = 2; row < K; ++row)
+                PS_EACH(GROUP) second[i] = second[i] + load(state[row] + here + i * LANES);
+            PS_EACH(GROUP) first[i] = plus(load(state[0] + here + i * LANES), second[i]);
+            PS_EACH(GROUP) second[i] = second[i] + load(state[K] + here + i * LANES);
+            weigh<C, GROUP>(upper, t, by, first, values + int64_t(entry) * n * LANES);
+            weigh<C, GROUP>(lower, t, by, second, values + row_of_values + int64_t(entry) * n * LANES);
+        }
+        close(upper);
+        close(lower);
     }
 }
 
@@ -416,18 +453,24 @@ static void fill_tails(const Task& t, const Panel& panel) {
             store(t.state + (row * panel.pitch + i) * LANES, broadcast(FAR));
 }
 
-// Small patches: the sums of the last K rows are added afresh for every window.
+// Small patches: the sums of the last K rows are added afresh for every window, two windows at a time.
 template <int C, int K>
 static bool walk_few(const Task& t, const Panel& panel, const Run& run) {
-    auto slot = [&](int row) PS_LAMBDA { return t.state + (1 + row % K) * panel.state_row * LANES; };
+    auto slot = [&](int row) PS_LAMBDA { return t.state + (1 + row % (K + 1)) * panel.state_row * LANES; };
+    auto query = [&](int window) PS_LAMBDA { return (run.query + window) % t.height; };
     for (int x = 0; x < run.length + K - 1; ++x) {
         if (t.interrupt->stopped(t.calling_thread)) return false;
         slide_row<C, K, SET>(t, panel, run.query - K / 2 + x, run.window - K / 2 + x, {slot(x), nullptr, nullptr});
         const int window = x - (K - 1);
-        if (window < 0) continue;
-        const float* rows[K];
-        for (int row = 0; row < K; ++row) rows[row] = slot(window + row);
-        evaluate<C, K>(t, panel, rows, (run.query + window) % t.height, run.window + window);
+        if (K > 1 && window % 2 == 1) {
+            const float* rows[K + 1];
+            for (int row = 0; row <= K; ++row) rows[row] = slot(window - 1 + row);
+            evaluate_two<C, K>(t, panel, rows, query(window - 1), query(window), run.window + window - 1);
+        } else if (window >= 0 && (K == 1 || window == run.length - 1)) {
+            const float* rows[K];
+            for (int row = 0; row < K; ++row) rows[row] = slot(window + row);
+            evaluate<C, K>(t, panel, rows, query(window), run.window + window);
+        }
     }
     return true;
 }

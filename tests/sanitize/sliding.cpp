@@ -85,8 +85,9 @@ int main() {
                     const double sigma = channels == 2 ? 1e-3 : channels == 4 ? 100 : 0.5;
                     std::vector<double> first;
                     for (const std::string& level : levels) {
-                        const std::vector<double> means = run(level.c_str(), 2, channels, height, width, 19, patch, kind,
-                                                              width == 9, channels == 3, sigma, 1 + channels % 2);
+                        const std::vector<double> means =
+                            run(level.c_str(), 2, channels, height, width, 19, patch, kind, width == 9, channels == 3,
+                                sigma, 1 + channels % 2);
                         if (first.empty()) first = means;
                         for (size_t i = 0; i < means.size(); ++i)
                             if (!(std::abs(means[i] - first[i]) < 1e-3)) {
