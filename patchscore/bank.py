@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ RANGE_TOLERANCE = 1e-3
 
 
 class PatchBank:
-    """N training images with optional class labels.
+    """N training images with optional class labels. Shares the memory of `images`; do not change them afterwards.
 
     Args:
         images: array or tensor [N, C, H, W]; uint8 (read as v = u / 127.5 - 1) or floating point in [-1, 1].
@@ -49,6 +50,9 @@ class PatchBank:
     def _check_class_names(self) -> None:
         if self.class_names is None or self.labels is None:
             return
+        doubled = {name for name in self.class_names if self.class_names.count(name) > 1}
+        if doubled:
+            raise ValueError(f"class_names: {sorted(doubled)[0]!r} names two classes")
         largest = int(self.labels.max())
         if largest >= len(self.class_names):
             raise ValueError(f"class_names: {len(self.class_names)} names for labels up to {largest}")
@@ -190,6 +194,9 @@ def _as_images(images: Any) -> Tensor:
         raise ValueError("images: NaN or infinite pixels")
     if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
         raise ValueError(f"images: values from {low:.4g} to {high:.4g}, floating point images take [-1, 1]")
+    if low >= 0 and low < high:
+        message = f"images: values from {low:.4g} to {high:.4g} are read as [-1, 1]; if they mean [0, 1], give 2 x - 1"
+        warnings.warn(message, stacklevel=4)
     return images
 
 

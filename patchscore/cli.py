@@ -17,16 +17,16 @@ from typing import Any
 import click
 import torch
 
-from . import engines
+from . import checks, engines
 from .bank import PatchBank
 from .machines import DEFAULT_MEMORY_LIMIT, EquivariantLocalScore, IdealScore, LocalScore, ScoreMachine
-from .noise import SCHEDULES
+from .noise import SCHEDULES, get_schedule
 from .runs import Run
 from .sampling import DEFAULT_BATCH, SAMPLERS
 from .scales import PUBLISHED, ScaleTable
 from .version import __version__
 
-INFO_PATCH_SIZES = (3, 5, 7, 9, 11, 13, 15, 17)
+INFO_PATCH_SIZES = (1, 3, 5, 7, 9, 11, 13, 15, 17)
 
 
 class OneLine(click.ClickException):
@@ -48,7 +48,7 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             warnings.showwarning = show_warning
             try:
                 command(*args, **kwargs)
-            except (ValueError, TypeError, OSError, ImportError) as error:
+            except (ValueError, TypeError, OSError, ImportError, OverflowError) as error:
                 raise OneLine(" ".join(str(error).split())) from None
 
     return wrapped
@@ -68,7 +68,7 @@ def _source_options(command: Callable[..., None]) -> Callable[..., None]:
             "--limit", type=int, help="Use at most so many images, as equal a share of each class as there is."
         ),
         click.option("--channels", type=click.Choice(["1", "3"]), help="Convert to gray (1) or RGB (3)."),
-        click.option("--size", type=int, help="Resize to SIZE x SIZE (the published tables were made for 32)."),
+        click.option("--size", type=int, help="Resize to SIZE x SIZE; what is wider or taller is cropped."),
         click.argument("source"),
     ):
         command = decorate(command)
@@ -91,7 +91,9 @@ Examples:
   patchscore sample photos/ --size 48 --table 7 --labels cats,dogs --seed 3
 
 The same command again continues an interrupted run, and a larger -n adds to a finished one.
-"""
+
+Published tables, made for 32 x 32 images: """
+    + ", ".join(PUBLISHED)
 )
 @_source_options
 @click.option("-n", "count", type=int, default=16, show_default=True, help="How many images.")
@@ -114,9 +116,16 @@ The same command again continues an interrupted run, and a larger -n adds to a f
     default="auto",
     show_default=True,
     metavar="NAME|FILE|K",
-    help="Patch size by noise level: a published table's name, a file that ScaleTable.save wrote, or one size.",
+    help="Patch size by noise level: a published table (the list is below), a file that ScaleTable.save wrote, or one "
+    "size. auto is the published ResNet table for gray or colour images.",
 )
-@click.option("--steps", type=int, default=20, show_default=True, help="Levels of the noise schedule.")
+@click.option(
+    "--steps",
+    type=int,
+    default=20,
+    show_default=True,
+    help="Levels of the noise schedule; the last of the cosine schedule's is the clean image.",
+)
 @click.option("--schedule", type=click.Choice(list(SCHEDULES)), default="cosine", show_default=True)
 @click.option("--sampler", type=click.Choice(list(SAMPLERS)), default="ddim", show_default=True)
 @click.option(
@@ -165,19 +174,33 @@ def sample(
     SOURCE is a folder of images (class subfolders become labels), a .npy, .npz or IDX file, or fashion-mnist (built
     in). The output folder gets one PNG an image, grid.png, trajectory.png, samples.npz and run.json.
     """
-    if count < 1:
-        raise ValueError(f"-n: got {count}, takes an integer from 1")
+    checks.integer("-n", count, at_least=1)
+    checks.integer("--batch-size", batch_size, at_least=1)
+    get_schedule(schedule, steps)
+    if not 0 < memory_limit < 2**30:
+        raise ValueError(f"--memory-limit: got {memory_limit:g}, takes a positive number of GiB")
     device = _device(device)
+    if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f"--out: {out} lies in the folder of training images")
     bank = _open(source, size, channels, limit, skip_bad)
-    sizes = _scale_table(table, bank, padding_mode)
-    denoiser = _machine(machine, bank, sizes, padding_mode, engine, int(memory_limit * 2**30))
+    denoiser = _machine(machine, bank, table, padding_mode, engine, int(memory_limit * 2**30))
+    sizes = denoiser.patch_size if isinstance(denoiser.patch_size, ScaleTable) else None
     described = {
-        "source": source,
         "machine": machine,
-        "padding_mode": padding_mode if machine == "els" else None,
-        "table": None if machine == "ideal" else sizes.name,
-        "patch_sizes": None if machine == "ideal" else dict(zip(map(str, sizes.sigmas), sizes.sizes, strict=True)),
+        "padding_mode": getattr(denoiser, "padding_mode", None),
+        "table": sizes and sizes.name,
+        "patch_sizes": sizes and dict(zip(map(str, sizes.sigmas), sizes.sizes, strict=True)),
+    }
+    noted = {
+        "source": source,
+        "size": size,
+        "channels": channels,
+        "limit": limit,
+        "skip_bad": skip_bad,
+        "batch_size": batch_size,
         "engine": engine,
+        "device": device,
+        "memory_limit_gib": memory_limit,
     }
     settings = {
         "steps": steps,
@@ -189,7 +212,7 @@ def sample(
     click.echo(f"{bank!r} from {source}")
     click.echo(_describe(denoiser, device))
 
-    run = Run(out, denoiser, settings, described, overwrite)
+    run = Run(out, denoiser, settings, described, noted, overwrite)
     start = time.perf_counter()
     try:
         kept = run.sample(count, batch_size, device)
@@ -200,7 +223,7 @@ def sample(
         )
         sys.exit(130)
     seconds = time.perf_counter() - start
-    added = f"made {count - kept} images in {seconds:.1f} s" if kept < count else "nothing left to make"
+    added = f"made {_images(count - kept)} in {seconds:.1f} s" if kept < count else "nothing left to make"
     click.echo(f"{added}{f', {kept} were there' if kept else ''}: see {out / 'grid.png'} and {out / 'trajectory.png'}")
 
 
@@ -216,7 +239,7 @@ Examples:
 @click.option("--device", default="auto", show_default=True, help="The device that engines are looked up for.")
 @_one_line_errors
 def info(source: str, size: int | None, channels: str | None, limit: int | None, skip_bad: bool, device: str) -> None:
-    """Say what SOURCE holds, how many windows compete, and which engines this machine has."""
+    """Say what SOURCE holds, and which engines this machine has."""
     device = _device(device)
     bank = _open(source, size, channels, limit, skip_bad)
     image_channels, height, width = bank.shape
@@ -229,12 +252,13 @@ def info(source: str, size: int | None, channels: str | None, limit: int | None,
         listed = ", ".join(f"{c} {names[c]} ({n})" if c < len(names) else f"{c} ({n})" for c, n in counts[:50])
         click.echo(f"labels       {listed}{' ...' if len(counts) > 50 else ''}")
 
-    click.echo("\npatch size   windows       pairs an image and step   as float32 patches (never stored)")
+    click.echo("\n             windows that    (pixel, window) pairs     their size as patches")
+    click.echo("patch size   lie inside      an image and step         in float32 (never stored)")
     for k in INFO_PATCH_SIZES:
         if k <= min(height, width):
             interior = (height - k + 1) * (width - k + 1) * len(bank)
             pairs = EquivariantLocalScore(bank, k).competition(k).pairs_per_image * len(bank)
-            click.echo(f"{k:<12} {interior:<13,} {pairs:<25.3g} {_bytes(4 * image_channels * k * k * interior)}")
+            click.echo(f"{k:<12} {interior:<15,} {pairs:<25.3g} {_bytes(4 * image_channels * k * k * interior)}")
 
     click.echo(f"\nengines on {device}")
     for name, engine in engines.ENGINES.items():
@@ -242,13 +266,22 @@ def info(source: str, size: int | None, channels: str | None, limit: int | None,
 
 
 def _machine(
-    machine: str, bank: PatchBank, table: ScaleTable, padding_mode: str, engine: str, memory_limit: int
+    machine: str, bank: PatchBank, table: str, padding_mode: str, engine: str, memory_limit: int
 ) -> ScoreMachine:
+    if machine != "els" and padding_mode != "zeros":
+        raise ValueError(f"--padding-mode: got {padding_mode}, the {machine} machine pads with zeros")
     if machine == "ideal":
+        if table != "auto":
+            raise ValueError(f"--table: got {table}, the ideal machine has no patch size")
         return IdealScore(bank, engine, memory_limit)
+    sizes = _scale_table(table, bank, padding_mode)
     if machine == "ls":
-        return LocalScore(bank, table, engine, memory_limit)
-    return EquivariantLocalScore(bank, table, padding_mode, engine, memory_limit)
+        return LocalScore(bank, sizes, engine, memory_limit)
+    return EquivariantLocalScore(bank, sizes, padding_mode, engine, memory_limit)
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
 
 
 def _describe(machine: ScoreMachine, device: str) -> str:
@@ -263,6 +296,9 @@ def _describe(machine: ScoreMachine, device: str) -> str:
 def _scale_table(table: str, bank: PatchBank, padding_mode: str) -> ScaleTable:
     """A table by name, file or constant; "auto" is the published ResNet table for gray or for colour images."""
     if table == "auto":
+        if not 24 <= min(bank.shape[1:]) <= 48:
+            size = " x ".join(map(str, bank.shape[1:]))
+            warnings.warn(f"the published patch sizes were made for 32 x 32 images, these are {size}", stacklevel=2)
         gray = "fashionmnist-resnet-zeros" if padding_mode == "zeros" else "mnist-resnet-circular"
         return ScaleTable.published(gray if bank.shape[0] == 1 else f"cifar10-resnet-{padding_mode}")
     if table in PUBLISHED:
@@ -287,11 +323,7 @@ def _labels(labels: str, bank: PatchBank) -> list[int] | None:
 def _device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
+    return str(checks.device(device))
 
 
 def _bytes(count: int) -> str:

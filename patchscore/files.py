@@ -18,7 +18,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        # An interruption may come just after the rename.
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import engines
+from . import checks, engines
 from .bank import PatchBank
 from .posterior import PosteriorSum
 from .scales import ScaleTable
@@ -50,7 +50,10 @@ class Estimate:
 
 
 class Denoiser(ABC):
-    """Anything that estimates x_0 from z = x_0 + sigma eps: the interface samplers and adapters take."""
+    """Anything that estimates x_0 from z = x_0 + sigma eps: the interface samplers and adapters take.
+
+    Nothing here is differentiable: results carry no autograd graph.
+    """
 
     shape: tuple[int, int, int]
     """(C, H, W) of the images it denoises."""
@@ -73,11 +76,13 @@ class Denoiser(ABC):
         """`estimate(...).mean`: [B, C, H, W] on z's device, float64 if z is, else float32."""
         return self.estimate(z, sigma, labels).mean
 
+    @torch.no_grad()
     def score(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
         """grad log p_t(x) = (alpha D(x / alpha) - x) / sigma^2 at x = alpha x_0 + sigma eps; levels: numbers or [B]."""
         alpha, sigma = _per_item(alpha, x, "alpha"), _per_item(sigma, x, "sigma")
         return (alpha * self._denoise_scaled(x, alpha, sigma, labels) - x) / sigma**2
 
+    @torch.no_grad()
     def eps(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
         """The predicted noise (x - alpha D(x / alpha)) / sigma at x = alpha x_0 + sigma eps; levels: numbers or [B]."""
         alpha, sigma = _per_item(alpha, x, "alpha"), _per_item(sigma, x, "sigma")
@@ -93,16 +98,11 @@ class ScoreMachine(Denoiser):
     def __init__(self, bank: PatchBank, patch_size: int | ScaleTable | None, engine: str, memory_limit: int):
         if not isinstance(bank, PatchBank):
             raise TypeError(f"bank: got {type(bank).__name__}, takes a PatchBank")
-        engines.check_name(engine)
-        if isinstance(memory_limit, bool) or not isinstance(memory_limit, int):
-            raise TypeError(f"memory_limit: got {memory_limit!r}, takes a number of bytes")
-        if memory_limit <= 0:
-            raise ValueError(f"memory_limit: got {memory_limit}, takes a positive number of bytes")
         self.bank = bank
         self.shape = bank.shape
         self.patch_size = patch_size
-        self.engine = engine
-        self.memory_limit = memory_limit
+        self.engine = checks.one_of("engine", engine, ["auto", *engines.ENGINES])
+        self.memory_limit = checks.integer("memory_limit", memory_limit, at_least=1)
 
     @abstractmethod
     def competition(self, k: int | None) -> Competition:
@@ -112,13 +112,13 @@ class ScoreMachine(Denoiser):
         """The patch size used at noise level `sigma`; None where whole images compete."""
         return self.patch_size(sigma) if isinstance(self.patch_size, ScaleTable) else self.patch_size
 
-    def engine_on(self, device: torch.device | str = "cpu") -> str:
-        """The name of the engine that serves on `device`."""
-        return engines.choose(self.engine, torch.device(device))[0]
+    def engine_on(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+        """The name of the engine that serves images of `dtype` on `device`."""
+        return engines.choose(self.engine, checks.device(device), dtype)[0]
 
     def explain_choice(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
         """Which engine serves images of `dtype` on `device`, and why not those before it, a line each."""
-        return engines.explain_choice(self.engine, torch.device(device), dtype)
+        return engines.explain_choice(self.engine, checks.device(device), dtype)
 
     @torch.no_grad()
     def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
@@ -143,7 +143,9 @@ class ScoreMachine(Denoiser):
         return Estimate(mean, torch.zeros_like(mean), ess, pairs, name)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.bank!r}, engine={self.engine!r})"
+        options = {name: getattr(self, name, None) for name in ("patch_size", "padding_mode", "engine")}
+        listed = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
+        return f"{type(self).__name__}({self.bank!r}{listed})"
 
 
 class IdealScore(ScoreMachine):
@@ -223,11 +225,9 @@ class EquivariantLocalScore(ScoreMachine):
         memory_limit: int = DEFAULT_MEMORY_LIMIT,
     ):
         super().__init__(bank, _check_patch_size(patch_size), engine, memory_limit)
-        if padding_mode not in ("zeros", "circular"):
-            raise ValueError(f'padding_mode: got {padding_mode!r}, takes "zeros" or "circular"')
-        self.padding_mode = padding_mode
+        self.padding_mode = checks.one_of("padding_mode", padding_mode, ("zeros", "circular"))
         _, height, width = self.shape
-        largest = max(patch_size.sizes) if isinstance(patch_size, ScaleTable) else patch_size
+        largest = max(patch_size.sizes) if isinstance(patch_size, ScaleTable) else int(patch_size)
         if padding_mode == "circular" and largest > min(height, width):
             raise ValueError(
                 f'patch_size: {largest} does not fit in {height} x {width} images, and with padding_mode="circular" '
@@ -268,13 +268,7 @@ def _widest(k: int | None, height: int, width: int) -> int:
 
 
 def _check_patch_size(patch_size: int | ScaleTable) -> int | ScaleTable:
-    if isinstance(patch_size, ScaleTable):
-        return patch_size
-    if isinstance(patch_size, bool) or not isinstance(patch_size, int):
-        raise TypeError(f"patch_size: got {patch_size!r}, takes an odd integer or a ScaleTable")
-    if patch_size < 1 or patch_size % 2 == 0:
-        raise ValueError(f"patch_size: got {patch_size}, takes an odd integer from 1")
-    return patch_size
+    return patch_size if isinstance(patch_size, ScaleTable) else checks.odd("patch_size", patch_size)
 
 
 def check_noisy(z: Tensor, shape: tuple[int, int, int], name: str = "z") -> Tensor:
@@ -291,9 +285,7 @@ def check_noisy(z: Tensor, shape: tuple[int, int, int], name: str = "z") -> Tens
 
 def check_sigma(sigma: float | Tensor, batch: int) -> Tensor:
     """[B] float64 on the CPU, where patch sizes are looked up."""
-    if isinstance(sigma, (bool, str, bytes)) or sigma is None:
-        raise TypeError(f"sigma: got {sigma!r}, takes a number or one for each item")
-    sigmas = torch.as_tensor(sigma, dtype=torch.float64).detach().cpu()
+    sigmas = _as_numbers("sigma", sigma).detach().to("cpu", torch.float64)
     if sigmas.ndim > 1 or (sigmas.ndim == 1 and len(sigmas) not in (1, batch)):
         raise ValueError(f"sigma: got shape {list(sigmas.shape)}, takes a number or [{batch}]")
     sigmas = sigmas.expand(batch)
@@ -304,16 +296,24 @@ def check_sigma(sigma: float | Tensor, batch: int) -> Tensor:
     return sigmas.clamp(min=1e-9)
 
 
+def listed_labels(labels: Labels) -> list[int | str | None] | None:
+    """Labels as a list, None where there is one for all."""
+    if labels is None or isinstance(labels, (int, str)):
+        return None
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        raise TypeError(f"labels: got a tensor of {labels.dtype}, takes integers")
+    try:
+        listed = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    except TypeError:
+        raise TypeError(f"labels: got {labels!r}, takes a label or one for each item") from None
+    return listed if isinstance(listed, list) else None
+
+
 def labels_per_item(labels: Labels, batch: int) -> list[int | str | None]:
     """One label for each item, from one for all or one for each."""
-    if labels is None or isinstance(labels, (int, str)):
-        listed: list[Any] = [labels] * batch
-    elif isinstance(labels, Tensor) and labels.is_floating_point():
-        raise TypeError(f"labels: got a tensor of {labels.dtype}, takes integers")
-    else:
-        listed = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-        if not isinstance(listed, list):
-            listed = [listed] * batch
+    listed = listed_labels(labels)
+    if listed is None:
+        return [labels] * batch  # type: ignore[list-item]
     if len(listed) != batch:
         raise ValueError(f"labels: got {len(listed)} for a batch of {batch}")
     return listed
@@ -324,12 +324,25 @@ def check_labels(labels: Labels, bank: PatchBank, batch: int) -> list[int | None
     return [None if label is None else bank.label_ids([label])[0] for label in labels_per_item(labels, batch)]
 
 
+def _as_numbers(name: str, value: Any) -> Tensor:
+    """A number or several as a real tensor, in float64 where they were no tensor."""
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        numbers = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name}: got {value!r}, takes a number or one for each item") from None
+    if numbers.is_complex() or numbers.dtype == torch.bool:
+        raise TypeError(f"{name}: got {numbers.dtype}, takes a number or one for each item")
+    return numbers
+
+
 def _per_item(value: float | Tensor, x: Tensor, name: str) -> Tensor:
     """A number or [B] as [B or 1, 1, 1, 1] beside x."""
-    if not isinstance(x, Tensor) or x.ndim != 4:
-        got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x: got {got}, takes a tensor [B, C, H, W]")
-    value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
+        got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x: got {got}, takes a floating point tensor [B, C, H, W]")
+    value = _as_numbers(name, value).to(x.device, x.dtype)
     if value.ndim > 1 or (value.ndim == 1 and len(value) not in (1, len(x))):
         raise ValueError(f"{name}: got shape {list(value.shape)}, takes a number or [{len(x)}]")
     if not (torch.isfinite(value) & (value > 0)).all():

@@ -13,13 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import checks
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """Noise levels in sampling order, from most noise to none.
 
-    alphas, sigmas: [n + 1] float64. The last level is clean: sigma = 0, alpha = 1.
+    alphas, sigmas: [n + 1], kept as float64 tensors. The last level is clean: sigma = 0, alpha = 1.
     start_std: standard deviation of the white noise x that a sampler starts from at the first level.
+
+    Raises:
+        TypeError: levels that are not numbers.
+        ValueError: alphas or start_std not positive, sigma / alpha not falling strictly to a clean last level.
     """
 
     name: str
@@ -28,10 +34,18 @@ class Schedule:
     start_std: float
 
     def __post_init__(self) -> None:
+        for name in ("alphas", "sigmas"):
+            try:
+                object.__setattr__(self, name, torch.as_tensor(getattr(self, name), dtype=torch.float64))
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, takes numbers") from None
         if self.alphas.shape != self.sigmas.shape or self.alphas.ndim != 1 or len(self.alphas) < 2:
-            raise ValueError(f"schedule: got alphas {list(self.alphas.shape)} and sigmas {list(self.sigmas.shape)}")
-        if not (self.ratios.diff() < 0).all() or self.sigmas[-1] != 0:
-            raise ValueError("schedule: sigma / alpha must fall strictly, to 0 at the last level")
+            shapes = f"{list(self.alphas.shape)} and {list(self.sigmas.shape)}"
+            raise ValueError(f"alphas, sigmas: got {shapes}, takes as many of each, from two")
+        if not (self.alphas > 0).all() or not 0 < self.start_std < math.inf:
+            raise ValueError("alphas, start_std: takes positive numbers")
+        if not (self.ratios.diff() < 0).all() or self.sigmas[-1] != 0 or self.alphas[-1] != 1:
+            raise ValueError("alphas, sigmas: sigma / alpha must fall strictly, to sigma = 0 and alpha = 1 at the last")
 
     @property
     def ratios(self) -> Tensor:
@@ -49,7 +63,7 @@ def cosine(steps: int = 20) -> Schedule:
     Levels t = j / steps for j = steps - 1 down to 0; a sampler starts from pure noise, x ~ N(0, 1), at j = steps - 1.
     Kamb & Ganguli 2024; `steps` levels make steps - 1 denoising steps.
     """
-    _check_steps(steps, at_least=2)
+    steps = checks.integer("steps", steps, at_least=2)
     t = torch.arange(steps - 1, -1, -1, dtype=torch.float64) / steps
     angle = t / 1.008 * (math.pi / 2)
     return Schedule("cosine", angle.cos(), angle.sin(), start_std=1.0)
@@ -60,7 +74,7 @@ def linear(steps: int = 20) -> Schedule:
 
     `steps` of the 1,000 levels, evenly spaced from last to first, then the clean image. Ho et al. 2020, section 4.
     """
-    _check_steps(steps, at_least=1, at_most=1000)
+    steps = checks.integer("steps", steps, at_least=1, at_most=1000)
     alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     kept = alphas_cumprod[torch.linspace(999, 0, steps, dtype=torch.float64).round().long()]
     levels = torch.cat([kept, torch.ones(1, dtype=torch.float64)])
@@ -72,9 +86,11 @@ def karras(steps: int = 20, sigma_min: float = 0.002, sigma_max: float = 80.0, r
 
     Variance exploding: alpha = 1, and a sampler starts from x ~ N(0, sigma_max^2). Karras et al. 2022, equation 5.
     """
-    _check_steps(steps, at_least=2)
+    steps = checks.integer("steps", steps, at_least=2)
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"sigma_min, sigma_max: got {sigma_min} and {sigma_max}, takes 0 < sigma_min < sigma_max")
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho: got {rho}, takes a positive number")
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigmas = torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
@@ -92,14 +108,4 @@ def get_schedule(schedule: str | Schedule, steps: int) -> Schedule:
     """
     if isinstance(schedule, Schedule):
         return schedule
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: got {schedule!r}, takes {', '.join(map(repr, SCHEDULES))}")
-    return SCHEDULES[schedule](steps)
-
-
-def _check_steps(steps: int, at_least: int, at_most: float = math.inf) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps: got {steps!r}, takes an integer")
-    if not at_least <= steps <= at_most:
-        limit = f" to {at_most}" if at_most < math.inf else ""
-        raise ValueError(f"steps: got {steps}, takes an integer from {at_least}{limit}")
+    return SCHEDULES[checks.one_of("schedule", schedule, SCHEDULES)](steps)

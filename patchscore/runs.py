@@ -11,6 +11,7 @@ import io
 import json
 import platform
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -38,18 +39,25 @@ class Run:
     Args:
         out: the folder; made if absent.
         machine: the denoiser.
-        settings: everything that decides the images and is not in the machine: steps, schedule, sampler, labels (a list
-            taken in turn, or None), seed.
-        described: what else `run.json` should tell (the source, the machine's settings); part of what must match.
-        overwrite: start afresh where the folder holds a run with other settings.
+        settings: what `sample` takes and what decides the images: steps, schedule, sampler, labels (a list taken in
+            turn, or None), seed.
+        described: the machine's settings, which decide the images too; both are in `run.json` and must match.
+        noted: what else `run.json` should tell, such as where the images came from.
+        overwrite: start afresh where the folder holds another run, or files of the names that a run writes.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or a run.json that is not one.
+        ValueError: the folder holds another run, a run.json that is not one, or somebody else's files by our names.
         OSError: the folder cannot be written.
     """
 
     def __init__(
-        self, out: Path, machine: ScoreMachine, settings: dict[str, Any], described: dict[str, Any], overwrite: bool
+        self,
+        out: Path,
+        machine: ScoreMachine,
+        settings: dict[str, Any],
+        described: dict[str, Any],
+        noted: dict[str, Any],
+        overwrite: bool,
     ):
         self.out = out
         self.machine = machine
@@ -58,7 +66,13 @@ class Run:
             "format": FORMAT,
             "version": VERSION,
             "settings": {**described, **settings},
-            "bank": {"fingerprint": machine.bank.fingerprint, "images": len(machine.bank), "shape": machine.shape},
+            "noted": noted,
+            "bank": {
+                "fingerprint": machine.bank.fingerprint,
+                "images": len(machine.bank),
+                "shape": machine.shape,
+                "class_names": machine.bank.class_names,
+            },
             "versions": _versions(),
             "images": [],
             "batches": [],
@@ -69,12 +83,13 @@ class Run:
         self.x0: dict[int, np.ndarray] = {}
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out}: not a folder")
-        out.mkdir(parents=True, exist_ok=True)
         try:
             self._take_up()
         except ValueError:
             if not overwrite:
                 raise
+            self._clear()
+        out.mkdir(parents=True, exist_ok=True)
 
     def sample(self, n: int, batch_size: int, device: str) -> int:
         """Makes images 0..n-1 as far as they are not there yet, then the pictures; returns how many were there."""
@@ -170,6 +185,9 @@ class Run:
         """Takes over what an earlier call left in the folder, if it was made with the same settings."""
         path = self.out / "run.json"
         if not path.exists():
+            foreign = self._by_our_names()
+            if foreign:
+                raise ValueError(f"{foreign[0]}: exists and is of no run; choose another --out, or --overwrite")
             return
         try:
             earlier = json.loads(path.read_bytes())
@@ -191,8 +209,13 @@ class Run:
                     x0 = dict(zip(drawn, arrays["trajectory_x0"], strict=True))
                 else:
                     x, x0 = {}, {}
+            same_shape = all(image.shape == self.machine.shape for image in saved.values())
         except (OSError, ValueError, KeyError, BadZipFile):
-            return  # no usable samples: everything is made again
+            saved, same_shape = {}, False
+        if not same_shape:
+            warnings.warn(f"{self.out / 'samples.npz'}: not usable, its images are made again", stacklevel=4)
+            self._clear()
+            return
         kept = {i for i, entry in entries.items() if i in saved and self._unchanged(entry) and (i in x or i >= SHOWN)}
         self.images = {i: saved[i] for i in kept}
         self.x, self.x0 = ({i: part[i] for i in kept if i in part} for part in (x, x0))
@@ -200,12 +223,24 @@ class Run:
         self.record["batches"] = batches
 
     def _check_same(self, earlier: dict[str, Any]) -> None:
-        if earlier["bank"] != self.record["bank"]:
-            raise ValueError("holds a run over another bank")
+        if earlier["bank"]["fingerprint"] != self.record["bank"]["fingerprint"]:
+            raise ValueError("holds a run over other training images")
         before, now = earlier["settings"], self.record["settings"]
-        for name in sorted({*before, *now}):
-            if before.get(name) != now.get(name):
-                raise ValueError(f"holds a run with {name} {before.get(name)}, asked for {now.get(name)}")
+        for name in now:
+            if before.get(name) != now[name]:
+                if isinstance(now[name], dict):
+                    raise ValueError(f"holds a run with other {name}")
+                raise ValueError(f"holds a run with {name} {before.get(name)}, asked for {now[name]}")
+
+    def _by_our_names(self) -> list[Path]:
+        """The files in the folder that this run could write."""
+        names = ("run.json", "samples.npz", "grid.png", "trajectory.png")
+        return sorted([*self.out.glob("[0-9][0-9][0-9][0-9].png"), *(p for n in names if (p := self.out / n).exists())])
+
+    def _clear(self) -> None:
+        """Removes them, so that the folder never mixes two runs."""
+        for path in self._by_our_names():
+            path.unlink()
 
     def _unchanged(self, entry: dict[str, Any]) -> bool:
         path = self.out / f"{entry['image']:04d}.png"

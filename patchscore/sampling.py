@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import checks
 from .gaussian import GaussianScore
-from .machines import Denoiser, Labels
+from .machines import Denoiser, Labels, labels_per_item, listed_labels
 from .noise import Schedule, get_schedule
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -125,7 +126,9 @@ def sample(
     Args:
         denoiser: a machine, or anything with `shape` and `denoise(z, sigma, labels)`.
         n: how many images.
-        steps: levels of the schedule (ignored where `schedule` is a Schedule).
+        steps: noise levels of the schedule (ignored where `schedule` is a Schedule). Of the cosine schedule's levels
+            the last is the clean image, so `steps` make steps - 1 evaluations there, as published; a few levels start
+            too late to make an image (take 10 or more).
         schedule: "cosine", "linear", "karras" or a Schedule.
         sampler: "ddim", "ddpm", "euler" or "heun".
         labels: None, one label for all, or a list whose entries image i takes in turn: labels[i % len(labels)].
@@ -149,21 +152,19 @@ def sample(
     Raises:
         ValueError: an argument outside what is listed here, or an unknown label.
     """
-    for name, value, least in (("n", n, 1), ("batch_size", batch_size, 1), ("first", first, 0)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: got {value!r}, takes an integer")
-        if value < least:
-            raise ValueError(f"{name}: got {value}, takes an integer from {least}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: got {seed!r}, takes an integer")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler: got {sampler!r}, takes {', '.join(map(repr, SAMPLERS))}")
+    if not (hasattr(denoiser, "denoise") and hasattr(denoiser, "shape")):
+        raise TypeError(f"denoiser: got {type(denoiser).__name__}, takes a machine or another Denoiser")
+    n = checks.integer("n", n, at_least=1)
+    first = checks.integer("first", first, at_least=0)
+    batch_size = checks.integer("batch_size", batch_size, at_least=1)
+    seed = checks.integer("seed", seed)
+    checks.one_of("sampler", sampler, SAMPLERS)
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype: got {dtype}, takes torch.float32 or torch.float64")
     levels, begin = _beginning(denoiser, get_schedule(schedule, steps), sigma_max, gaussian_until, gaussian)
     images = range(first, first + n)
     listed = labels_in_turn(labels, images)
-    device = torch.device(device)
+    device = checks.device(device)
 
     done = []
     with tqdm(total=n * len(levels), unit="step", desc="sampling", delay=2, disable=not progress) as bar:
@@ -269,10 +270,9 @@ def labels_in_turn(labels: Labels, images: range) -> list[int | str | None] | No
     """The label of each image: `labels` taken in turn by image number."""
     if labels is None:
         return None
-    if isinstance(labels, (int, str)):
-        return [labels] * len(images)
-    listed = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-    listed = listed if isinstance(listed, list) else [listed]
+    listed = listed_labels(labels)
+    if listed is None:
+        return labels_per_item(labels, len(images))
     if not listed:
         raise ValueError("labels: got an empty list")
     return [listed[image % len(listed)] for image in images]

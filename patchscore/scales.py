@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from . import noise
+from . import checks, noise
 from .files import write_atomically
 
 FORMAT = "patchscore-scale-table"
@@ -38,7 +38,7 @@ class ScaleTable:
 
     def __init__(self, sigmas: Sequence[float], sizes: Sequence[int], name: str = "custom"):
         self.sigmas = tuple(float(sigma) for sigma in sigmas)
-        self.sizes = tuple(sizes)
+        self.sizes = tuple(checks.odd("sizes", size) for size in sizes)
         self.name = name
         if not self.sigmas or len(self.sigmas) != len(self.sizes):
             raise ValueError(f"sigmas, sizes: got {len(self.sigmas)} and {len(self.sizes)}, takes as many of each")
@@ -46,9 +46,6 @@ class ScaleTable:
             raise ValueError(f"sigmas: got {list(self.sigmas)}, takes positive finite numbers")
         if any(a >= b for a, b in pairwise(self.sigmas)):
             raise ValueError(f"sigmas: got {list(self.sigmas)}, takes strictly ascending numbers")
-        for size in self.sizes:
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
-                raise ValueError(f"sizes: got {size!r}, takes odd positive integers")
         # Between two entries the size changes at their geometric mean.
         self._switches = [math.sqrt(a * b) for a, b in pairwise(self.sigmas)]
 
@@ -57,7 +54,7 @@ class ScaleTable:
 
     @classmethod
     def published(cls, name: str) -> ScaleTable:
-        """A table of Kamb & Ganguli 2024, by name (`PUBLISHED` lists them); made for 32 x 32 images.
+        """A table of Kamb & Ganguli 2024, by name (`ScaleTable.names()` lists them); made for 32 x 32 images.
 
         The published sampler reads entry j at step j of 20 cosine steps and stops at step 1, so entry 0 is never used
         and is left out here.
@@ -65,10 +62,14 @@ class ScaleTable:
         Raises:
             ValueError: an unknown name.
         """
-        if name not in PUBLISHED:
-            raise ValueError(f"table: got {name!r}, takes {', '.join(PUBLISHED)}")
+        checks.one_of("name", name, PUBLISHED)
         ascending = noise.cosine(20).ratios.flip(0)
         return cls(ascending[1:].tolist(), PUBLISHED[name][1:], name)
+
+    @staticmethod
+    def names() -> tuple[str, ...]:
+        """The published tables: data set, network and padding mode they were calibrated on."""
+        return tuple(PUBLISHED)
 
     @classmethod
     def constant(cls, size: int) -> ScaleTable:

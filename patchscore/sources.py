@@ -27,6 +27,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from . import checks
 from .bank import RANGE_TOLERANCE
 
 BUILT_IN = ("fashion-mnist",)
@@ -34,8 +35,8 @@ BUILT_IN = ("fashion-mnist",)
 
 IMAGE_KEYS = ("image", "img", "pixel_values")
 LABEL_KEYS = ("label", "labels", "fine_label")
-NPZ_IMAGE_KEYS = ("images", "x", "data", "arr_0")
-NPZ_LABEL_KEYS = ("labels", "y")
+NPZ_IMAGE_KEYS = ("images", "x", "x_train", "data", "arr_0")
+NPZ_LABEL_KEYS = ("labels", "y", "y_train")
 MOST_CHANNELS = 4
 """An axis this short or shorter can be the channels of an array."""
 
@@ -59,8 +60,8 @@ def read(
             A folder that holds train-images-idx3-ubyte(.gz) is opened as that file.
         .npy, .npz: [N, H, W], [N, C, H, W] or [N, H, W, C]. The channels are whichever of the second and the last axis
             is at most 4 long, or if both are, whichever is 1 or 3; where that leaves a doubt the file is refused. In an
-            .npz the images are called images, x, data or arr_0, the labels labels or y, and there may be class_names.
-            Numpy arrays and torch tensors are taken by the same rule.
+            .npz the images are called images, x, x_train, data or arr_0, the labels labels, y or y_train, and there may
+            be class_names. Numpy arrays and torch tensors are taken by the same rule.
         IDX, plain or gzipped; labels from the file beside it by the MNIST naming (images-idx3 -> labels-idx1).
         "fashion-mnist": 4,000 training images, 400 a class, inside the package.
         A dataset, any object with `__len__` and `__getitem__`: items are images, (image, label), or dicts with image,
@@ -89,7 +90,7 @@ def read(
     target = _checked_size(size)
     if channels is not None and (isinstance(channels, bool) or channels not in (1, 3)):
         raise ValueError(f"channels: got {channels!r}, takes 1, 3 or None")
-    limit = None if limit is None else _positive("limit", limit)
+    limit = None if limit is None else checks.integer("limit", limit, at_least=1)
     opened = _opened(source, labels, limit)
     if opened.count == 0:
         raise ValueError(f"{opened.name}: no images found")
@@ -151,20 +152,9 @@ def _checked_size(size: Any) -> tuple[int, int] | None:
     if isinstance(size, (tuple, list)):
         if len(size) != 2:
             raise ValueError(f"size: got {size!r}, takes a number or (height, width)")
-        return _positive("size", size[0]), _positive("size", size[1])
-    return _positive("size", size), _positive("size", size)
-
-
-def _positive(name: str, value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, takes a positive integer") from None
-    if number < 1:
-        raise ValueError(f"{name}: got {number}, takes a positive integer")
-    return number
+        return checks.integer("size", size[0], at_least=1), checks.integer("size", size[1], at_least=1)
+    side = checks.integer("size", size, at_least=1)
+    return side, side
 
 
 # What a source is, and which of its items are taken.
@@ -428,7 +418,7 @@ class _Pixels:
         if here[1:] != there[1:]:
             raise ValueError(
                 f"mixed image sizes: {self.first_name} is {there[1]} x {there[2]} (height x width), {name} is "
-                f"{here[1]} x {here[2]}; pass size to bring all to one"
+                f"{here[1]} x {here[2]}; pass size (on the command line --size) to bring all to one"
             )
         if here[0] != there[0] and {here[0], there[0]} != {1, 3}:
             raise ValueError(f"mixed channels: {self.first_name} has {there[0]}, {name} has {here[0]}")

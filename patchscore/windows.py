@@ -29,6 +29,10 @@ class Axis:
         """The training coordinates that this axis reads at all."""
         return self.queries if self.windows is None else self.windows
 
+    @property
+    def windows_per_query(self) -> int:
+        return 1 if self.windows is None else len(self.windows)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -44,7 +48,7 @@ class Group:
     @property
     def windows_per_image(self) -> int:
         """Windows of one training image that compete at each pixel of the group."""
-        return len(self.rows.windows or (0,)) * len(self.cols.windows or (0,))
+        return self.rows.windows_per_query * self.cols.windows_per_query
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,10 @@ class Competition:
 
     @property
     def pairs_per_image(self) -> int:
-        """(query pixel, window) pairs that one training image adds for one noisy image."""
-        return sum(group.pixels * group.windows_per_image for group in self.groups) or 1
+        """(query pixel, window) pairs that one training image adds for one noisy image; one where images compete."""
+        if self.patch_size is None:
+            return 1
+        return sum(group.pixels * group.windows_per_image for group in self.groups)
 
 
 WHOLE_IMAGE = Competition(patch_size=None, padding_mode="zeros")

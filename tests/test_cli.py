@@ -63,7 +63,8 @@ def test_sample_writes_what_it_promises(photos, tmp_path):
     assert record["bank"]["fingerprint"] == bank.fingerprint
     assert record["settings"]["labels"] == [0, 1]
     assert record["settings"]["seed"] == 7
-    assert record["settings"]["source"] == str(photos)
+    assert record["noted"]["source"] == str(photos)
+    assert record["bank"]["class_names"] == ["cat", "dog"]
     assert record["versions"]["patchscore"] == ps.__version__
     assert [len(batch["seconds_per_step"]) for batch in record["batches"]] == [3]
     assert Image.open(out / "grid.png").size > (20, 20)
@@ -95,7 +96,9 @@ def test_damaged_or_missing_images_are_made_again(photos, tmp_path):
     assert "made 2 images" in sample(photos, out).output
     assert [(out / f"000{i}.png").read_bytes() for i in range(3)] == whole
     (out / "samples.npz").write_bytes(b"PK\x03\x04 no")
-    assert "made 3 images" in sample(photos, out).output
+    result = sample(photos, out)
+    assert "made 3 images" in result.output
+    assert "samples.npz: not usable" in result.stderr
 
 
 @pytest.mark.parametrize("change", [["--seed", "1"], ["--sampler", "heun"], ["--machine", "ls"], ["--table", "5"]])
@@ -115,7 +118,7 @@ def test_another_bank_does_not_mix_into_a_run(photos, tmp_path):
     out = tmp_path / "out"
     sample(photos, out)
     next(photos.glob("*/*.png")).unlink()
-    assert "another bank" in sample(photos, out).stderr
+    assert "other training images" in sample(photos, out).stderr
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"format": "patchscore-run", "version": 99}', b"\xff\xfe"])
@@ -132,7 +135,7 @@ def test_a_foreign_run_json_is_refused_by_name(photos, tmp_path, content):
 def test_every_machine_sampler_and_schedule_is_within_reach(photos, tmp_path):
     for i, more in enumerate(
         [
-            ["--machine", "ideal"],
+            ["--machine", "ideal", "--table", "auto"],
             ["--machine", "ls", "--schedule", "linear", "--sampler", "ddpm"],
             ["--padding-mode", "circular", "--schedule", "karras", "--sampler", "heun", "--labels", "cat"],
             ["--size", "8", "--channels", "1", "--limit", "4", "--engine", "reference", "--device", "cpu"],
@@ -177,10 +180,16 @@ def test_a_table_can_come_from_a_file_or_by_name(photos, tmp_path):
         (["--steps", "1"], "steps: got 1"),
         (["-n", "0"], "-n: got 0"),
         (["--engine", "warp"], "engine: got 'warp'"),
-        (["--device", "abacus"], "--device: 'abacus'"),
+        (["--device", "abacus"], "device: 'abacus'"),
         (["--limit", "0"], "limit"),
         (["--size", "-4"], "size"),
-        (["--memory-limit", "0"], "memory_limit"),
+        (["--memory-limit", "0"], "--memory-limit: got 0"),
+        (["--memory-limit", "nan"], "--memory-limit: got nan"),
+        (["--memory-limit", "inf"], "--memory-limit: got inf"),
+        (["--device", "meta"], "device: 'meta'"),
+        (["--batch-size", "0"], "--batch-size: got 0"),
+        (["--machine", "ideal"], "--table: got 3, the ideal machine"),
+        (["--machine", "ls", "--padding-mode", "circular"], "--padding-mode: got circular"),
     ],
 )
 def test_a_bad_option_is_one_line_and_writes_nothing(photos, tmp_path, more, message):
@@ -199,6 +208,39 @@ def test_bad_sources_are_one_line(photos, tmp_path):
         assert result.exit_code == 2
         assert str(source) in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["0000.png", "grid.png", "samples.npz"])
+def test_somebody_elses_files_are_not_replaced(photos, tmp_path, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    result = sample(photos, out)
+    assert result.exit_code == 2
+    assert name in result.stderr
+    assert (out / name).read_text() == "mine"
+
+
+def test_the_training_images_are_no_place_for_new_ones(photos):
+    for out in (photos, photos / "new"):
+        assert "lies in the folder of training images" in sample(photos, out).stderr
+    assert not list(photos.glob("*.json"))
+
+
+def test_overwriting_never_mixes_two_runs(photos, tmp_path):
+    out = tmp_path / "out"
+    sample(photos, out)
+    (out / "notes.txt").write_text("mine")
+    assert sample(photos, out, "--seed", 5, "-n", 1, "--overwrite").exit_code == 0
+    assert [p.name for p in sorted(out.glob("0*.png"))] == ["0000.png"]
+    assert (out / "notes.txt").exists()
+
+
+def test_the_same_source_by_another_path_continues(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    sample(photos, out)
+    monkeypatch.chdir(photos.parent)
+    assert "nothing left to make" in sample("./photos/", out).output
 
 
 def test_an_output_that_is_a_file_is_refused(photos, tmp_path):
@@ -256,5 +298,5 @@ def test_an_interrupted_run_leaves_whole_files_and_continues(photos, tmp_path):
     assert not [p for p in os.listdir(out) if p.endswith(".tmp")]
     command[command.index("4000")] = str(made + 1)
     again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "made 1 images in" in again.stdout
+    assert "made 1 image in" in again.stdout
     assert f"{made} were there" in again.stdout

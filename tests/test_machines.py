@@ -227,6 +227,11 @@ BAD_CALLS = [
     (lambda z: {"labels": "purple"}, ValueError, "labels: unknown label 'purple'"),
     (lambda z: {"labels": [0]}, ValueError, "labels: got 1 for a batch of 2"),
     (lambda z: {"labels": [0.5, 1]}, TypeError, r"labels: got 0\.5"),
+    (lambda z: {"labels": 5.5}, TypeError, r"labels: got 5\.5"),
+    (lambda z: {"sigma": [1.0, "a"]}, TypeError, "sigma: got"),
+    (lambda z: {"sigma": 1j}, TypeError, "sigma: got 1j"),
+    (lambda z: {"sigma": {}}, TypeError, "sigma: got {}"),
+    (lambda z: {"sigma": 10**400}, TypeError, "sigma: got 1000"),
     (lambda z: {"labels": torch.ones(2)}, TypeError, "labels: got a tensor of torch.float32"),
 ]
 
@@ -259,6 +264,32 @@ def test_bad_input_is_named(change, error, message, bank):
 def test_a_machine_that_makes_no_sense_is_refused(options, error, message, bank):
     with pytest.raises(error, match=message):
         ps.EquivariantLocalScore(**{"bank": bank, "patch_size": 3, **options})
+
+
+def test_any_integer_type_will_do(bank):
+    machine = ps.LocalScore(bank, np.int64(3), memory_limit=np.int32(2**30))
+    assert machine.denoise(noisy(bank, 1.0), np.float32(1.0), labels=np.int64(1)).shape == (1, 3, 12, 10)
+    table = ps.ScaleTable(np.array([1.0, 2.0]), np.array([3, 5]))
+    assert ps.LocalScore(bank, table).patch_size_at(2.0) == 5
+
+
+def test_float32_sums_do_not_drift_over_many_windows():
+    # One locked border pixel meets the windows of a whole tile: tens of thousands of equal weights in one sum.
+    bank = ps.PatchBank(smooth_images(4000, 1, 6, 6))
+    machine = ps.EquivariantLocalScore(bank, 3, engine="reference")
+    z = noisy(bank, 11.0)
+    assert (machine.denoise(z.float(), 11.0) - machine.denoise(z, 11.0)).abs().max() < 5e-6
+
+
+def test_scores_carry_no_gradient_that_would_be_wrong(bank):
+    machine = ps.LocalScore(bank, 3)
+    x = noisy(bank, 1.0).requires_grad_()
+    assert not any(result.requires_grad for result in (machine.score(x, 0.8, 0.6), machine.denoise(x, 1.0)))
+
+
+def test_a_machine_prints_what_it_is(bank):
+    printed = repr(ps.EquivariantLocalScore(bank, 3, "circular", engine="reference"))
+    assert "patch_size=3, padding_mode='circular', engine='reference'" in printed
 
 
 def test_labels_need_a_bank_that_has_them(bank):

@@ -68,8 +68,23 @@ def test_bad_schedules_are_named():
         noise.karras(10, sigma_min=2.0, sigma_max=1.0)
     with pytest.raises(ValueError, match="to 1000"):
         noise.linear(1001)
-    with pytest.raises(ValueError, match="must fall strictly"):
-        ps.Schedule("mine", torch.ones(3), torch.tensor([1.0, 2.0, 0.0]), 1.0)
+    for alphas, sigmas, start_std, error, message in [
+        ([1, 1, 1], [1, 2, 0], 1.0, ValueError, "must fall strictly"),
+        ([0.5, 0.5], [1, 0], 1.0, ValueError, "alpha = 1"),
+        ([-1, 1], [1, 0], 1.0, ValueError, "positive"),
+        ([1, 1], [1, 0], -1.0, ValueError, "positive"),
+        ([1, 1, 1], [1, 0], 1.0, ValueError, "as many of each"),
+        (["x"], [1], 1.0, TypeError, "alphas"),
+    ]:
+        with pytest.raises(error, match=message):
+            ps.Schedule("mine", alphas, sigmas, start_std)
+    with pytest.raises(ValueError, match="rho: got 0"):
+        noise.karras(10, rho=0)
+
+
+def test_a_schedule_takes_lists():
+    levels = ps.Schedule("mine", [1, 1, 1], [2, 1, 0], 2.0)
+    assert levels.ratios.tolist() == [2.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -110,7 +125,7 @@ def test_a_table_survives_its_file(tmp_path):
     ],
 )
 def test_a_table_that_makes_no_sense_is_refused(sigmas, sizes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         ps.ScaleTable(sigmas, sizes)
 
 

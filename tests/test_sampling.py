@@ -128,6 +128,10 @@ def test_the_callback_sees_every_step_and_last_the_images(sampler, bank):
         ({"batch_size": 0}, ValueError, "batch_size: got 0"),
         ({"first": -1}, ValueError, "first: got -1"),
         ({"seed": "x"}, TypeError, "seed: got 'x'"),
+        ({"denoiser": None}, TypeError, "denoiser: got NoneType"),
+        ({"device": "abacus"}, ValueError, "device: 'abacus'"),
+        ({"sampler": ["ddim"]}, TypeError, "sampler: got"),
+        ({"schedule": ["cosine"]}, TypeError, "schedule: got"),
         ({"sampler": "plms"}, ValueError, "sampler: got 'plms'"),
         ({"schedule": "sine"}, ValueError, "schedule: got 'sine'"),
         ({"steps": 1}, ValueError, "steps: got 1"),
@@ -138,4 +142,4 @@ def test_the_callback_sees_every_step_and_last_the_images(sampler, bank):
 )
 def test_bad_arguments_are_named(options, error, message, bank):
     with pytest.raises(error, match=message):
-        ps.sample(ps.LocalScore(bank, 3), **options)
+        ps.sample(**{"denoiser": ps.LocalScore(bank, 3), **options})

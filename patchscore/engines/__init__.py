@@ -23,12 +23,6 @@ FLOAT32_ONLY = "it computes in float32"
 _warned: set[str] = set()
 
 
-def check_name(engine: str) -> None:
-    """ValueError unless `engine` is "auto" or the name of an engine."""
-    if engine != "auto" and engine not in ENGINES:
-        raise ValueError(f'engine: got {engine!r}, takes "auto", {", ".join(map(repr, ENGINES))}')
-
-
 def choose(engine: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, ModuleType]:
     """The engine that serves: the one named, or the fastest that can. One warning says when a faster one is missing.
 

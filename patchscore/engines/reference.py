@@ -32,7 +32,7 @@ def posterior_sum(
     """Sums over every competing window of every pixel.
 
     Args:
-        z: [B, C, H, W] noisy images z = x_0 + sigma eps, float32 or float64. Weights are taken in this dtype.
+        z: [B, C, H, W] noisy images z = x_0 + sigma eps, float32 or float64. Exponentials are taken in this dtype.
         sigma: [B], positive.
         bank: the training images that compete.
         competition: which windows compete where.
@@ -82,9 +82,9 @@ def _tile(z: Tensor, sigma: Tensor, train: Tensor, group: Group, competition: Co
     largest = logits.amax(-1, keepdim=True)
     m = largest - q.square().sum(-1, keepdim=True) / (2 * sigma2)
 
-    # The sums, relative to the largest log-weight.
-    w = torch.sub(logits, largest, out=torch.empty_like(logits, dtype=z.dtype)).exp_()
-    wv = w @ v.to(w.dtype)
+    # The sums, relative to the largest log-weight; float32 ones would drift over tens of thousands of windows.
+    w = torch.sub(logits, largest, out=torch.empty_like(logits, dtype=z.dtype)).exp_().to(exact)
+    wv = w @ v
     sums = (m, wv[..., -1:], wv[..., :-1], torch.linalg.vecdot(w, w)[..., None])
     return PosteriorSum(*(_pixels(x.to(exact), len(z), group) for x in sums))
 
