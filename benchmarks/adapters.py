@@ -116,7 +116,14 @@ def main() -> None:
         print(row, flush=True)
     what = " ".join((__doc__ or "").split("\n")[0].split())
     write(
-        "adapters", what, steps=STEPS, images=N, bank=f"{len(bank)} images", diffusers=diffusers.__version__, rows=rows
+        "adapters",
+        what,
+        steps=STEPS,
+        images=N,
+        bank=f"{len(bank)} images",
+        diffusers=diffusers.__version__,
+        rows=rows,
+        flow=flow,
     )
 
 
