@@ -222,6 +222,7 @@ public:
 
 constexpr int64_t STATE_BYTES = int64_t(4) << 20;   // state of one panel: wider groups are cut into strips
 constexpr int64_t LANE_BYTES = int64_t(12) << 20;   // accumulators kept from block to block; larger ones are flushed
+constexpr int64_t THREAD_BYTES = int64_t(32) << 20;  // of a thread, where several noisy images would pass it
 constexpr int CHUNKS = 32;                          // a bank is cut into about so many
 
 int round_up(int64_t x, int64_t to) { return int((x + to - 1) / to * to); }
@@ -316,7 +317,8 @@ struct Plan {
         // Packing a block is work too: where there is little else, several noisy images share it.
         items = windows_per_image < 64 ? std::min(problem.batch, 8) : 1;
         if (problem.patch_size == 0) items = std::min(problem.batch, 16);
-        while (items > 1 && bytes_per_thread() > problem.memory_limit / std::max(1, problem.threads)) items /= 2;
+        const int64_t share = std::min(THREAD_BYTES, problem.memory_limit / std::max(1, problem.threads));
+        while (items > 1 && bytes_per_thread() > share) items /= 2;
         while (items > 1 && int64_t(chunks) * ((problem.batch + items - 1) / items) < 4 * problem.threads) items /= 2;
     }
 
