@@ -24,6 +24,16 @@ def integer(name: str, value: Any, at_least: int | None = None, at_most: int | N
     return number
 
 
+def number(name: str, value: Any, takes: str = "a number") -> float:
+    """`value` as a float; anything that stands for one number but bool and text."""
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: got {value!r}, takes {takes}") from None
+
+
 def odd(name: str, value: Any) -> int:
     """`value` as an odd int from 1."""
     number = integer(name, value)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import checks
 from .bank import RANGE_TOLERANCE
 from .machines import Denoiser, check_noisy
 from .sampling import image_generator
@@ -75,13 +76,9 @@ def classify(
             fewer than two classes, a denoiser without labels.
         TypeError: an argument of a type that is not taken.
     """
-    for name, value, least in (("draws", draws, 1), ("batch_size", batch_size, 1)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: got {value!r}, takes an integer")
-        if value < least:
-            raise ValueError(f"{name}: got {value}, takes an integer from {least}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: got {seed!r}, takes an integer")
+    draws = checks.integer("draws", draws, at_least=1)
+    batch_size = checks.integer("batch_size", batch_size, at_least=1)
+    seed = checks.integer("seed", seed)
     images = check_noisy(images, denoiser.shape, name="images")
     if images.numel() and images.abs().max() > 1 + RANGE_TOLERANCE:
         low, high = images.aminmax()
@@ -107,10 +104,10 @@ def classify(
 
 
 def _check_sigmas(sigmas: float | Sequence[float]) -> list[float]:
-    try:
-        levels = [float(sigma) for sigma in ([sigmas] if isinstance(sigmas, (int, float)) else sigmas)]
-    except (TypeError, ValueError):
-        raise TypeError(f"sigmas: got {sigmas!r}, takes numbers") from None
+    if isinstance(sigmas, Tensor):
+        sigmas = sigmas.tolist()
+    listed = list(sigmas) if isinstance(sigmas, Iterable) and not isinstance(sigmas, str) else [sigmas]
+    levels = [checks.number("sigmas", sigma, takes="numbers") for sigma in listed]
     if not levels or not all(0 < sigma < math.inf for sigma in levels):
         raise ValueError(f"sigmas: got {levels}, takes one or more positive finite numbers")
     return levels

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from . import checks
 from .machines import Denoiser, Estimate, Labels, check_noisy, check_sigma, labels_per_item
 
 
@@ -39,8 +40,7 @@ class Guided(Denoiser):
             _check_denoiser(name, denoiser)
         if tuple(cond.shape) != tuple(uncond.shape):
             raise ValueError(f"cond, uncond: got denoisers of {_size(cond)} and of {_size(uncond)} images")
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"scale: got {scale!r}, takes a number")
+        scale = checks.number("scale", scale)
         if not math.isfinite(scale):
             raise ValueError(f"scale: got {scale}, takes a finite number")
         self.cond = cond

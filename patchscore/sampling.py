@@ -236,8 +236,7 @@ def _beginning(
 
 def _first_level(ratios: list[float], sigma: float, name: str) -> int:
     """The first level at or below sigma; a level that is sigma up to rounding counts."""
-    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
-        raise TypeError(f"{name}: got {sigma!r}, takes a number or None")
+    sigma = checks.number(name, sigma, takes="a number or None")
     if not 0 < sigma < math.inf:
         raise ValueError(f"{name}: got {sigma}, takes a positive number")
     at = next(i for i, ratio in enumerate(ratios) if ratio <= sigma * (1 + 1e-9))

@@ -54,6 +54,9 @@ def test_the_same_seed_gives_the_same_posterior_whatever_the_batch(bank):
     found = ps.classify(machine, images, 0.8, seed=3)
     assert torch.equal(found.errors, ps.classify(machine, images, 0.8, seed=3).errors)
     assert torch.allclose(found.errors, ps.classify(machine, images, 0.8, seed=3, batch_size=2).errors, rtol=1e-9)
+    assert torch.equal(
+        found.errors, ps.classify(machine, images, torch.tensor(0.8, dtype=torch.float64), seed=3).errors
+    )
     assert torch.allclose(found.errors[:2], ps.classify(machine, images[:2], [0.8], seed=3).errors, rtol=1e-9)
     assert not torch.allclose(found.errors, ps.classify(machine, images, 0.8, seed=4).errors, rtol=1e-3)
 

@@ -246,7 +246,7 @@ def test_every_machine_starts_with_the_jump(name, bank):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"gaussian_until": 0}, ValueError, "gaussian_until: got 0, takes a positive number"),
+        ({"gaussian_until": 0}, ValueError, r"gaussian_until: got 0\.0, takes a positive number"),
         ({"gaussian_until": math.nan}, ValueError, "gaussian_until: got nan"),
         ({"gaussian_until": "1"}, TypeError, "gaussian_until: got '1'"),
         (
