@@ -183,7 +183,7 @@ def test_any_product_of_axes_gives_the_references_sums(data):
     expected = reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT)
     served = expected.s > 0
     assert torch.equal(served, got.s > 0)
-    assert (got.mean - expected.mean)[served.expand_as(got.v)].abs().max() < 1e-5
+    assert (got.mean - expected.mean)[served.expand_as(got.v)].abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("competition", [circular(3, 12, 10), broken(7, 12, 10), local(5, 12, 10), WHOLE_IMAGE])
