@@ -7,8 +7,8 @@ import torch
 import patchscore as ps
 from patchscore import plots
 
-bank = ps.PatchBank.open("fashion-mnist", limit=100)
-machine = ps.EquivariantLocalScore(bank, ps.ScaleTable.published("fashionmnist-resnet-zeros"))
+bank = ps.PatchBank.open("fashion-mnist", limit=500)
+machine = ps.LocalScore(bank, ps.ScaleTable.published("fashionmnist-resnet-zeros"))
 rows = [
     ps.sample(ps.Guided(machine, machine, scale), n=4, steps=10, labels=["trouser", "dress", "sneaker", "bag"])
     for scale in (0.0, 1.0, 2.0, 4.0)
