@@ -1,6 +1,7 @@
 # make demo   new images from the built-in data, in out/
 # make test   the test suite
 # make lint   ruff and mypy
+# make sanitize   the C++ engine under sanitizers
 # PYTHON=python3.12 picks another interpreter; CONSTRAINTS= drops the pins.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize clean
 
 # Without a compiler the engine in plain torch serves; fewer training images keep that within minutes too.
 demo: $(VENV)/.installed
@@ -23,6 +24,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The C++ engine under AddressSanitizer and UBSan, on every instruction set of this machine; about two minutes.
+sanitize:
+	tests/sanitize/run.sh
 
 clean:
 	rm -rf $(VENV) build out *.egg-info

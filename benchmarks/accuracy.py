@@ -4,11 +4,11 @@ The oracle is tests/naive.py, plain loops in float64 that share no code with the
 edges and inside. Writes benchmarks/results/accuracy.json and prints its worst rows. Takes about three minutes.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
+import record
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -21,7 +21,6 @@ from patchscore import engines
 
 PATCH_SIZES = (3, 5, 9, 13, 17)
 SIGMAS = (1e-6, 0.005, 0.05, 0.3, 1.0, 4.0, 100.0, 1e6)
-OUT = Path(__file__).parent / "results" / "accuracy.json"
 
 
 def rows_for(machine: str, k: int, channels: int) -> list[dict]:
@@ -68,10 +67,7 @@ def main() -> None:
             same = [row for row in rows if (row["engine"], row["dtype"], row["machine"]) == (engine, dtype, machine)]
             worst = [max(row["worst"] for row in same if row["sigma"] == sigma) for sigma in SIGMAS]
             print(f"{engine:<10} {dtype:<8} {machine:<13}" + "".join(f"{value:>10.1e}" for value in worst))
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(
-        json.dumps({"what": __doc__.split("\n")[0], "torch": torch.__version__, "rows": rows}, indent=1) + "\n"
-    )
+    record.write("accuracy", __doc__.split("\n")[0], rows=rows)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tarfile
 import time
@@ -21,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import record
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -30,12 +28,13 @@ from patchscore.engines import reference, sliding
 from patchscore.windows import Axis, Competition, Group
 
 SIGMA = {3: 0.16, 5: 0.5, 7: 0.99, 11: 1.92, 17: 3.98, 25: 8.0}
-"""The noise each patch size is calibrated to, roughly; and one case where nearly all weights vanish."""
-LOW_NOISE = (3, 0.08)
+"""The noise each patch size is calibrated to, roughly."""
+OTHER_NOISE = ((3, 0.08), (3, 4.0))
+"""One case where nearly all weights vanish, and one where none does."""
 SLOT = 0.2  # seconds a measurement aims at
 MOST_IMAGES = 2048
+SMALLEST_BANK = {"sliding": 64}  # its vectors hold 16 images, and 16 more keep the second thread busy
 MEMORY = 2**31
-RESULTS = Path(__file__).parent / "results" / "exact_cpu.json"
 
 Denoise = Callable[[torch.Tensor, float, torch.Tensor, int], torch.Tensor]
 
@@ -210,7 +209,7 @@ def measure(case, engines: dict[str, Denoise], images: torch.Tensor, repeats: in
     for name in engines:
         call(name, 1)
         error = (call(name, 2)[1].double() - exact).abs().max().item()
-        count = 2
+        count = min(SMALLEST_BANK.get(name, 2), len(images))
         while (seconds := call(name, count)[0]) < SLOT / 2 and count < min(MOST_IMAGES, len(images)):
             count = int(min(MOST_IMAGES, len(images), count * min(8.0, max(2.0, SLOT / seconds))))
         rows[name] = {
@@ -253,24 +252,6 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def machine() -> dict:
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "simd": os.environ.get("PATCHSCORE_SIMD") or sliding._native.simd_levels()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "commit": commit.stdout.strip(),
-    }
-
-
 def table(rows: list[dict]) -> str:
     """Billions of pairs a second, and how many times `sliding` is ahead."""
     names = list(dict.fromkeys(row["engine"] for row in rows))
@@ -295,7 +276,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--channels", type=int, nargs="+", default=[3, 1])
-    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.images and not Path(options.images).exists():
         print(f"{options.images}: not found, taking smooth random images", file=sys.stderr)
@@ -309,12 +289,14 @@ def main() -> None:
         for channels in options.channels:
             images = images_of(options.images, channels, size, MOST_IMAGES)
             cases = [(k, sigma, channels, size) for k, sigma in SIGMA.items()]
-            for case in [(*LOW_NOISE, channels, size), *cases] if size == 32 else cases:
+            if size == 32:
+                cases = [*((k, sigma, channels, size) for k, sigma in OTHER_NOISE), *cases]
+            for case in cases:
                 rows += measure(case, engines, images, options.repeats)
                 print(table(rows[-len(engines) :]).splitlines()[-1], flush=True)
     data = "smooth random" if options.images is None else Path(options.images).name
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": machine(), "data": data, "ceilings": speed, "rows": rows}, indent=1))
+    simd = os.environ.get("PATCHSCORE_SIMD") or sliding._native.simd_levels()[0]
+    record.write("exact_cpu", __doc__.splitlines()[0], simd=simd, data=data, ceilings=speed, rows=rows)
     print(table(rows))
     print({name: f"{value:.3g}" for name, value in speed.items()})
 

@@ -4,6 +4,7 @@ import datetime
 import io
 import json
 import platform
+import re
 import subprocess
 import tarfile
 from pathlib import Path
@@ -23,7 +24,13 @@ def write(name: str, what: str, **content: object) -> None:
     """benchmarks/results/<name>.json: the content, and on what, with what and when it was measured."""
     record = {"what": what, **provenance(), **content}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(rounded(record), indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(as_json(rounded(record)) + "\n")
+
+
+def as_json(record: object) -> str:
+    """Indented, but a row of a table on one line."""
+    text = json.dumps(record, indent=1)
+    return re.sub(r"\{[^{}\[\]]*\}", lambda row: " ".join(row[0].split()), text)
 
 
 def provenance() -> dict[str, object]:

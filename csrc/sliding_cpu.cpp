@@ -244,7 +244,7 @@ struct Plan {
 
     Plan(const Problem& problem, const Level& level) : problem(problem), level(level) {
         for (int u = 0; u < 256; ++u) value_of_byte[u] = float(u) / 127.5f - 1.f;
-        chunk = std::max<int64_t>(32, round_up((problem.count + CHUNKS - 1) / CHUNKS, 16));
+        chunk = std::max<int64_t>(16, round_up((problem.count + CHUNKS - 1) / CHUNKS, 16));
         if (problem.patch_size == 0) chunk = std::min<int64_t>(chunk, 64);
         chunks = int((problem.count + chunk - 1) / chunk);
         if (problem.patch_size) plan_panels();
