@@ -3,6 +3,8 @@
 All other metadata is in pyproject.toml.
 """
 
+from glob import glob
+
 from setuptools import setup
 
 try:
@@ -11,8 +13,8 @@ try:
     extensions = [
         Pybind11Extension(
             "patchscore._native",
-            ["csrc/bindings.cpp", "csrc/sliding_cpu.cpp"],
-            depends=["csrc/sliding.h", "csrc/diagonals.h", "csrc/sliding_task.h", "csrc/sliding_kernel.h"],
+            ["csrc/bindings.cpp", "csrc/sliding_cpu.cpp", "csrc/lists_cpu.cpp"],
+            depends=glob("csrc/*.h"),
             cxx_std=17,
             extra_compile_args=["-O3", "-fno-math-errno", "-pthread"],
             extra_link_args=["-pthread"],

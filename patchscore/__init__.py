@@ -4,6 +4,7 @@ from .bank import PatchBank
 from .classification import Classification, classify
 from .gaussian import GaussianScore
 from .guidance import Guided, Switch
+from .index import PatchIndex
 from .machines import Denoiser, EquivariantLocalScore, Estimate, IdealScore, LocalScore
 from .noise import Schedule, get_schedule
 from .posterior import PosteriorSum, merge
@@ -21,6 +22,7 @@ __all__ = [
     "IdealScore",
     "LocalScore",
     "PatchBank",
+    "PatchIndex",
     "PosteriorSum",
     "ScaleTable",
     "Schedule",

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import checks, engines
 from .bank import PatchBank
+from .index import PatchIndex
 from .posterior import PosteriorSum
 from .scales import ScaleTable
 from .windows import WHOLE_IMAGE, Axis, Competition, Group
@@ -36,10 +37,11 @@ class Estimate:
     """A denoised batch and how it was come by.
 
     mean:   [B, C, H, W] the denoised images D(z).
-    stderr: [B, C, H, W] standard error of `mean`; zero from engines that sum over every competing window.
+    stderr: [B, C, H, W] standard error of `mean`; zero from engines that sum over every competing window. From `pruned`
+            it covers sampling and the axes that features leave out.
     ess:    [B, H, W] effective number of windows behind each pixel, (sum w)^2 / sum w^2.
     pairs:  how many (query pixel, window) pairs were evaluated.
-    engine: the engine that served.
+    engine: the engine that served, or those of several patch sizes.
     """
 
     mean: Tensor
@@ -95,13 +97,18 @@ class Denoiser(ABC):
 class ScoreMachine(Denoiser):
     """A denoiser that sums over a bank: checks its input, splits the batch by class and patch size, asks an engine."""
 
+    pruned: engines.Pruned | None = None
+    """The engine that samples from an index, where the machine was given one."""
+
     def __init__(self, bank: PatchBank, patch_size: int | ScaleTable | None, engine: str, memory_limit: int):
         if not isinstance(bank, PatchBank):
             raise TypeError(f"bank: got {type(bank).__name__}, takes a PatchBank")
         self.bank = bank
         self.shape = bank.shape
         self.patch_size = patch_size
-        self.engine = checks.one_of("engine", engine, ["auto", *engines.ENGINES])
+        if engine == "pruned" and self.pruned is None:
+            raise ValueError('engine: "pruned" takes an index and a budget or a tolerance')
+        self.engine = checks.one_of("engine", engine, ["auto", *engines.ENGINES] + ["pruned"] * bool(self.pruned))
         self.memory_limit = checks.integer("memory_limit", memory_limit, at_least=1)
 
     @abstractmethod
@@ -114,11 +121,11 @@ class ScoreMachine(Denoiser):
 
     def engine_on(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
         """The name of the engine that serves images of `dtype` on `device`."""
-        return engines.choose(self.engine, checks.device(device), dtype)[0]
+        return engines.choose(self.engine, checks.device(device), dtype, self.pruned)[0]
 
     def explain_choice(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
         """Which engine serves images of `dtype` on `device`, and why not those before it, a line each."""
-        return engines.explain_choice(self.engine, checks.device(device), dtype)
+        return engines.explain_choice(self.engine, checks.device(device), dtype, self.pruned)
 
     @torch.no_grad()
     def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
@@ -131,16 +138,20 @@ class ScoreMachine(Denoiser):
         for item, (label, level) in enumerate(zip(classes, sigmas.tolist(), strict=True)):
             parts.setdefault((label, self.patch_size_at(level)), []).append(item)
 
-        mean, ess, pairs = torch.empty_like(z), z.new_empty(len(z), *z.shape[2:]), 0
-        name, engine = engines.choose(self.engine, z.device, z.dtype)
+        mean, stderr, pairs, names = torch.empty_like(z), torch.zeros_like(z), 0, set()
+        ess = z.new_empty(len(z), *z.shape[2:])
         for (label, k), items in parts.items():
             bank = self.bank if label is None else self.bank.select(label)
             competition = self.competition(k)
+            name, engine = engines.choose(self.engine, z.device, z.dtype, self.pruned, competition)
             total: PosteriorSum = engine.posterior_sum(z[items], sigmas[items], bank, competition, self.memory_limit)
-            mean[items] = total.mean.to(z.dtype)
-            ess[items] = total.ess[:, 0].to(z.dtype).expand(len(items), *z.shape[2:])
-            pairs += len(items) * len(bank) * competition.pairs_per_image
-        return Estimate(mean, torch.zeros_like(mean), ess, pairs, name)
+            mean[items] = total.mean.to(z.device, z.dtype)
+            stderr[items] = total.stderr.to(z.device, z.dtype)
+            ess[items] = total.ess[:, 0].to(z.device, z.dtype).expand(len(items), *z.shape[2:])
+            every = len(items) * len(bank) * competition.pairs_per_image
+            pairs += every if total.pairs is None else total.pairs
+            names.add(name)
+        return Estimate(mean, stderr, ess, pairs, " and ".join(sorted(names)))
 
     def __repr__(self) -> str:
         options = {name: getattr(self, name, None) for name in ("patch_size", "padding_mode", "engine")}
@@ -214,6 +225,11 @@ class EquivariantLocalScore(ScoreMachine):
         padding_mode: "zeros" or "circular", as in the network it stands for.
         engine: "auto" or an engine's name.
         memory_limit: bytes of working memory beyond the bank.
+        index: a PatchIndex of `bank`. With `budget` or `tolerance` the engine `pruned` then evaluates a part of the
+            windows and says how wrong it may be (`Estimate.stderr`); sizes it lacks are served exactly.
+        budget: the share of (pixel, window) pairs to evaluate, in (0, 1], such as 0.01.
+        tolerance: instead of a budget, the rms standard error that pixels may have; a pilot finds the budget for it.
+        seed: of the sample of windows; the same seed gives the same numbers.
     """
 
     def __init__(
@@ -223,7 +239,12 @@ class EquivariantLocalScore(ScoreMachine):
         padding_mode: str = "zeros",
         engine: str = "auto",
         memory_limit: int = DEFAULT_MEMORY_LIMIT,
+        index: PatchIndex | None = None,
+        budget: float | None = None,
+        tolerance: float | None = None,
+        seed: int = 0,
     ):
+        self.pruned = _check_pruned(bank, index, budget, tolerance, seed)
         super().__init__(bank, _check_patch_size(patch_size), engine, memory_limit)
         self.padding_mode = checks.one_of("padding_mode", padding_mode, ("zeros", "circular"))
         _, height, width = self.shape
@@ -269,6 +290,26 @@ def _widest(k: int | None, height: int, width: int) -> int:
 
 def _check_patch_size(patch_size: int | ScaleTable) -> int | ScaleTable:
     return patch_size if isinstance(patch_size, ScaleTable) else checks.odd("patch_size", patch_size)
+
+
+def _check_pruned(
+    bank: PatchBank, index: PatchIndex | None, budget: float | None, tolerance: float | None, seed: int
+) -> engines.Pruned | None:
+    if index is None:
+        if budget is not None or tolerance is not None:
+            raise ValueError("budget, tolerance: take an index; PatchIndex.build makes one")
+        return None
+    if not isinstance(index, PatchIndex):
+        raise TypeError(f"index: got {type(index).__name__}, takes a PatchIndex")
+    if index.bank.fingerprint != bank.fingerprint:
+        raise ValueError(f"index: of bank {index.bank.fingerprint[:16]}, but this bank is {bank.fingerprint[:16]}")
+    if (budget is None) == (tolerance is None):
+        raise ValueError("budget, tolerance: an index takes one of the two")
+    if budget is not None and not 0 < checks.number("budget", budget) <= 1:
+        raise ValueError(f"budget: got {budget}, takes a share of pairs in (0, 1]")
+    if tolerance is not None and not 0 < checks.number("tolerance", tolerance) < math.inf:
+        raise ValueError(f"tolerance: got {tolerance}, takes a positive rms error of pixels in [-1, 1]")
+    return engines.Pruned(index, budget, tolerance, checks.integer("seed", seed, at_least=0))
 
 
 def check_noisy(z: Tensor, shape: tuple[int, int, int], name: str = "z") -> Tensor:

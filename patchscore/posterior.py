@@ -26,20 +26,37 @@ class PosteriorSum:
 
     m need not be the largest log-weight, only near it. Where all pixels share their weights (IdealScore), m, s and s2
     are [B, 1, 1, 1] and broadcast.
+
+    Where s and v were estimated from a sample of the windows, their sampling covariance rides along, relative to
+    e^(2 m); variances of independent parts add as the sums themselves do. None where every window was summed.
+
+    vv: [B, C, H, W] variance of v
+    vs: [B, C, H, W] covariance of v and s
+    ss: [B, 1, H, W] variance of s
+    pairs: (pixel, window) pairs that were evaluated, None for all
     """
 
     m: Tensor
     s: Tensor
     v: Tensor
     s2: Tensor
+    vv: Tensor | None = None
+    vs: Tensor | None = None
+    ss: Tensor | None = None
+    pairs: int | None = None
 
     @classmethod
-    def empty(cls, shape: Sequence[int], device: torch.device | str) -> PosteriorSum:
-        """The sum over no windows for images of `shape` [B, C, H, W], the neutral element of `merge`."""
+    def empty(cls, shape: Sequence[int], device: torch.device | str, sampled: bool = False) -> PosteriorSum:
+        """The sum over no windows for images of `shape` [B, C, H, W], the neutral element of `merge`.
+
+        With `sampled` it has room for a sampling covariance, so that `add_` takes estimated parts.
+        """
         dtype = accumulator_dtype(device)
         batch, _, height, width = shape
         s = torch.zeros(batch, 1, height, width, dtype=dtype, device=device)
-        return cls(torch.full_like(s, -torch.inf), s, torch.zeros(*shape, dtype=dtype, device=device), s.clone())
+        v = torch.zeros(*shape, dtype=dtype, device=device)
+        covariance = {"vv": v.clone(), "vs": v.clone(), "ss": s.clone()} if sampled else {}
+        return cls(torch.full_like(s, -torch.inf), s, v, s.clone(), **covariance)
 
     @property
     def mean(self) -> Tensor:
@@ -51,11 +68,20 @@ class PosteriorSum:
         """[B, 1, H, W], effective sample size s^2 / s2: how many equally weighted windows would be as many."""
         return self.s**2 / self.s2
 
+    @property
+    def stderr(self) -> Tensor:
+        """[B, C, H, W], standard error of `mean`: that of a ratio, to first order. Zero where all windows were summed."""
+        if self.vv is None or self.vs is None or self.ss is None:
+            return torch.zeros_like(self.v)
+        mean = self.mean
+        return (self.vv - 2 * mean * self.vs + mean**2 * self.ss).clamp(min=0).sqrt() / self.s
+
     def add_(self, part: PosteriorSum, items: slice, rows: slice, cols: slice) -> None:
         """Merges, in place, sums for a block of pixels: `part` covers items x rows x cols of this one."""
-        block = PosteriorSum(*(x[items, :, rows, cols] for x in (self.m, self.s, self.v, self.s2)))
+        names = ("m", "s", "v", "s2") + (("vv", "vs", "ss") if self.vv is not None else ())
+        block = PosteriorSum(**{name: getattr(self, name)[items, :, rows, cols] for name in names})
         merged = merge(block, part)
-        for name in ("m", "s", "v", "s2"):
+        for name in names:
             getattr(block, name).copy_(getattr(merged, name))
 
 
@@ -65,11 +91,21 @@ def merge(a: PosteriorSum, b: PosteriorSum) -> PosteriorSum:
     # Where both are empty m is -inf and (-inf) - (-inf) would be NaN; any finite reference serves there.
     reference = torch.where(torch.isneginf(m), torch.zeros_like(m), m)
     scale_a, scale_b = torch.exp(a.m - reference), torch.exp(b.m - reference)
+
+    def squares(of_a: Tensor | None, of_b: Tensor | None) -> Tensor | None:
+        if of_a is None or of_b is None:
+            return of_b * scale_b**2 if of_b is not None else of_a * scale_a**2 if of_a is not None else None
+        return of_a * scale_a**2 + of_b * scale_b**2
+
     return PosteriorSum(
         m=m,
         s=a.s * scale_a + b.s * scale_b,
         v=a.v * scale_a + b.v * scale_b,
         s2=a.s2 * scale_a**2 + b.s2 * scale_b**2,
+        vv=squares(a.vv, b.vv),
+        vs=squares(a.vs, b.vs),
+        ss=squares(a.ss, b.ss),
+        pairs=None if a.pairs is None or b.pairs is None else a.pairs + b.pairs,
     )
 
 

@@ -1,0 +1,58 @@
+// The border between Python and the pruned engine: plain pointers and sizes.
+//
+// Windows lie in cells (the inverted lists of a FAISS index), in random order inside each. A query scans a share of
+// every cell, chosen from the weight that the cell's moments let expect; what it scans stands for what it does not.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "sliding.h"
+
+namespace patchscore {
+
+struct Lists {
+    int64_t cells;
+    int rank;                   // of the stored features
+    const uint8_t* data;        // per cell its windows: `rank` half floats each, then their ids (int64)
+    const int64_t* offsets;     // [cells] where a cell starts in `data`
+    const int64_t* sizes;       // [cells] windows stored in a cell
+    const int64_t* starts;      // [cells] where a cell starts in `values` and `counts`
+    const void* values;         // [windows, channels] centre pixels, bytes or float
+    bool values_are_bytes;
+    const float* counts;        // [windows] how many equal windows one stands for, or null
+    const uint8_t* allowed;     // [images] which images compete, or null for all
+    const float* competing;     // [cells] how many stored windows compete
+    const float* mean;          // [cells, rank] of the features
+    const float* variance;      // [cells, rank]
+    const float* log_repeats;   // [cells] log of how many windows one stored window stands for, on average
+    const float* moments;       // [cells, 2 channels] mean of the values, mean of their squares
+    // Which pixel a window is centred at: id = image * rows * cols + (row - row0) * cols + (col - col0).
+    int row0, col0, rows, cols;
+};
+
+struct Scan {
+    int queries, channels, height, width, patch_size;
+    double sigma;
+    int used_rank;              // leading axes that are compared
+    const int64_t* numbers;     // [queries] a query's number, which its random draws follow
+    const float* q;             // [queries, rank] features
+    const float* windows;       // [queries, channels, patch_size, patch_size] the noisy windows themselves
+    const float* expected;      // [queries, cells] log of the expected weight of one window, up to a term of the query
+    const void* images;         // [images, channels, height, width]
+    bool images_are_bytes;
+    int64_t image_count;
+    double budget, floor;       // shares of the competing windows: to scan in all, and of any cell at least
+    int recheck;                // how many windows a query compares again, pixel by pixel
+    uint64_t seed;
+    int threads;
+    // Results. Log-weights are natural logs of exp(-|q - p|^2 / (2 sigma^2)) of whole windows.
+    double *m, *s, *s2, *v;     // [queries], v [queries, channels]
+    double *vv, *vs, *ss;       // sampling covariance of v and s, relative to e^(2m): [queries, channels], .., [queries]
+    int64_t* pairs;             // [1] windows scanned
+};
+
+// False if `poll` asked to stop.
+bool scan_lists(const Lists& lists, const Scan& scan, const std::string& simd, Poll poll);
+
+}  // namespace patchscore

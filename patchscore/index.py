@@ -1,0 +1,765 @@
+"""PatchIndex: every training window of a bank, in cells of similar windows, on disk.
+
+A window is centred, rotated to the principal axes of its patch size and cut to the leading ones; cells are the inverted
+lists of a FAISS index. What a cell holds is summed up by its moments, so that an engine can tell from those alone how
+much of its weight lies where. Files are mapped, not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from . import checks
+from .bank import PatchBank
+from .files import write_atomically
+
+FORMAT = 1
+MOST_AXES = 48
+"""Axes kept at most up to k = 7: a window then takes 96 bytes of features, 8 of place and C of value. Larger windows have
+more axes that matter and are fewer; they get 0.6 (k - 7)^2 more."""
+
+TAIL = 1e-5
+"""Share of the variance that the dropped axes may hold, where MOST_AXES allows it."""
+
+MOST_CELLS = 1 << 17
+HNSW_FROM = 4096
+TRAINING_PER_CELL = 48
+CHUNK_BYTES = 256 << 20
+VERIFIED_AT_OPEN = 64 << 20
+
+
+class Hits(NamedTuple):
+    """The heaviest windows of some pixels, heaviest first.
+
+    weight:   [P, k] share of the pixel's whole posterior mass is weight / total; here relative to the heaviest.
+    distance: [P, k] squared distance of the two windows.
+    image, row, col: [P, k] where the window is centred.
+    proven:   [P] whether no other window can be among them.
+    """
+
+    weight: Tensor
+    distance: Tensor
+    image: Tensor
+    row: Tensor
+    col: Tensor
+    proven: Tensor
+
+
+@dataclass(frozen=True)
+class Region:
+    """Windows centred at rows x cols of every image that share axes and cells: the interior, or one row of an edge."""
+
+    rows: range
+    cols: range
+    first_cell: int
+    cells: int
+
+    def key(self) -> tuple[int, int, int, int]:
+        return self.rows.start, self.rows.stop, self.cols.start, self.cols.stop
+
+
+class PatchIndex:
+    """The windows of a bank in cells, for the engine `pruned` and for search. Make one with `build` or `open`."""
+
+    def __init__(self, path: Path, bank: PatchBank, meta: dict[str, Any]):
+        self.path = path
+        self.bank = bank
+        self.meta = meta
+        self._sizes: dict[int, IndexedSize] = {}
+
+    @property
+    def patch_sizes(self) -> list[int]:
+        """The patch sizes it holds, ascending."""
+        return list(self.meta["patch_sizes"])
+
+    @cached_property
+    def images(self) -> Tensor:
+        """[N, C, H, W] the bank's images as stored, in its order."""
+        return self.bank.images if self.bank.indices is None else self.bank.images[self.bank.indices]
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(map(str, self.patch_sizes))
+        return f"PatchIndex({str(self.path)!r}, patch sizes {sizes}, {self.bank!r})"
+
+    @classmethod
+    def build(
+        cls,
+        bank: PatchBank,
+        patch_sizes: int | Sequence[int],
+        path: str | os.PathLike[str],
+        padding_mode: str = "zeros",
+        rank: int | None = None,
+        cells: int | None = None,
+        max_windows: int | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> PatchIndex:
+        """Indexes every window of `bank` at each patch size; sizes that `path` already holds are kept.
+
+        Args:
+            bank: the training images.
+            patch_sizes: odd sizes up to the shorter side of the images.
+            path: a folder to make, or one that an interrupted build left.
+            padding_mode: "zeros" also indexes the windows along the edges, which that mode of
+                `EquivariantLocalScore` locks to their row or column; "circular" leaves them out.
+            rank: principal axes kept; by default those that hold all but 1e-5 of the variance, at most 48.
+            cells: inverted lists of the interior; by default 4 sqrt(windows), at most 131,072.
+            max_windows: index only so many windows a size, from images taken at random; `meta` records it.
+            seed: of the samples that axes and cells are trained on and of the order inside cells.
+            progress: show a progress bar.
+
+        Raises:
+            ImportError: faiss is missing.
+            ValueError: a size that is even or does not fit, a folder that holds something else, or another bank's
+                index, or one that another process is building.
+            OSError: the disk is full or not writable; nothing half-built is left.
+        """
+        _faiss()
+        channels, height, width = bank.shape
+        given = [patch_sizes] if isinstance(patch_sizes, int) else list(patch_sizes)
+        sizes = sorted({checks.odd("patch_sizes", k) for k in given})
+        if not sizes:
+            raise ValueError("patch_sizes: got none, takes one or more odd sizes")
+        if sizes[-1] > min(height, width):
+            raise ValueError(f"patch_sizes: {sizes[-1]} does not fit in {height} x {width} images")
+        checks.one_of("padding_mode", padding_mode, ("zeros", "circular"))
+        if rank is not None:
+            checks.integer("rank", rank, at_least=1)
+        if cells is not None:
+            checks.integer("cells", cells, at_least=1)
+        if max_windows is not None:
+            checks.integer("max_windows", max_windows, at_least=1)
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"path: {path} is a file, takes a folder")
+        if (
+            path.is_dir()
+            and any(path.iterdir())
+            and not (path / "meta.json").exists()
+            and not (path / ".lock").exists()
+        ):
+            raise ValueError(f"path: {path} holds something other than an index")
+        options = {"padding_mode": padding_mode, "rank": rank, "cells": cells, "max_windows": max_windows, "seed": seed}
+        meta = {
+            "format": FORMAT,
+            "bank": bank.fingerprint,
+            "images": len(bank),
+            "shape": list(bank.shape),
+            "patch_sizes": [],
+            **options,
+        }
+        path.mkdir(parents=True, exist_ok=True)
+        with _lock(path):
+            if (path / "meta.json").exists():
+                kept = _read_meta(path, bank)
+                other = [name for name in options if kept[name] != options[name]]
+                if other:
+                    raise ValueError(
+                        f"path: {path} was built with {other[0]}={kept[other[0]]!r}, now {options[other[0]]!r}; "
+                        "take another folder"
+                    )
+                meta = kept
+            _write_json(path / "meta.json", meta)
+            for k in sizes:
+                if k in meta["patch_sizes"]:
+                    continue
+                target, partial = path / f"k{k:02d}", path / f"k{k:02d}.partial"
+                for left in (target, partial):
+                    shutil.rmtree(left, ignore_errors=True)
+                partial.mkdir()
+                try:
+                    _Builder(bank, k, partial, meta, progress).run()
+                    os.replace(partial, target)
+                except BaseException:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    raise
+                meta["patch_sizes"] = sorted([*meta["patch_sizes"], k])
+                _write_json(path / "meta.json", meta)
+        return cls.open(path, bank)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], bank: PatchBank, verify: bool = False) -> PatchIndex:
+        """Maps an index that `build` made.
+
+        Sizes of all files are checked, and checksums of those up to 64 MiB; `verify` checks every file whole.
+
+        Raises:
+            ValueError: no index, another bank's (both fingerprints are named), another format version, a missing,
+                truncated or changed file (by its path).
+        """
+        path = Path(path)
+        meta = _read_meta(path, bank)
+        if not meta["patch_sizes"]:
+            raise ValueError(f"{path}: this index holds no patch size yet; build it again")
+        index = cls(path, bank, meta)
+        for k in meta["patch_sizes"]:
+            _check_files(path / f"k{k:02d}", verify)
+        return index
+
+    def at(self, k: int) -> IndexedSize:
+        """The part for patch size k; ValueError names the sizes there are."""
+        if k not in self.meta["patch_sizes"]:
+            raise ValueError(f"patch_size: this index has {self.patch_sizes}, not {k}")
+        if k not in self._sizes:
+            self._sizes[k] = IndexedSize(self, k)
+        return self._sizes[k]
+
+    def search(
+        self,
+        z: Tensor,
+        sigma: float,
+        k: int = 10,
+        patch_size: int | None = None,
+        pixels: Sequence[tuple[int, int]] | None = None,
+        nprobe: int | None = None,
+    ) -> Hits:
+        """The k heaviest interior windows for pixels of one noisy image, found through FAISS and compared exactly.
+
+        Args:
+            z: [C, H, W] a noisy image z = x_0 + sigma eps.
+            sigma: noise level, in units of pixel values.
+            k: how many windows a pixel.
+            patch_size: may be left out where the index has one size.
+            pixels: (row, column) pairs; all pixels whose window lies inside the image by default.
+            nprobe: cells that are looked into, nearest first; all by default.
+
+        Returns:
+            Hits. `proven` says for which pixels the distance along the kept axes alone rules out every other window;
+            elsewhere a window whose dropped axes fit unusually well might be missing.
+
+        Raises:
+            ValueError: sigma not positive, a patch size the index lacks, pixels too close to the border.
+        """
+        sizes = self.patch_sizes
+        if patch_size is None and len(sizes) > 1:
+            raise ValueError(f"patch_size: this index has {sizes}, takes one of them")
+        part = self.at(sizes[0] if patch_size is None else patch_size)
+        if z.ndim != 3 or tuple(z.shape) != self.bank.shape:
+            raise ValueError(f"z: got shape {list(z.shape)}, takes {list(self.bank.shape)}")
+        if not (sigma > 0 and math.isfinite(sigma)):
+            raise ValueError(f"sigma: got {sigma}, takes a positive finite number")
+        checks.integer("k", k, at_least=1)
+        interior = part.regions[0]
+        if pixels is None:
+            pixels = [(i, j) for i in interior.rows for j in interior.cols]
+        for i, j in pixels:
+            if i not in interior.rows or j not in interior.cols:
+                raise ValueError(f"pixels: the window of ({i}, {j}) reaches over the border at patch size {part.k}")
+        r = part.k // 2
+        windows = torch.stack([z[:, i - r : i + r + 1, j - r : j + r + 1].float() for i, j in pixels])
+        return part.search(windows, sigma, k, nprobe)
+
+
+class IndexedSize:
+    """One patch size of an index: its regions, cells and mapped files."""
+
+    def __init__(self, index: PatchIndex, k: int):
+        self.index = index
+        self.k = k
+        self.folder = index.path / f"k{k:02d}"
+        self.meta = json.loads((self.folder / "meta.json").read_text())
+        arrays = safetensors.torch.load_file(self.folder / "cells.safetensors")
+        self.rank: int = self.meta["rank"]
+        self.regions = [
+            Region(range(*entry["rows"]), range(*entry["cols"]), entry["first_cell"], entry["cells"])
+            for entry in self.meta["regions"]
+        ]
+        self.region_at = {region.key(): i for i, region in enumerate(self.regions)}
+        self.axes, self.centre, self.tail = arrays["axes"], arrays["centre"], arrays["tail"]
+        self.sizes, self.offsets, self.starts = arrays["sizes"], arrays["offsets"], arrays["starts"]
+        self.mean, self.variance, self.moments = arrays["mean"], arrays["variance"], arrays["moments"]
+        self.stand_for = arrays["stand_for"]
+        self.data = np.memmap(self.folder / "lists.bin", np.uint8, "r")
+        channels = index.bank.shape[0]
+        kind = np.uint8 if index.bank.images.dtype == torch.uint8 else np.float32
+        self.values = np.memmap(self.folder / "values.bin", kind, "r").reshape(-1, channels)
+        counts = self.folder / "counts.bin"
+        self.counts = np.memmap(counts, np.float32, "r") if counts.exists() else None
+
+    def rank_at(self, region: int, sigma: float, dropped: float) -> int:
+        """The fewest leading axes that leave out at most `dropped` sigma^2 of variance."""
+        enough = (self.tail[region] <= dropped * sigma**2).nonzero()
+        return max(1, min(self.rank, int(enough[0]) if len(enough) else self.rank))
+
+    def project(self, windows: Tensor, region: int) -> Tensor:
+        """[Q, C, k, k] windows as [Q, rank] features of a region."""
+        return (windows.flatten(1) - self.centre[region]) @ self.axes[region]
+
+    def ids(self, cell: int) -> np.ndarray:
+        """[windows of the cell] image * rows * cols + place in the region."""
+        size = int(self.sizes[cell])
+        start = int(self.offsets[cell]) + size * self.rank * 2
+        return self.data[start : start + 8 * size].view(np.int64)
+
+    @cached_property
+    def faiss_index(self) -> Any:
+        faiss = _faiss()
+        flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
+        return faiss.read_index(str(self.folder / "cells.faiss"), flags)
+
+    def search(self, windows: Tensor, sigma: float, k: int, nprobe: int | None) -> Hits:
+        interior = self.regions[0]
+        features = self.project(windows, 0)
+        found = self.faiss_index
+        found.nprobe = interior.cells if nprobe is None else min(interior.cells, nprobe)
+        wanted = int(min(int(self.sizes[: interior.cells].sum()), max(256, 16 * k)))
+        near, ids = found.search(features.numpy(), wanted)
+        near, ids = torch.from_numpy(near), torch.from_numpy(ids)
+        # Compared exactly, pixel by pixel.
+        absent = ids < 0
+        ids = ids.clamp(min=0)
+        per_image = len(interior.rows) * len(interior.cols)
+        image = ids // per_image
+        row = ids % per_image // len(interior.cols) + interior.rows.start
+        col = ids % len(interior.cols) + interior.cols.start
+        r = self.k // 2
+        distance = torch.empty(ids.shape, dtype=torch.float64)
+        offsets = torch.arange(-r, r + 1)
+        for p in range(len(ids)):
+            members, place = torch.unique(image[p], return_inverse=True)
+            chosen = self.index.images[members].double()
+            if self.index.bank.images.dtype == torch.uint8:
+                chosen = chosen / 127.5 - 1
+            i = (row[p][:, None] + offsets)[:, None, :, None]
+            j = (col[p][:, None] + offsets)[:, None, None, :]
+            c = torch.arange(chosen.shape[1])[None, :, None, None]
+            pixels = chosen[place[:, None, None, None], c, i, j]
+            distance[p] = (pixels - windows[p].double()).square().flatten(1).sum(1)
+        distance[absent] = torch.inf
+        kept = min(k, wanted)
+        best, order = distance.topk(kept, largest=False)
+        # Whatever was not fetched is at least as far along the kept axes as the last that was.
+        beyond = near[:, -1].double() * (1 - 2e-3) if wanted < int(self.sizes[: interior.cells].sum()) else None
+        all_cells = found.nprobe == interior.cells
+        proven = (best[:, -1] <= beyond) if beyond is not None else torch.ones(len(ids), dtype=torch.bool)
+        return Hits(
+            weight=torch.exp(-(best - best[:, :1]) / (2 * sigma**2)),
+            distance=best,
+            image=image.gather(1, order),
+            row=row.gather(1, order),
+            col=col.gather(1, order),
+            proven=proven & all_cells,
+        )
+
+
+class _Builder:
+    """Builds one patch size into a folder: regions one after the other into the same files."""
+
+    def __init__(self, bank: PatchBank, k: int, folder: Path, meta: dict[str, Any], progress: bool):
+        self.bank, self.k, self.folder, self.meta, self.progress = bank, k, folder, meta, progress
+        self.generator = torch.Generator().manual_seed(meta["seed"] * 1000 + k)
+        self.channels, self.height, self.width = bank.shape
+        self.arrays: dict[str, list[Tensor]] = {}
+        self.regions: list[dict[str, Any]] = []
+        self.cells = self.stored = self.seen = 0
+        self.rank = 0
+
+    def run(self) -> None:
+        r = self.k // 2
+        inner_rows, inner_cols = range(r, self.height - r), range(r, self.width - r)
+        places = [(inner_rows, inner_cols)]
+        if self.meta["padding_mode"] == "zeros" and len(inner_rows) > 1 and len(inner_cols) > 1:
+            edge = [i for i in range(self.height) if i not in inner_rows]
+            places += [(range(i, i + 1), inner_cols) for i in edge]
+            edge = [j for j in range(self.width) if j not in inner_cols]
+            places += [(inner_rows, range(j, j + 1)) for j in edge]
+        per_image = sum(len(rows) * len(cols) for rows, cols in places)
+        self.members = torch.arange(len(self.bank))
+        if self.meta["max_windows"] is not None and per_image * len(self.bank) > self.meta["max_windows"]:
+            count = max(1, self.meta["max_windows"] // per_image)
+            self.members = torch.randperm(len(self.bank), generator=self.generator)[:count].sort().values
+        total = per_image * len(self.members)
+        with (
+            open(self.folder / "lists.bin", "wb") as self.lists,
+            open(self.folder / "values.bin", "wb") as self.values,
+            open(self.folder / "counts.bin", "wb") as self.counts,
+            tqdm(total=total, desc=f"indexing k = {self.k}", unit="windows", unit_scale=True, leave=False,
+                 disable=None if self.progress else True, delay=2) as self.bar,
+        ):  # fmt: skip
+            for rows, cols in places:
+                self.region(rows, cols)
+            self.lists.write(bytes(32))  # read, never used, by vectors that start at the last axes
+            for file in (self.lists, self.values, self.counts):
+                file.flush()
+                os.fsync(file.fileno())
+        arrays = {name: torch.cat(parts) for name, parts in self.arrays.items()}
+        if self.seen == self.stored:
+            (self.folder / "counts.bin").unlink()
+        safetensors.torch.save_file(arrays, self.folder / "cells.safetensors")
+        self.write_faiss(arrays)
+        files = sorted(p for p in self.folder.iterdir() if p.is_file())
+        record = {
+            "format": FORMAT,
+            "patch_size": self.k,
+            "rank": self.rank,
+            "windows": self.seen,
+            "stored": self.stored,
+            "subsampled_images": len(self.members) if len(self.members) < len(self.bank) else None,
+            "regions": self.regions,
+            "files": {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files},
+        }
+        _write_json(self.folder / "meta.json", record)
+
+    def region(self, rows: range, cols: range) -> None:
+        per_image = len(rows) * len(cols)
+        windows = per_image * len(self.members)
+        # Principal axes, of a sample.
+        axes, centre, variances = self.principal_axes(rows, cols)
+        if not self.regions:
+            tails = variances.flip(0).cumsum(0).flip(0)
+            enough = int((tails > TAIL * tails[0]).sum())
+            self.rank = min(
+                len(variances), self.meta["rank"] or min(enough, MOST_AXES + round(0.6 * max(0, self.k - 7) ** 2))
+            )
+            # Rows of whole eight bytes keep the ids behind them aligned.
+            self.rank = min(-(-self.rank // 4) * 4, -(-len(variances) // 4) * 4)
+        spare = self.rank - len(variances)
+        if spare > 0:
+            axes, variances = functional.pad(axes, (0, spare)), functional.pad(variances, (0, spare))
+        tails = functional.pad(variances.flip(0).cumsum(0).flip(0), (0, 1))[: self.rank + 1]
+        axes = axes[:, : self.rank].contiguous()
+
+        # Features, to a file that is gone afterwards; equal windows of one label by their hash.
+        scratch = self.folder / "features.tmp"
+        hashes = np.empty(windows, np.int64)
+        with open(scratch, "wb") as file:
+            at = 0
+            for images, members in self.chunks(per_image):
+                file.write(self.project(images, rows, cols, axes, centre).half().numpy().tobytes())
+                part = self.hash(images, rows, cols, members)
+                hashes[at : at + len(part)] = part
+                at += len(part)
+                self.bar.update(len(part))
+        features = np.memmap(scratch, np.float16, "r", shape=(windows, self.rank))
+        first, counts = _distinct(hashes)
+        del hashes
+
+        # Cells.
+        distinct = windows if first is None else len(first)
+        wanted = 4 * math.sqrt(distinct) if not self.regions else 0.5 * math.sqrt(distinct)
+        if self.meta["cells"] is not None and not self.regions:
+            wanted = self.meta["cells"]
+        cells = max(1, min(MOST_CELLS, round(wanted), distinct))
+        chosen = np.arange(windows) if first is None else first
+        cell = self.assign(features, chosen, cells)
+
+        # In cells, and in random order inside.
+        key = torch.from_numpy(cell).long() << 32
+        key += torch.randint(1 << 32, key.shape, generator=self.generator)
+        order = torch.argsort(key).numpy()
+        del key
+        sizes = np.bincount(cell, minlength=cells)
+        region_values = self.centre_values(rows, cols)
+        member = self.members.numpy()
+        mean, variance = torch.zeros(cells, self.rank), torch.zeros(cells, self.rank)
+        moments, stand_for = torch.zeros(cells, 2 * self.channels), torch.ones(cells)
+        offsets = np.zeros(cells, np.int64)
+        end = 0
+        for c in range(cells):
+            start, end = end, end + int(sizes[c])
+            offsets[c] = self.lists.tell()
+            if start == end:
+                continue
+            places = order[start:end]
+            rows_of = chosen[places]
+            block = features[rows_of]
+            ids = member[rows_of // per_image] * per_image + rows_of % per_image
+            value = region_values[rows_of]
+            self.lists.write(np.ascontiguousarray(block).tobytes())
+            self.lists.write(ids.astype(np.int64).tobytes())
+            self.values.write(value.tobytes())
+            repeats = np.ones(len(places), np.float32) if counts is None else counts[places].astype(np.float32)
+            self.counts.write(repeats.tobytes())
+            f, w = torch.from_numpy(block.astype(np.float32)), torch.from_numpy(repeats)
+            w = w / w.sum()
+            mean[c] = w @ f
+            variance[c] = w @ (f - mean[c]).square()
+            v = torch.from_numpy(value.astype(np.float32))
+            v = v / 127.5 - 1 if value.dtype == np.uint8 else v
+            moments[c] = torch.cat([w @ v, w @ v.square()])
+            stand_for[c] = float(repeats.mean())
+        starts = self.stored + np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        for name, array in {
+            "sizes": torch.from_numpy(sizes.astype(np.int64)),
+            "offsets": torch.from_numpy(offsets),
+            "starts": torch.from_numpy(starts.astype(np.int64)),
+            "mean": mean,
+            "variance": variance,
+            "moments": moments,
+            "stand_for": stand_for,
+            "axes": axes[None],
+            "centre": centre[None],
+            "tail": tails[None].contiguous(),
+        }.items():
+            self.arrays.setdefault(name, []).append(array)
+        self.regions.append(
+            {"rows": [rows.start, rows.stop], "cols": [cols.start, cols.stop], "first_cell": self.cells, "cells": cells}
+        )
+        self.cells += cells
+        self.stored += distinct
+        self.seen += windows
+        del features
+        scratch.unlink()
+
+    def chunks(self, per_image: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images as they are stored, some at a time, with their numbers."""
+        cost = per_image * (4 * max(self.rank, 16) + 32) + 16 * self.channels * self.height * self.width
+        step = max(1, CHUNK_BYTES // cost)
+        for start in range(0, len(self.members), step):
+            members = self.members[start : start + step]
+            raw = self.bank.images[members if self.bank.indices is None else self.bank.indices[members]]
+            yield raw, members
+
+    def patches(self, raw: Tensor, rows: range, cols: range) -> Tensor:
+        """The part of some images that windows at rows x cols reach, zeros beyond the border: [n, C, h, w]."""
+        r = self.k // 2
+        images = raw.float() / 127.5 - 1 if raw.dtype == torch.uint8 else raw.float()
+        padded = functional.pad(images, (r, r, r, r))
+        return padded[:, :, rows.start : rows.stop + 2 * r, cols.start : cols.stop + 2 * r].contiguous()
+
+    def principal_axes(self, rows: range, cols: range) -> tuple[Tensor, Tensor, Tensor]:
+        per_image = len(rows) * len(cols)
+        want = 100_000 if not self.regions else 25_000
+        count = min(len(self.members), max(1, 4 * want // per_image))
+        some = torch.randperm(len(self.members), generator=self.generator)[:count]
+        members = self.members[some.sort().values]
+        raw = self.bank.images[members if self.bank.indices is None else self.bank.indices[members]]
+        samples = []
+        for start in range(0, count, 64):
+            unfolded = functional.unfold(self.patches(raw[start : start + 64], rows, cols), self.k)
+            flat = unfolded.permute(0, 2, 1).flatten(0, 1)
+            samples.append(flat[torch.randperm(len(flat), generator=self.generator)[: -(-want * 64 // count)]])
+        sample = torch.cat(samples)
+        centre = sample.mean(0)
+        centred = sample - centre
+        variances, axes = torch.linalg.eigh((centred.T @ centred / max(1, len(sample) - 1)).double())
+        return axes.flip(1).float(), centre, variances.flip(0).clamp(min=0).float()
+
+    def project(self, raw: Tensor, rows: range, cols: range, axes: Tensor, centre: Tensor) -> Tensor:
+        filters = axes.T.reshape(self.rank, self.channels, self.k, self.k)
+        features = functional.conv2d(self.patches(raw, rows, cols), filters, bias=-(centre @ axes))
+        return features.permute(0, 2, 3, 1).flatten(0, 2)
+
+    def hash(self, raw: Tensor, rows: range, cols: range, members: Tensor) -> np.ndarray:
+        """A 64-bit polynomial of every window's pixels and its image's label: equal for equal windows."""
+        r = self.k // 2
+        pixels = raw.numpy() if raw.dtype == torch.uint8 else raw.numpy().view(np.int32)
+        padded = np.pad(pixels.astype(np.uint64), ((0, 0), (0, 0), (r, r), (r, r)), constant_values=256)
+        padded = padded[:, :, rows.start : rows.stop + 2 * r, cols.start : cols.stop + 2 * r]
+        across, down, between = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))
+        line = np.zeros((*padded.shape[:3], len(cols)), np.uint64)
+        for j in range(self.k):
+            line = line * across + padded[:, :, :, j : j + len(cols)]
+        block = np.zeros((*padded.shape[:2], len(rows), len(cols)), np.uint64)
+        for i in range(self.k):
+            block = block * down + line[:, :, i : i + len(rows)]
+        total = np.zeros((len(raw), len(rows), len(cols)), np.uint64)
+        for c in range(self.channels):
+            total = total * between + block[:, c]
+        total ^= total >> np.uint64(29)
+        if self.bank.labels is not None:
+            total = total * across + self.bank.labels[members].numpy().astype(np.uint64)[:, None, None]
+        return total.ravel().view(np.int64)
+
+    def centre_values(self, rows: range, cols: range) -> np.ndarray:
+        raw = self.bank.images if self.bank.indices is None else self.bank.images[self.bank.indices]
+        part = raw[self.members][:, :, rows.start : rows.stop, cols.start : cols.stop]
+        return np.ascontiguousarray(part.permute(0, 2, 3, 1).reshape(-1, self.channels).numpy())
+
+    def assign(self, features: np.ndarray, chosen: np.ndarray, cells: int) -> np.ndarray:
+        """The cell of every chosen window, by k-means in two levels: groups of cells first, then cells."""
+        faiss = _faiss()
+        if cells == 1:
+            return np.zeros(len(chosen), np.int32)
+        rng = np.random.default_rng(self.meta["seed"])
+        count = min(len(chosen), TRAINING_PER_CELL * cells)
+        sample = features[np.sort(chosen[rng.choice(len(chosen), count, replace=False)])].astype(np.float32)
+        groups = max(1, round(math.sqrt(cells) / 2)) if cells > 64 else 1
+        top = _kmeans(sample, groups, self.meta["seed"])
+        group_of = _nearest(top, sample)
+        population = np.bincount(group_of, minlength=groups)
+        share = np.maximum(1, np.floor(cells * population / count)).astype(int)
+        share[np.argmax(population)] += max(0, cells - share.sum())
+
+        def cells_of(g: int) -> np.ndarray:
+            inside = sample[group_of == g]
+            return _kmeans(inside, min(share[g], len(inside)), self.meta["seed"]) if len(inside) else top[g : g + 1]
+
+        found = _in_threads(cells_of, range(groups))
+        owners = np.concatenate([np.full(len(part), g) for g, part in enumerate(found)])[:cells]
+        centroids = np.concatenate(found)[:cells]
+        # A window looks among the cells of its own group and of the nearest neighbouring groups.
+        flat = faiss.IndexFlatL2(self.rank)
+        flat.add(top)
+        near = flat.search(top, min(groups, 6))[1]
+        candidates = [np.flatnonzero(np.isin(owners, near[g])) for g in range(groups)]
+        searchers = []
+        for members in candidates:
+            searcher = faiss.IndexFlatL2(self.rank)
+            searcher.add(np.ascontiguousarray(centroids[members]))
+            searchers.append(searcher)
+        cell = np.empty(len(chosen), np.int32)
+        step = 1 << 20
+        for start in range(0, len(chosen), step):
+            block = features[chosen[start : start + step]].astype(np.float32)
+            group = _nearest(top, block)
+            order = np.argsort(group, kind="stable")
+            members_of = np.split(order, np.searchsorted(group[order], np.arange(1, groups)))
+
+            def place(g: int, at: int = start, block: np.ndarray = block, members_of: Any = members_of) -> None:
+                rows = members_of[g]
+                if len(rows):
+                    cell[at + rows] = candidates[g][searchers[g].search(block[rows], 1)[1][:, 0]]
+
+            _in_threads(place, range(groups))
+        return cell
+
+    def write_faiss(self, arrays: dict[str, Tensor]) -> None:
+        """The interior as a FAISS inverted file over the same lists."""
+        faiss = _faiss()
+        cells = self.regions[0]["cells"]
+        quantizer = faiss.IndexHNSWFlat(self.rank, 32) if cells > HNSW_FROM else faiss.IndexFlatL2(self.rank)
+        quantizer.add(arrays["mean"][:cells].contiguous().numpy())
+        index = faiss.IndexIVFScalarQuantizer(
+            quantizer, self.rank, cells, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2, False
+        )
+        index.is_trained = True
+        lists = faiss.OnDiskInvertedLists(cells, self.rank * 2, str(self.folder / "lists.bin"))
+        for c, (size, offset) in enumerate(
+            zip(arrays["sizes"][:cells].tolist(), arrays["offsets"][:cells].tolist(), strict=True)
+        ):
+            entry = lists.lists.at(c)
+            entry.size, entry.capacity, entry.offset = size, size, offset
+        lists.totsize = (self.folder / "lists.bin").stat().st_size
+        lists.read_only = True
+        index.replace_invlists(lists, False)
+        index.ntotal = int(arrays["sizes"][:cells].sum())
+        faiss.write_index(index, str(self.folder / "cells.faiss"))
+
+
+def _distinct(hashes: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Where each distinct window first occurs and how often, or None where hardly any repeats."""
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    new = np.empty(len(ordered), bool)
+    new[:1] = True
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    starts = np.flatnonzero(new)
+    if len(starts) == len(hashes):
+        return None, None
+    counts = np.diff(np.append(starts, len(hashes)))
+    first = order[starts]
+    by_place = np.argsort(first)
+    return first[by_place], counts[by_place]
+
+
+def _in_threads(work: Callable[[int], Any], items: Iterable[int]) -> list[Any]:
+    """`work` of each item, side by side; FAISS itself then keeps to one thread, for its own do badly on small tasks."""
+
+    def single(item: int) -> Any:
+        _faiss().omp_set_num_threads(1)
+        return work(item)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(single, items))
+
+
+def _kmeans(points: np.ndarray, cells: int, seed: int) -> np.ndarray:
+    if cells >= len(points):
+        return points.copy()
+    if cells == 1:
+        return points.mean(0, keepdims=True)
+    means = _faiss().Kmeans(
+        points.shape[1], cells, niter=8, seed=seed + 1, min_points_per_centroid=1, max_points_per_centroid=10**9
+    )
+    means.train(np.ascontiguousarray(points))
+    return means.centroids
+
+
+def _nearest(centroids: np.ndarray, points: np.ndarray) -> np.ndarray:
+    flat = _faiss().IndexFlatL2(centroids.shape[1])
+    flat.add(np.ascontiguousarray(centroids))
+    return flat.search(np.ascontiguousarray(points), 1)[1][:, 0]
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError:
+        raise ImportError('PatchIndex needs FAISS: pip install "patchscore[cpu]", or "patchscore[gpu]"') from None
+    return faiss
+
+
+def _read_meta(path: Path, bank: PatchBank) -> dict[str, Any]:
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        form = meta["format"]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no index here; PatchIndex.build or `patchscore index` makes one") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path / 'meta.json'}: damaged, not the description of an index") from None
+    if form != FORMAT:
+        raise ValueError(f"{path}: index format {form}, this version reads {FORMAT}; build it again")
+    if meta["bank"] != bank.fingerprint:
+        raise ValueError(f"{path}: index of bank {meta['bank'][:16]}, but this bank is {bank.fingerprint[:16]}")
+    return meta
+
+
+def _check_files(folder: Path, verify: bool) -> None:
+    try:
+        files = json.loads((folder / "meta.json").read_text())["files"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+        raise ValueError(f"{folder / 'meta.json'}: missing or damaged; build the index again") from None
+    for name, expected in files.items():
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else -1
+        if size != expected["bytes"]:
+            found = "is missing" if size < 0 else f"has {size} bytes instead of {expected['bytes']}"
+            raise ValueError(f"{file}: {found}; build the index again")
+        if (verify or size <= VERIFIED_AT_OPEN) and _sha256(file) != expected["sha256"]:
+            raise ValueError(f"{file}: was changed since it was written; build the index again")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One builder at a time; the system lets go of the lock when its process ends, however it ends."""
+    with open(path / ".lock", "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except OSError:
+            raise ValueError(f"path: {path} is being built by another process") from None
+        yield
