@@ -32,9 +32,10 @@ from .bank import PatchBank
 from .files import write_atomically
 
 FORMAT = 1
+OPTIONS = ("padding_mode", "rank", "cells", "max_windows", "seed")
 MOST_AXES = 48
-"""Axes kept at most up to k = 7: a window then takes 96 bytes of features, 8 of place and C of value. Larger windows have
-more axes that matter and are fewer; they get 0.6 (k - 7)^2 more."""
+"""Axes kept at most up to k = 7: a window then takes 96 bytes of features, 8 of place and C of value. Larger windows
+have more axes that matter and are fewer; they get 0.6 (k - 7)^2 more."""
 
 TAIL = 1e-5
 """Share of the variance that the dropped axes may hold, where MOST_AXES allows it."""
@@ -49,9 +50,10 @@ VERIFIED_AT_OPEN = 64 << 20
 class Hits(NamedTuple):
     """The heaviest windows of some pixels, heaviest first.
 
-    weight:   [P, k] share of the pixel's whole posterior mass is weight / total; here relative to the heaviest.
-    distance: [P, k] squared distance of the two windows.
-    image, row, col: [P, k] where the window is centred.
+    weight:   [P, k] relative to the heaviest.
+    distance: [P, k] squared distance of the two windows; infinite where the cells looked into held fewer than k.
+    image, row, col: [P, k] where the window is centred; image -1 where there was none. Equal windows of one label are
+              stored, and found, once.
     proven:   [P] whether no other window can be among them.
     """
 
@@ -133,7 +135,7 @@ class PatchIndex:
             OSError: the disk is full or not writable; nothing half-built is left.
         """
         _faiss()
-        channels, height, width = bank.shape
+        _, height, width = bank.shape
         given = [patch_sizes] if isinstance(patch_sizes, int) else list(patch_sizes)
         sizes = sorted({checks.odd("patch_sizes", k) for k in given})
         if not sizes:
@@ -150,15 +152,12 @@ class PatchIndex:
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise ValueError(f"path: {path} is a file, takes a folder")
-        if (
-            path.is_dir()
-            and any(path.iterdir())
-            and not (path / "meta.json").exists()
-            and not (path / ".lock").exists()
-        ):
+        ours = any((path / name).exists() for name in ("meta.json", ".lock"))
+        if path.is_dir() and any(path.iterdir()) and not ours:
             raise ValueError(f"path: {path} holds something other than an index")
-        options = {"padding_mode": padding_mode, "rank": rank, "cells": cells, "max_windows": max_windows, "seed": seed}
-        meta = {
+        checks.integer("seed", seed, at_least=0, at_most=2**31 - 2)
+        options = dict(zip(OPTIONS, (padding_mode, rank, cells, max_windows, seed), strict=True))
+        meta: dict[str, Any] = {
             "format": FORMAT,
             "bank": bank.fingerprint,
             "images": len(bank),
@@ -319,10 +318,10 @@ class IndexedSize:
         interior = self.regions[0]
         features = self.project(windows, 0)
         found = self.faiss_index
-        found.nprobe = interior.cells if nprobe is None else min(interior.cells, nprobe)
-        wanted = int(min(int(self.sizes[: interior.cells].sum()), max(256, 16 * k)))
-        near, ids = found.search(features.numpy(), wanted)
-        near, ids = torch.from_numpy(near), torch.from_numpy(ids)
+        probed = interior.cells if nprobe is None else min(interior.cells, nprobe)
+        stored = int(self.sizes[: interior.cells].sum())
+        wanted = min(stored, max(256, 16 * k))
+        near, ids = (torch.from_numpy(x) for x in _search(found, features.numpy(), wanted, probed))
         # Compared exactly, pixel by pixel.
         absent = ids < 0
         ids = ids.clamp(min=0)
@@ -344,12 +343,15 @@ class IndexedSize:
             pixels = chosen[place[:, None, None, None], c, i, j]
             distance[p] = (pixels - windows[p].double()).square().flatten(1).sum(1)
         distance[absent] = torch.inf
-        kept = min(k, wanted)
-        best, order = distance.topk(kept, largest=False)
-        # Whatever was not fetched is at least as far along the kept axes as the last that was.
-        beyond = near[:, -1].double() * (1 - 2e-3) if wanted < int(self.sizes[: interior.cells].sum()) else None
-        all_cells = found.nprobe == interior.cells
-        proven = (best[:, -1] <= beyond) if beyond is not None else torch.ones(len(ids), dtype=torch.bool)
+        best, order = distance.topk(min(k, wanted), largest=False)
+        proven = torch.full((len(ids),), probed == interior.cells)
+        if wanted < stored:
+            # What was not fetched is, along the kept axes, no nearer than the last that was; its features were rounded
+            # to half floats, by at most 2^-11 of their own length, which |q| + |q - p| bounds.
+            last = near[:, -1].double().clamp(min=0).sqrt()
+            rounding = 6e-4 * (features.double().norm(dim=1) + last) + 1e-4
+            proven &= best[:, -1] <= (last - rounding).clamp(min=0).square()
+        image[absent] = -1
         return Hits(
             weight=torch.exp(-(best - best[:, :1]) / (2 * sigma**2)),
             distance=best,
@@ -652,7 +654,10 @@ class _Builder:
         lists.read_only = True
         index.replace_invlists(lists, False)
         index.ntotal = int(arrays["sizes"][:cells].sum())
-        faiss.write_index(index, str(self.folder / "cells.faiss"))
+        try:
+            faiss.write_index(index, str(self.folder / "cells.faiss"))
+        except RuntimeError as error:
+            raise OSError(f"{self.folder / 'cells.faiss'}: {' '.join(str(error).split())}") from None
 
 
 def _distinct(hashes: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -700,6 +705,22 @@ def _nearest(centroids: np.ndarray, points: np.ndarray) -> np.ndarray:
     return flat.search(np.ascontiguousarray(points), 1)[1][:, 0]
 
 
+def _search(index: Any, queries: np.ndarray, count: int, probed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` nearest of each query in the `probed` nearest cells: [Q, count] squared distances and ids."""
+    index.nprobe = probed
+    if probed < index.nlist:
+        return index.search(queries, count)
+    # Every cell, and truly so: a graph of centroids may leave some unreached.
+    step = max(1, CHUNK_BYTES // (16 * probed))
+    parts = []
+    for start in range(0, len(queries), step):
+        block = queries[start : start + step]
+        cells = np.broadcast_to(np.arange(probed), (len(block), probed))
+        parts.append(index.search_preassigned(block, count, np.ascontiguousarray(cells), np.zeros(cells.shape, "f4")))
+    distances, ids = zip(*parts, strict=True)
+    return np.concatenate(distances), np.concatenate(ids)
+
+
 def _faiss() -> Any:
     try:
         import faiss
@@ -712,6 +733,8 @@ def _read_meta(path: Path, bank: PatchBank) -> dict[str, Any]:
     try:
         meta = json.loads((path / "meta.json").read_text())
         form = meta["format"]
+        if form == FORMAT:
+            _ = [meta[name] for name in ("bank", "patch_sizes", *OPTIONS)]
     except FileNotFoundError:
         raise ValueError(f"{path}: no index here; PatchIndex.build or `patchscore index` makes one") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):

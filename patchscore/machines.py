@@ -309,6 +309,9 @@ def _check_pruned(
         raise ValueError(f"budget: got {budget}, takes a share of pairs in (0, 1]")
     if tolerance is not None and not 0 < checks.number("tolerance", tolerance) < math.inf:
         raise ValueError(f"tolerance: got {tolerance}, takes a positive rms error of pixels in [-1, 1]")
+    if index.bank is not bank:
+        # The same images, held otherwise: selections are lists of places in the bank they are from.
+        index = PatchIndex(index.path, bank, index.meta)
     return engines.Pruned(index, budget, tolerance, checks.integer("seed", seed, at_least=0))
 
 

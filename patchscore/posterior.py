@@ -8,7 +8,7 @@ overflows nor vanishes; `merge` adds two of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import torch
@@ -43,7 +43,7 @@ class PosteriorSum:
     vv: Tensor | None = None
     vs: Tensor | None = None
     ss: Tensor | None = None
-    pairs: int | None = None
+    pairs: int | None = field(default=None, kw_only=True)
 
     @classmethod
     def empty(cls, shape: Sequence[int], device: torch.device | str, sampled: bool = False) -> PosteriorSum:
@@ -55,8 +55,8 @@ class PosteriorSum:
         batch, _, height, width = shape
         s = torch.zeros(batch, 1, height, width, dtype=dtype, device=device)
         v = torch.zeros(*shape, dtype=dtype, device=device)
-        covariance = {"vv": v.clone(), "vs": v.clone(), "ss": s.clone()} if sampled else {}
-        return cls(torch.full_like(s, -torch.inf), s, v, s.clone(), **covariance)
+        total = cls(torch.full_like(s, -torch.inf), s, v, s.clone())
+        return replace(total, vv=v.clone(), vs=v.clone(), ss=s.clone()) if sampled else total
 
     @property
     def mean(self) -> Tensor:
@@ -70,11 +70,15 @@ class PosteriorSum:
 
     @property
     def stderr(self) -> Tensor:
-        """[B, C, H, W], standard error of `mean`: that of a ratio, to first order. Zero where all windows were summed."""
+        """[B, C, H, W], standard error of `mean`, of a ratio to first order; zero where all windows were summed.
+
+        Pixels lie in [-1, 1], so it is at most 2: where hardly any weight was found, the first order says nothing.
+        """
         if self.vv is None or self.vs is None or self.ss is None:
             return torch.zeros_like(self.v)
         mean = self.mean
-        return (self.vv - 2 * mean * self.vs + mean**2 * self.ss).clamp(min=0).sqrt() / self.s
+        variance = (self.vv - 2 * mean * self.vs + mean**2 * self.ss).clamp(min=0) / self.s**2
+        return variance.sqrt().nan_to_num(nan=2.0).clamp(max=2.0)
 
     def add_(self, part: PosteriorSum, items: slice, rows: slice, cols: slice) -> None:
         """Merges, in place, sums for a block of pixels: `part` covers items x rows x cols of this one."""

@@ -69,6 +69,6 @@ def _reasons(
         found = known[name]
         float32_only = name != "reference" and name != engine and dtype == torch.float64
         reason = FLOAT32_ONLY if float32_only else found.unavailable(device)
-        if reason is None and found is pruned and competition is not None:
-            reason = found.lacks(competition)
+        if reason is None and name == "pruned" and pruned is not None and competition is not None:
+            reason = pruned.lacks(competition)
         yield name, found, reason
