@@ -310,9 +310,18 @@ class IndexedSize:
 
     @cached_property
     def faiss_index(self) -> Any:
+        """The interior as a FAISS inverted file: its coarse quantizer from cells.faiss, its lists mapped."""
         faiss = _faiss()
-        flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
-        return faiss.read_index(str(self.folder / "cells.faiss"), flags)
+        cells, file = self.regions[0].cells, self.folder / "lists.bin"
+        index = faiss.read_index(str(self.folder / "cells.faiss"), faiss.IO_FLAG_ONDISK_SAME_DIR)
+        lists = faiss.OnDiskInvertedLists(cells, self.rank * 2, str(file))
+        lists.set_all_lists_sizes(faiss.swig_ptr(self.sizes[:cells].numpy().astype(np.uint64)))
+        lists.totsize = file.stat().st_size
+        lists.read_only = True
+        lists.do_mmap()
+        index.replace_invlists(lists, True)
+        lists.this.disown()
+        return index
 
     def search(self, windows: Tensor, sigma: float, k: int, nprobe: int | None) -> Hits:
         interior = self.regions[0]
@@ -358,7 +367,7 @@ class IndexedSize:
             image=image.gather(1, order),
             row=row.gather(1, order),
             col=col.gather(1, order),
-            proven=proven & all_cells,
+            proven=proven,
         )
 
 
@@ -635,7 +644,7 @@ class _Builder:
         return cell
 
     def write_faiss(self, arrays: dict[str, Tensor]) -> None:
-        """The interior as a FAISS inverted file over the same lists."""
+        """The coarse quantizer of the interior's cells, as a FAISS inverted file whose lists lie in lists.bin."""
         faiss = _faiss()
         cells = self.regions[0]["cells"]
         quantizer = faiss.IndexHNSWFlat(self.rank, 32) if cells > HNSW_FROM else faiss.IndexFlatL2(self.rank)
@@ -644,15 +653,6 @@ class _Builder:
             quantizer, self.rank, cells, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2, False
         )
         index.is_trained = True
-        lists = faiss.OnDiskInvertedLists(cells, self.rank * 2, str(self.folder / "lists.bin"))
-        for c, (size, offset) in enumerate(
-            zip(arrays["sizes"][:cells].tolist(), arrays["offsets"][:cells].tolist(), strict=True)
-        ):
-            entry = lists.lists.at(c)
-            entry.size, entry.capacity, entry.offset = size, size, offset
-        lists.totsize = (self.folder / "lists.bin").stat().st_size
-        lists.read_only = True
-        index.replace_invlists(lists, False)
         index.ntotal = int(arrays["sizes"][:cells].sum())
         try:
             faiss.write_index(index, str(self.folder / "cells.faiss"))

@@ -1,0 +1,347 @@
+"""PatchIndex: what it stores, what search finds, and that no folder on disk is ever half valid."""
+
+import builtins
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import noisy, smooth_images
+
+import patchscore as ps
+from patchscore import index as index_module
+
+pytest.importorskip("faiss")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return ps.PatchBank(smooth_images(12, 3, 12, 10), torch.arange(12) % 3)
+
+
+@pytest.fixture(scope="module")
+def built(images, tmp_path_factory):
+    return ps.PatchIndex.build(images, [3, 5], tmp_path_factory.mktemp("index") / "of-images", progress=False)
+
+
+@pytest.fixture
+def copied(built, tmp_path):
+    """The folder of an index that a test may damage."""
+    shutil.copytree(built.path, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def build(bank, sizes, path, **options):
+    return ps.PatchIndex.build(bank, sizes, path, progress=False, **options)
+
+
+def brute_force(bank, z, k, pixel, count):
+    """Squared distances of the nearest interior windows and where they are: [(distance, image, row, column)]."""
+    r, (i, j) = k // 2, pixel
+    train = bank.chunk(0, len(bank), torch.float64)
+    query = z[:, i - r : i + r + 1, j - r : j + r + 1].double()
+    found = [
+        (float((train[n, :, y - r : y + r + 1, x - r : x + r + 1] - query).square().sum()), n, y, x)
+        for n in range(len(bank))
+        for y in range(r, bank.shape[1] - r)
+        for x in range(r, bank.shape[2] - r)
+    ]
+    return sorted(found)[:count]
+
+
+# What is stored.
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_every_window_is_in_one_cell(images, tmp_path, padding_mode):
+    part = build(images, 3, tmp_path / "i", padding_mode=padding_mode).at(3)
+    interior, edges = 10 * 8, 2 * 8 + 2 * 10
+    per_image = interior + edges * (padding_mode == "zeros")
+    assert part.meta["windows"] == part.meta["stored"] == 12 * per_image
+    for region in part.regions:
+        ids = [i for c in range(region.first_cell, region.first_cell + region.cells) for i in part.ids(c).tolist()]
+        assert sorted(ids) == list(range(12 * len(region.rows) * len(region.cols)))
+
+
+def test_equal_windows_are_stored_once_with_their_count(tmp_path):
+    pictures = smooth_images(8, 1, 16, 16)
+    pictures[:, :, :7] = 0
+    pictures[:, :, :, 9:] = 0
+    bank = ps.PatchBank(pictures, torch.arange(8) % 2)
+    part = build(bank, 3, tmp_path / "i").at(3)
+    assert part.meta["stored"] < 0.6 * part.meta["windows"]
+    assert part.counts.sum() == part.meta["windows"]
+    # Blank windows of two classes stay apart.
+    assert (part.counts > 50).sum() >= 2
+    assert len(part.counts) == part.meta["stored"] == len(part.values)
+
+
+def test_max_windows_takes_some_images_and_says_so(images, tmp_path):
+    index = build(images, 3, tmp_path / "i", max_windows=500)
+    part = index.at(3)
+    assert part.meta["windows"] <= 500
+    assert part.meta["subsampled_images"] == 500 // 116
+    assert index.meta["max_windows"] == 500
+    assert build(images, 3, tmp_path / "all", max_windows=10**6).at(3).meta["subsampled_images"] is None
+
+
+def test_rank_and_cells_are_taken_as_asked(images, tmp_path):
+    part = build(images, 3, tmp_path / "i", rank=8, cells=5).at(3)
+    assert part.rank == 8
+    assert part.regions[0].cells == 5
+    assert part.tail[0, -1] > 0
+
+
+def test_the_same_seed_builds_the_same_index(images, tmp_path):
+    first, second, other = (build(images, 3, tmp_path / name, seed=s) for name, s in (("a", 4), ("b", 4), ("c", 5)))
+    lists = [(i.path / "k03" / "lists.bin").read_bytes() for i in (first, second, other)]
+    assert lists[0] == lists[1] != lists[2]
+
+
+def test_files_take_few_bytes_a_window(built):
+    part = built.at(3)
+    size = sum(f.stat().st_size for f in part.folder.iterdir() if f.name != "cells.safetensors")
+    assert size / part.meta["stored"] < 2 * part.rank + 8 + 3 + 200
+
+
+# Search.
+
+
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize("sigma", [0.05, 1.0])
+def test_search_finds_the_heaviest_windows(images, built, k, sigma):
+    z = noisy(images, sigma, dtype=torch.float32)[0]
+    pixels = [(2, 2), (5, 4), (9, 7)]
+    hits = built.search(z, sigma, k=7, patch_size=k, pixels=pixels)
+    for p, pixel in enumerate(pixels):
+        truth = brute_force(images, z, k, pixel, 7)
+        assert hits.distance[p].tolist() == pytest.approx([t[0] for t in truth], abs=1e-5)
+        assert list(zip(hits.image[p].tolist(), hits.row[p].tolist(), hits.col[p].tolist(), strict=True)) == [
+            t[1:] for t in truth
+        ]
+        expected = torch.tensor([-(t[0] - truth[0][0]) / (2 * sigma**2) for t in truth]).exp()
+        assert hits.weight[p].tolist() == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("rank", [4, 12, None])
+@pytest.mark.parametrize("nprobe", [None, 3])
+def test_what_search_calls_proven_is_true(images, tmp_path, rank, nprobe):
+    index = build(images, 3, tmp_path / "i", rank=rank)
+    for sigma in (0.02, 0.3, 2.0):
+        z = noisy(images, sigma, dtype=torch.float32)[0]
+        pixels = [(i, j) for i in range(1, 11, 3) for j in range(1, 9, 3)]
+        hits = index.search(z, sigma, k=3, pixels=pixels, nprobe=nprobe)
+        if nprobe is not None:
+            assert not hits.proven.any()
+        elif rank is None:
+            assert hits.proven.any()
+        for p in hits.proven.nonzero().flatten().tolist():
+            truth = brute_force(images, z, 3, pixels[p], 3)
+            assert hits.distance[p].tolist() == pytest.approx([t[0] for t in truth], abs=1e-5)
+
+
+def test_search_says_where_cells_held_too_few(images, built):
+    hits = built.search(noisy(images, 0.1, dtype=torch.float32)[0], 0.1, k=200, patch_size=3, pixels=[(4, 4)], nprobe=1)
+    absent = hits.distance[0].isinf()
+    assert absent.any()
+    assert (hits.image[0][absent] == -1).all()
+    assert (hits.weight[0][absent] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": None}, r"this index has \[3, 5\]"),
+        ({"patch_size": 7}, r"this index has \[3, 5\], not 7"),
+        ({"sigma": 0.0}, "sigma: got 0.0"),
+        ({"sigma": float("nan")}, "sigma: got nan"),
+        ({"k": 0}, "k: got 0"),
+        ({"pixels": [(0, 4)]}, r"the window of \(0, 4\) reaches over the border"),
+        ({"z": torch.zeros(3, 12, 11)}, r"z: got shape \[3, 12, 11\]"),
+    ],
+)
+def test_search_names_what_it_does_not_take(built, change, message):
+    with pytest.raises(ValueError, match=message):
+        built.search(**{"z": torch.zeros(3, 12, 10), "sigma": 0.5, "k": 2, "patch_size": 3, **change})
+
+
+# Building: whole or not at all.
+
+
+def test_an_interrupted_build_keeps_whole_sizes_and_goes_on(images, tmp_path, monkeypatch):
+    path, run = tmp_path / "i", index_module._Builder.run
+
+    def fail_at_five(self):
+        if self.k == 5:
+            (self.folder / "lists.bin").write_bytes(b"half")
+            raise KeyboardInterrupt
+        run(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(index_module._Builder, "run", fail_at_five)
+        with pytest.raises(KeyboardInterrupt):
+            build(images, [3, 5], path)
+    assert sorted(p.name for p in path.iterdir() if p.is_dir()) == ["k03"]
+    assert ps.PatchIndex.open(path, images).patch_sizes == [3]
+    before = (path / "k03" / "lists.bin").stat().st_mtime_ns
+    index = build(images, [3, 5], path)
+    assert index.patch_sizes == [3, 5]
+    assert (path / "k03" / "lists.bin").stat().st_mtime_ns == before
+
+
+def test_what_a_killed_build_left_is_built_afresh(images, tmp_path):
+    path = tmp_path / "i"
+    build(images, 3, path)
+    for left in ("k05", "k05.partial"):
+        (path / left).mkdir()
+        (path / left / "lists.bin").write_bytes(b"half")
+    assert ps.PatchIndex.open(path, images).patch_sizes == [3]
+    assert build(images, 5, path).patch_sizes == [3, 5]
+    assert not (path / "k05.partial").exists()
+
+
+def test_a_second_builder_is_turned_away(images, tmp_path, monkeypatch):
+    path, run, seen = tmp_path / "i", index_module._Builder.run, []
+
+    def build_again(self):
+        monkeypatch.setattr(index_module._Builder, "run", run)
+        with pytest.raises(ValueError, match="is being built by another process"):
+            build(images, 3, path)
+        seen.append(self.k)
+        run(self)
+
+    monkeypatch.setattr(index_module._Builder, "run", build_again)
+    assert build(images, 3, path).patch_sizes == [3]
+    assert seen == [3]
+
+
+@pytest.mark.parametrize("at", ["fsync", "faiss"])
+def test_a_full_disk_leaves_nothing_half_valid(images, tmp_path, monkeypatch, at):
+    path = tmp_path / "i"
+    build(images, 3, path)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device") if at == "fsync" else RuntimeError("write error")
+
+    with monkeypatch.context() as patched:
+        if at == "fsync":
+            patched.setattr(os, "fsync", full)
+        else:
+            patched.setattr("faiss.write_index", full)
+        with pytest.raises(OSError, match=r"No space left|write error"):
+            build(images, 5, path)
+    assert not [p.name for p in path.iterdir() if "k05" in p.name or p.name.endswith(".tmp")]
+    assert ps.PatchIndex.open(path, images).patch_sizes == [3]
+    assert build(images, 5, path).patch_sizes == [3, 5]
+
+
+def test_another_bank_or_other_options_do_not_mix_into_an_index(images, copied):
+    other = ps.PatchBank(smooth_images(12, 3, 12, 10, seed=9))
+    with pytest.raises(ValueError, match=f"index of bank {images.fingerprint[:16]}.*{other.fingerprint[:16]}"):
+        build(other, 3, copied)
+    with pytest.raises(ValueError, match="was built with rank=None, now 8; take another folder"):
+        build(images, 7, copied, rank=8)
+    assert ps.PatchIndex.open(copied, images).patch_sizes == [3, 5]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        (4, {}, "patch_sizes: got 4"),
+        ([], {}, "patch_sizes: got none"),
+        (11, {}, "patch_sizes: 11 does not fit in 12 x 10"),
+        (3, {"padding_mode": "mirror"}, "padding_mode: got 'mirror'"),
+        (3, {"rank": 0}, "rank: got 0"),
+        (3, {"cells": 0}, "cells: got 0"),
+        (3, {"max_windows": 0}, "max_windows: got 0"),
+        (3, {"seed": -1}, "seed: got -1"),
+    ],
+)
+def test_build_names_what_it_does_not_take(images, tmp_path, sizes, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(images, sizes, tmp_path / "i", **options)
+    assert not (tmp_path / "i").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(images, tmp_path):
+    (tmp_path / "holiday.png").write_bytes(b"sea")
+    with pytest.raises(ValueError, match="holds something other than an index"):
+        build(images, 3, tmp_path)
+    with pytest.raises(ValueError, match="is a file, takes a folder"):
+        build(images, 3, tmp_path / "holiday.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["holiday.png"]
+
+
+def test_without_faiss_it_says_what_to_install(images, tmp_path, monkeypatch):
+    found = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name == "faiss":
+            raise ImportError("no faiss")
+        return found(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r'pip install "patchscore\[cpu\]", or "patchscore\[gpu\]"'):
+        build(images, 3, tmp_path / "i")
+
+
+# Opening: anything but the whole index of this bank is refused by name.
+
+
+def test_open_maps_what_build_made(images, built):
+    opened = ps.PatchIndex.open(built.path, images, verify=True)
+    assert opened.patch_sizes == [3, 5]
+    assert "patch sizes 3, 5" in repr(opened)
+    with pytest.raises(ValueError, match=r"this index has \[3, 5\], not 9"):
+        opened.at(9)
+
+
+def test_another_bank_is_refused_with_both_fingerprints(images, built):
+    other = ps.PatchBank(smooth_images(12, 3, 12, 10, seed=9))
+    with pytest.raises(ValueError, match=f"index of bank {images.fingerprint[:16]}.*{other.fingerprint[:16]}"):
+        ps.PatchIndex.open(built.path, other)
+
+
+def test_no_index_is_refused(images, tmp_path):
+    with pytest.raises(ValueError, match="no index here"):
+        ps.PatchIndex.open(tmp_path / "nowhere", images)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1}', '{"format": 99}', "\udcff"])
+def test_a_damaged_or_foreign_description_is_refused(images, copied, content):
+    (copied / "meta.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"damaged, not the description|index format 99, this version reads"):
+        ps.PatchIndex.open(copied, images)
+
+
+@pytest.mark.parametrize("name", ["lists.bin", "values.bin", "cells.safetensors", "cells.faiss", "meta.json"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+def test_a_damaged_file_is_refused_by_its_path(images, copied, name, damage):
+    file = copied / "k05" / name
+    content = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(content[:-1] if name != "meta.json" else content[:-9])
+    elif name == "meta.json":
+        meta = json.loads(content)
+        meta["files"]["lists.bin"]["sha256"] = "0" * 64
+        file.write_text(json.dumps(meta))
+        file = copied / "k05" / "lists.bin"
+    else:
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=str(file)):
+        ps.PatchIndex.open(copied, images)
+
+
+def test_a_large_file_is_checked_whole_on_request(images, copied, monkeypatch):
+    monkeypatch.setattr(index_module, "VERIFIED_AT_OPEN", 0)
+    file = copied / "k03" / "lists.bin"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    ps.PatchIndex.open(copied, images)
+    with pytest.raises(ValueError, match="was changed since it was written"):
+        ps.PatchIndex.open(copied, images, verify=True)
