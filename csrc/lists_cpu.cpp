@@ -283,10 +283,13 @@ public:
         level.exponentials(s.expected.data(), padded(lists.cells), top, s.share.data());
         for (size_t c = 0; c < s.few.size(); ++c) s.few[c] = s.share[c * STRIDE];
         const double start = raise(s.few, few_competing, 1, 0.05);
+        double mass_of_all, rising;
+        level.windows_taken(s.share.data(), competing.data(), padded(lists.cells), 1.f, 0.f, mass_of_all, rising);
         const float t = float(raise(s.share, competing, start, 5e-3));
         const int64_t count = level.active_cells(s.share.data(), always.data(), padded(lists.cells), t, floor,
                                                  s.active.data());
         // Systematic sampling: a running sum passes an integer where a cell, or a group more of it, is drawn.
+        planned.reserve(size_t(count) + size_t(reach.back()) + 1);
         const double luck = uniform(luck_of(scan, query));
         double cumulated = luck, heaviest = -1;
         int64_t next_active = 0;
@@ -309,7 +312,7 @@ public:
             }
             const double mass = double(s.share[size_t(c)]) * n;
             if (take && chance == 1 && mass > heaviest) heaviest = mass, first = planned.size();
-            add(query, c, n, take, chance, mass, planned, unseen);
+            add(query, c, n, take, chance, mass / mass_of_all, planned, unseen);
         }
         // The floor: of all other cells one group, now and then.
         double at = luck;
@@ -345,12 +348,12 @@ private:
         return t;
     }
 
-    void add(int query, int64_t c, double n, int64_t take, double chance, double mass, std::vector<Planned>& planned,
-             Expected& unseen) const {
+    void add(int query, int64_t c, double n, int64_t take, double chance, double share_of_mass,
+             std::vector<Planned>& planned, Expected& unseen) const {
         const double seen = double(take ? take : GROUPS);
         // Expected: N^2 (1 - f) / n E[w^2], and where cells are taken by chance as much again as their rarity.
         const double unscanned = n * std::max(0., n / (std::min(seen, n) * chance) - 1);
-        if (unscanned > 0 && mass > 1e-4) {
+        if (unscanned > 0 && share_of_mass > 1e-5) {
             const float* const q = scan.q + int64_t(query) * lists.rank;
             const double log_square = double(level.log_squared(q, lists.mean + c * lists.rank,
                                                                lists.variance + c * lists.rank, scan.used_rank,

@@ -90,7 +90,7 @@ PS_INLINE void transpose(F (&x)[LANES]) {
 // What a vector of queries knows between blocks of windows.
 template <int C>
 struct Lane {
-    F m, take, log_factor;
+    F m, take, factor;
     F threshold, cut;  // of the priority sample: in bits, and as a weight relative to m that luck is multiplied with
     U luck;
     F s2;
@@ -107,9 +107,82 @@ PS_INLINE F uniform(U query, uint32_t window) {
 
 template <int C>
 PS_INLINE void set_cut(Lane<C>& lane, F scale) {
-    F bits = lane.threshold - lane.m * scale - lane.log_factor;
-    bits = bits < 120.f ? bits : broadcast(120.f);
-    lane.cut = bits > -120.f ? exp2f_(bits) : F{};
+    F bits = lane.threshold - lane.m * scale;
+    bits = bits < 100.f ? bits : broadcast(100.f);
+    lane.cut = bits > -100.f ? exp2f_(bits) / lane.factor : F{};
+}
+
+// Windows w .. w + WT of a block against N vectors of queries, from vector v on.
+template <int C, int N>
+PS_INLINE void scan_tile(const CellTask& t, Lane<C>* lanes, int v, int first, int w, int r, F scale) {
+    const float* const q0 = t.query_features + int64_t(v) * t.q_pitch * LANES;
+    const float* const q1 = q0 + int64_t(N - 1) * t.q_pitch * LANES;
+    // Dot products of WT windows with N vectors of queries.
+    F dot[WT][N];
+    PS_UNROLL16 for (int i = 0; i < WT; ++i)
+        for (int u = 0; u < N; ++u) dot[i][u] = broadcast(-t.block_values[(w + i) * (C + 3)]);
+    const float* p[WT];
+    PS_UNROLL16 for (int i = 0; i < WT; ++i) p[i] = t.block + int64_t(w + i) * t.q_pitch;
+    for (int64_t d = 0; d < r; ++d) {
+        const F a = load(q0 + d * LANES);
+        const F b = N > 1 ? load(q1 + d * LANES) : a;
+        PS_UNROLL16 for (int i = 0; i < WT; ++i) {
+            const F x = broadcast(p[i][d]);
+            dot[i][0] += x * a;
+            if (N > 1) dot[i][N - 1] += x * b;
+        }
+    }
+
+    for (int u = 0; u < N; ++u) {
+        Lane<C>& lane = lanes[u];
+        F best = dot[0][u];
+        PS_UNROLL16 for (int i = 1; i < WT; ++i) best = dot[i][u] > best ? dot[i][u] : best;
+        const F lowest = lane.m - load(t.negligible);
+        if (!any_above(best, lowest)) continue;
+        PS_UNROLL16 for (int i = 0; i < WT; ++i) {
+            const F index = broadcast(float(first + w + i));
+            dot[i][u] = index < lane.take ? dot[i][u] : broadcast(-FAR);
+        }
+        best = dot[0][u];
+        PS_UNROLL16 for (int i = 1; i < WT; ++i) best = dot[i][u] > best ? dot[i][u] : best;
+        if (PS_RARELY(any_above(best, lane.m + load(t.rise)))) {
+            const F m = best > lane.m + load(t.rise) ? best : lane.m;
+            const F factor = exp2f_((lane.m - m) * scale);
+            for (int g = 0; g < GROUPS; ++g)
+                for (int c = 0; c < 1 + C; ++c) lane.y[g][c] *= factor;
+            lane.s2 *= factor * factor;
+            lane.m = m;
+            set_cut(lane, scale);
+        }
+        for (int i = 0; i < WT; ++i) {
+            const float* const value = t.block_values + (w + i) * (C + 3);
+            const F l = (dot[i][u] - lane.m) * scale;
+            const F e = exp2f_(l);
+            const F weight = t.counts ? e * value[1] : e;
+            F* const y = lane.y[(first + w + i) % GROUPS];
+            y[0] += weight;
+            for (int c = 0; c < C; ++c) y[1 + c] += weight * value[3 + c];
+            lane.s2 += weight * e;
+            if (!t.recheck) continue;
+            // Priority sampling: a window of weight p and luck u is kept while p / u is among the largest.
+            const F u01 = uniform(lane.luck, t.block_luck[w + i]);
+            unsigned kept = above(weight, lane.cut * u01);
+            while (PS_RARELY(kept)) {
+                const int j = __builtin_ctz(kept);
+                kept &= kept - 1;
+                if (dot[i][u][j] < -FAR / 2) continue;
+                const float log_weight = dot[i][u][j] * t.scale;
+                const float log_size = log_weight + std::log2(lane.factor[j]) + value[2];
+                Samples& samples = t.samples[t.entries[(v + u) * LANES + j].query];
+                samples.add({log_size - std::log2(u01[j]), log_size, log_weight,
+                             t.first_window + t.block_at[w + i]}, t.recheck);
+                if (samples.threshold > lane.threshold[j]) {
+                    lane.threshold[j] = samples.threshold;
+                    set_cut(lane, scale);
+                }
+            }
+        }
+    }
 }
 
 // `vectors` x LANES queries of one cell against all of the cell's windows that any of them takes.
@@ -122,7 +195,7 @@ static void scan_cell(const CellTask& t) {
     // Features of the cell's queries, axis by axis; accumulators start at the queries' own references.
     for (int v = 0; v < vectors; ++v) {
         Lane<C>& lane = lanes[v];
-        alignas(64) float m[LANES], take[LANES], log_factor[LANES], threshold[LANES];
+        alignas(64) float m[LANES], take[LANES], factor[LANES], threshold[LANES];
         const float* rows[LANES];
         for (int i = 0; i < LANES; ++i) {
             const int e = v * LANES + i;
@@ -131,11 +204,11 @@ static void scan_cell(const CellTask& t) {
             rows[i] = t.q + int64_t(entry.query) * t.q_pitch;
             m[i] = t.m[entry.query];
             take[i] = real ? float(entry.take) : 0.f;
-            log_factor[i] = std::log2(entry.factor);
+            factor[i] = entry.factor;
             threshold[i] = real && t.recheck ? t.samples[entry.query].threshold : INFINITY;
             lane.luck[i] = t.luck[entry.query];
         }
-        lane.m = load(m), lane.take = load(take), lane.log_factor = load(log_factor);
+        lane.m = load(m), lane.take = load(take), lane.factor = load(factor);
         lane.threshold = load(threshold);
         set_cut(lane, scale);
         lane.s2 = F{};
@@ -189,80 +262,16 @@ static void scan_cell(const CellTask& t) {
             t.block_luck[w] = uint32_t((t.first_window + at) * 0xC2B2AE3Du);
         }
 
-        for (int v = 0; v < vectors; v += QV) {
-            if (t.entries[v * LANES].take <= first) break;
-            const int here = vectors - v < QV ? vectors - v : QV;
-            const float* const q0 = t.query_features + int64_t(v) * t.q_pitch * LANES;
-            const float* const q1 = here > 1 ? q0 + int64_t(t.q_pitch) * LANES : q0;
-            const int end = t.entries[v * LANES].take - first < count ? t.entries[v * LANES].take - first : count;
-            for (int w = 0; w < end; w += WT) {
-                // Dot products of WT windows with QV vectors of queries.
-                F dot[WT][QV];
-                PS_UNROLL16 for (int i = 0; i < WT; ++i)
-                    for (int u = 0; u < QV; ++u) dot[i][u] = broadcast(-t.block_values[(w + i) * (C + 3)]);
-                const float* p[WT];
-                PS_UNROLL16 for (int i = 0; i < WT; ++i) p[i] = t.block + int64_t(w + i) * t.q_pitch;
-                for (int64_t d = 0; d < r; ++d) {
-                    const F a = load(q0 + d * LANES);
-                    const F b = QV > 1 ? load(q1 + d * LANES) : a;
-                    PS_UNROLL16 for (int i = 0; i < WT; ++i) {
-                        const F x = broadcast(p[i][d]);
-                        dot[i][0] += x * a;
-                        if (QV > 1) dot[i][QV - 1] += x * b;
-                    }
-                }
-
-                for (int u = 0; u < here; ++u) {
-                    Lane<C>& lane = lanes[v + u];
-                    F best = dot[0][u];
-                    PS_UNROLL16 for (int i = 1; i < WT; ++i) best = dot[i][u] > best ? dot[i][u] : best;
-                    const F lowest = lane.m - load(t.negligible);
-                    if (!any_above(best, lowest)) continue;
-                    PS_UNROLL16 for (int i = 0; i < WT; ++i) {
-                        const F index = broadcast(float(first + w + i));
-                        dot[i][u] = index < lane.take ? dot[i][u] : broadcast(-FAR);
-                    }
-                    best = dot[0][u];
-                    PS_UNROLL16 for (int i = 1; i < WT; ++i) best = dot[i][u] > best ? dot[i][u] : best;
-                    if (PS_RARELY(any_above(best, lane.m + load(t.rise)))) {
-                        const F m = best > lane.m + load(t.rise) ? best : lane.m;
-                        const F factor = exp2f_((lane.m - m) * scale);
-                        for (int g = 0; g < GROUPS; ++g)
-                            for (int c = 0; c < 1 + C; ++c) lane.y[g][c] *= factor;
-                        lane.s2 *= factor * factor;
-                        lane.m = m;
-                        set_cut(lane, scale);
-                    }
-                    for (int i = 0; i < WT; ++i) {
-                        const float* const value = t.block_values + (w + i) * (C + 3);
-                        const F l = (dot[i][u] - lane.m) * scale;
-                        const F e = exp2f_(l);
-                        const F weight = t.counts ? e * value[1] : e;
-                        F* const y = lane.y[(first + w + i) % GROUPS];
-                        y[0] += weight;
-                        for (int c = 0; c < C; ++c) y[1 + c] += weight * value[3 + c];
-                        lane.s2 += weight * e;
-                        if (!t.recheck) continue;
-                        // Priority sampling: a window of weight p and luck u is kept while p / u is among the largest.
-                        const F u01 = uniform(lane.luck, t.block_luck[w + i]);
-                        unsigned kept = above(weight, lane.cut * u01);
-                        while (PS_RARELY(kept)) {
-                            const int j = __builtin_ctz(kept);
-                            kept &= kept - 1;
-                            if (dot[i][u][j] < -FAR / 2) continue;
-                            const float log_weight = dot[i][u][j] * t.scale;
-                            const float log_size = log_weight + lane.log_factor[j] + value[2];
-                            Samples& samples = t.samples[t.entries[(v + u) * LANES + j].query];
-                            samples.add({log_size - std::log2(u01[j]), log_size, log_weight,
-                                         t.first_window + t.block_at[w + i]}, t.recheck);
-                            if (samples.threshold > lane.threshold[j]) {
-                                lane.threshold[j] = samples.threshold;
-                                set_cut(lane, scale);
-                            }
-                        }
-                    }
-                }
-            }
+        const auto taken = [&](int v) {
+            const int last = v < vectors ? t.entries[v * LANES].take - first : 0;
+            return last < count ? last : count;
+        };
+        for (int v = 0; v < vectors && taken(v) > 0; v += QV) {
+            // Queries that take less stand further back: two vectors together as far as both go, then one alone.
+            int w = 0;
+            if (QV > 1)
+                for (; w < taken(v + 1); w += WT) scan_tile<C, QV>(t, lanes + v, v, first, w, r, scale);
+            for (; w < taken(v); w += WT) scan_tile<C, 1>(t, lanes + v, v, first, w, r, scale);
         }
         if (t.interrupt->stopped(t.calling_thread)) return;
     }

@@ -2,7 +2,7 @@
 
 Stratified sampling over the cells of a PatchIndex. A cell's moments say, in closed form, what weight to expect of its
 windows at a query; the budget is spent in proportion, so near cells are summed whole and far ones by a few windows that
-stand for all (Horvitz & Thompson 1952). The scan is in C++ (csrc/lists_*); this file says what to expect and asks for it.
+stand for all (Horvitz & Thompson 1952). The scan is in C++ (csrc/lists_*); this file says what to expect and asks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from . import reference, sliding
 from .sliding import _native
 
 DROPPED = 0.02
-"""Variance of the axes left out, in units of sigma^2: log-weights then move by about its root, 0.14, before the recheck."""
+"""Variance of the axes left out, in units of sigma^2; a log-weight moves by about its root, before the recheck."""
+
+EXPECTED_DROPPED = 0.1
+"""The same where only the weight of whole cells is foreseen."""
 
 RECHECK = 64
 """Windows of a query that are compared again pixel by pixel, chosen by their weights."""
@@ -36,10 +39,9 @@ EDGES = 3.0
 """The budget of an edge's few windows, in units of the interior's."""
 
 MOST_CHANNELS = 4
-QUERIES_A_SCAN = 4096
+QUERIES_A_SCAN = 16384
+PLAN_BYTES = 160_000  # of a query's plan and sums, generously
 PILOT_PIXELS = 96
-EXACT_FROM = 0.5
-"""A share of pairs from which on the exact engines are sooner."""
 
 
 class Pruned:
@@ -101,9 +103,7 @@ class Pruned:
                         z32[items], level, bank, part, region, competition.padding_mode, rows, cols, memory_limit
                     )
                     pairs += sums.pairs or 0
-                    for n, item in enumerate(items.tolist()):
-                        one = PosteriorSum(*(x[n : n + 1] for x in dataclasses.astuple(sums)[:7]))
-                        total.add_(one, slice(item, item + 1), _span(rows), _span(cols))
+                    _put(total, items, rows, cols, sums)
         if exact:
             engine = reference if sliding.unavailable(torch.device("cpu")) else sliding
             rest = Competition(competition.patch_size, competition.padding_mode, tuple(exact))
@@ -111,9 +111,8 @@ class Pruned:
                 pairs += len(z) * len(bank) * group.pixels * group.windows_per_image
             sums = engine.posterior_sum(z32, sigma, bank, rest, memory_limit)
             for group in exact:
-                rows, cols = _span(group.rows.queries), _span(group.cols.queries)
-                block = PosteriorSum(*(x[:, :, rows, cols] for x in (sums.m, sums.s, sums.v, sums.s2)))
-                total.add_(block, slice(None), rows, cols)
+                rows, cols = group.rows.queries, group.cols.queries
+                _put(total, torch.arange(len(z)), rows, cols, _pixels(sums, rows, cols))
         return dataclasses.replace(total, pairs=pairs)
 
     def _region_sum(
@@ -136,9 +135,8 @@ class Pruned:
         share = self._budget(windows, numbers, sigma, bank, part, region, memory_limit)
         sums = self._scan(windows, numbers, sigma, bank, part, region, share, memory_limit)
         shape = (len(z), len(rows), len(cols))
-        return PosteriorSum(
-            *(x.unflatten(0, shape).permute(0, 3, 1, 2) for x in dataclasses.astuple(sums)[:7]), pairs=sums.pairs
-        )
+        parts = {name: x.unflatten(0, shape).permute(0, 3, 1, 2) for name, x in _tensors(sums).items()}
+        return PosteriorSum(**parts, pairs=sums.pairs)
 
     def _budget(
         self,
@@ -185,22 +183,23 @@ class Pruned:
         cells = slice(place.first_cell, place.first_cell + place.cells)
         allowed, competing = self._competing(bank, part, region)
         used = part.rank_at(region, sigma, DROPPED)
-        # Beyond the axes that are compared, windows differ by noise of this many sigma^2; its square root moves a log-weight.
+        # The more variance is left out, in units of sigma^2, the more windows are compared again.
         left = float(part.tail[region][used]) / sigma**2
         recheck = RECHECK * round(min(8.0, max(1.0, left / 0.05)))
         q = part.project(windows, region).contiguous()
-        mean, variance = part.mean[cells, :used], part.variance[cells, :used]
+        few = part.rank_at(region, sigma, EXPECTED_DROPPED)
+        mean, variance = part.mean[cells, :few], part.variance[cells, :few]
         repeats = part.stand_for[cells].log()
         out = {name: torch.empty(len(q), dtype=torch.float64) for name in ("m", "s", "s2", "ss")}
         out |= {name: torch.empty(len(q), windows.shape[1], dtype=torch.float64) for name in ("v", "vv", "vs")}
-        step = max(1, min(QUERIES_A_SCAN, memory_limit // (16 * place.cells + 16384)))
+        step = max(1, min(QUERIES_A_SCAN, memory_limit // (4 * place.cells + PLAN_BYTES)))
         values, counts = part.values, part.counts
         first = int(part.starts[place.first_cell])
         last = first + int(part.sizes[cells].sum())
         evaluated = 0
         for start in range(0, len(q), step):
             block = slice(start, start + step)
-            expected = _log_expected(q[block, :used], mean, variance, repeats, sigma**2)
+            expected = _log_expected(q[block, :few], mean, variance, repeats, sigma**2)
             pairs = torch.zeros(1, dtype=torch.int64)
             _native.scan_lists(
                 data=part.data,
@@ -264,8 +263,8 @@ def _log_expected(q: Tensor, mean: Tensor, variance: Tensor, repeats: Tensor, si
     """[Q, cells] log E exp(-|q - p|^2 / (2 sigma2)) over p normal with a cell's mean and variances.
 
     A Gaussian kernel over a Gaussian cell is a Gaussian of their summed variance:
-    -1/2 sum_d log(1 + variance_d / sigma2) + (q_d - mean_d)^2 / (sigma2 + variance_d). `repeats` adds the log of how many
-    windows a stored one stands for.
+    -1/2 sum_d log(1 + variance_d / sigma2) + (q_d - mean_d)^2 / (sigma2 + variance_d). `repeats` adds the log of how
+    many windows a stored one stands for.
     """
     precision = 1 / (sigma2 + variance)
     constant = repeats - 0.5 * (torch.log1p(variance / sigma2).sum(1) + (precision * mean.square()).sum(1))
@@ -289,5 +288,17 @@ def _key(rows: range, cols: range) -> tuple[int, int, int, int]:
     return Region(rows, cols, 0, 0).key()
 
 
-def _span(coordinates: range) -> slice:
-    return slice(coordinates.start, coordinates.stop)
+def _tensors(sums: PosteriorSum) -> dict[str, Tensor]:
+    every = {name: getattr(sums, name) for name in ("m", "s", "v", "s2", "vv", "vs", "ss")}
+    return {name: x for name, x in every.items() if x is not None}
+
+
+def _pixels(sums: PosteriorSum, rows: range, cols: range) -> PosteriorSum:
+    block = {name: x[:, :, rows.start : rows.stop, cols.start : cols.stop] for name, x in _tensors(sums).items()}
+    return PosteriorSum(**block)
+
+
+def _put(total: PosteriorSum, items: Tensor, rows: range, cols: range, sums: PosteriorSum) -> None:
+    """Enters the sums of some pixels, each of which has one region only."""
+    for name, x in _tensors(sums).items():
+        getattr(total, name)[items, :, rows.start : rows.stop, cols.start : cols.stop] = x
