@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from ..windows import Competition
-from . import reference, sliding
+from . import fused, reference, sliding
 from .pruned import Pruned
 
-ENGINES: dict[str, Any] = {"sliding": sliding, "reference": reference}
+ENGINES: dict[str, Any] = {"fused": fused, "sliding": sliding, "reference": reference}
 """The exact engines by name, the fastest first: "auto" takes the first that can serve."""
 
 FLOAT32_ONLY = "it computes in float32"
