@@ -147,7 +147,7 @@ def report(title: str, plan: Plan, configuration: Configuration, capability: int
 
 
 def ceilings(row: dict, configuration: Configuration, values: int) -> dict[str, float]:
-    """Pairs a second an H200 could do if nothing but one unit bound it; `values` columns count as 32, wgmma's A side."""
+    """Pairs a second an H200 could do if one unit alone bound it; `values` columns count as 32 (wgmma's A side)."""
     per_second = H200["clock"] * H200["multiprocessors"]
     return {
         "exponential_ceiling": H200["exponentials"] * per_second / row["exponentials_per_pair"],

@@ -68,14 +68,14 @@ def measure(bank: ps.PatchBank, unseen: torch.Tensor, k: int, queries: int) -> l
             patches = patch_rows(bank, start, stop, k, group, plan, spectrum, UNIT, CPU).rows[0]
             patches = patches[: (stop - start) * len(axis.centres) ** 2]
             logits.append((ours.rows[0, pick].float() @ patches.float().T) * ours.scale[0, 0, pick][:, None])
-        l = torch.cat(logits, 1)  # noqa: E741
+        bits = torch.cat(logits, 1)
         if plan.exact:
-            l -= ours.scale[1, 0, pick][:, None]
-            top = l.amax(1, keepdim=True)
-            share = l - top - torch.log2(torch.exp2(l - top).sum(1, keepdim=True))
+            bits -= ours.scale[1, 0, pick][:, None]
+            top = bits.amax(1, keepdim=True)
+            share = bits - top - torch.log2(torch.exp2(bits - top).sum(1, keepdim=True))
             i, j = (share > -6).nonzero().T
-            l[i, j] = (q[i].float() - p[j].float()).square().sum(1) * (-0.5 * LOG2E / sigma**2)
-        error = (mean_of(l, v, half=True)[0] - exact).abs()
+            bits[i, j] = (q[i].float() - p[j].float()).square().sum(1) * (-0.5 * LOG2E / sigma**2)
+        error = (mean_of(bits, v, half=True)[0] - exact).abs()
         rows.append(
             {
                 "k": k,

@@ -89,11 +89,11 @@ def choose_plan(spectrum: Spectrum | None, d: int, sigma: float, tolerance: floa
         delta = u sqrt(L / 3) / sigma,   L = sum of l_i,
 
     and dropping an axis does the same with 1 in place of u / sqrt(3). A result moves by delta times the posterior's
-    standard deviation (at most min(sigma, 1/2)) over sqrt(effective sample size), and by the part that does not average,
-    the derivative of the mean, Cov(v, p) / sigma^2, times e. The effective sample size of N windows is that of a
-    Gaussian bank, N prod_i sqrt(1 + 2 t) / (1 + t) e^(-t / (1 + 2 t)), t = l_i / sigma^2, divided by 300 for the worst
-    pixel. Where float32 sums of products could be off by `tolerance` nats, 1.5 d 2^-22 / sigma^2 with pixels up to 1,
-    the plan is `exact`; a logit error of x nats moves a mean of values in [-1, 1] by tanh(x) at most.
+    standard deviation (at most min(sigma, 1/2)) over sqrt(effective sample size), and by the part that does not
+    average, the derivative of the mean, Cov(v, p) / sigma^2, times e. The effective sample size of N windows is that of
+    a Gaussian bank, N prod_i sqrt(1 + 2 t) / (1 + t) e^(-t / (1 + 2 t)), t = l_i / sigma^2, divided by 300 for the
+    worst pixel. Where float32 sums of products could be off by `tolerance` nats, 1.5 d 2^-22 / sigma^2 with pixels up
+    to 1, the plan is `exact`; a logit error of x nats moves a mean of values in [-1, 1] by tanh(x) at most.
     docs/notes-fused.md holds this against measured errors.
 
     Args:
@@ -213,7 +213,8 @@ def query_rows(
     """Windows of z around the pixels of a group, as `plan` has it."""
     k = competition.patch_size or 0
     exact = accumulator_dtype(z.device)
-    padded = F.pad(z.to(exact), (k // 2,) * 4, mode="circular" if competition.padding_mode == "circular" else "constant")
+    mode = "circular" if competition.padding_mode == "circular" else "constant"
+    padded = F.pad(z.to(exact), (k // 2,) * 4, mode=mode)
     q = _rows(padded, k, group.rows.queries, group.cols.queries, group)  # [L, Q, d]
     sigma_at = sigma.reshape(-1, 1, 1, 1).expand(-1, 1, *z.shape[2:])
     s2 = _rows(sigma_at, 1, group.rows.queries, group.cols.queries, group)[..., 0].square()  # [L, Q]
@@ -225,6 +226,11 @@ def query_rows(
         q = q @ spectrum.axes[:, : plan.size]
         dropped = dropped - q.square().sum(-1)
     q = q * unit
+
+    if not plan.exact:
+        # Float32 must hold logits to a fraction of a bit: queries of absurd size are brought nearer.
+        reach = 2.0**21 / math.log2(math.e) * s2[..., None] / q.abs().sum(-1, keepdim=True).clamp(min=1e-30)
+        q = q * reach.clamp(max=1.0)
 
     # Powers of two keep far-off queries inside the range of half floats.
     largest = q.abs().amax(-1, keepdim=True).clamp(min=1.0)
@@ -333,7 +339,8 @@ def patch_rows(
 
 def image_bytes(bank: PatchBank, k: int, group: Group, plan: Plan) -> int:
     """Working memory that one image's rows take while they are made."""
-    locked = (len(group.rows.queries) if group.rows.locked else 1) * (len(group.cols.queries) if group.cols.locked else 1)
+    axes = (group.rows, group.cols)
+    locked = math.prod(len(axis.queries) for axis in axes if axis.locked)
     windows = locked * group.windows_per_image
     channels = bank.shape[0]
     made = 4 * channels * k * k * 2 + 4 * plan.size if plan.axes else 2 * plan.size * (1 + plan.p_lo)
@@ -359,7 +366,8 @@ class Cache:
     def put(self, bank: PatchBank, key: tuple, patches: list[Patches], limit: int) -> None:
         while self.entries and self.nbytes + sum(part.nbytes for part in patches) > limit:
             self.entries.popitem(last=False)
-        self.entries[(id(bank), *key)] = patches
+        full = (id(bank), *key)
+        self.entries[full] = patches
         if id(bank) not in self.finalizers:
             self.finalizers[id(bank)] = weakref.finalize(bank, self.forget, id(bank))
 

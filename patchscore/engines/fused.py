@@ -6,10 +6,13 @@ This file cuts the work into launches, merges their partial sums in float64, and
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,19 +38,20 @@ from .features import (
 )
 from .reference import _pixels, _span
 
-try:
-    from ..kernels import dense
-except ImportError as error:  # no Triton on this machine
-    dense = None  # type: ignore[assignment]
-    _missing = str(error)
-
 TOLERANCE = 1e-3
 """Of a denoised pixel, against float64."""
 NEGLIGIBLE_BITS = 44.0
 """Tiles whose weights all lie so far below the largest are skipped: 2^-44 of 10^8 windows is 6e-6 of one."""
 LARGEST_SPECTRUM = 2048
 """Beyond so many numbers in a window, principal axes take longer to find than they save."""
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """patchscore.kernels.dense; Triton is imported where it is wanted, as it takes its time."""
+    from ..kernels import dense
+
+    return dense
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,13 @@ def unavailable(device: torch.device) -> str | None:
 
     Under Triton's interpreter (TRITON_INTERPRET=1) it serves the CPU, slowly, for tests.
     """
-    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
         return f"it runs on CUDA, not on {device.type}"
-    if dense is None:
-        return f"Triton is missing ({_missing}); pip install 'patchscore[gpu]'"
+    try:
+        _kernels()
+    except ImportError as error:
+        return f"Triton is missing ({error}); pip install 'patchscore[gpu]'"
     if device.type == "cuda":
         if torch.version.hip is not None:
             return "it was written for NVIDIA's GPUs"
@@ -221,7 +228,7 @@ def _merged(parts: list[tuple[Tensor, Tensor]], queries: Queries, channels: int,
     sums = (sums * fade[..., None]).sum(0)
     s2 = (s2 * fade.square()).sum(0)
     v = (sums[..., :channels] + sums[..., channels + 1 : 2 * channels + 1]) / unit
-    m = top * 0.6931471805599453 + queries.reference
+    m = top * math.log(2) + queries.reference
     return m[..., None], sums[..., channels : channels + 1], v, s2[..., None]
 
 
@@ -237,14 +244,14 @@ def _all_patches(
 ) -> Iterator[Patches]:
     """Patch rows of the whole bank in chunks: kept ones, or made now and kept if there is room for all."""
     # Only what the patches' own columns depend on.
-    key = (device, k, group.rows.centres, group.cols.centres, group.rows.locked, group.cols.locked)
-    key += (plan.size, plan.axes, plan.q_lo, plan.p_lo)
+    where = group.rows.centres, group.cols.centres, group.rows.locked, group.cols.locked
+    key = (device, k, where, plan.size, plan.axes, plan.q_lo, plan.p_lo)
     kept = cache.get(bank, key)
     if kept is not None:
         yield from kept
         return
     per_image = image_bytes(bank, k, group, plan)
-    count = memory_limit // 2 // per_image
+    count = min(memory_limit // 2 // per_image, len(bank))
     if count == 0:
         if per_image > memory_limit:
             raise ValueError(f"memory_limit: got {memory_limit} bytes, the rows of one image take {per_image}")
@@ -274,6 +281,9 @@ def _all_patches(
 
 # Launching.
 
+SMALLEST_TUNED = 2**30
+"""Pairs of a launch that is worth timing."""
+
 _chosen: dict[tuple, Configuration] = {}
 """The configuration that served a plan, by device and plan."""
 
@@ -281,19 +291,22 @@ _chosen: dict[tuple, Configuration] = {}
 def launch(queries: Queries, patches: Patches, plan: Plan, channels: int) -> tuple[Tensor, Tensor]:
     """Partial sums [splits, L, Q, NV] and [splits, L, Q, 2] of all queries over some patches.
 
-    The first launch of a plan on a device times the few configurations of its table on the work at hand and keeps the
-    fastest; PATCHSCORE_AUTOTUNE=0 takes the first that compiles.
+    The first large launch of a plan on a device times the few configurations of its table on the work at hand and keeps
+    the fastest; small work and PATCHSCORE_AUTOTUNE=0 take the first that compiles. Configurations add in different
+    orders, so results differ between them in the last digits of float32.
     """
     device = queries.rows.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    key = (name, plan, channels)
+    pairs = queries.rows.shape[0] * queries.rows.shape[1] * patches.rows.shape[1]
+    tune = os.environ.get("PATCHSCORE_AUTOTUNE") != "0" and pairs >= SMALLEST_TUNED and device.type == "cuda"
+    key = (name, plan, channels, tune)
     if key in _chosen:
         return run(queries, patches, plan, channels, _chosen[key])
     candidates = configurations(plan, capability)
     if device.type != "cuda":
-        candidates = [Configuration(32, 32, 4, 1, block=64 if plan.columns > 320 else 0)]  # small arrays are what an interpreter likes
-    tune = os.environ.get("PATCHSCORE_AUTOTUNE") != "0" and len(candidates) > 1
+        # Small arrays are what an interpreter likes.
+        candidates = [Configuration(32, 32, 4, 1, block=64 if plan.columns > 320 else 0)]
 
     best, fastest, failure = None, float("inf"), None
     for candidate in candidates:
@@ -339,6 +352,7 @@ def run(
     splits = max(1, min(4 * multiprocessors // tiles, patch_tiles // 8))
     per_split = -(-patch_tiles // splits)
     splits = -(-patch_tiles // per_split)
+    dense = _kernels()
     constants = kernel_constants(plan, channels, configuration)
     sums = torch.empty(splits, locked, n_queries, constants["NV"], dtype=torch.float32, device=device)
     other = torch.empty(splits, locked, n_queries, 2, dtype=torch.float32, device=device)

@@ -117,10 +117,9 @@ def dense_kernel(
             b_new = tl.maximum(b_m, b_top - HEADROOM)
             b_fade = tl.exp2(b_m - b_new)
             b_m = b_new
-            if EXACT:
-                b_x = b_l - b_m[:, None]
-            else:
-                b_x = b_l * b_scale[:, None] - b_m[:, None]
+            # Where logits are so large that the headroom is rounded away, the minimum keeps weights finite.
+            b_ref = b_m[:, None]
+            b_x = tl.minimum(b_l - b_ref, HEADROOM) if EXACT else b_l * b_scale[:, None] - b_ref
             b_w = tl.exp2(b_x)  # [BQ, BP]
             b_s2 = b_s2 * b_fade * b_fade + tl.sum(b_w * b_w, 1)
             if EXACT:
