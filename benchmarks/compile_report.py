@@ -34,7 +34,7 @@ TYPES = {
     **dict.fromkeys(("scale", "sums", "other"), "*fp32"),
     "floor": "fp32",
 }
-ALIGNED = ("q", "p", "v", "scale", "sums", "other", "n_patches", "patches_per_split", "n_columns")
+POINTERS = ("q", "p", "v", "scale", "sums", "other")
 
 # Per cycle and multiprocessor of an H200 (CUDA programming guide, throughput of arithmetic instructions; matrix units
 # from the data sheet's dense fp16 rate), its clock under load and its number of multiprocessors.
@@ -63,7 +63,7 @@ def compiled(plan: Plan, channels: int, configuration: Configuration, capability
     constants = kernel_constants(plan, channels, configuration)
     names = dense_kernel.arg_names
     signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in ALIGNED}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in POINTERS}
     source = ASTSource(dense_kernel, signature, {(names.index(n),): x for n, x in constants.items()}, attributes)
     options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -169,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--only", default="", help="plans whose title contains this")
+    parser.add_argument("--name", default="fused_compile", help="of the file in benchmarks/results")
     parser.add_argument("--no-json", action="store_true", help="print only")
     options = parser.parse_args()
     with concurrent.futures.ProcessPoolExecutor(options.workers) as pool:
@@ -184,7 +185,7 @@ def main() -> None:
                 flush=True,
             )
     if not options.no_json:
-        record.write("fused_compile", __doc__.splitlines()[0], triton=triton.__version__, h200=H200, rows=rows)
+        record.write(options.name, __doc__.splitlines()[0], triton=triton.__version__, h200=H200, rows=rows)
 
 
 if __name__ == "__main__":

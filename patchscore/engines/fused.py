@@ -6,6 +6,7 @@ This file cuts the work into launches, merges their partial sums in float64, and
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -83,12 +84,12 @@ def configurations(plan: Plan, capability: tuple[int, int]) -> list[Configuratio
         narrow = Configuration(128, 64, 4, 3, block=64)
         return [narrow] if plan.exact else [Configuration(128, 128, 8, 3, block=64), narrow]
     if plan.exact:
-        return [Configuration(128, 64, 4, 3 if columns <= 128 else 2)]
+        return [Configuration(128, 32, 4, 3 if columns <= 128 else 2)]
     if columns > 256:
         return [Configuration(128, 128, 8, 3, block=64), Configuration(128, 64, 4, 2)]
     if columns > 128:
         return [Configuration(128, 64, 4, 2), Configuration(256, 64, 8, 2)]
-    if columns == 64:
+    if columns == 64 and not plan.skip:
         return [Configuration(128, 128, 4, 3), Configuration(128, 64, 4, 3)]
     return [Configuration(128, 64, 4, 3), Configuration(128, 128, 8, 3)]
 
@@ -174,7 +175,8 @@ def posterior_sum(
     if competition.patch_size is None:
         return reference.posterior_sum(z, sigma, bank, competition, memory_limit)
     try:
-        return _posterior_sum(z, sigma, bank, competition, memory_limit, tolerance)
+        with torch.cuda.device(z.device) if z.device.type == "cuda" else contextlib.nullcontext():
+            return _posterior_sum(z, sigma, bank, competition, memory_limit, tolerance)
     except KernelError as error:
         global _broken
         _broken = f"its kernel failed to compile ({error})"
@@ -300,9 +302,10 @@ def launch(queries: Queries, patches: Patches, plan: Plan, channels: int) -> tup
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     pairs = queries.rows.shape[0] * queries.rows.shape[1] * patches.rows.shape[1]
     tune = os.environ.get("PATCHSCORE_AUTOTUNE") != "0" and pairs >= SMALLEST_TUNED and device.type == "cuda"
-    key = (name, plan, channels, tune)
-    if key in _chosen:
-        return run(queries, patches, plan, channels, _chosen[key])
+    key = (name, plan, channels)
+    known = _chosen.get((*key, True)) or (None if tune else _chosen.get((*key, False)))
+    if known is not None:
+        return run(queries, patches, plan, channels, known)
     candidates = configurations(plan, capability)
     if device.type != "cuda":
         # Small arrays are what an interpreter likes.
@@ -324,7 +327,8 @@ def launch(queries: Queries, patches: Patches, plan: Plan, channels: int) -> tup
             break
     if best is None:
         raise KernelError(str(failure).splitlines()[0] if str(failure) else repr(failure)) from failure
-    _chosen[key] = best[0]
+    served = (*key, tune)
+    _chosen[served] = best[0]
     return best[1]
 
 

@@ -25,7 +25,8 @@ def _logits(b_qa, b_qb, p_p, o_p, K: tl.constexpr, KA: tl.constexpr, KB: tl.cons
     return b_l
 
 
-@triton.jit
+# Sizes differ from call to call: none is worth a kernel of its own.
+@triton.jit(do_not_specialize=["n_coordinates", "n_queries", "n_patches", "patches_per_split", "n_columns"])
 def dense_kernel(
     q,  # [L, n_queries, K] fp16, queries
     scale,  # [3, L, n_queries] fp32: bits a unit of product; bits of |q|^2 / 2; unit of q over unit of p
@@ -73,7 +74,7 @@ def dense_kernel(
     b_s2 = tl.zeros([BQ], tl.float32)
     b_sums = tl.zeros([BQ, NV], tl.float32)
     if EXACT:
-        n_rows = n_coordinates.to(tl.int64) * n_queries
+        n_rows = n_coordinates * n_queries
         b_shift = tl.load(scale + n_rows + o_q)  # [BQ]
         b_unit = tl.load(scale + 2 * n_rows + o_q)  # [BQ]
         b_s = tl.zeros([BQ], tl.float32)
