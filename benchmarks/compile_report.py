@@ -96,28 +96,42 @@ def instructions(sass: str) -> list[tuple[str | None, str, str]]:
     return found
 
 
-def loop_over_patches(sass: str) -> collections.Counter[str]:
-    """Instructions of the shortest loop that holds most of the exponentials, by mnemonic."""
+def loop_over_patches(sass: str) -> tuple[collections.Counter[str], int]:
+    """Instructions of the shortest loop that holds most of the exponentials, by mnemonic; how many a skipped tile runs.
+
+    A skipped tile takes every long jump forward inside the loop.
+    """
     code = instructions(sass)
     labels = {label: i for i, (label, _, _) in enumerate(code) if label}
+
+    def target_of(line: str) -> int | None:
+        found = re.search(r"(\.L_x_\d+)", line)
+        return labels.get(found[1]) if found else None
+
     loops = []
     for i, (_, mnemonic, line) in enumerate(code):
-        target = re.search(r"(\.L_x_\d+)", line)
-        if mnemonic.startswith("BRA") and target and labels.get(target[1], i + 1) <= i:
-            loops.append(code[labels[target[1]] : i + 1])
+        start = target_of(line)
+        if mnemonic.startswith("BRA") and start is not None and start <= i:
+            loops.append(range(start, i + 1))
 
-    def exponentials(part: list) -> int:
-        return sum(mnemonic == "MUFU.EX2" for _, mnemonic, _ in part)
+    def exponentials(part: range) -> int:
+        return sum(code[i][1] == "MUFU.EX2" for i in part)
 
     most = max(map(exponentials, loops))
     loop = min((part for part in loops if exponentials(part) == most), key=len)
-    return collections.Counter(mnemonic for _, mnemonic, _ in loop)
+    i, skipped = loop.start, 0
+    while i < loop.stop:
+        _, mnemonic, line = code[i]
+        skipped += 1
+        target = target_of(line) if mnemonic.startswith("BRA") else None
+        i = target if target is not None and i + 200 < target < loop.stop else i + 1
+    return collections.Counter(code[i][1] for i in loop), skipped
 
 
 def report(title: str, plan: Plan, configuration: Configuration, capability: int, channels: int = 3) -> dict:
     kernel = compiled(plan, channels, configuration, capability)
     usage, sass = disassembled(kernel.asm["cubin"])
-    counts = loop_over_patches(sass)
+    counts, skipped = loop_over_patches(sass)
 
     def total(*prefixes: str) -> int:
         return sum(count for mnemonic, count in counts.items() if mnemonic.startswith(prefixes))
@@ -138,6 +152,7 @@ def report(title: str, plan: Plan, configuration: Configuration, capability: int
         "wgmma": matrix["HGMMA"],
         "mma": matrix["HMMA"],
         "per_pair": sum(counts.values()) / pairs,
+        "per_pair_of_a_skipped_tile": skipped / pairs if plan.skip else None,
         "exponentials_per_pair": total("MUFU.EX2") / pairs,
         "multiply_adds_per_pair": total("FFMA", "FMUL", "FADD") / pairs,
         "maxima_per_pair": total("FMNMX") / pairs,

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,39 @@ def test_every_configuration_compiles_to_matrix_instructions_without_spills(inte
         assert row["spilled_bytes"] == 0, what
         assert row["shared_bytes"] <= row["limit"], what
         assert row["wgmma" if capability == 90 else "mma"] > 0, what
+
+
+def _compile_as_called(plan):
+    """What Triton's JIT makes of the engine's own call, on a device that is made up: PTX with wgmma or without."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import MockTensor
+
+    device = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=None: 0,
+    )
+    driver.set_active(device)
+    half, single = MockTensor(torch.float16), MockTensor(torch.float32)
+    configuration = fused.configurations(plan, (9, 0))[0]
+    kernel = fused._kernels().dense_kernel.warmup(
+        *(half, single, half, half, single, single),
+        *(1, 1, 128, 128, plan.columns, -30.0),
+        **fused.kernel_constants(plan, 3, configuration),
+        num_warps=configuration.warps,
+        num_stages=configuration.stages,
+        grid=(1, 1),
+    )
+    return "wgmma" in kernel.asm["ptx"]
+
+
+@needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes for Linux")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
+def test_the_engines_call_compiles_with_sizes_of_one(interpreted):
+    with concurrent.futures.ProcessPoolExecutor(2) as pool:
+        assert all(pool.map(_compile_as_called, [PLANS["exact"], PLANS["rank 317"]]))
 
 
 @needs_triton

@@ -84,7 +84,7 @@ def configurations(plan: Plan, capability: tuple[int, int]) -> list[Configuratio
         narrow = Configuration(128, 64, 4, 3, block=64)
         return [narrow] if plan.exact else [Configuration(128, 128, 8, 3, block=64), narrow]
     if plan.exact:
-        return [Configuration(128, 32, 4, 3 if columns <= 128 else 2)]
+        return [Configuration(128, 64, 4, 3) if columns <= 128 else Configuration(128, 32, 4, 2)]
     if columns > 256:
         return [Configuration(128, 128, 8, 3, block=64), Configuration(128, 64, 4, 2)]
     if columns > 128:
