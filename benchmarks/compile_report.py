@@ -96,10 +96,10 @@ def instructions(sass: str) -> list[tuple[str | None, str, str]]:
     return found
 
 
-def loop_over_patches(sass: str) -> tuple[collections.Counter[str], int]:
+def loop_over_patches(sass: str, blocks: int) -> tuple[collections.Counter[str], int]:
     """Instructions of the shortest loop that holds most of the exponentials, by mnemonic; how many a skipped tile runs.
 
-    A skipped tile takes every long jump forward inside the loop.
+    A skipped tile takes every long jump forward inside the loop. An inner loop with products runs `blocks` times.
     """
     code = instructions(sass)
     labels = {label: i for i, (label, _, _) in enumerate(code) if label}
@@ -119,19 +119,30 @@ def loop_over_patches(sass: str) -> tuple[collections.Counter[str], int]:
 
     most = max(map(exponentials, loops))
     loop = min((part for part in loops if exponentials(part) == most), key=len)
+    times = dict.fromkeys(loop, 1)
+    for part in loops:
+        if (
+            part.start > loop.start
+            and part.stop < loop.stop
+            and any(code[i][1].startswith(("HGMMA", "HMMA")) for i in part)
+        ):
+            times |= dict.fromkeys(part, blocks)
     i, skipped = loop.start, 0
     while i < loop.stop:
         _, mnemonic, line = code[i]
-        skipped += 1
+        skipped += times[i]
         target = target_of(line) if mnemonic.startswith("BRA") else None
         i = target if target is not None and i + 200 < target < loop.stop else i + 1
-    return collections.Counter(code[i][1] for i in loop), skipped
+    counts: collections.Counter[str] = collections.Counter()
+    for i in loop:
+        counts[code[i][1]] += times[i]
+    return counts, skipped
 
 
 def report(title: str, plan: Plan, configuration: Configuration, capability: int, channels: int = 3) -> dict:
     kernel = compiled(plan, channels, configuration, capability)
     usage, sass = disassembled(kernel.asm["cubin"])
-    counts, skipped = loop_over_patches(sass)
+    counts, skipped = loop_over_patches(sass, plan.columns // configuration.block if configuration.block else 1)
 
     def total(*prefixes: str) -> int:
         return sum(count for mnemonic, count in counts.items() if mnemonic.startswith(prefixes))
