@@ -215,7 +215,8 @@ def _posterior_sum(
             for patches in _all_patches(bank, k, group, plan, spectrum, unit, device, memory_limit):
                 parts.append(launch(queries, patches, plan, z.shape[1]))
             sums = _merged(parts, queries, z.shape[1], unit)
-            block = PosteriorSum(*(_pixels(x, len(z[some]), group) for x in sums))
+            m, s, v, s2 = (_pixels(x, len(z[some]), group) for x in sums)
+            block = PosteriorSum(m, s, v, s2)
             total.add_(block, some, _span(group.rows.queries), _span(group.cols.queries))
     return total
 
