@@ -1,4 +1,4 @@
-"""Puts measured numbers into docs/adapters.md: every block between <!-- name --> and <!-- /name --> is made here.
+"""Puts measured numbers into docs/: every block between <!-- name --> and <!-- /name --> of these pages is made here.
 
 python benchmarks/tables.py           # rewrites the blocks
 python benchmarks/tables.py --check   # fails if they are not what the results say
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "adapters.md"
+PAGES = [ROOT / "docs" / "adapters.md", ROOT / "docs" / "notes-fused.md"]
 MACHINES = {"els": "EquivariantLocalScore", "local": "LocalScore", "ideal": "IdealScore"}
 DATA = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 
@@ -133,11 +133,88 @@ def classification() -> str:
     return f"{note}\n\n{table(header, rows)}"
 
 
+def fused_compiled() -> str:
+    record = result("fused_compile-triton-3.6")
+    rows = []
+    for row in record["rows"]:
+        if row["capability"] != 90:
+            continue
+        rest = min(row["exponential_ceiling"], row["issue_ceiling"])
+        one_after_other = 1 / (1 / row["matrix_ceiling"] + 1 / rest)
+        cells = [row["plan"], str(row["columns"]), f"{row['tile']}, {row['warps']}w, {row['stages']}st"]
+        cells += [str(row[key]) for key in ("registers", "spilled_bytes")]
+        cells += [f"{row['shared_bytes'] / 1024:.0f}", str(row["wgmma"])]
+        cells += [f"{row['per_pair']:.1f}", f"{row['exponentials_per_pair']:.2f}"]
+        cells += [f"{row[key] / 1e12:.1f}" for key in ("exponential_ceiling", "issue_ceiling", "matrix_ceiling")]
+        if row["per_pair_of_a_skipped_tile"]:
+            # What is left of a tile that is passed over: the first product and its maxima.
+            h200 = record["h200"]
+            units = h200["clock"] * h200["multiprocessors"]
+            issue = h200["lanes"] * units / row["per_pair_of_a_skipped_tile"]
+            matrix = h200["products"] * units / row["columns"]
+            cells.append(f"{1 / (1 / issue + 1 / matrix) / 1e12:.1f} to {min(issue, matrix) / 1e12:.1f} (skipped)")
+        else:
+            cells.append(f"{one_after_other / 1e12:.1f} to {min(rest, row['matrix_ceiling']) / 1e12:.1f}")
+        rows.append(cells)
+    header = ["plan", "K", "tile", "regs", "spilled", "KiB shared", "wgmma", "instr / pair", "exp / pair"]
+    header += ["exp", "issue", "matrix", "expected"]
+    return f"Triton {record['triton']}, sm_90 ({record['commit']}, {record['date']}):\n\n{table(header, rows)}"
+
+
+def fused_everywhere() -> str:
+    rows = []
+    for name in ("fused_compile-triton-3.6", "fused_compile"):
+        record = result(name)
+        for capability, kind in ((90, "wgmma"), (80, "mma")):
+            found = [row for row in record["rows"] if row["capability"] == capability]
+            cells = [record["triton"], f"sm_{capability}", str(len(found))]
+            cells += [f"{min(r['registers'] for r in found)} to {max(r['registers'] for r in found)}"]
+            cells += [str(max(r["spilled_bytes"] for r in found))]
+            cells += [f"{max(r['shared_bytes'] for r in found) / 1024:.0f}"]
+            cells += [f"{sum(r[kind] > 0 for r in found)} with {kind}"]
+            rows.append(cells)
+    header = [
+        "Triton",
+        "device",
+        "compiled",
+        "registers",
+        "most bytes spilled",
+        "most KiB shared",
+        "matrix instructions",
+    ]
+    return table(header, rows)
+
+
+def fused_precision() -> str:
+    record = result("fused_precision")
+    rows = []
+    sigmas = sorted({row["sigma"] for row in record["rows"]})
+    for k in sorted({row["k"] for row in record["rows"]}):
+        found = {row["sigma"]: row for row in record["rows"] if row["k"] == k}
+        rows.append([str(k), *(f"{found[s]['columns']}: {found[s]['worst']:.0e}" for s in sigmas)])
+    worst = max(row["worst"] for row in record["rows"])
+    note = (
+        f"{record['queries']} query pixels a cell, CIFAR-10, columns: worst of {record['queries']} pixels x 3 channels "
+        f"({record['commit']}, {record['date']}). The worst of all is {worst:.1e}, {record['tolerance']:g} was asked:"
+    )
+    return f"{note}\n\n{table(['k', *(f'{s:g}' for s in sigmas)], rows)}"
+
+
+def fused_columns() -> str:
+    record = result("fused_precision")
+    sigmas = sorted({row["sigma"] for row in record["rows"]})
+    rows = []
+    for k in sorted({row["k"] for row in record["rows"]}):
+        found = {row["sigma"]: row for row in record["rows"] if row["k"] == k}
+        rows.append([str(k), str(3 * k * k), *(str(found[s]["columns_50000"]) for s in sigmas)])
+    return table(["k", "C k^2", *(f"{s:g}" for s in sigmas)], rows)
+
+
 def filled(page: str) -> str:
     """The page with every block made afresh."""
-    made = {
-        block.__name__: block for block in (agreement, flow, guidance, departure, skipping, starting, classification)
-    }
+    blocks = (agreement, flow, guidance, departure, skipping, starting, classification)
+    blocks += (fused_compiled, fused_everywhere, fused_precision, fused_columns)
+    made = {block.__name__: block for block in blocks}
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
@@ -147,11 +224,12 @@ def filled(page: str) -> str:
 
 
 def main() -> None:
-    page = PAGE.read_text()
-    made = filled(page)
-    if "--check" in sys.argv[1:] and page != made:
-        sys.exit(f"{PAGE.relative_to(ROOT)} is not what the results say: run python benchmarks/tables.py")
-    PAGE.write_text(made)
+    for path in PAGES:
+        page = path.read_text()
+        made = filled(page)
+        if "--check" in sys.argv[1:] and page != made:
+            sys.exit(f"{path.relative_to(ROOT)} is not what the results say: run python benchmarks/tables.py")
+        path.write_text(made)
 
 
 if __name__ == "__main__":

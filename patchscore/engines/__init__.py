@@ -15,13 +15,15 @@ from typing import Any
 import torch
 
 from ..windows import Competition
-from . import reference, sliding
+from . import fused, reference, sliding
 from .pruned import Pruned
 
-ENGINES: dict[str, Any] = {"sliding": sliding, "reference": reference}
+ENGINES: dict[str, Any] = {"fused": fused, "sliding": sliding, "reference": reference}
 """The exact engines by name, the fastest first: "auto" takes the first that can serve."""
 
 FLOAT32_ONLY = "it computes in float32"
+ELSEWHERE = "it runs on "
+"""How a reason starts that is no fault of the machine's: the engine is for another device."""
 
 _warned: set[str] = set()
 
@@ -41,7 +43,8 @@ def choose(
     for name, found, reason in _reasons(engine, device, dtype, pruned, competition):
         if reason is None:
             return name, found
-        if reason != FLOAT32_ONLY and reason not in _warned:
+        expected = reason == FLOAT32_ONLY or (name != engine and reason.startswith(ELSEWHERE))
+        if not expected and reason not in _warned:
             _warned.add(reason)
             warnings.warn(f"engine {name!r} cannot serve: {reason}; the next one does", RuntimeWarning, stacklevel=4)
     raise AssertionError("engine reference always serves")

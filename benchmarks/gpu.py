@@ -1,0 +1,383 @@
+"""What the GPU does: ceilings, engines beside peers, patch sizes, banks, batches, and whole samples.
+
+A pair is a query pixel and a competing window. Every section is written as soon as it is done, to
+benchmarks/results/gpu-<device>.json, so that a run cut short leaves what it has. `--dry` goes through all of it on tiny
+data, on the CPU under Triton's interpreter where there is no GPU, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+if "--dry" in sys.argv:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import record
+import torch
+import torch.nn.functional as F
+from exact_cpu import online_softmax, query_rows, smooth, window_rows
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import patchscore as ps
+from patchscore import engines
+from patchscore.engines import fused, reference
+from patchscore.engines.features import choose_plan, spectrum_of
+
+TABLE = "cifar10-resnet-zeros"
+CASES = ((3, 0.02), (3, 0.16), (5, 0.1), (5, 0.5), (7, 0.99), (11, 1.92), (17, 3.98), (7, 30.0))
+"""(k, sigma) where engines and peers meet: low noise, and the noise each patch size is calibrated to, high noise."""
+MEMORY = 8 * 2**30
+
+
+class Bench:
+    """The device, the clock and the record of one run."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.dry = options.dry
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        self.deadline = time.monotonic() + options.seconds
+        self.repeats = 1 if self.dry else 5
+        self.content: dict[str, object] = {"device": self.name, "rows": [], "skipped": []}
+
+    def out_of_time(self, what: str) -> bool:
+        late = time.monotonic() > self.deadline
+        if late:
+            self.content["skipped"].append(f"{what}: out of time")
+            print(f"{what}: skipped, out of time", flush=True)
+        return late
+
+    def add(self, **row: object) -> None:
+        self.content["rows"].append(row)
+        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+        print(" ".join(f"{key}={value}" for key, value in shown.items()), flush=True)
+
+    def flush(self) -> None:
+        if not self.dry:
+            slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+            record.write(f"gpu-{slug}", __doc__.splitlines()[0], **self.content)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, work: Callable[[], object], repeats: int | None = None) -> dict[str, float]:
+        """Median, least and most of several runs, after one to warm up; peak memory of all of them."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.synchronize()
+        start = time.perf_counter()
+        work()
+        self.synchronize()
+        first = time.perf_counter() - start
+        times = []
+        for _ in range(repeats or self.repeats):
+            start = time.perf_counter()
+            work()
+            self.synchronize()
+            times.append(time.perf_counter() - start)
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        return {
+            "seconds_median": statistics.median(times),
+            "seconds_min": min(times),
+            "seconds_max": max(times),
+            "first_seconds": first,
+            "peak_gib": peak / 2**30,
+        }
+
+
+# Ceilings.
+
+
+def ceilings(bench: Bench) -> None:
+    """Bytes copied, products of half floats and exponentials a second, as torch's own kernels reach them."""
+    n = 256 if bench.dry else 8192
+    a = torch.randn(n, n, dtype=torch.float16, device=bench.device)
+    source = torch.empty(n * n * (1 if bench.dry else 8), dtype=torch.float32, device=bench.device)
+    target = torch.empty_like(source)
+    x = torch.randn(n * n, dtype=torch.float16, device=bench.device)
+    tuned = {
+        "bytes_per_second": (lambda: target.copy_(source), 2 * source.nbytes),
+        "fp16_multiply_adds_per_second": (lambda: a @ a, n**3),
+        # Half floats, so that memory does not bound it: 4 bytes an exponential.
+        "exponentials_per_second": (lambda: torch.exp2(x, out=x), x.numel()),
+    }
+    bench.content["ceilings"] = {
+        name: operations / bench.seconds(work)["seconds_min"] for name, (work, operations) in tuned.items()
+    }
+    print(bench.content["ceilings"], flush=True)
+
+
+# Contenders beside ours: prepare(z, sigma, train, k) gives a function that answers [C, H * W].
+
+
+def rows_with_bias(z, sigma, train, k, dtype):
+    """Queries over sigma^2 with ones, windows with their bias, values as wide; head size a multiple of 8."""
+    p, v = window_rows(train, k)
+    p, v = p.to(z.device), v.to(z.device)
+    q = query_rows(z, k) / sigma**2
+    width = -(-(p.shape[1] + 1) // 8) * 8
+    keys = F.pad(torch.cat([p, p.square().sum(1, keepdim=True) / (-2 * sigma**2)], 1), (0, width - p.shape[1] - 1))
+    queries = F.pad(torch.cat([q, torch.ones_like(q[:, :1])], 1), (0, width - p.shape[1] - 1))
+    values = F.pad(v, (0, width - v.shape[1]))
+    return (x.to(dtype)[None, None] for x in (queries, keys, values))
+
+
+def attention(dtype: torch.dtype, backend: SDPBackend):
+    def prepare(z, sigma, train, k):
+        q, p, v = rows_with_bias(z, sigma, train, k, dtype)
+        channels = z.shape[1]
+
+        def work():
+            on_cpu = contextlib.nullcontext() if z.device.type == "cpu" else sdpa_kernel(backend)
+            with on_cpu:
+                return F.scaled_dot_product_attention(q, p, v, scale=1.0)[0, 0, :, :channels].T
+
+        return work
+
+    return prepare
+
+
+def gemm(z, sigma, train, k, chunk=65536):
+    p, v = window_rows(train, k)
+    q, bias = query_rows(z, k) / sigma**2, p.square().sum(1) / (-2 * sigma**2)
+
+    def work():
+        parts = range(0, len(p), chunk)
+        return online_softmax(
+            (torch.addmm(bias[a : a + chunk], q, p[a : a + chunk].T), v[a : a + chunk]) for a in parts
+        )
+
+    return work
+
+
+def convolution(z, sigma, train, k, chunk=16384):
+    """The published formulation: training windows are the filters of a convolution over z."""
+    p, v = window_rows(train, k)
+    padded = F.pad(z, (k // 2,) * 4, mode="circular") / sigma**2
+    bias, filters = p.square().sum(1) / (-2 * sigma**2), p.reshape(-1, z.shape[1], k, k)
+
+    def logits(a):
+        return F.conv2d(padded, filters[a : a + chunk], bias[a : a + chunk])[0].flatten(1).T.contiguous()
+
+    def work():
+        return online_softmax((logits(a), v[a : a + chunk]) for a in range(0, len(p), chunk))
+
+    return work
+
+
+PEERS = {
+    "attention fp16": attention(torch.float16, SDPBackend.FLASH_ATTENTION),
+    "attention fp32": attention(torch.float32, SDPBackend.EFFICIENT_ATTENTION),
+    "gemm": gemm,
+    "convolution": convolution,
+}
+
+
+def by_engine(engine, z, sigma, bank, machine):
+    competition = machine.competition(machine.patch_size)
+    sigmas = torch.full((len(z),), sigma, dtype=torch.float64)
+    return lambda: engine.posterior_sum(z, sigmas, bank, competition, MEMORY)
+
+
+def served(bench: Bench) -> dict:
+    """Exact engines that can serve this device, the slow definition aside."""
+    found = {}
+    for name, engine in engines.ENGINES.items():
+        if engine is reference:
+            continue
+        reason = engine.unavailable(bench.device)
+        if reason is None:
+            found[name] = engine
+        else:
+            bench.content["skipped"].append(f"{name}: {reason}")
+            print(f"{name}: skipped, {reason}")
+    bench.content["skipped"].append("pruned: its GPU half is not built yet")
+    return found
+
+
+def noisy(bank: ps.PatchBank, sigma: float, batch: int, device: torch.device) -> torch.Tensor:
+    x0 = bank.chunk(0, batch)
+    return (x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))).to(device)
+
+
+def described(k: int, sigma: float, bank: ps.PatchBank, device: torch.device) -> dict[str, object]:
+    """How `fused` describes a window there."""
+    d = bank.shape[0] * k * k
+    uint8 = bank.images.dtype == torch.uint8
+    plan = choose_plan(spectrum_of(bank, k, device), d, sigma, fused.TOLERANCE, uint8, axes=True)
+    precision = "exact" if plan.exact else "fp16 split" if plan.q_lo else "fp16"
+    return {"rank": plan.size if plan.axes else d, "columns": plan.columns, "precision": precision}
+
+
+# Sections.
+
+
+def beside_peers(bench: Bench, bank: ps.PatchBank) -> None:
+    """Every contender on the same queries, circular padding; errors on a few images, rates on many."""
+    few, cases = (3, ((3, 0.16), (5, 2.0))) if bench.dry else (300, CASES)
+    ours = served(bench)
+    for k, sigma in cases:
+        if bench.out_of_time(f"peers at k = {k}, sigma = {sigma}"):
+            return
+        small = ps.PatchBank(bank.images[:few])
+        z = noisy(bank, sigma, 1, bench.device)
+        machine = ps.EquivariantLocalScore(small, k, padding_mode="circular")
+        exact = by_engine(reference, z.double(), sigma, small, machine)().mean[0].flatten(1)
+        pairs_per_image = machine.competition(k).pairs_per_image
+        common = {"k": k, "sigma": sigma, "channels": bank.shape[0], "size": bank.shape[2], "batch": 1}
+
+        for name, engine in ours.items():
+            error = (by_engine(engine, z, sigma, small, machine)().mean[0].flatten(1) - exact).abs().max().item()
+            large = small if bench.dry else ps.PatchBank(bank.images[:10_000])
+            times = bench.seconds(by_engine(engine, z, sigma, large, machine))
+            pairs = len(large) * pairs_per_image
+            row = common | {"engine": name, "windows": pairs // z[0, 0].numel(), "pairs": pairs, "error": error}
+            row |= described(k, sigma, large, bench.device) if name == "fused" else {}
+            bench.add(**row, **times, pairs_per_second=pairs / times["seconds_median"])
+        for name, prepare in PEERS.items():
+            try:
+                train = small.chunk(0, few, device=bench.device)
+                error = (prepare(z, sigma, train, k)().double() - exact).abs().nan_to_num(torch.inf).max().item()
+                wide = 1 if bench.dry else max(1, min(len(bank), 2 * 10**9 // (k * k * 3 * 4 * 900)))
+                train = bank.chunk(0, min(wide, 1500), device=bench.device)
+                times = bench.seconds(prepare(z, sigma, train, k), repeats=3)
+            except (RuntimeError, NotImplementedError) as reason:
+                bench.content["skipped"].append(f"{name} at k = {k}: {str(reason).splitlines()[0]}")
+                print(f"{name} at k = {k}: {str(reason).splitlines()[0]}", flush=True)
+                continue
+            pairs = len(train) * pairs_per_image
+            row = common | {"engine": name, "windows": pairs // z[0, 0].numel(), "pairs": pairs, "error": error}
+            bench.add(**row, **times, pairs_per_second=pairs / times["seconds_median"])
+        bench.flush()
+
+
+def rates(bench: Bench, bank: ps.PatchBank, what: str, cases: list[tuple[int, float, int, int]]) -> None:
+    """`fused` at (k, sigma, images, batch), zeros padding."""
+    for k, sigma, images, batch in cases:
+        if bench.out_of_time(f"{what}, k = {k}, batch {batch}"):
+            return
+        part = bank if images >= len(bank) else ps.PatchBank(bank.images[:images])
+        machine = ps.EquivariantLocalScore(part, k, padding_mode="zeros")
+        z = noisy(bank, sigma, batch, bench.device)
+        times = bench.seconds(by_engine(fused, z, sigma, part, machine), repeats=1 if bench.dry else 3)
+        pairs = batch * len(part) * machine.competition(k).pairs_per_image
+        interior = max(1, bank.shape[2] - k + 1) ** 2
+        bench.add(
+            section=what,
+            engine="fused",
+            k=k,
+            sigma=sigma,
+            channels=bank.shape[0],
+            size=bank.shape[2],
+            batch=batch,
+            windows=len(part) * interior,
+            pairs=pairs,
+            **described(k, sigma, part, bench.device),
+            **times,
+            pairs_per_second=pairs / times["seconds_median"],
+            seconds_per_image=times["seconds_median"] / batch,
+        )
+        bench.flush()
+
+
+def samples(bench: Bench, bank: ps.PatchBank) -> None:
+    """20 steps of DDIM with the published table, 16 images at once, over the whole bank; compiled before."""
+    if bench.out_of_time("samples"):
+        return
+    n, steps = (1, 2) if bench.dry else (16, 20)
+    table = ps.ScaleTable.constant(3) if bench.dry else ps.ScaleTable.published(TABLE)
+    machine = ps.EquivariantLocalScore(bank, table, engine="fused", memory_limit=MEMORY)
+
+    def work():
+        return ps.sample(machine, n=n, steps=steps, schedule="cosine", seed=0, device=bench.device, progress=False)
+
+    times = bench.seconds(work, repeats=1)
+    bench.add(
+        section="samples",
+        engine="fused",
+        table=TABLE,
+        steps=steps,
+        batch=n,
+        images=len(bank),
+        **times,
+        seconds_per_image=times["seconds_median"] / n,
+    )
+
+
+def table(rows: list[dict]) -> str:
+    names = ("section", "engine", "k", "sigma", "batch", "windows", "columns", "precision")
+    lines = ["| " + " | ".join([*names, "1e12 pairs/s", "error", "ms an image", "peak GiB"]) + " |"]
+    lines.append("| --- " * (len(names) + 4) + "|")
+    for row in rows:
+        cells = [str(row.get(name, "")) for name in names]
+        rate = row.get("pairs_per_second")
+        cells.append("" if rate is None else f"{rate / 1e12:.3f}")
+        cells.append("" if "error" not in row else f"{row['error']:.1e}")
+        cells.append(f"{1e3 * row['seconds_median'] / row['batch']:.2f}")
+        cells.append(f"{row['peak_gib']:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def images_of(path: Path | None, dry: bool) -> torch.Tensor:
+    """uint8 images: CIFAR-10 from its tar, a folder resized to 32 x 32, or smooth random ones."""
+    if path is None or dry:
+        return smooth(3, 8 if dry else 32, 4 if dry else 50_000)
+    bank = ps.PatchBank.open(path, size=32, labels=False) if path.is_dir() else record.cifar10(path, 5000)
+    order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))
+    return bank.images[order].contiguous()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=Path, help="folder, or tar of train/<class>/<number>.jpg; else smooth random")
+    parser.add_argument("--seconds", type=float, default=440, help="start nothing after so many")
+    parser.add_argument("--dry", action="store_true", help="tiny data, no result")
+    options = parser.parse_args()
+    bench = Bench(options)
+    if reason := fused.unavailable(bench.device):
+        sys.exit(f"engine fused: {reason}")
+    if options.images and not options.images.exists():
+        print(f"{options.images}: not found, taking smooth random images", file=sys.stderr)
+        options.images = None
+    bank = ps.PatchBank(images_of(options.images, options.dry))
+    data = options.images.name if options.images and not options.dry else "smooth random"
+    import triton
+
+    bench.content |= {"data": data, "images": len(bank), "triton": triton.__version__}
+    # Step 1 is the last that is sampled, step 19 the first.
+    levels = ps.get_schedule("cosine", 20).ratios[:-1].flip(0).tolist()[:19]
+    scale = ps.ScaleTable.published(TABLE)
+
+    ceilings(bench)
+    bench.flush()
+    beside_peers(bench, bank)
+    if options.dry:
+        rates(bench, bank, "sizes", [(3, 0.5, 4, 1)])
+        rates(bench, bank, "banks", [(3, 2.0, 2, 2)])
+    else:
+        banks = [millions * 10**6 // 26**2 for millions in (1, 10)] + [len(bank)]  # windows of k = 7
+        rates(bench, bank, "banks", [(7, 0.99, images, 4) for images in banks])
+        rates(bench, bank, "batches", [(7, 0.99, len(bank), batch) for batch in (1, 4, 16)])
+        # Smaller computations afterwards take the first configuration that compiles; compiling is what takes time.
+        os.environ["PATCHSCORE_AUTOTUNE"] = "0"
+        samples(bench, bank)
+        bench.flush()
+        rates(bench, bank, "sizes", [(scale(sigma), sigma, 10_000, 4) for sigma in levels])
+    if options.dry:
+        samples(bench, bank)
+    bench.flush()
+    print(table(bench.content["rows"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Engine `fused`: numbers under Triton's interpreter, code for sm_80 and sm_90 without a GPU, and both on a GPU.
+
+Whoever has no Triton skips; whoever has no GPU skips what is marked so.
+"""
+
+import concurrent.futures
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import smooth_images
+
+import patchscore as ps
+from patchscore import engines
+from patchscore.engines import features, fused, reference
+from patchscore.engines.features import Plan
+
+HERE = Path(__file__).parent
+CPU = torch.device("cpu")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """The numerical tests, started now so that they run beside the compiler."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-x", "-p", "no:cacheprovider", "fused_interpreted.py"]
+    with subprocess.Popen(
+        command, cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        yield process
+        process.kill()
+
+
+# One of each kind; benchmarks/compile_report.py goes through more.
+PLANS = {
+    "exact": Plan(27, q_lo=True, exact=True, skip=True),
+    "exact, float bank": Plan(27, q_lo=True, p_lo=True, exact=True, skip=True),
+    "exact, long rows": Plan(867, q_lo=True, exact=True, skip=True),
+    "split queries, skipping": Plan(27, q_lo=True, skip=True),
+    "two blocks of columns": Plan(75),
+    "rank 253": Plan(253, axes=True),
+    "rank 317": Plan(317, axes=True),
+}
+
+
+def _compile(job):
+    """Registers' spill bytes, shared memory, and how many matrix instructions of each kind, of one configuration."""
+    sys.path.insert(0, str(HERE.parent / "benchmarks"))
+    import compile_report
+
+    capability, plan, configuration = job
+    row = compile_report.report("", plan, configuration, capability)
+    return row | {"limit": compile_report.SHARED_LIMIT[capability]}
+
+
+@needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes for Linux")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
+def test_every_configuration_compiles_to_matrix_instructions_without_spills(interpreted):
+    jobs = [
+        (capability, plan, configuration)
+        for capability in (90, 80)
+        for plan in PLANS.values()
+        for configuration in fused.configurations(plan, divmod(capability, 10))
+    ]
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(_compile, jobs))
+    for (capability, plan, configuration), row in zip(jobs, rows, strict=True):
+        what = (capability, plan, configuration, row)
+        assert row["spilled_bytes"] == 0, what
+        assert row["shared_bytes"] <= row["limit"], what
+        assert row["wgmma" if capability == 90 else "mma"] > 0, what
+
+
+def _compile_as_called(plan):
+    """What Triton's JIT makes of the engine's own call, on a device that is made up: PTX with wgmma or without."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import MockTensor
+
+    device = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=None: 0,
+    )
+    driver.set_active(device)
+    half, single = MockTensor(torch.float16), MockTensor(torch.float32)
+    configuration = fused.configurations(plan, (9, 0))[0]
+    kernel = fused._kernels().dense_kernel.warmup(
+        *(half, single, half, half, single, single),
+        *(1, 1, 128, 128, plan.columns, -30.0),
+        **fused.kernel_constants(plan, 3, configuration),
+        num_warps=configuration.warps,
+        num_stages=configuration.stages,
+        grid=(1, 1),
+    )
+    return "wgmma" in kernel.asm["ptx"]
+
+
+@needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes for Linux")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
+def test_the_engines_call_compiles_with_sizes_of_one(interpreted):
+    with concurrent.futures.ProcessPoolExecutor(2) as pool:
+        assert all(pool.map(_compile_as_called, [PLANS["exact"], PLANS["rank 317"]]))
+
+
+@needs_triton
+def test_numbers_are_the_references_under_the_interpreter(interpreted):
+    output, _ = interpreted.communicate(timeout=600)
+    assert interpreted.returncode == 0, output
+
+
+def test_the_kernels_keep_what_the_engine_assumes():
+    for plan in PLANS.values():
+        assert plan.columns % 16 == 0
+        assert plan.columns >= plan.bias + features.BIAS_COLUMNS
+        for capability in ((8, 0), (9, 0), (10, 0)):
+            for configuration in fused.configurations(plan, capability):
+                assert features.PATCH_MULTIPLE % configuration.patches == 0
+                constants = fused.kernel_constants(plan, 3, configuration)
+                if configuration.block:
+                    assert plan.columns % configuration.block == 0
+                else:
+                    assert constants["KA"] + constants["KB"] == plan.columns
+                    for size in (constants["KA"], constants["KB"]):
+                        assert size & (size - 1) == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5, 8, 9])
+def test_values_have_room_for_both_halves_and_ones(channels):
+    columns = features.value_columns(channels)
+    assert columns >= 2 * channels + 1
+    assert columns & (columns - 1) == 0
+
+
+def test_without_triton_the_engine_names_the_extra(monkeypatch):
+    def missing():
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(fused, "_kernels", missing)
+    assert "patchscore[gpu]" in (fused.unavailable(torch.device("cuda")) or "")
+
+
+def test_on_the_cpu_auto_passes_it_over_in_silence(recwarn, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(engines, "_warned", set())
+    assert fused.unavailable(CPU) == "it runs on CUDA, not on cpu"
+    assert engines.choose("auto", CPU)[0] != "fused"
+    assert not recwarn.list
+    assert "fused: cannot serve" in engines.explain_choice("auto", CPU)
+    with pytest.warns(RuntimeWarning, match="'fused' cannot serve: it runs on CUDA"):
+        engines.choose("fused", CPU)
+
+
+# On a GPU.
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture(scope="module")
+def large_bank():
+    return ps.PatchBank(smooth_images(3000, 3, 32, 32), torch.arange(3000) % 10)
+
+
+def on_gpu(bank, machine, sigma, labels=None, batch=2):
+    z = bank.chunk(0, batch)
+    z = z + sigma * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    competition = machine.competition(machine.patch_size)
+    bank = bank if labels is None else bank.select(labels)
+    sigmas = torch.full((batch,), sigma, dtype=torch.float64)
+    got = fused.posterior_sum(z.cuda(), sigmas, bank, competition, 2**31)
+    return got, reference.posterior_sum(z.double().cuda(), sigmas, bank, competition, 2**31)
+
+
+@pytest.mark.parametrize("sigma", [0.005, 0.05, 0.3, 1.0, 4.0, 30.0, 100.0])
+@pytest.mark.parametrize("k", [3, 7, 17])
+@pytest.mark.parametrize("mode", ["circular", "zeros"])
+class TestOnGpu:
+    pytestmark = gpu
+
+    def test_numbers_are_the_references(self, large_bank, mode, k, sigma):
+        got, expected = on_gpu(large_bank, ps.EquivariantLocalScore(large_bank, k, padding_mode=mode), sigma)
+        assert (got.mean - expected.mean).abs().max() < 1e-3
+        torch.testing.assert_close(got.ess, expected.ess, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("sigma", [0.02, 1.0, 100.0])
+def test_local_scores_and_classes_on_a_gpu(large_bank, sigma):
+    got, expected = on_gpu(large_bank, ps.LocalScore(large_bank, 5), sigma, labels=3)
+    assert (got.mean - expected.mean).abs().max() < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_auto_takes_fused_on_a_gpu(large_bank):
+    machine = ps.EquivariantLocalScore(large_bank, 5)
+    assert machine.estimate(large_bank.chunk(0, 1, device="cuda"), 0.5).engine == "fused"
