@@ -15,6 +15,9 @@ namespace patchscore {
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int QUERIES = 16;                 // query columns of a block: the rows of a product's tile
 constexpr int TILES = 4, TILE = 8;          // a warp's tiles of window columns; tiles may be of different images
+// In shared memory the quads of a noisy pixel lie together, and those of TILES tiles at one column; such strides leave
+// the eleven columns that a warp reads at a time in different banks.
+constexpr int Q_QUADS = 3, P_QUADS = TILES + 1;
 constexpr float RISE = 65536.f;             // weights that add up to more move the reference
 constexpr float NEGLIGIBLE = 0x1p-34f;      // of the weight met before: eight windows below it are left out
 
@@ -58,8 +61,8 @@ __host__ __device__ inline bool wraps(const Windows& t) {
 // How a block lays out its shared memory, in bytes from its start.
 struct Layout {
     int steps;                  // products a row of the patch takes, four columns each
-    int q_rows, q_pitch;        // in int4
-    int p_rows, p_pitch;        // in ints
+    int q_rows, q_pitch;        // in noisy pixels
+    int p_rows, p_pitch;        // in columns
     int window_rows;
     int negative, zeros, sums, windows, norms, fractions, end;
 
@@ -71,11 +74,11 @@ struct Layout {
         window_rows = t.rows.locked ? t.strip : t.rows.w1 - t.rows.w0;
         p_rows = window_rows + k - 1;
         p_pitch = TILE + 4 * steps;
-        negative = t.channel_quads * q_rows * q_pitch * 16;
+        negative = t.channel_quads * q_rows * q_pitch * Q_QUADS * 4;
         zeros = 2 * negative;
-        sums = zeros + 16 * 16;
+        sums = (zeros + 9 * Q_QUADS * 4 + 15) / 16 * 16;
         windows = sums + t.strip * 32 * 8 * (4 + t.values_per_pixel);
-        norms = windows + TILES * t.planes * t.channel_quads * p_rows * p_pitch * 4;
+        norms = (windows + t.planes * t.channel_quads * p_rows * p_pitch * P_QUADS * 4 + 15) / 16 * 16;
         fractions = norms + TILES * window_rows * TILE * 4;
         end = fractions + (t.planes > 1 ? TILES * window_rows * TILE * 4 : 0);
     }
@@ -90,35 +93,34 @@ __device__ __forceinline__ int negated(int quad) {
 // One pair of patch rows: q.p += first rows, and += second rows. Pointers are those of a thread's own column.
 // products[order]: by the weight of the digits multiplied, the heaviest first.
 struct Pointers {
-    const int4 *q_first, *q_second;
-    const int *p_first, *p_second;
-    int second_step;            // 4, or 0 where there is no second row and q_second points to zeros
+    const int *q_first, *q_second, *p_first, *p_second;
+    bool two;                   // or else there is no second row
 };
 
 template <int PLANES>
-__device__ __forceinline__ void add_rows(int (&products)[3][TILES][4], const Pointers& at, const int4* zeros, int quad,
-                                         int k, int steps, int tile_ints, int plane_ints) {
-    for (int step = 0; step < steps; ++step) {
+__device__ __forceinline__ void add_rows(int (&products)[3][TILES][4], Pointers at, const int* zeros, int quad, int k,
+                                         int plane_ints) {
+    for (int column = quad; column < k + quad; column += 4) {
         // Columns beyond the patch read zeros.
-        const bool inside = 4 * step + quad < k;
-        const int4* first = inside ? at.q_first + 4 * step : zeros;
-        const int4* second = inside ? at.q_second + at.second_step * step : zeros;
-        const int4 a0 = first[0], a1 = first[8], a2 = second[0], a3 = second[8];
+        const int* first = column < k ? at.q_first : zeros;
+        const int* second = column < k && at.two ? at.q_second : zeros;
+        int a[Q_QUADS][4];
 #pragma unroll
-        for (int plane = 0; plane < PLANES; ++plane) {
-            int b0[TILES], b1[TILES];
-#pragma unroll
-            for (int n = 0; n < TILES; ++n) {
-                b0[n] = at.p_first[n * tile_ints + plane * plane_ints + 4 * step];
-                b1[n] = at.p_second[n * tile_ints + plane * plane_ints + 4 * step];
-            }
-#pragma unroll
-            for (int n = 0; n < TILES; ++n) {
-                multiply(products[plane][n], a0.x, a1.x, a2.x, a3.x, b0[n], b1[n]);
-                if (plane < 2) multiply(products[plane < 2 ? plane + 1 : 2][n], a0.y, a1.y, a2.y, a3.y, b0[n], b1[n]);
-                if (plane < 1) multiply(products[2][n], a0.z, a1.z, a2.z, a3.z, b0[n], b1[n]);
-            }
+        for (int digit = 0; digit < Q_QUADS; ++digit) {
+            a[digit][0] = first[digit], a[digit][1] = first[8 * Q_QUADS + digit];
+            a[digit][2] = second[digit], a[digit][3] = second[8 * Q_QUADS + digit];
         }
+#pragma unroll
+        for (int plane = 0; plane < PLANES; ++plane)
+#pragma unroll
+            for (int n = 0; n < TILES; ++n) {
+                const int b0 = at.p_first[plane * plane_ints + n], b1 = at.p_second[plane * plane_ints + n];
+#pragma unroll
+                for (int digit = 0; digit + plane < 3; ++digit)
+                    multiply(products[digit + plane][n], a[digit][0], a[digit][1], a[digit][2], a[digit][3], b0, b1);
+            }
+        at.q_first += 4 * Q_QUADS, at.q_second += 4 * Q_QUADS;
+        at.p_first += 4 * P_QUADS, at.p_second += 4 * P_QUADS;
     }
 }
 
@@ -137,11 +139,11 @@ __global__ void __launch_bounds__(THREADS, 2) windows_kernel(const Windows t) {
     const Layout layout(t);
 
     char* const memory = reinterpret_cast<char*>(shared_memory());
-    int4* const q_plus = reinterpret_cast<int4*>(memory);
-    int4* const q_minus = reinterpret_cast<int4*>(memory + layout.negative);
-    int4* const zeros = reinterpret_cast<int4*>(memory + layout.zeros);
+    int* const q_plus = reinterpret_cast<int*>(memory);  // [channel_quads][rows][pitch][Q_QUADS]
+    int* const q_minus = reinterpret_cast<int*>(memory + layout.negative);
+    int* const zeros = reinterpret_cast<int*>(memory + layout.zeros);
     float2* const sums = reinterpret_cast<float2*>(memory + layout.sums);  // [strip][4 + CV][lanes]
-    int* const p = reinterpret_cast<int*>(memory + layout.windows);        // [TILES][planes][channel_quads][rows][pitch]
+    int* const p = reinterpret_cast<int*>(memory + layout.windows);        // [planes][channel_quads][rows][pitch][P_QUADS]
     int* const norms = reinterpret_cast<int*>(memory + layout.norms);      // [TILES][window rows][TILE]
     float* const fractions = reinterpret_cast<float*>(memory + layout.fractions);
 
@@ -153,10 +155,13 @@ __global__ void __launch_bounds__(THREADS, 2) windows_kernel(const Windows t) {
         if (t.circular) i = (i % H + H) % H, j = (j % W + W) % W;
         int4 digits = {t.outside[0], t.outside[1], t.outside[2], 0};
         if (i >= 0 && i < H && j >= 0 && j < W) digits = t.digits[((int64_t(item) * t.channel_quads + c) * H + i) * W + j];
-        q_plus[x] = digits;
-        q_minus[x] = {negated(digits.x), negated(digits.y), negated(digits.z), 0};
+        const int three[Q_QUADS] = {digits.x, digits.y, digits.z};
+        for (int digit = 0; digit < Q_QUADS; ++digit) {
+            q_plus[x * Q_QUADS + digit] = three[digit];
+            q_minus[x * Q_QUADS + digit] = negated(three[digit]);
+        }
     }
-    if (threadIdx.x < 16) zeros[threadIdx.x] = {0, 0, 0, 0};
+    if (threadIdx.x < 9 * Q_QUADS) zeros[threadIdx.x] = 0;
     for (int x = threadIdx.x; x < t.strip * (4 + CV) * 32; x += THREADS) {
         const bool reference = x / 32 % (4 + CV) < 2;  // farther than anything
         sums[x] = {reference ? bits_as_float(1 << 30) : 0.f, 0.f};
@@ -167,19 +172,22 @@ __global__ void __launch_bounds__(THREADS, 2) windows_kernel(const Windows t) {
     const int64_t all_tiles = int64_t(t.images) * tiles_per_image;
     const int64_t first_group = int64_t(blockIdx.x) * t.groups_per_chunk;
     const float2 scale = t.scale[item];
-    const int p_row = layout.p_pitch, p_quad = layout.p_rows * p_row, p_plane = p_quad * t.channel_quads;
-    const int p_tile = p_plane * PLANES, norm_tile = layout.window_rows * TILE;
+    const int q_row = q_pitch * Q_QUADS, q_quad = q_rows * q_row;
+    const int p_row = layout.p_pitch * P_QUADS, p_quad = layout.p_rows * p_row, p_plane = p_quad * t.channel_quads;
+    const int norm_tile = layout.window_rows * TILE;
 
     for (int64_t group = first_group; group < first_group + t.groups_per_chunk && group * TILES < all_tiles; ++group) {
         // Training pixels, zero outside, and norms of this group's tiles.
         __syncthreads();
-        for (int x = threadIdx.x; x < TILES * p_tile; x += THREADS) {
-            const int64_t tile = group * TILES + x / p_tile;
-            const int col = x % p_row, row = x / p_row % layout.p_rows, part = x % p_tile / p_quad;
+        const int p_columns = layout.p_pitch, p_pixels = layout.p_rows * p_columns * t.channel_quads * PLANES;
+        for (int x = threadIdx.x; x < TILES * p_pixels; x += THREADS) {
+            const int n = x / p_pixels, y = x % p_pixels;
+            const int col = y % p_columns, row = y / p_columns % layout.p_rows, part = y / p_columns / layout.p_rows;
+            const int64_t tile = group * TILES + n;
             const int a = a0 - r + row, b = first_column + int(tile % tiles_per_image) * TILE - r + col;
             const bool inside = tile < all_tiles && a >= 0 && a < H && b >= 0 && b < W;
             const int64_t image = tile / tiles_per_image * PLANES * t.channel_quads + part;
-            p[x] = inside ? t.quads[(image * H + a) * W + b] : 0;
+            p[y * P_QUADS + n] = inside ? t.quads[(image * H + a) * W + b] : 0;
         }
         for (int x = threadIdx.x; x < TILES * norm_tile; x += THREADS) {
             const int64_t tile = group * TILES + x / norm_tile;
@@ -237,20 +245,20 @@ __global__ void __launch_bounds__(THREADS, 2) windows_kernel(const Windows t) {
                         for (int x = 0; x < 3 * TILES * 4; ++x) products[x / (4 * TILES)][x / 4 % TILES][x % 4] = 0;
                         for (int row = 0; row < k; row += 2)
                             for (int c = 0; c < t.channel_quads; ++c) {
-                                const int4* q = q_plus + c * q_rows * q_pitch + own;
-                                const int* at = p + c * p_quad + (a - a0 + row) * p_row + own;
+                                const int* q = q_plus + c * q_quad + own * Q_QUADS;
+                                const int* at = p + c * p_quad + (a - a0 + row) * p_row + own * P_QUADS;
                                 const bool two = row + 1 < k;
-                                const Pointers rows = {q + slot(row) * q_pitch, two ? q + slot(row + 1) * q_pitch : zeros,
-                                                       at, two ? at + p_row : at, two ? 4 : 0};
-                                add_rows<PLANES>(products, rows, zeros, quad, k, layout.steps, p_tile, p_plane);
+                                const Pointers rows = {q + slot(row) * q_row, q + slot(row + two) * q_row, at,
+                                                       at + two * p_row, two};
+                                add_rows<PLANES>(products, rows, zeros, quad, k, p_plane);
                             }
                     } else {
                         for (int c = 0; c < t.channel_quads; ++c) {
-                            const int q = c * q_rows * q_pitch + own;
-                            const int* at = p + c * p_quad + (a - a0) * p_row + own;
-                            const Pointers rows = {q_plus + q + slot(k - 1) * q_pitch, q_minus + q + slot(-1) * q_pitch,
-                                                   at + (k - 1) * p_row, at - p_row, 4};
-                            add_rows<PLANES>(products, rows, zeros, quad, k, layout.steps, p_tile, p_plane);
+                            const int q = c * q_quad + own * Q_QUADS;
+                            const int* at = p + c * p_quad + (a - a0) * p_row + own * P_QUADS;
+                            const Pointers rows = {q_plus + q + slot(k - 1) * q_row, q_minus + q + slot(-1) * q_row,
+                                                   at + (k - 1) * p_row, at - p_row, true};
+                            add_rows<PLANES>(products, rows, zeros, quad, k, p_plane);
                         }
                     }
 
