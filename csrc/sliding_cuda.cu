@@ -36,7 +36,7 @@ struct Windows {
     int multiplier, base;       // see `distance` below
     int outside[4];             // what the noisy image reads beyond its border, unless circular
     const int* quads;           // [images][planes][channel_quads][height][width]
-    const float* values;        // [images][height][width][1, or 4]: what is averaged; one pixel more is read
+    const float* values;        // [images][height][width][1, or 4]: what is averaged; TILE pixels more are read
     const int* norms;           // [images][height][width]: |p|^2 of the window centred there
     const float* fractions;     // the same size: what `norms` leaves out; for 3 planes
     const int4* digits;         // [items][channel_quads][height][width]: the three quads of a noisy pixel
@@ -64,7 +64,7 @@ struct Layout {
     int q_rows, q_pitch;        // in noisy pixels
     int p_rows, p_pitch;        // in columns
     int window_rows;
-    int negative, zeros, sums, windows, norms, fractions, end;
+    int negative, zeros, values, sums, windows, norms, fractions, end;
 
     __host__ __device__ explicit Layout(const Windows& t) {
         const int k = t.patch_size;
@@ -76,7 +76,8 @@ struct Layout {
         p_pitch = TILE + 4 * steps;
         negative = t.channel_quads * q_rows * q_pitch * Q_QUADS * 4;
         zeros = 2 * negative;
-        sums = (zeros + 9 * Q_QUADS * 4 + 15) / 16 * 16;
+        values = zeros + 9 * Q_QUADS * 4;
+        sums = (values + TILES * 4 + 15) / 16 * 16;
         windows = sums + t.strip * 32 * 8 * (4 + t.values_per_pixel);
         norms = (windows + t.planes * t.channel_quads * p_rows * p_pitch * P_QUADS * 4 + 15) / 16 * 16;
         fractions = norms + TILES * window_rows * TILE * 4;
@@ -100,6 +101,7 @@ struct Pointers {
 template <int PLANES>
 __device__ __forceinline__ void add_rows(int (&products)[3][TILES][4], Pointers at, const int* zeros, int quad, int k,
                                          int plane_ints) {
+#pragma unroll 1
     for (int column = quad; column < k + quad; column += 4) {
         // Columns beyond the patch read zeros.
         const int* first = column < k ? at.q_first : zeros;
@@ -142,6 +144,7 @@ __global__ void __launch_bounds__(THREADS, 2) windows_kernel(const Windows t) {
     int* const q_plus = reinterpret_cast<int*>(memory);  // [channel_quads][rows][pitch][Q_QUADS]
     int* const q_minus = reinterpret_cast<int*>(memory + layout.negative);
     int* const zeros = reinterpret_cast<int*>(memory + layout.zeros);
+    int* const values_of_tile = reinterpret_cast<int*>(memory + layout.values);
     float2* const sums = reinterpret_cast<float2*>(memory + layout.sums);  // [strip][4 + CV][lanes]
     int* const p = reinterpret_cast<int*>(memory + layout.windows);        // [planes][channel_quads][rows][pitch][P_QUADS]
     int* const norms = reinterpret_cast<int*>(memory + layout.norms);      // [TILES][window rows][TILE]
@@ -149,6 +152,7 @@ __global__ void __launch_bounds__(THREADS, 2) windows_kernel(const Windows t) {
 
     // Noisy pixels of the strip and around it, and their negatives.
     const int q_rows = layout.q_rows, q_pitch = layout.q_pitch;
+#pragma unroll 1
     for (int x = threadIdx.x; x < t.channel_quads * q_rows * q_pitch; x += THREADS) {
         const int col = x % q_pitch, row = x / q_pitch % q_rows, c = x / q_pitch / q_rows;
         int i = wrapping ? row : i0 - r + row, j = j0 - r + col;
@@ -162,6 +166,8 @@ __global__ void __launch_bounds__(THREADS, 2) windows_kernel(const Windows t) {
         }
     }
     if (threadIdx.x < 9 * Q_QUADS) zeros[threadIdx.x] = 0;
+    if (threadIdx.x < TILES) values_of_tile[threadIdx.x] = 0;
+#pragma unroll 1
     for (int x = threadIdx.x; x < t.strip * (4 + CV) * 32; x += THREADS) {
         const bool reference = x / 32 % (4 + CV) < 2;  // farther than anything
         sums[x] = {reference ? bits_as_float(1 << 30) : 0.f, 0.f};
@@ -169,48 +175,49 @@ __global__ void __launch_bounds__(THREADS, 2) windows_kernel(const Windows t) {
 
     const int columns = columns_of(t.cols, j0), first_column = t.cols.locked ? j0 : t.cols.w0;
     const int tiles_per_image = (columns + TILE - 1) / TILE;
-    const int64_t all_tiles = int64_t(t.images) * tiles_per_image;
-    const int64_t first_group = int64_t(blockIdx.x) * t.groups_per_chunk;
+    const int all_tiles = t.images * tiles_per_image;
+    const int first_group = int(blockIdx.x) * t.groups_per_chunk;
     const float2 scale = t.scale[item];
     const int q_row = q_pitch * Q_QUADS, q_quad = q_rows * q_row;
     const int p_row = layout.p_pitch * P_QUADS, p_quad = layout.p_rows * p_row, p_plane = p_quad * t.channel_quads;
     const int norm_tile = layout.window_rows * TILE;
 
-    for (int64_t group = first_group; group < first_group + t.groups_per_chunk && group * TILES < all_tiles; ++group) {
+    for (int group = first_group; group < first_group + t.groups_per_chunk && group * TILES < all_tiles; ++group) {
         // Training pixels, zero outside, and norms of this group's tiles.
         __syncthreads();
         const int p_columns = layout.p_pitch, p_pixels = layout.p_rows * p_columns * t.channel_quads * PLANES;
+#pragma unroll 1
         for (int x = threadIdx.x; x < TILES * p_pixels; x += THREADS) {
             const int n = x / p_pixels, y = x % p_pixels;
             const int col = y % p_columns, row = y / p_columns % layout.p_rows, part = y / p_columns / layout.p_rows;
-            const int64_t tile = group * TILES + n;
-            const int a = a0 - r + row, b = first_column + int(tile % tiles_per_image) * TILE - r + col;
+            const int tile = group * TILES + n;
+            const int a = a0 - r + row, b = first_column + tile % tiles_per_image * TILE - r + col;
             const bool inside = tile < all_tiles && a >= 0 && a < H && b >= 0 && b < W;
-            const int64_t image = tile / tiles_per_image * PLANES * t.channel_quads + part;
-            p[y * P_QUADS + n] = inside ? t.quads[(image * H + a) * W + b] : 0;
+            const int64_t plane = int64_t(tile / tiles_per_image) * PLANES * t.channel_quads + part;
+            p[y * P_QUADS + n] = inside ? t.quads[(plane * H + a) * W + b] : 0;
         }
+#pragma unroll 1
         for (int x = threadIdx.x; x < TILES * norm_tile; x += THREADS) {
-            const int64_t tile = group * TILES + x / norm_tile;
-            const int a = a0 + x % norm_tile / TILE, b = first_column + int(tile % tiles_per_image) * TILE + x % TILE;
+            const int tile = group * TILES + x / norm_tile;
+            const int a = a0 + x % norm_tile / TILE, b = first_column + tile % tiles_per_image * TILE + x % TILE;
             const bool inside = tile < all_tiles && a < a1 && b < W;
-            const int64_t from = (tile / tiles_per_image * H + a) * W + b;
+            const int from = (tile / tiles_per_image * H + a) * W + b;
             norms[x] = inside ? t.norms[from] : 0;
             if (PLANES > 1) fractions[x] = inside ? t.fractions[from] : 0.f;
         }
-        // Which of a thread's pairs (two queries, TILES tiles, two columns) exist, and where its values are.
+        // Which of a thread's pairs (two queries, TILES tiles, two columns) exist, and where values are.
         unsigned exist = 0;
-        int values_at[TILES];
 #pragma unroll
         for (int n = 0; n < TILES; ++n) {
-            const int64_t tile = group * TILES + n;
-            const int b = int(tile % tiles_per_image) * TILE + 2 * quad;
+            const int tile = group * TILES + n;
+            const int b = tile % tiles_per_image * TILE + 2 * quad;
             for (int e = 0; e < 2; ++e)
                 for (int jj = 0; jj < 2; ++jj) {
                     const bool matches = t.cols.locked ? b + e == row_of_lane + 8 * jj : b + e < columns;
                     if (tile < all_tiles && b + e < columns && matches) exist |= 1u << (jj * 8 + n * 2 + e);
                 }
-            const int image = at_most(int(tile / tiles_per_image), t.images - 1);
-            values_at[n] = image * H * W + at_most(first_column + b, W - 1);
+            if (threadIdx.x == 0 && tile < all_tiles)
+                values_of_tile[n] = tile / tiles_per_image * H * W + first_column + b;
         }
         const bool all_exist = !any_lane(exist != 0xffffu);
         __syncthreads();
@@ -232,11 +239,10 @@ __global__ void __launch_bounds__(THREADS, 2) windows_kernel(const Windows t) {
             for (int step = 0; step < length; ++step) {
                 const int a = start + step;
                 if (a >= lo && a < hi) {
-                    const int i = wrapping ? (a - d + H) % H : a - d;
-                    const int top = wrapping ? (i - r + H) % H : i - i0;  // slot of the patch's first query row
+                    const int i = a - d < 0 && wrapping ? a - d + H : a - d;
                     const int own = row_of_lane + quad;
-                    auto slot = [&](int row) {
-                        const int at = top + row;
+                    auto slot = [&](int row) {  // where the patch's query rows are
+                        const int at = i + row - (wrapping ? r : i0);
                         return !wrapping ? at : at < 0 ? at + H : at >= H ? at - H : at;
                     };
                     if (a == lo) {
@@ -267,84 +273,70 @@ __global__ void __launch_bounds__(THREADS, 2) windows_kernel(const Windows t) {
                     float2* const mine = sums + (i - i0) * (4 + CV) * 32 + lane;
                     const int2* norm = reinterpret_cast<const int2*>(norms + (a - a0) * TILE) + quad;
                     const float2* fraction = reinterpret_cast<const float2*>(fractions + (a - a0) * TILE) + quad;
-                    float2 s = mine[2 * 32], s2 = mine[3 * 32];
                     float w[2][2 * TILES], total[2];
 #pragma unroll
                     for (int jj = 0; jj < 2; ++jj) {
-                        float& s_of = jj ? s.y : s.x;
                         const float2 reference = mine[jj * 32];
                         int coarse = bits_as_int(reference.x), fine = bits_as_int(reference.y);
-                        auto weigh = [&]() {
-                            total[jj] = 0.f;
-#pragma unroll
-                            for (int n = 0; n < TILES; ++n) {
-                                const int2 two = norm[n * (norm_tile / 2)];
-#pragma unroll
-                                for (int e = 0; e < 2; ++e) {
-                                    const int at = 2 * jj + e;
-                                    const int high = (e ? two.y : two.x) - products[0][n][at] * t.multiplier - coarse;
-                                    const int low = products[1][n][at] * t.base + products[2][n][at] - fine;
-                                    float bits = float(low) * scale.y - float(high) * scale.x;
-                                    if (PLANES > 1) {
-                                        const float2 rest = fraction[n * (norm_tile / 2)];
-                                        bits -= (e ? rest.y : rest.x) * scale.x;
-                                    }
-                                    w[jj][2 * n + e] = bits;
-                                }
+                        auto bits = [&](int n, int e, int high, int low) {
+                            float bits = float(low - fine) * scale.y - float(high - coarse) * scale.x;
+                            if (PLANES > 1) {
+                                const float2 rest = fraction[n * (norm_tile / 2)];
+                                bits -= (e ? rest.y : rest.x) * scale.x;
                             }
+                            return bits;
                         };
-                        auto exponentials = [&]() {
+                        auto high = [&](int n, int e) {
+                            const int2 two = norm[n * (norm_tile / 2)];
+                            return (e ? two.y : two.x) - products[0][n][2 * jj + e] * t.multiplier;
+                        };
+                        auto low = [&](int n, int e) {
+                            return products[1][n][2 * jj + e] * t.base + products[2][n][2 * jj + e];
+                        };
+#pragma unroll 1
+                        for (bool risen = false;; risen = true) {
 #pragma unroll
-                            for (int x = 0; x < 2 * TILES; ++x) w[jj][x] = power_of_two(w[jj][x]);
+                            for (int x = 0; x < 2 * TILES; ++x)
+                                w[jj][x] = power_of_two(bits(x / 2, x % 2, high(x / 2, x % 2), low(x / 2, x % 2)));
                             if (!all_exist) {
 #pragma unroll
                                 for (int x = 0; x < 2 * TILES; ++x)
                                     if (!(exist >> (8 * jj + x) & 1)) w[jj][x] = 0.f;
                             }
+                            total[jj] = 0.f;
 #pragma unroll
                             for (int x = 0; x < 2 * TILES; ++x) total[jj] += w[jj][x];
-                        };
-                        weigh();
-                        exponentials();
-                        if (!(total[jj] <= RISE)) {
+                            if (total[jj] <= RISE || risen) break;
                             // A window much nearer than the reference has come: it becomes the reference.
-                            weigh();
                             float most = -INFINITY;
                             int new_coarse = coarse, new_fine = fine;
 #pragma unroll
                             for (int x = 0; x < 2 * TILES; ++x) {
-                                const int n = x / 2, e = x % 2, at = 2 * jj + e;
-                                if ((exist >> (8 * jj + x) & 1) && w[jj][x] > most) {
-                                    const int2 two = norm[n * (norm_tile / 2)];
-                                    most = w[jj][x];
-                                    new_coarse = (e ? two.y : two.x) - products[0][n][at] * t.multiplier;
-                                    new_fine = products[1][n][at] * t.base + products[2][n][at];
-                                }
+                                const float one = bits(x / 2, x % 2, high(x / 2, x % 2), low(x / 2, x % 2));
+                                if ((exist >> (8 * jj + x) & 1) && one > most)
+                                    most = one, new_coarse = high(x / 2, x % 2), new_fine = low(x / 2, x % 2);
                             }
-                            const float fade = power_of_two(float(new_coarse - coarse) * scale.x -
-                                                            float(new_fine - fine) * scale.y);
+                            const float fade = power_of_two(-most);
                             coarse = new_coarse, fine = new_fine;
-                            s_of *= fade;
-                            (jj ? s2.y : s2.x) *= fade * fade;
-                            for (int c = 0; c < CV; ++c) {
-                                float2& v = mine[(4 + c) * 32];
-                                (jj ? v.y : v.x) *= fade;
-                            }
                             mine[jj * 32] = {bits_as_float(coarse), bits_as_float(fine)};
-                            mine[2 * 32] = s, mine[3 * 32] = s2;
-                            weigh();
-                            exponentials();
+#pragma unroll
+                            for (int part = 2; part < 4 + CV; ++part) {
+                                float2& sum = mine[part * 32];
+                                (jj ? sum.y : sum.x) *= part == 3 ? fade * fade : fade;
+                            }
                         }
                     }
 
+                    const float2 s = mine[2 * 32];
                     if (any_lane(total[0] > NEGLIGIBLE * s.x || total[1] > NEGLIGIBLE * s.y)) {
-                        s.x += total[0], s.y += total[1];
+                        mine[2 * 32] = {s.x + total[0], s.y + total[1]};
+                        float2 s2 = mine[3 * 32];
                         float v[CV][2];
 #pragma unroll
                         for (int c = 0; c < CV; ++c) v[c][0] = v[c][1] = 0.f;
 #pragma unroll
                         for (int x = 0; x < 2 * TILES; ++x) {
-                            const int at = values_at[x / 2] + a * W + x % 2;
+                            const int at = values_of_tile[x / 2] + a * W + 2 * quad + x % 2;
                             float value[4];
                             if (CV == 1) {
                                 value[0] = t.values[at];
@@ -359,7 +351,7 @@ __global__ void __launch_bounds__(THREADS, 2) windows_kernel(const Windows t) {
                                 for (int c = 0; c < CV; ++c) v[c][jj] += w[jj][x] * value[c];
                             }
                         }
-                        mine[2 * 32] = s, mine[3 * 32] = s2;
+                        mine[3 * 32] = s2;
 #pragma unroll
                         for (int c = 0; c < CV; ++c) {
                             const float2 before = mine[(4 + c) * 32];

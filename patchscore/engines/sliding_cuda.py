@@ -350,8 +350,8 @@ def _packed(raw: Tensor, indices: Tensor | None, images: int, base: int, first: 
     is_bytes = raw.dtype == torch.uint8
     planes, channel_quads = 1 if is_bytes else 3, -(-channels // 4)
     quads = torch.empty(images * planes * channel_quads * height * width, dtype=torch.int32, **place)
-    # A pixel more than there are, which idle lanes read.
-    values = torch.zeros(images * height * width + 1, 4 if count > 1 else 1, **place)
+    # A tile more than there is, which idle lanes read.
+    values = torch.zeros(images * height * width + TILE, 4 if count > 1 else 1, **place)
     squares = torch.empty(images, height, width, dtype=torch.float64, **place)
     task = _Pack(
         channels=channels, height=height, width=width, images=images, bytes=is_bytes, base=base,
