@@ -130,7 +130,7 @@ __device__ __forceinline__ void add_rows(int (&products)[3][TILES][4], Pointers 
 // warps hold the same group of TILES tiles; each walks a displacement of its own, so at any time they serve different
 // query rows and share the sums without a conflict.
 template <int PLANES, int CV>
-__global__ void __launch_bounds__(THREADS, 2) windows_kernel(const Windows t) {
+__global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(const Windows t) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row_of_lane = lane >> 2, quad = lane & 3;
     const int k = t.patch_size, r = k / 2, H = t.height, W = t.width;
     const int col_blocks = (t.cols.q1 - t.cols.q0 + QUERIES - 1) / QUERIES, item = blockIdx.z;
@@ -299,6 +299,7 @@ __global__ void __launch_bounds__(THREADS, 2) windows_kernel(const Windows t) {
                             for (int x = 0; x < 2 * TILES; ++x)
                                 w[jj][x] = power_of_two(bits(x / 2, x % 2, high(x / 2, x % 2), low(x / 2, x % 2)));
                             if (!all_exist) {
+                                __syncwarp();  // keeps this a branch: most tiles are whole
 #pragma unroll
                                 for (int x = 0; x < 2 * TILES; ++x)
                                     if (!(exist >> (8 * jj + x) & 1)) w[jj][x] = 0.f;

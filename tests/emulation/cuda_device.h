@@ -121,6 +121,8 @@ inline int byte(int quad, int i) { return int(int8_t(unsigned(quad) >> (8 * i) &
 
 }  // namespace emulation
 
+inline void __syncwarp() {}
+
 inline void __syncthreads() {
     emulation::Block& block = *emulation::block;
     const int met = block.met;
