@@ -76,7 +76,9 @@ except ImportError:
     pass
 if nvcc and wanted != "0":
     extensions.append(
-        Extension("patchscore._sliding_cuda", ["csrc/sliding_cuda.cu"], depends=["csrc/cuda_device.h"], optional=not forced)
+        Extension(
+            "patchscore._sliding_cuda", ["csrc/sliding_cuda.cu"], depends=["csrc/cuda_device.h"], optional=not forced
+        )
     )
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtensions})

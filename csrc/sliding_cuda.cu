@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
     int* const values_of_tile = reinterpret_cast<int*>(memory + layout.values);
     float2* const sums = reinterpret_cast<float2*>(memory + layout.sums);  // [strip][4 + CV][lanes]
     int* const p = reinterpret_cast<int*>(memory + layout.windows);        // [planes][channel_quads][rows][pitch][P_QUADS]
-    int* const norms = reinterpret_cast<int*>(memory + layout.norms);      // [TILES][window rows][TILE]
+    int* const norms = reinterpret_cast<int*>(memory + layout.norms);      // [window rows][TILES][TILE]
     float* const fractions = reinterpret_cast<float*>(memory + layout.fractions);
 
     // Noisy pixels of the strip and around it, and their negatives.
@@ -180,7 +180,6 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
     const float2 scale = t.scale[item];
     const int q_row = q_pitch * Q_QUADS, q_quad = q_rows * q_row;
     const int p_row = layout.p_pitch * P_QUADS, p_quad = layout.p_rows * p_row, p_plane = p_quad * t.channel_quads;
-    const int norm_tile = layout.window_rows * TILE;
 
     for (int group = first_group; group < first_group + t.groups_per_chunk && group * TILES < all_tiles; ++group) {
         // Training pixels, zero outside, and norms of this group's tiles.
@@ -197,9 +196,9 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
             p[y * P_QUADS + n] = inside ? t.quads[(plane * H + a) * W + b] : 0;
         }
 #pragma unroll 1
-        for (int x = threadIdx.x; x < TILES * norm_tile; x += THREADS) {
-            const int tile = group * TILES + x / norm_tile;
-            const int a = a0 + x % norm_tile / TILE, b = first_column + tile % tiles_per_image * TILE + x % TILE;
+        for (int x = threadIdx.x; x < layout.window_rows * TILES * TILE; x += THREADS) {
+            const int tile = group * TILES + x / TILE % TILES;
+            const int a = a0 + x / TILE / TILES, b = first_column + tile % tiles_per_image * TILE + x % TILE;
             const bool inside = tile < all_tiles && a < a1 && b < W;
             const int from = (tile / tiles_per_image * H + a) * W + b;
             norms[x] = inside ? t.norms[from] : 0;
@@ -271,8 +270,8 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
                     // distance = norm - multiplier x product of the top digits - fine part (the lower digits), each
                     // relative to the reference; a weight is 2^-(distance x scale).
                     float2* const mine = sums + (i - i0) * (4 + CV) * 32 + lane;
-                    const int2* norm = reinterpret_cast<const int2*>(norms + (a - a0) * TILE) + quad;
-                    const float2* fraction = reinterpret_cast<const float2*>(fractions + (a - a0) * TILE) + quad;
+                    const int2* norm = reinterpret_cast<const int2*>(norms + (a - a0) * TILES * TILE) + quad;
+                    const float2* fraction = reinterpret_cast<const float2*>(fractions + (a - a0) * TILES * TILE) + quad;
                     float w[2][2 * TILES], total[2];
 #pragma unroll
                     for (int jj = 0; jj < 2; ++jj) {
@@ -281,13 +280,13 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
                         auto bits = [&](int n, int e, int high, int low) {
                             float bits = float(low - fine) * scale.y - float(high - coarse) * scale.x;
                             if (PLANES > 1) {
-                                const float2 rest = fraction[n * (norm_tile / 2)];
+                                const float2 rest = fraction[n * (TILE / 2)];
                                 bits -= (e ? rest.y : rest.x) * scale.x;
                             }
                             return bits;
                         };
                         auto high = [&](int n, int e) {
-                            const int2 two = norm[n * (norm_tile / 2)];
+                            const int2 two = norm[n * (TILE / 2)];
                             return (e ? two.y : two.x) - products[0][n][2 * jj + e] * t.multiplier;
                         };
                         auto low = [&](int n, int e) {

@@ -120,9 +120,7 @@ def posterior_sums(
     if not competitions:
         return []
     with torch.cuda.device(z.device) if z.device.type == "cuda" else nullcontext():
-        parts = [
-            _some_channels(z, sigma, bank, competitions, memory_limit, first) for first in range(0, z.shape[1], 4)
-        ]
+        parts = [_some_channels(z, sigma, bank, competitions, memory_limit, first) for first in range(0, z.shape[1], 4)]
     # Weights are the same whichever channels are averaged.
     return [PosteriorSum(same[0].m, same[0].s, torch.cat([x.v for x in same], 1), same[0].s2) for same in zip(*parts)]
 
