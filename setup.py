@@ -1,7 +1,7 @@
 """Builds what the machine has compilers for; without any the package still installs.
 
-patchscore._native is the C++ engines; patchscore._sliding_cuda the CUDA kernels, a plain library that Python loads with
-ctypes, so that nothing of it depends on torch or on the CUDA runtime that torch brings. PATCHSCORE_CUDA=0 leaves it out,
+patchscore._native is the C++ engines; patchscore._sliding_cuda the CUDA kernels, a plain library that Python loads by
+ctypes, so that nothing of it depends on torch or on the CUDA runtime torch brings. PATCHSCORE_CUDA=0 leaves it out,
 PATCHSCORE_CUDA=1 makes its absence an error. All other metadata is in pyproject.toml.
 """
 

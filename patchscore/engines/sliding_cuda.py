@@ -1,4 +1,4 @@
-"""The CUDA half of engine `sliding`: prepares operands, cuts the bank into slabs, starts kernels, adds up what they give.
+"""The CUDA half of engine `sliding`: prepares operands, cuts the bank into slabs, starts kernels, adds up their sums.
 
 The kernels (csrc/sliding_cuda.cu) multiply signed bytes, so everything here is counted in steps of a byte pixel:
 p = 127.5 v - 0.5 is a whole number for a uint8 image, and the noisy image becomes a number of three digits,
@@ -122,7 +122,10 @@ def posterior_sums(
     with torch.cuda.device(z.device) if z.device.type == "cuda" else nullcontext():
         parts = [_some_channels(z, sigma, bank, competitions, memory_limit, first) for first in range(0, z.shape[1], 4)]
     # Weights are the same whichever channels are averaged.
-    return [PosteriorSum(same[0].m, same[0].s, torch.cat([x.v for x in same], 1), same[0].s2) for same in zip(*parts)]
+    return [
+        PosteriorSum(same[0].m, same[0].s, torch.cat([x.v for x in same], 1), same[0].s2)
+        for same in zip(*parts, strict=True)
+    ]
 
 
 @dataclass
@@ -344,13 +347,12 @@ def _run(name: str, task: ctypes.Structure, device: torch.device) -> None:
 
 def _packed(raw: Tensor, indices: Tensor | None, images: int, base: int, first: int, count: int) -> _Slab:
     _, channels, height, width = raw.shape
-    place = {"device": raw.device}
     is_bytes = raw.dtype == torch.uint8
     planes, channel_quads = 1 if is_bytes else 3, -(-channels // 4)
-    quads = torch.empty(images * planes * channel_quads * height * width, dtype=torch.int32, **place)
+    quads = torch.empty(images * planes * channel_quads * height * width, dtype=torch.int32, device=raw.device)
     # A tile more than there is, which idle lanes read.
-    values = torch.zeros(images * height * width + TILE, 4 if count > 1 else 1, **place)
-    squares = torch.empty(images, height, width, dtype=torch.float64, **place)
+    values = torch.zeros(images * height * width + TILE, 4 if count > 1 else 1, device=raw.device)
+    squares = torch.empty(images, height, width, dtype=torch.float64, device=raw.device)
     task = _Pack(
         channels=channels, height=height, width=width, images=images, bytes=is_bytes, base=base,
         first_value=first, values_per_pixel=count, raw=raw.data_ptr(),
@@ -405,7 +407,8 @@ def _add(
     tiles = -(-columns // TILE)
     groups = -(-bank_size * tiles // TILES)
     task.groups_per_chunk = min(LARGEST_CHUNK, 2 ** int(math.log2(max(1, groups // CHUNKS))))
-    chunks = -(-(-(-slab.images * tiles // TILES)) // task.groups_per_chunk)
+    groups_here = -(-slab.images * tiles // TILES)
+    chunks = -(-groups_here // task.groups_per_chunk)
 
     # log2 weights: bits a unit of distance, and a unit of the lower digits.
     precision = 0.5 / batch.sigma.square()
@@ -428,16 +431,16 @@ def _add(
             task.rows = _axis(piece)
             _run("patchscore_windows", task, device)
             # Chunks together, in float64.
-            block = (slice(rows.queries.start, rows.queries.stop), slice(cols.queries.start, cols.queries.stop))
-            coarse, fine = references[:, :, None, *block].to(torch.float64).unbind(-1)
-            exact = sums[:, :, :, *block].to(torch.float64)
-            distance = coarse * unit - fine * lower + q2[items][:, :, *block]
+            row, col = (slice(axis.queries.start, axis.queries.stop) for axis in (rows, cols))
+            coarse, fine = references[:, :, None, row, col].to(torch.float64).unbind(-1)
+            exact = sums[..., row, col].to(torch.float64)
+            distance = coarse * unit - fine * lower + q2[items, :, row, col]
             m = torch.where(exact[:, :, :1] > 0, -distance * precision[items].reshape(-1, 1, 1, 1), -torch.inf)
             top = m.amax(0)
             fade = torch.where(torch.isneginf(m), 0.0, (m - top).exp_())
             s, s2, v = exact.split([1, 1, parts - 2], 2)
             part = PosteriorSum(top, (s * fade).sum(0), (v * fade).sum(0)[:, :count], (s2 * fade.square()).sum(0))
-            total.add_(part, items, *block)
+            total.add_(part, items, row, col)
 
 
 def _pieces(task: _Windows, rows: Axis, device: torch.device) -> list[Axis]:
