@@ -2,6 +2,7 @@
 # make test   the test suite
 # make lint   ruff and mypy
 # make sanitize   the C++ engine under sanitizers
+# make gpu-check  the tests that need a GPU, then under compute-sanitizer
 # PYTHON=python3.12 picks another interpreter; CONSTRAINTS= drops the pins.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 
-.PHONY: demo test lint sanitize clean
+.PHONY: demo test lint sanitize gpu-check clean
 
 # Without a compiler the engine in plain torch serves; fewer training images keep that within minutes too.
 demo: $(VENV)/.installed
@@ -28,6 +29,12 @@ lint: $(VENV)/.installed-test
 # The C++ engine under AddressSanitizer and UBSan, on every instruction set of this machine; about two minutes.
 sanitize:
 	tests/sanitize/run.sh
+
+# What only a GPU can show: numbers, streams, devices; then no access out of bounds and no race in shared memory.
+gpu-check: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m gpu
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/test_sliding_cuda.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/test_sliding_cuda.py
 
 clean:
 	rm -rf $(VENV) build out *.egg-info

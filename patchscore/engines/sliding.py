@@ -1,12 +1,13 @@
-"""Engine `sliding`: exact sums straight from the raw images, in C++ (csrc/sliding_*).
+"""Engine `sliding`: exact sums straight from the raw images, in C++ and CUDA C++ (csrc/sliding_*).
 
-Two windows moved one step together share all but one row or column, so squared distances slide along diagonals and a
-(pixel, window) pair costs O(C) whatever the patch size. This file checks what is asked and passes pointers.
+Two windows moved one step together share all but one row or column, so distances slide along diagonals and nothing is
+stored of a bank but its images. This file checks what is asked and passes pointers; sliding_cuda.py serves the GPU.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..bank import PatchBank
 from ..posterior import PosteriorSum
 from ..windows import Axis, Competition
+from . import reference, sliding_cuda
 
 try:
     import patchscore._native as _native
@@ -24,10 +26,12 @@ except ImportError as error:  # not built, or built for another Python
 
 def unavailable(device: torch.device) -> str | None:
     """Why this engine cannot serve on `device`, or None."""
+    if device.type == "cuda":
+        return sliding_cuda.unavailable()
+    if device.type != "cpu":
+        return f"it runs on the CPU and on CUDA devices, not on {device.type}"
     if _native is None:
         return f"the C++ extension was not built ({_missing})"
-    if device.type != "cpu":
-        return f"it runs on the CPU, not on {device.type}"
     return None
 
 
@@ -54,6 +58,28 @@ def posterior_sum(
         ValueError: `memory_limit` cannot hold one thread, PATCHSCORE_SIMD names what this machine has not, or the
             arguments do not fit each other.
     """
+    return posterior_sums(z, sigma, bank, [competition], memory_limit)[0]
+
+
+def posterior_sums(
+    z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
+) -> list[PosteriorSum]:
+    """`posterior_sum` for several competitions, as calibration asks for several patch sizes at one noise level.
+
+    On a GPU one pass over the bank serves them all.
+    """
+    if z.device.type != "cuda":
+        return [_on_cpu(z, sigma, bank, competition, memory_limit) for competition in competitions]
+    # Whole images, and patches beyond the kernels' integers, are a plain matrix product.
+    served = [competition for competition in competitions if sliding_cuda.serves(bank, competition)]
+    sums = iter(sliding_cuda.posterior_sums(z, sigma, bank, served, memory_limit))
+    return [
+        next(sums) if competition in served else reference.posterior_sum(z, sigma, bank, competition, memory_limit)
+        for competition in competitions
+    ]
+
+
+def _on_cpu(z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int) -> PosteriorSum:
     assert _native is not None, "unavailable() says when this engine cannot serve"
     noisy = z.detach().to("cpu", torch.float32).contiguous()
     batch, _, height, width = z.shape

@@ -1,0 +1,134 @@
+"""Instructions a pair takes in the CUDA kernel, counted in its machine code, and the rate an H200 could reach by them.
+
+Needs no GPU: nvcc compiles csrc/sliding_cuda.cu for sm_90, nvdisasm (of the CUDA toolkit, or triton's) lists it, and
+the basic blocks of the loop over windows are told apart by what is in them. Circular, 32 x 32, every window weighed.
+Writes benchmarks/results/sliding_cuda_sass.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import record
+
+SIZE = 32
+CLOCK, SMS = 1.98e9, 132  # an H200 at its boost clock
+ISSUE = 4 * 32 * SMS * CLOCK  # lanes of instructions a second
+SHARED = 32 * SMS * CLOCK  # lanes of 4-byte shared memory accesses
+EXPONENTIALS = 16 * SMS * CLOCK
+PRODUCTS = 4 * SMS * CLOCK / 4  # products of 16 x 8 x 32 bytes at the full rate; mma.sync may reach less
+
+
+def blocks(sass: str, kernel: str) -> list[tuple[str, list[str]]]:
+    """(label, instructions) of every basic block of a kernel."""
+    section = next(part for part in re.split(r"\.section\s+\.text\.", sass)[1:] if kernel in part.split(",")[0])
+    found: list[tuple[str, list[str]]] = [("", [])]
+    for line in section.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            found.append((label[1], []))
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            found[-1][1].append(re.sub(r"^@!?U?P\w+\s+", "", instruction[1]).strip())
+    return found
+
+
+def names(block: list[str]) -> Counter:
+    return Counter(instruction.split()[0].split(".")[0] for instruction in block)
+
+
+def parts(sass: str, values: int) -> dict[str, Counter]:
+    """The loop over window rows in parts: what a row costs, a step of products sliding, and the first window's rows."""
+    found = blocks(sass, f"windows_kernelILi1ELi{values}E")
+    counts = [names(block) for _, block in found]
+    products = [i for i, count in enumerate(counts) if count["IMMA"]]
+    assert len(products) == 2, "one loop of products slides, the other begins a run"
+    average = next(i for i, count in enumerate(counts) if count["FFMA"] > 30 and count["LDG"] >= 8)
+    # The loop ends where it branches back, at or after the barrier.
+    labels = {label: i for i, (label, _) in enumerate(found)}
+    end, head = next(
+        (i, labels[target[1]])
+        for i in range(average, len(found))
+        for instruction in found[i][1]
+        if (target := re.match(r"BRA `\((\.L_x_\d+)\)", instruction)) and labels.get(target[1], i) < products[0]
+    )
+    begins = next(i for i in range(head, end) if counts[i]["CS2R"] + counts[i]["IMAD"] > 20 and i not in products
+                  and not counts[i]["MUFU"] and products[0] < i < products[1])  # fmt: skip
+    row = Counter()
+    for i in range(head, end + 1):
+        rare = counts[i]["FSETP"] >= 9 or (counts[i]["FSEL"] == 8 and not counts[i]["MUFU"])
+        if not rare and i not in products and not begins <= i < products[1]:
+            row += counts[i]
+    first = sum((counts[i] for i in range(begins + 1, products[1])), Counter())
+    return {"row": row, "sliding": counts[products[0]], "beginning": counts[products[1]], "first": first}
+
+
+def rates(part: dict[str, Counter], k: int, channels: int) -> dict[str, float]:
+    """Per pair at patch size k: lanes of instructions, shared memory accesses, products; and pairs/s by each limit."""
+    windows = SIZE - k + 1
+    steps = math.ceil(k / 4) * math.ceil(channels / 4)
+    pairs = 16 * windows / (8 * math.ceil(windows / 8))  # a lane's, in a row of windows
+    rows_at_first = (k + 1) // 2
+
+    def per_pair(amount) -> float:
+        sliding = (windows - 1) * steps * amount(part["sliding"])
+        beginning = rows_at_first * (amount(part["first"]) + steps * amount(part["beginning"]))
+        return (amount(part["row"]) + (sliding + beginning) / windows) / pairs
+
+    instructions = per_pair(lambda count: count.total())
+    shared = per_pair(lambda count: count["LDS"] + count["STS"])
+    products = per_pair(lambda count: count["IMMA"])
+    limits = {
+        "issue": ISSUE / instructions,
+        "shared": SHARED / shared,
+        "products": PRODUCTS * 32 / products,
+        "exponentials": EXPONENTIALS,
+    }
+    return {
+        "k": k,
+        "channels": channels,
+        "instructions_per_pair": instructions,
+        "shared_accesses_per_pair": shared,
+        "products_per_pair": products,
+        **{f"limit_{name}": limit for name, limit in limits.items()},
+        "predicted_pairs_per_second": min(limits.values()),
+        "measured_pairs_per_second": "not measured",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nvdisasm", default="nvdisasm", help="the disassembler of the CUDA toolkit")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "sliding.cubin"
+        command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-o", str(cubin)]
+        source = str(record.ROOT / "csrc" / "sliding_cuda.cu")
+        report = subprocess.run([*command, source], capture_output=True, text=True, check=True).stderr
+        sass = subprocess.run([options.nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    compiled = re.findall(
+        r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", report, flags=re.DOTALL
+    )
+    kernels = [
+        {"kernel": re.sub(r"_ZN10patchscore\d+|EvNS.*", "", name), "registers": int(registers), "spilled": int(spilled)}
+        for name, spilled, registers in compiled
+    ]
+    rows = [rates(parts(sass, channels), k, channels) for channels in (1, 3, 4) for k in range(3, 18, 2)]
+    for row in rows:
+        print(f"C={row['channels']} k={row['k']:2}: {row['instructions_per_pair']:.1f} instructions,"
+              f" {row['shared_accesses_per_pair']:.1f} shared, {row['products_per_pair']:.2f} products a pair;"
+              f" {row['predicted_pairs_per_second'] / 1e12:.2f}e12 pairs/s predicted")  # fmt: skip
+    record.write(
+        "sliding_cuda_sass",
+        "instructions a pair, counted in the machine code for sm_90; rates are predictions for an H200, not measured",
+        kernels=kernels,
+        rows=rows,
+    )
+
+
+if __name__ == "__main__":
+    main()

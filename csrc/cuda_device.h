@@ -1,0 +1,46 @@
+// What the CUDA kernels need of a device, in few words, so that tests/emulation/cuda_device.h can stand in for it: the
+// same kernels then run as plain C++ where nobody has a GPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace patchscore {
+
+// d += a b: an int32 tile [16][8] = bytes [16][32] x bytes [32][8], spread over a warp as PTX lays out mma.m16n8k32.
+__device__ __forceinline__ void multiply(int (&d)[4], int a0, int a1, int a2, int a3, int b0, int b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// 2^x in one instruction, good to 2^-22; results below 2^-126 are 0.
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
+
+__device__ __forceinline__ float bits_as_float(int bits) { return __int_as_float(bits); }
+__device__ __forceinline__ int bits_as_int(float value) { return __float_as_int(value); }
+
+__device__ __forceinline__ int4* shared_memory() {
+    extern __shared__ int4 memory[];
+    return memory;
+}
+
+template <typename Task>
+cudaError_t launch(void (*kernel)(Task), dim3 blocks, int threads, int shared_bytes, void* stream, const Task& task) {
+    void* arguments[] = {const_cast<Task*>(&task)};
+    if (shared_bytes > 48 * 1024) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 shared_bytes);
+        if (error != cudaSuccess) return error;
+    }
+    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(threads), arguments,
+                            size_t(shared_bytes), static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace patchscore

@@ -1,0 +1,561 @@
+// The sliding engine on the GPU: exact window distances from tensor cores.
+//
+// Pixels are bytes and noisy pixels fixed-point numbers of three signed bytes, so |q - p|^2 = |q|^2 + |p|^2 - 2 q.p is
+// taken in integers, where nothing is rounded and nothing cancels. Along a diagonal q.p slides: one matrix product adds
+// the row that enters and takes away the one that leaves. patchscore/engines/sliding_cuda.py prepares the operands.
+//
+// A quad is four channels of one pixel as four signed bytes, the unit of all operands (channels beyond the last are 0).
+#include <cstdint>
+#include <cstdio>
+
+#include "cuda_device.h"
+
+namespace patchscore {
+
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int QUERIES = 16;                 // query columns of a block: the rows of a product's tile
+constexpr int TILES = 4, TILE = 8;          // a warp's tiles of window columns; tiles may be of different images
+// In shared memory the quads of a noisy pixel lie together, and those of TILES tiles at one column; such strides leave
+// the eleven columns that a warp reads at a time in different banks.
+constexpr int Q_QUADS = 3, P_QUADS = TILES + 1;
+constexpr float RISE = 65536.f;             // weights that add up to more move the reference
+constexpr float NEGLIGIBLE = 0x1p-34f;      // of the weight met before: eight windows below it are left out
+
+// One axis of a group: query coordinates [q0, q1) against window centres [w0, w1), or each against itself (locked).
+struct Axis {
+    int q0, q1, w0, w1, locked;
+};
+
+// One group of a competition: noisy images against a slab of training images. ctypes mirrors it.
+struct Windows {
+    int channel_quads, planes, values_per_pixel, height, width, patch_size, circular;
+    Axis rows, cols;
+    int images, items;
+    int strip;                  // query rows of a block
+    int groups_per_chunk;       // a block walks over so many groups of TILES tiles
+    int multiplier, base;       // see `distance` below
+    int outside[4];             // what the noisy image reads beyond its border, unless circular
+    const int* quads;           // [images][planes][channel_quads][height][width]
+    const float* values;        // [images][height][width][1, or 4]: what is averaged; TILE pixels more are read
+    const int* norms;           // [images][height][width]: |p|^2 of the window centred there
+    const float* fractions;     // the same size: what `norms` leaves out; for 3 planes
+    const int4* digits;         // [items][channel_quads][height][width]: the three quads of a noisy pixel
+    const float2* scale;        // [items]: bits per unit of `norms`, and per unit of the lower digits
+    int* references;            // [chunks][items][height][width][2]
+    float* sums;                // [chunks][items][2 + values][height][width]: s, s2, v
+};
+
+__host__ __device__ inline int columns_of(const Axis& axis, int j0) {
+    const int left = axis.q1 - j0;
+    return axis.locked ? (left < QUERIES ? left : QUERIES) : axis.w1 - axis.w0;
+}
+
+__host__ __device__ inline int at_most(int a, int b) { return a < b ? a : b; }
+__host__ __device__ inline int at_least(int a, int b) { return a > b ? a : b; }
+
+// The diagonals wrap around: every query row competes and the block holds them all.
+__host__ __device__ inline bool wraps(const Windows& t) {
+    return t.circular && !t.rows.locked && t.rows.q0 == 0 && t.rows.q1 == t.height && t.strip >= t.height;
+}
+
+// How a block lays out its shared memory, in bytes from its start.
+struct Layout {
+    int steps;                  // products a row of the patch takes, four columns each
+    int q_rows, q_pitch;        // in noisy pixels
+    int p_rows, p_pitch;        // in columns
+    int window_rows;
+    int negative, zeros, values, sums, windows, norms, fractions, end;
+
+    __host__ __device__ explicit Layout(const Windows& t) {
+        const int k = t.patch_size;
+        steps = (k + 3) / 4;
+        q_rows = wraps(t) ? t.height : t.strip + k - 1;
+        q_pitch = QUERIES + 4 * steps;
+        window_rows = t.rows.locked ? t.strip : t.rows.w1 - t.rows.w0;
+        p_rows = window_rows + k - 1;
+        p_pitch = TILE + 4 * steps;
+        negative = t.channel_quads * q_rows * q_pitch * Q_QUADS * 4;
+        zeros = 2 * negative;
+        values = zeros + 9 * Q_QUADS * 4;
+        sums = (values + TILES * 4 + 15) / 16 * 16;
+        windows = sums + t.strip * 32 * 8 * (4 + t.values_per_pixel);
+        norms = (windows + t.planes * t.channel_quads * p_rows * p_pitch * P_QUADS * 4 + 15) / 16 * 16;
+        fractions = norms + TILES * window_rows * TILE * 4;
+        end = fractions + (t.planes > 1 ? TILES * window_rows * TILE * 4 : 0);
+    }
+};
+
+__device__ __forceinline__ int negated(int quad) {
+    int result = 0;
+    for (int shift = 0; shift < 32; shift += 8) result |= (-(quad >> shift) & 255) << shift;
+    return result;
+}
+
+// One pair of patch rows: q.p += first rows, and += second rows. Pointers are those of a thread's own column.
+// products[order]: by the weight of the digits multiplied, the heaviest first.
+struct Pointers {
+    const int *q_first, *q_second, *p_first, *p_second;
+    bool two;                   // or else there is no second row
+};
+
+template <int PLANES>
+__device__ __forceinline__ void add_rows(int (&products)[3][TILES][4], Pointers at, const int* zeros, int quad, int k,
+                                         int plane_ints) {
+#pragma unroll 1
+    for (int column = quad; column < k + quad; column += 4) {
+        // Columns beyond the patch read zeros.
+        const int* first = column < k ? at.q_first : zeros;
+        const int* second = column < k && at.two ? at.q_second : zeros;
+        int a[Q_QUADS][4];
+#pragma unroll
+        for (int digit = 0; digit < Q_QUADS; ++digit) {
+            a[digit][0] = first[digit], a[digit][1] = first[8 * Q_QUADS + digit];
+            a[digit][2] = second[digit], a[digit][3] = second[8 * Q_QUADS + digit];
+        }
+#pragma unroll
+        for (int plane = 0; plane < PLANES; ++plane)
+#pragma unroll
+            for (int n = 0; n < TILES; ++n) {
+                const int b0 = at.p_first[plane * plane_ints + n], b1 = at.p_second[plane * plane_ints + n];
+#pragma unroll
+                for (int digit = 0; digit + plane < 3; ++digit)
+                    multiply(products[digit + plane][n], a[digit][0], a[digit][1], a[digit][2], a[digit][3], b0, b1);
+            }
+        at.q_first += 4 * Q_QUADS, at.q_second += 4 * Q_QUADS;
+        at.p_first += 4 * P_QUADS, at.p_second += 4 * P_QUADS;
+    }
+}
+
+// The block: QUERIES columns of a strip of query rows, in registers and shared memory, against a chunk of the slab. All
+// warps hold the same group of TILES tiles; each walks a displacement of its own, so at any time they serve different
+// query rows and share the sums without a conflict.
+template <int PLANES, int CV>
+__global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(const Windows t) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row_of_lane = lane >> 2, quad = lane & 3;
+    const int k = t.patch_size, r = k / 2, H = t.height, W = t.width;
+    const int col_blocks = (t.cols.q1 - t.cols.q0 + QUERIES - 1) / QUERIES, item = blockIdx.z;
+    const int i0 = t.rows.q0 + int(blockIdx.y) / col_blocks * t.strip, i1 = at_most(i0 + t.strip, t.rows.q1);
+    const int j0 = t.cols.q0 + int(blockIdx.y) % col_blocks * QUERIES;
+    const int a0 = t.rows.locked ? i0 : t.rows.w0, a1 = t.rows.locked ? i1 : t.rows.w1;
+    const bool wrapping = wraps(t);
+    const Layout layout(t);
+
+    char* const memory = reinterpret_cast<char*>(shared_memory());
+    int* const q_plus = reinterpret_cast<int*>(memory);  // [channel_quads][rows][pitch][Q_QUADS]
+    int* const q_minus = reinterpret_cast<int*>(memory + layout.negative);
+    int* const zeros = reinterpret_cast<int*>(memory + layout.zeros);
+    int* const values_of_tile = reinterpret_cast<int*>(memory + layout.values);
+    float2* const sums = reinterpret_cast<float2*>(memory + layout.sums);  // [strip][4 + CV][lanes]
+    int* const p = reinterpret_cast<int*>(memory + layout.windows);        // [planes][channel_quads][rows][pitch][P_QUADS]
+    int* const norms = reinterpret_cast<int*>(memory + layout.norms);      // [window rows][TILES][TILE]
+    float* const fractions = reinterpret_cast<float*>(memory + layout.fractions);
+
+    // Noisy pixels of the strip and around it, and their negatives.
+    const int q_rows = layout.q_rows, q_pitch = layout.q_pitch;
+#pragma unroll 1
+    for (int x = threadIdx.x; x < t.channel_quads * q_rows * q_pitch; x += THREADS) {
+        const int col = x % q_pitch, row = x / q_pitch % q_rows, c = x / q_pitch / q_rows;
+        int i = wrapping ? row : i0 - r + row, j = j0 - r + col;
+        if (t.circular) i = (i % H + H) % H, j = (j % W + W) % W;
+        int4 digits = {t.outside[0], t.outside[1], t.outside[2], 0};
+        if (i >= 0 && i < H && j >= 0 && j < W) digits = t.digits[((int64_t(item) * t.channel_quads + c) * H + i) * W + j];
+        const int three[Q_QUADS] = {digits.x, digits.y, digits.z};
+        for (int digit = 0; digit < Q_QUADS; ++digit) {
+            q_plus[x * Q_QUADS + digit] = three[digit];
+            q_minus[x * Q_QUADS + digit] = negated(three[digit]);
+        }
+    }
+    if (threadIdx.x < 9 * Q_QUADS) zeros[threadIdx.x] = 0;
+    if (threadIdx.x < TILES) values_of_tile[threadIdx.x] = 0;
+#pragma unroll 1
+    for (int x = threadIdx.x; x < t.strip * (4 + CV) * 32; x += THREADS) {
+        const bool reference = x / 32 % (4 + CV) < 2;  // farther than anything
+        sums[x] = {reference ? bits_as_float(1 << 30) : 0.f, 0.f};
+    }
+
+    const int columns = columns_of(t.cols, j0), first_column = t.cols.locked ? j0 : t.cols.w0;
+    const int tiles_per_image = (columns + TILE - 1) / TILE;
+    const int all_tiles = t.images * tiles_per_image;
+    const int first_group = int(blockIdx.x) * t.groups_per_chunk;
+    const float2 scale = t.scale[item];
+    const int q_row = q_pitch * Q_QUADS, q_quad = q_rows * q_row;
+    const int p_row = layout.p_pitch * P_QUADS, p_quad = layout.p_rows * p_row, p_plane = p_quad * t.channel_quads;
+
+    for (int group = first_group; group < first_group + t.groups_per_chunk && group * TILES < all_tiles; ++group) {
+        // Training pixels, zero outside, and norms of this group's tiles.
+        __syncthreads();
+        const int p_columns = layout.p_pitch, p_pixels = layout.p_rows * p_columns * t.channel_quads * PLANES;
+#pragma unroll 1
+        for (int x = threadIdx.x; x < TILES * p_pixels; x += THREADS) {
+            const int n = x / p_pixels, y = x % p_pixels;
+            const int col = y % p_columns, row = y / p_columns % layout.p_rows, part = y / p_columns / layout.p_rows;
+            const int tile = group * TILES + n;
+            const int a = a0 - r + row, b = first_column + tile % tiles_per_image * TILE - r + col;
+            const bool inside = tile < all_tiles && a >= 0 && a < H && b >= 0 && b < W;
+            const int64_t plane = int64_t(tile / tiles_per_image) * PLANES * t.channel_quads + part;
+            p[y * P_QUADS + n] = inside ? t.quads[(plane * H + a) * W + b] : 0;
+        }
+#pragma unroll 1
+        for (int x = threadIdx.x; x < layout.window_rows * TILES * TILE; x += THREADS) {
+            const int tile = group * TILES + x / TILE % TILES;
+            const int a = a0 + x / TILE / TILES, b = first_column + tile % tiles_per_image * TILE + x % TILE;
+            const bool inside = tile < all_tiles && a < a1 && b < W;
+            const int from = (tile / tiles_per_image * H + a) * W + b;
+            norms[x] = inside ? t.norms[from] : 0;
+            if (PLANES > 1) fractions[x] = inside ? t.fractions[from] : 0.f;
+        }
+        // Which of a thread's pairs (two queries, TILES tiles, two columns) exist, and where values are.
+        unsigned exist = 0;
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+            const int tile = group * TILES + n;
+            const int b = tile % tiles_per_image * TILE + 2 * quad;
+            for (int e = 0; e < 2; ++e)
+                for (int jj = 0; jj < 2; ++jj) {
+                    const bool matches = t.cols.locked ? b + e == row_of_lane + 8 * jj : b + e < columns;
+                    if (tile < all_tiles && b + e < columns && matches) exist |= 1u << (jj * 8 + n * 2 + e);
+                }
+            if (threadIdx.x == 0 && tile < all_tiles)
+                values_of_tile[n] = tile / tiles_per_image * H * W + first_column + b;
+        }
+        const bool all_exist = !any_lane(exist != 0xffffu);
+        __syncthreads();
+
+        // A round gives every warp a displacement d = a - i, or a part of the one that locked rows have.
+        const int first_d = wrapping ? 0 : a0 - (i1 - 1), last_d = wrapping ? H - 1 : a1 - 1 - i0;
+        const int part = (i1 - i0 + WARPS - 1) / WARPS;
+        for (int round_d = t.rows.locked ? 0 : first_d; round_d <= (t.rows.locked ? 0 : last_d); round_d += WARPS) {
+            const int d = t.rows.locked ? 0 : round_d + warp, top_d = at_most(round_d + WARPS - 1, last_d);
+            int lo = a0, hi = a1, start = a0, length = a1 - a0;
+            if (t.rows.locked) {
+                lo = start = a0 + warp * part, hi = at_most(lo + part, a1), length = part;
+            } else if (!wrapping) {
+                lo = at_least(a0, i0 + d), hi = at_most(a1, i1 + d);
+                start = at_least(a0, i0 + round_d), length = at_most(a1, i1 + top_d) - start;
+            }
+            if (d > last_d && !t.rows.locked) hi = lo;
+            int products[3][TILES][4];
+            for (int step = 0; step < length; ++step) {
+                const int a = start + step;
+                if (a >= lo && a < hi) {
+                    const int i = a - d < 0 && wrapping ? a - d + H : a - d;
+                    const int own = row_of_lane + quad;
+                    auto slot = [&](int row) {  // where the patch's query rows are
+                        const int at = i + row - (wrapping ? r : i0);
+                        return !wrapping ? at : at < 0 ? at + H : at >= H ? at - H : at;
+                    };
+                    if (a == lo) {
+                        // The first window: all its rows, two at a time.
+#pragma unroll
+                        for (int x = 0; x < 3 * TILES * 4; ++x) products[x / (4 * TILES)][x / 4 % TILES][x % 4] = 0;
+                        for (int row = 0; row < k; row += 2)
+                            for (int c = 0; c < t.channel_quads; ++c) {
+                                const int* q = q_plus + c * q_quad + own * Q_QUADS;
+                                const int* at = p + c * p_quad + (a - a0 + row) * p_row + own * P_QUADS;
+                                const bool two = row + 1 < k;
+                                const Pointers rows = {q + slot(row) * q_row, q + slot(row + two) * q_row, at,
+                                                       at + two * p_row, two};
+                                add_rows<PLANES>(products, rows, zeros, quad, k, p_plane);
+                            }
+                    } else {
+                        for (int c = 0; c < t.channel_quads; ++c) {
+                            const int q = c * q_quad + own * Q_QUADS;
+                            const int* at = p + c * p_quad + (a - a0) * p_row + own * P_QUADS;
+                            const Pointers rows = {q_plus + q + slot(k - 1) * q_row, q_minus + q + slot(-1) * q_row,
+                                                   at + (k - 1) * p_row, at - p_row, true};
+                            add_rows<PLANES>(products, rows, zeros, quad, k, p_plane);
+                        }
+                    }
+
+                    // distance = norm - multiplier x product of the top digits - fine part (the lower digits), each
+                    // relative to the reference; a weight is 2^-(distance x scale).
+                    float2* const mine = sums + (i - i0) * (4 + CV) * 32 + lane;
+                    const int2* norm = reinterpret_cast<const int2*>(norms + (a - a0) * TILES * TILE) + quad;
+                    const float2* fraction = reinterpret_cast<const float2*>(fractions + (a - a0) * TILES * TILE) + quad;
+                    float w[2][2 * TILES], total[2];
+#pragma unroll
+                    for (int jj = 0; jj < 2; ++jj) {
+                        const float2 reference = mine[jj * 32];
+                        int coarse = bits_as_int(reference.x), fine = bits_as_int(reference.y);
+                        auto bits = [&](int n, int e, int high, int low) {
+                            float bits = float(low - fine) * scale.y - float(high - coarse) * scale.x;
+                            if (PLANES > 1) {
+                                const float2 rest = fraction[n * (TILE / 2)];
+                                bits -= (e ? rest.y : rest.x) * scale.x;
+                            }
+                            return bits;
+                        };
+                        auto high = [&](int n, int e) {
+                            const int2 two = norm[n * (TILE / 2)];
+                            return (e ? two.y : two.x) - products[0][n][2 * jj + e] * t.multiplier;
+                        };
+                        auto low = [&](int n, int e) {
+                            return products[1][n][2 * jj + e] * t.base + products[2][n][2 * jj + e];
+                        };
+#pragma unroll 1
+                        for (bool risen = false;; risen = true) {
+#pragma unroll
+                            for (int x = 0; x < 2 * TILES; ++x)
+                                w[jj][x] = power_of_two(bits(x / 2, x % 2, high(x / 2, x % 2), low(x / 2, x % 2)));
+                            if (!all_exist) {
+                                __syncwarp();  // keeps this a branch: most tiles are whole
+#pragma unroll
+                                for (int x = 0; x < 2 * TILES; ++x)
+                                    if (!(exist >> (8 * jj + x) & 1)) w[jj][x] = 0.f;
+                            }
+                            total[jj] = 0.f;
+#pragma unroll
+                            for (int x = 0; x < 2 * TILES; ++x) total[jj] += w[jj][x];
+                            if (total[jj] <= RISE || risen) break;
+                            // A window much nearer than the reference has come: it becomes the reference.
+                            float most = -INFINITY;
+                            int new_coarse = coarse, new_fine = fine;
+#pragma unroll
+                            for (int x = 0; x < 2 * TILES; ++x) {
+                                const float one = bits(x / 2, x % 2, high(x / 2, x % 2), low(x / 2, x % 2));
+                                if ((exist >> (8 * jj + x) & 1) && one > most)
+                                    most = one, new_coarse = high(x / 2, x % 2), new_fine = low(x / 2, x % 2);
+                            }
+                            const float fade = power_of_two(-most);
+                            coarse = new_coarse, fine = new_fine;
+                            mine[jj * 32] = {bits_as_float(coarse), bits_as_float(fine)};
+#pragma unroll
+                            for (int part = 2; part < 4 + CV; ++part) {
+                                float2& sum = mine[part * 32];
+                                (jj ? sum.y : sum.x) *= part == 3 ? fade * fade : fade;
+                            }
+                        }
+                    }
+
+                    const float2 s = mine[2 * 32];
+                    if (any_lane(total[0] > NEGLIGIBLE * s.x || total[1] > NEGLIGIBLE * s.y)) {
+                        mine[2 * 32] = {s.x + total[0], s.y + total[1]};
+                        float2 s2 = mine[3 * 32];
+                        float v[CV][2];
+#pragma unroll
+                        for (int c = 0; c < CV; ++c) v[c][0] = v[c][1] = 0.f;
+#pragma unroll
+                        for (int x = 0; x < 2 * TILES; ++x) {
+                            const int at = values_of_tile[x / 2] + a * W + 2 * quad + x % 2;
+                            float value[4];
+                            if (CV == 1) {
+                                value[0] = t.values[at];
+                            } else {
+                                const float4 four = reinterpret_cast<const float4*>(t.values)[at];
+                                value[0] = four.x, value[1] = four.y, value[2] = four.z, value[3] = four.w;
+                            }
+#pragma unroll
+                            for (int jj = 0; jj < 2; ++jj) {
+                                (jj ? s2.y : s2.x) += w[jj][x] * w[jj][x];
+#pragma unroll
+                                for (int c = 0; c < CV; ++c) v[c][jj] += w[jj][x] * value[c];
+                            }
+                        }
+                        mine[3 * 32] = s2;
+#pragma unroll
+                        for (int c = 0; c < CV; ++c) {
+                            const float2 before = mine[(4 + c) * 32];
+                            mine[(4 + c) * 32] = {before.x + v[c][0], before.y + v[c][1]};
+                        }
+                    }
+                }
+                __syncthreads();
+            }
+        }
+    }
+
+    // The four lanes that share a query, in their order.
+    __syncthreads();
+    for (int x = threadIdx.x; x < (i1 - i0) * QUERIES; x += THREADS) {
+        const int i = i0 + x / QUERIES, column = x % QUERIES, j = j0 + column, jj = column / 8;
+        if (j >= t.cols.q1) continue;
+        const float2* of = sums + (i - i0) * (4 + CV) * 32 + column % 8 * 4;
+        auto half = [&](const float2& two) { return jj ? two.y : two.x; };
+        int nearest = 0;
+        auto bits = [&](int from, int to) {  // log2 of what a weight relative to `from` is relative to `to`
+            const float2 one = of[jj * 32 + from], other = of[jj * 32 + to];
+            return float(bits_as_int(other.x) - bits_as_int(one.x)) * scale.x -
+                   float(bits_as_int(other.y) - bits_as_int(one.y)) * scale.y;
+        };
+        for (int l = 1; l < 4; ++l)
+            if (!(half(of[2 * 32 + nearest]) > 0.f) || (half(of[2 * 32 + l]) > 0.f && bits(l, nearest) > 0.f)) nearest = l;
+        float parts[2 + CV];
+        for (int c = 0; c < 2 + CV; ++c) parts[c] = 0.f;
+        for (int l = 0; l < 4; ++l) {
+            if (!(half(of[2 * 32 + l]) > 0.f)) continue;
+            const float fade = l == nearest ? 1.f : power_of_two(bits(l, nearest));
+            for (int c = 0; c < 2 + CV; ++c) parts[c] += half(of[(2 + c) * 32 + l]) * (c == 1 ? fade * fade : fade);
+        }
+        const int64_t plane = int64_t(H) * W, pixel = int64_t(i) * W + j, place = int64_t(blockIdx.x) * t.items + item;
+        t.references[(place * plane + pixel) * 2] = bits_as_int(of[jj * 32 + nearest].x);
+        t.references[(place * plane + pixel) * 2 + 1] = bits_as_int(of[jj * 32 + nearest].y);
+        for (int c = 0; c < 2 + CV; ++c) t.sums[(place * (2 + CV) + c) * plane + pixel] = parts[c];
+    }
+}
+
+// Training images as the windows kernel reads them. ctypes mirrors it.
+struct Pack {
+    int channels, height, width, images, bytes, base;
+    int first_value, values_per_pixel;
+    const void* raw;            // [.., channels, height, width], bytes (v = u / 127.5 - 1) or float
+    const int64_t* indices;     // [images] positions in `raw`, or null
+    int* quads;                 // [images][planes][channel_quads][height][width]
+    float* values;              // [images][height][width][1, or 4]: channels first_value and on
+    double* squares;            // [images][height][width]: sum of squared channels
+};
+
+// In units of a byte's step, p = 127.5 v - 0.5 is a whole number for bytes; floats have two more digits.
+__global__ void __launch_bounds__(THREADS) pack_kernel(const Pack t) {
+    const int64_t plane = int64_t(t.height) * t.width, x = int64_t(blockIdx.x) * THREADS + threadIdx.x;
+    if (x >= plane * t.images) return;
+    const int64_t image = x / plane, pixel = x % plane, from = t.indices ? t.indices[image] : image;
+    const int channel_quads = (t.channels + 3) / 4, planes = t.bytes ? 1 : 3;
+    const float base = float(t.base), step = 1.f / base;
+    double square = 0;
+    for (int c4 = 0; c4 < channel_quads; ++c4) {
+        unsigned packed[3] = {0, 0, 0};
+        for (int c = 4 * c4; c < at_most(4 * c4 + 4, t.channels); ++c) {
+            const int64_t at = (from * t.channels + c) * plane + pixel;
+            float value;
+            int digits[3] = {0, 0, 0};
+            if (t.bytes) {
+                const int u = static_cast<const uint8_t*>(t.raw)[at];
+                value = float(u) / 127.5f - 1.f;
+                digits[0] = u - 128;
+            } else {
+                value = static_cast<const float*>(t.raw)[at];
+                float rest = value * 127.5f - 0.5f;
+                for (int d = 0; d < 3; ++d) {
+                    const int digit = int(rintf(rest));
+                    digits[d] = at_most(at_least(digit, d ? -127 : -128), 127);
+                    rest = (rest - float(digits[d])) * base;
+                }
+            }
+            const double whole = double(digits[0]) + double(step) * (double(digits[1]) + double(step) * double(digits[2]));
+            square += whole * whole;
+            for (int d = 0; d < planes; ++d) packed[d] |= unsigned(digits[d] & 255) << (8 * (c % 4));
+            if (c >= t.first_value && c < t.first_value + t.values_per_pixel)
+                t.values[x * (t.values_per_pixel > 1 ? 4 : 1) + c - t.first_value] = value;
+        }
+        for (int d = 0; d < planes; ++d) t.quads[((image * planes + d) * channel_quads + c4) * plane + pixel] = int(packed[d]);
+    }
+    t.squares[x] = square;
+}
+
+// |p|^2 of every k x k window, continued by zeros, from the squares of its pixels: rows first, then columns. The sums
+// are exact in double, so adding what enters and subtracting what leaves is too. ctypes mirrors it.
+struct Norms {
+    int height, width, images, patch_size;
+    double unit;                // norms are counted in it
+    const double* squares;      // [images][height][width]
+    double* columns;            // the same size: sums over k rows
+    int* norms;                 // the same size
+    float* fractions;           // what rounding left out, or null
+};
+
+__global__ void __launch_bounds__(THREADS) column_kernel(const Norms t) {
+    const int64_t x = int64_t(blockIdx.x) * THREADS + threadIdx.x, plane = int64_t(t.height) * t.width;
+    if (x >= int64_t(t.images) * t.width) return;
+    const int r = t.patch_size / 2;
+    const double* from = t.squares + x / t.width * plane + x % t.width;
+    double* to = t.columns + x / t.width * plane + x % t.width;
+    double sum = 0;
+    for (int y = 0; y < at_most(r, t.height); ++y) sum += from[int64_t(y) * t.width];
+    for (int y = 0; y < t.height; ++y) {
+        if (y + r < t.height) sum += from[int64_t(y + r) * t.width];
+        if (y - r - 1 >= 0) sum -= from[int64_t(y - r - 1) * t.width];
+        to[int64_t(y) * t.width] = sum;
+    }
+}
+
+__global__ void __launch_bounds__(THREADS) row_kernel(const Norms t) {
+    const int64_t x = int64_t(blockIdx.x) * THREADS + threadIdx.x;
+    if (x >= int64_t(t.images) * t.height) return;
+    const int r = t.patch_size / 2;
+    const double* from = t.columns + x * t.width;
+    double sum = 0;
+    for (int b = 0; b < at_most(r, t.width); ++b) sum += from[b];
+    for (int b = 0; b < t.width; ++b) {
+        if (b + r < t.width) sum += from[b + r];
+        if (b - r - 1 >= 0) sum -= from[b - r - 1];
+        const double whole = rint(sum / t.unit);
+        t.norms[x * t.width + b] = int(whole);
+        if (t.fractions) t.fractions[x * t.width + b] = float(sum / t.unit - whole);
+    }
+}
+
+// What went wrong, with the kernel's name, for Python to raise; null if nothing did.
+static const char* told(const char* kernel, cudaError_t error) {
+    static thread_local char text[256];
+    if (error == cudaSuccess) error = cudaGetLastError();
+    if (error == cudaSuccess) return nullptr;
+    std::snprintf(text, sizeof text, "%s: %s (%s)", kernel, cudaGetErrorString(error), cudaGetErrorName(error));
+    return text;
+}
+
+static int blocks_for(int64_t threads) { return int((threads + THREADS - 1) / THREADS); }
+
+template <int PLANES>
+static cudaError_t launch_windows(const Windows& task, dim3 blocks, int bytes, void* stream) {
+    switch (task.values_per_pixel) {
+        case 1: return launch(windows_kernel<PLANES, 1>, blocks, THREADS, bytes, stream, task);
+        case 3: return launch(windows_kernel<PLANES, 3>, blocks, THREADS, bytes, stream, task);
+        case 4: return launch(windows_kernel<PLANES, 4>, blocks, THREADS, bytes, stream, task);
+        default: return cudaErrorInvalidValue;
+    }
+}
+
+}  // namespace patchscore
+
+using namespace patchscore;
+
+#define PS_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Sizes of the structures ctypes mirrors: a build that does not fit the Python beside it is not used.
+PS_EXPORT int patchscore_layout() { return int(sizeof(Windows) + 1000 * sizeof(Pack) + 1000000 * sizeof(Norms)); }
+
+// Why no device can serve, or null.
+PS_EXPORT const char* patchscore_unavailable() {
+    int count = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess) {
+        cudaGetLastError();
+        return cudaGetErrorString(error);
+    }
+    return count ? nullptr : "no CUDA device";
+}
+
+PS_EXPORT int patchscore_shared_bytes(const Windows* task) { return Layout(*task).end; }
+
+PS_EXPORT const char* patchscore_windows(const Windows* task, int device, void* stream) {
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess) {
+        const Axis &rows = task->rows, &cols = task->cols;
+        const int columns = columns_of(cols, cols.q0);
+        const int64_t groups = (int64_t(task->images) * ((columns + TILE - 1) / TILE) + TILES - 1) / TILES;
+        const dim3 blocks(unsigned((groups + task->groups_per_chunk - 1) / task->groups_per_chunk),
+                          unsigned(((rows.q1 - rows.q0 + task->strip - 1) / task->strip) *
+                                   ((cols.q1 - cols.q0 + QUERIES - 1) / QUERIES)),
+                          unsigned(task->items));
+        const int bytes = Layout(*task).end;
+        error = task->planes == 1 ? launch_windows<1>(*task, blocks, bytes, stream)
+                                  : launch_windows<3>(*task, blocks, bytes, stream);
+    }
+    return told("windows_kernel", error);
+}
+
+PS_EXPORT const char* patchscore_pack(const Pack* task, int device, void* stream) {
+    cudaError_t error = cudaSetDevice(device);
+    const int64_t pixels = int64_t(task->images) * task->height * task->width;
+    if (error == cudaSuccess) error = launch(pack_kernel, dim3(blocks_for(pixels)), THREADS, 0, stream, *task);
+    return told("pack_kernel", error);
+}
+
+PS_EXPORT const char* patchscore_norms(const Norms* task, int device, void* stream) {
+    cudaError_t error = cudaSetDevice(device);
+    const int64_t columns = int64_t(task->images) * task->width, rows = int64_t(task->images) * task->height;
+    if (error == cudaSuccess) error = launch(column_kernel, dim3(blocks_for(columns)), THREADS, 0, stream, *task);
+    if (error != cudaSuccess) return told("column_kernel", error);
+    error = launch(row_kernel, dim3(blocks_for(rows)), THREADS, 0, stream, *task);
+    return told("row_kernel", error);
+}

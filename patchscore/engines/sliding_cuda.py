@@ -1,0 +1,484 @@
+"""The CUDA half of engine `sliding`: prepares operands, cuts the bank into slabs, starts kernels, adds up their sums.
+
+The kernels (csrc/sliding_cuda.cu) multiply signed bytes, so everything here is counted in steps of a byte pixel:
+p = 127.5 v - 0.5 is a whole number for a uint8 image, and the noisy image becomes a number of three digits,
+q = h (d0 + d1 / b + d2 / b^2) with h just large enough for the item. All memory is torch's; the library only computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..bank import PatchBank
+from ..posterior import PosteriorSum
+from ..windows import Axis, Competition, Group
+
+STEPS = 127.5
+"""Steps of a byte pixel in a unit of v."""
+STRIP = 32  # query rows of a block
+TILE, TILES = 8, 4  # window columns of a tile, tiles of a group; as in the kernel
+LARGEST_CHUNK = 16  # groups a block adds up in float32 before float64 takes over
+CHUNKS = 512  # a bank is cut into about so many, if it has as many groups
+ALIGNED = LARGEST_CHUNK * TILES  # slabs of whole chunks, so that sums do not depend on where slabs end
+SLAB_BYTES = 2**29  # larger slabs were not found to be of use
+RESIDENT_SHARE = 0.5  # of the device's free memory: a larger bank is streamed
+SHARED_BYTES = 227 * 1024  # of a block, where torch does not say
+
+
+class _Axis(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("q0", "q1", "w0", "w1", "locked")]
+
+
+class _Windows(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("channel_quads", "planes", "values_per_pixel", "height", "width")),
+        *((name, ctypes.c_int) for name in ("patch_size", "circular")),
+        ("rows", _Axis),
+        ("cols", _Axis),
+        *((name, ctypes.c_int) for name in ("images", "items", "strip", "groups_per_chunk", "multiplier", "base")),
+        ("outside", ctypes.c_int * 4),
+        *((name, ctypes.c_void_p) for name in ("quads", "values", "norms", "fractions", "digits", "scale")),
+        *((name, ctypes.c_void_p) for name in ("references", "sums")),
+    ]
+
+
+class _Pack(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("channels", "height", "width", "images", "bytes", "base")),
+        *((name, ctypes.c_int) for name in ("first_value", "values_per_pixel")),
+        *((name, ctypes.c_void_p) for name in ("raw", "indices", "quads", "values", "squares")),
+    ]
+
+
+class _Norms(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("height", "width", "images", "patch_size")),
+        ("unit", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("squares", "columns", "norms", "fractions")),
+    ]
+
+
+def load(path: str) -> ctypes.CDLL:
+    """The kernels' library at `path`; OSError if it cannot be loaded or was built from other sources."""
+    library = ctypes.CDLL(path)
+    if library.patchscore_layout() != sum(
+        ctypes.sizeof(structure) * 1000**i for i, structure in enumerate((_Windows, _Pack, _Norms))
+    ):
+        raise OSError(f"{path} was built from other sources; build it again")
+    for name in ("patchscore_windows", "patchscore_pack", "patchscore_norms"):
+        getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+        getattr(library, name).restype = ctypes.c_char_p
+    library.patchscore_unavailable.restype = ctypes.c_char_p
+    library.patchscore_shared_bytes.argtypes = [ctypes.c_void_p]
+    return library
+
+
+def _found() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or why there is none."""
+    spec = importlib.util.find_spec("patchscore._sliding_cuda")
+    if spec is None or spec.origin is None:
+        return None, "the CUDA extension was not built (no nvcc, or PATCHSCORE_CUDA=0)"
+    try:
+        return load(spec.origin), ""
+    except (OSError, AttributeError) as error:
+        return None, str(error)
+
+
+library, _missing = _found()
+
+
+def unavailable() -> str | None:
+    """Why no CUDA device can be served, or None."""
+    if library is None:
+        return _missing
+    reason = library.patchscore_unavailable()
+    return f"CUDA: {reason.decode()}" if reason else None
+
+
+def serves(bank: PatchBank, competition: Competition) -> bool:
+    """Whether the kernels have room for its numbers: not whole images, nor patches of more than some 60,000 values."""
+    return competition.patch_size is not None and _base(_values(bank, competition), _planes(bank)) >= 8
+
+
+def posterior_sums(
+    z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
+) -> list[PosteriorSum]:
+    """The sums of every competition in one pass over the bank; arguments as of `sliding.posterior_sums`.
+
+    Every competition must be one that `serves`. Work is queued on the current stream of z's device.
+    """
+    if not competitions:
+        return []
+    with torch.cuda.device(z.device) if z.device.type == "cuda" else nullcontext():
+        parts = [_some_channels(z, sigma, bank, competitions, memory_limit, first) for first in range(0, z.shape[1], 4)]
+    # Weights are the same whichever channels are averaged.
+    return [
+        PosteriorSum(same[0].m, same[0].s, torch.cat([x.v for x in same], 1), same[0].s2)
+        for same in zip(*parts, strict=True)
+    ]
+
+
+@dataclass
+class _Noisy:
+    """Items of a batch whose digits weigh the same."""
+
+    channels: int
+    items: Tensor  # [n] positions in the batch
+    top: int  # h, what a digit of the first plane is worth
+    digits: Tensor  # [n, channel_quads, H, W, 4] int32: quads of the three planes, and nothing
+    squares: Tensor  # [n, 1, H, W] float64: sum over channels of q^2
+    sigma: Tensor  # [n] float64, in steps
+    outside: tuple[int, ...]  # the digits of v = 0
+
+
+@dataclass
+class _Slab:
+    """Training images as the kernel reads them."""
+
+    images: int
+    quads: Tensor
+    values: Tensor
+    squares: Tensor  # [images, H, W] float64
+
+
+def _some_channels(
+    z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int, first: int
+) -> list[PosteriorSum]:
+    """The sums with the mean of channels first .. first + 3 only."""
+    count = min(4, z.shape[1] - first)
+    shape = (len(z), count, *z.shape[2:])
+    base = min(_base(_values(bank, competition), _planes(bank)) for competition in competitions)
+    batches = _noisy(z, sigma, base)
+    totals = [[PosteriorSum.empty((len(b.items), *shape[1:]), z.device) for b in batches] for _ in competitions]
+    per_slab = _images_per_slab(bank, memory_limit)
+    for raw, indices, images in _slabs(bank, z.device, per_slab):
+        slab = _packed(raw, indices, images, base, first, count)
+        for competition, parts in zip(competitions, totals, strict=True):
+            for batch, total in zip(batches, parts, strict=True):
+                unit = _unit(_values(bank, competition), batch.top)
+                norms = _norms(slab, competition.patch_size or 0, unit)
+                for group in competition.groups:
+                    _add(total, batch, slab, norms, competition, group, base, unit, len(bank), memory_limit)
+
+    gathered = [PosteriorSum.empty(shape, z.device) for _ in competitions]
+    for whole, parts in zip(gathered, totals, strict=True):
+        for batch, part in zip(batches, parts, strict=True):
+            for name in ("m", "s", "v", "s2"):
+                getattr(whole, name)[batch.items] = getattr(part, name)
+    return gathered
+
+
+# Numbers: how many digits fit where.
+
+
+def _planes(bank: PatchBank) -> int:
+    """Digits of a training pixel: bytes have one, floats three."""
+    return 1 if bank.images.dtype == torch.uint8 else 3
+
+
+def _values(bank: PatchBank, competition: Competition) -> int:
+    """How many values of an image one window can hold."""
+    channels, height, width = bank.shape
+    k = competition.patch_size or 0
+    return channels * min(k, height) * min(k, width)
+
+
+def _base(values: int, planes: int) -> int:
+    """The largest b for which sums of lower digits, at most 65 b^2 (150 b^2 for floats) each, fit in 2^30."""
+    return min(254, math.isqrt(2**30 // ((65 if planes == 1 else 150) * values)))
+
+
+def _unit(values: int, top: int) -> int:
+    """What distances are counted in, so that |p|^2 and 2 q.p together stay below 2^30: 1 unless noise is very high."""
+    return 2 ** max(0, math.ceil(math.log2(values * (16538 + 32512 * top)) - 30))
+
+
+def _noisy(z: Tensor, sigma: Tensor, base: int) -> list[_Noisy]:
+    """The batch in digits, items grouped by what their first digit is worth."""
+    q = z.detach().to(torch.float32).to(torch.float64) * STEPS - 0.5
+    tops = [2 ** max(0, math.ceil(math.log2(largest / 126.5))) for largest in _largest(q)]
+    batches = []
+    for top in sorted(set(tops)):
+        items = torch.tensor([i for i, other in enumerate(tops) if other == top], device=z.device)
+        planes, rounded = _digits(q[items], top, base)
+        quads = [_quads(plane) for plane in planes]
+        outside, _ = _digits(torch.tensor(-0.5, dtype=torch.float64), top, base)
+        batches.append(
+            _Noisy(
+                channels=z.shape[1],
+                items=items,
+                top=top,
+                digits=torch.stack([*quads, torch.zeros_like(quads[0])], -1).contiguous(),
+                squares=rounded.square().sum(1, keepdim=True),
+                sigma=sigma.to(z.device, torch.float64)[items] * STEPS,
+                outside=tuple((int(d) & 255) * 0x01010101 for d in outside),
+            )
+        )
+    return batches
+
+
+def _largest(q: Tensor) -> list[float]:
+    return q.abs().flatten(1).amax(1).clamp(min=0.5).tolist()
+
+
+def _digits(q: Tensor, top: int, base: int) -> tuple[list[Tensor], Tensor]:
+    """q as three digits (the first in -127 .. 127, the others in -b/2 .. b/2), and q as they give it back."""
+    rest, value, weight, digits = q / top, torch.zeros_like(q), float(top), []
+    for _ in range(3):
+        digit = rest.round()
+        digits.append(digit)
+        value = value + digit * weight
+        rest, weight = (rest - digit) * base, weight / base
+    return digits, value
+
+
+def _quads(digits: Tensor) -> Tensor:
+    """[n, C, H, W] signed bytes as [n, ceil(C / 4), H, W] int32 of four channels each."""
+    n, channels, height, width = digits.shape
+    padded = F.pad(digits.to(torch.int8), (0, 0, 0, 0, 0, -channels % 4))
+    return padded.reshape(n, -1, 4, height, width).permute(0, 1, 3, 4, 2).contiguous().view(torch.int32).squeeze(-1)
+
+
+# The bank: slabs of it on the device, resident or streamed.
+
+_resident: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Copies of a bank's images by device, as long as the bank's own live."""
+
+
+def _images_per_slab(bank: PatchBank, memory_limit: int) -> int:
+    """Images whose operands fit in a share of the working memory."""
+    channels, height, width = bank.shape
+    per_pixel = 4 * _planes(bank) * -(-channels // 4) + 16 + 8 + 8 + 4 + 4
+    raw = 2 * bank.images[0].nbytes  # of streamed slabs
+    images = min(SLAB_BYTES, memory_limit // 2) // (height * width * per_pixel + raw)
+    if images < 1:
+        raise ValueError(f"memory_limit: got {memory_limit} bytes, one image takes {2 * height * width * per_pixel}")
+    images = min(images, (2**31 - 1) // (height * width) - 1)
+    return images // ALIGNED * ALIGNED if images >= ALIGNED else images
+
+
+def _slabs(bank: PatchBank, device: torch.device, per_slab: int) -> Iterator[tuple[Tensor, Tensor | None, int]]:
+    """(images on the device, positions of the slab's in them or None, how many), slab after slab."""
+    images = _on_device(bank.images, device)
+    if images is None:
+        yield from _streamed(bank, device, per_slab)
+        return
+    indices = None if bank.indices is None else bank.indices.to(device, torch.int64)
+    for start in range(0, len(bank), per_slab):
+        count = min(per_slab, len(bank) - start)
+        if indices is None:
+            yield images[start : start + count], None, count
+        else:
+            yield images, indices[start : start + count].contiguous(), count
+
+
+def _on_device(images: Tensor, device: torch.device) -> Tensor | None:
+    """The bank's images there, copied once; None if they would fill too much of its memory."""
+    if images.device == device:
+        return images
+    copies = _resident.setdefault(images, {})
+    if device not in copies:
+        free, _ = torch.cuda.mem_get_info(device)
+        if images.nbytes > RESIDENT_SHARE * free:
+            return None
+        copies[device] = images.to(device)
+    return copies[device]
+
+
+def _streamed(bank: PatchBank, device: torch.device, per_slab: int) -> Iterator[tuple[Tensor, Tensor | None, int]]:
+    """Slabs through two pinned buffers: while one is computed on, the next is on its way."""
+    starts = range(0, len(bank), per_slab)
+    shape = (min(per_slab, len(bank)), *bank.shape)
+    pinned = [torch.empty(shape, dtype=bank.images.dtype, pin_memory=True) for _ in range(2)]
+    arrived = [torch.empty(shape, dtype=bank.images.dtype, device=device) for _ in range(2)]
+    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    copied = [torch.cuda.Event() for _ in range(2)]
+    copying.wait_stream(computing)  # which may still use what torch gave for `arrived`
+
+    def send(number: int) -> None:
+        half = number % 2
+        chosen = slice(starts[number], starts[number] + per_slab)
+        copied[half].synchronize()  # its pinned memory is free again
+        if bank.indices is None:
+            pinned[half][: len(bank.images[chosen])].copy_(bank.images[chosen])
+        else:
+            torch.index_select(bank.images, 0, bank.indices[chosen], out=pinned[half][: len(bank.indices[chosen])])
+        with torch.cuda.stream(copying):
+            arrived[half].copy_(pinned[half], non_blocking=True)
+            copied[half].record(copying)
+
+    send(0)
+    for number, start in enumerate(starts):
+        half = number % 2
+        if number + 1 < len(starts):
+            # The other half was computed on last; what is queued for it comes first.
+            copying.wait_stream(computing)
+            send(number + 1)
+        computing.wait_event(copied[half])
+        yield arrived[half], None, min(per_slab, len(bank) - start)
+    copying.wait_stream(computing)
+    for tensor in arrived:
+        tensor.record_stream(copying)
+
+
+# Kernels.
+
+
+def _run(name: str, task: ctypes.Structure, device: torch.device) -> None:
+    """Starts a kernel on the device's current stream; RuntimeError, with its name, if that fails."""
+    assert library is not None
+    number, stream = 0, 0
+    if device.type == "cuda":
+        number, stream = device.index or 0, torch.cuda.current_stream(device).cuda_stream
+    error = getattr(library, name)(ctypes.byref(task), number, stream)
+    if error:
+        raise RuntimeError(error.decode())
+
+
+def _packed(raw: Tensor, indices: Tensor | None, images: int, base: int, first: int, count: int) -> _Slab:
+    _, channels, height, width = raw.shape
+    is_bytes = raw.dtype == torch.uint8
+    planes, channel_quads = 1 if is_bytes else 3, -(-channels // 4)
+    quads = torch.empty(images * planes * channel_quads * height * width, dtype=torch.int32, device=raw.device)
+    # A tile more than there is, which idle lanes read.
+    values = torch.zeros(images * height * width + TILE, 4 if count > 1 else 1, device=raw.device)
+    squares = torch.empty(images, height, width, dtype=torch.float64, device=raw.device)
+    task = _Pack(
+        channels=channels, height=height, width=width, images=images, bytes=is_bytes, base=base,
+        first_value=first, values_per_pixel=count, raw=raw.data_ptr(),
+        indices=None if indices is None else indices.data_ptr(),
+        quads=quads.data_ptr(), values=values.data_ptr(), squares=squares.data_ptr(),
+    )  # fmt: skip
+    _run("patchscore_pack", task, raw.device)
+    return _Slab(images, quads, values, squares)
+
+
+def _norms(slab: _Slab, k: int, unit: int) -> tuple[Tensor, Tensor]:
+    """|p|^2 of the windows at every pixel, in units: whole numbers, and what they leave out."""
+    _, height, width = slab.squares.shape
+    columns = torch.empty_like(slab.squares)
+    norms = torch.empty(slab.squares.shape, dtype=torch.int32, device=slab.squares.device)
+    fractions = torch.empty(slab.squares.shape, device=slab.squares.device)
+    task = _Norms(
+        height=height, width=width, images=slab.images, patch_size=k, unit=unit, squares=slab.squares.data_ptr(),
+        columns=columns.data_ptr(), norms=norms.data_ptr(), fractions=fractions.data_ptr(),
+    )  # fmt: skip
+    _run("patchscore_norms", task, slab.squares.device)
+    return norms, fractions
+
+
+def _add(
+    total: PosteriorSum,
+    batch: _Noisy,
+    slab: _Slab,
+    norms: tuple[Tensor, Tensor],
+    competition: Competition,
+    group: Group,
+    base: int,
+    unit: int,
+    bank_size: int,
+    memory_limit: int,
+) -> None:
+    """Adds what a slab gives to one group of pixels, as many items at a time as memory allows."""
+    device = slab.squares.device
+    rows, cols = group.rows, group.cols
+    count, (height, width) = total.v.shape[1], total.v.shape[2:]
+    task = _Windows(
+        channel_quads=batch.digits.shape[1], planes=len(slab.quads) // slab.squares.numel() // batch.digits.shape[1],
+        values_per_pixel=3 if count == 2 else count, height=height, width=width,
+        patch_size=competition.patch_size, circular=competition.padding_mode == "circular",
+        rows=_axis(rows), cols=_axis(cols), images=slab.images, multiplier=2 * batch.top // unit, base=base,
+        outside=(*batch.outside, 0), quads=slab.quads.data_ptr(), values=slab.values.data_ptr(),
+        norms=norms[0].data_ptr(), fractions=norms[1].data_ptr(),
+    )  # fmt: skip
+
+    # A block adds up one chunk; their size follows the bank's, so that sums do not depend on slabs or the batch.
+    columns = min(16, len(cols.queries)) if cols.locked else len(cols.centres)
+    tiles = -(-columns // TILE)
+    groups = -(-bank_size * tiles // TILES)
+    task.groups_per_chunk = min(LARGEST_CHUNK, 2 ** int(math.log2(max(1, groups // CHUNKS))))
+    groups_here = -(-slab.images * tiles // TILES)
+    chunks = -(-groups_here // task.groups_per_chunk)
+
+    # log2 weights: bits a unit of distance, and a unit of the lower digits.
+    precision = 0.5 / batch.sigma.square()
+    lower = 2 * batch.top / base**2
+    scale = torch.stack([precision * unit, precision * lower], 1).mul_(math.log2(math.e)).to(torch.float32)
+    q2 = _query_norms(batch.squares, batch.channels, competition, group)
+
+    parts = task.values_per_pixel + 2
+    per_item = chunks * height * width * (8 + 4 * parts + 8 * (parts + 3))
+    at_a_time = max(1, min(65535, min(SLAB_BYTES, memory_limit // 2) // per_item))
+    for first in range(0, len(batch.items), at_a_time):
+        items = slice(first, min(first + at_a_time, len(batch.items)))
+        n = items.stop - items.start
+        references = torch.empty(chunks, n, height, width, 2, dtype=torch.int32, device=device)
+        sums = torch.empty(chunks, n, parts, height, width, device=device)
+        task.items, task.digits = n, batch.digits[items].data_ptr()
+        task.scale = scale[items].data_ptr()
+        task.references, task.sums = references.data_ptr(), sums.data_ptr()
+        for piece in _pieces(task, rows, device):
+            task.rows = _axis(piece)
+            _run("patchscore_windows", task, device)
+            # Chunks together, in float64.
+            row, col = (slice(axis.queries.start, axis.queries.stop) for axis in (rows, cols))
+            coarse, fine = references[:, :, None, row, col].to(torch.float64).unbind(-1)
+            exact = sums[..., row, col].to(torch.float64)
+            distance = coarse * unit - fine * lower + q2[items, :, row, col]
+            m = torch.where(exact[:, :, :1] > 0, -distance * precision[items].reshape(-1, 1, 1, 1), -torch.inf)
+            top = m.amax(0)
+            fade = torch.where(torch.isneginf(m), 0.0, (m - top).exp_())
+            s, s2, v = exact.split([1, 1, parts - 2], 2)
+            part = PosteriorSum(top, (s * fade).sum(0), (v * fade).sum(0)[:, :count], (s2 * fade.square()).sum(0))
+            total.add_(part, items, row, col)
+
+
+def _pieces(task: _Windows, rows: Axis, device: torch.device) -> list[Axis]:
+    """Sets the strip of query rows, and cuts the window rows, so that a block's shared memory holds them."""
+    assert library is not None
+    limit = SHARED_BYTES
+    if device.type == "cuda":
+        limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 96 * 1024)
+    task.strip, windows = min(STRIP, len(rows.queries)), rows.windows
+    while library.patchscore_shared_bytes(ctypes.byref(task)) > limit:
+        if windows is not None and len(windows) > 2 * task.strip:
+            windows = windows[: -(-len(windows) // 2)]
+        elif task.strip > 1:
+            task.strip = -(-task.strip // 2)
+        elif windows is not None and len(windows) > 1:
+            windows = windows[: -(-len(windows) // 2)]
+        else:
+            raise ValueError(f"patch_size: {task.patch_size} needs more shared memory than the device has")
+        task.rows = _axis(Axis(rows.queries, windows))
+    if rows.windows is None or windows is None:
+        return [rows]
+    starts = range(0, len(rows.windows), len(windows))
+    return [Axis(rows.queries, rows.windows[start : start + len(windows)]) for start in starts]
+
+
+def _axis(axis: Axis) -> _Axis:
+    return _Axis(axis.queries.start, axis.queries.stop, axis.centres.start, axis.centres.stop, axis.locked)
+
+
+def _query_norms(squares: Tensor, channels: int, competition: Competition, group: Group) -> Tensor:
+    """|q|^2 of the window at every pixel, [n, 1, H, W] float64: outside, z is v = 0 where windows lie inside, and where
+    an axis is locked both are outside together and differ by nothing."""
+    k = competition.patch_size or 0
+    r = k // 2
+    paddings = [(group.rows.locked, (0, 0, r, r)), (group.cols.locked, (r, r, 0, 0))]
+    for locked, padding in sorted(paddings):
+        if competition.padding_mode == "circular":
+            squares = F.pad(squares, padding, mode="circular")
+        else:
+            squares = F.pad(squares, padding, value=0.0 if locked else 0.25 * channels)
+    return squares.unfold(2, k, 1).sum(-1).unfold(3, k, 1).sum(-1)

@@ -1,0 +1,336 @@
+"""The CUDA kernels give the sums of `reference`: as plain C++ where there is no GPU (tests/emulation), and on one."""
+
+import re
+import shutil
+import subprocess
+import threading
+
+import emulated
+import pytest
+import torch
+from conftest import smooth_images
+from test_sliding import LIMIT, assert_same, broken, circular, local
+
+import patchscore as ps
+from patchscore.engines import reference, sliding, sliding_cuda
+from patchscore.windows import WHOLE_IMAGE, Axis, Competition, Group
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory):
+    library = emulated.build(tmp_path_factory.mktemp("emulated"))
+    if library is None:
+        pytest.skip("no C++ compiler")
+    return library
+
+
+@pytest.fixture
+def kernels(emulated_library, monkeypatch):
+    """The emulated kernels serve tensors on the CPU."""
+    monkeypatch.setattr(sliding_cuda, "library", emulated_library)
+
+
+def noisy_batch(bank, sigma, device="cpu"):
+    sigma = torch.tensor(sigma, dtype=torch.float64)
+    x0 = bank.chunk(0, 1).expand(len(sigma), -1, -1, -1)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    return (x0 + sigma.float()[:, None, None, None] * noise).to(device), sigma
+
+
+def compare(bank, competition, sigma, tolerance=1e-4, device="cpu", limit=LIMIT):
+    z, sigma = noisy_batch(bank, sigma, device)
+    (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [competition], limit)
+    expected = reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT)
+    assert_same(got, expected, tolerance)
+    return got
+
+
+# The kernels as plain C++.
+
+
+@pytest.mark.parametrize(
+    ("kind", "k", "channels", "height", "width"),
+    [
+        (circular, 1, 2, 7, 9),
+        (circular, 3, 3, 9, 11),
+        (circular, 5, 1, 11, 8),
+        (circular, 7, 4, 8, 9),
+        (circular, 9, 3, 9, 17),
+        (circular, 5, 5, 8, 7),
+        (broken, 1, 3, 6, 7),
+        (broken, 3, 4, 9, 7),
+        (broken, 5, 3, 11, 10),
+        (broken, 7, 1, 9, 12),
+        (local, 3, 3, 7, 18),
+        (local, 9, 2, 10, 6),
+        (local, 5, 9, 6, 5),
+    ],
+)
+def test_sums_are_the_references(kernels, kind, k, channels, height, width):
+    bank = ps.PatchBank(smooth_images(11, channels, height, width))
+    compare(bank, kind(k, height, width), [0.05, 0.3, 2.0])
+
+
+@pytest.mark.parametrize("kind", [local, broken])
+@pytest.mark.parametrize("k", [9, 11, 17])
+def test_sums_are_the_references_where_the_window_is_larger_than_the_image(kernels, kind, k):
+    bank = ps.PatchBank(smooth_images(9, 3, 9, 8))
+    compare(bank, kind(k, 9, 8), [0.05, 1.0])
+
+
+@pytest.mark.parametrize("kind", [circular, broken])
+def test_strips_of_tall_images_give_the_references_sums(kernels, kind):
+    bank = ps.PatchBank(smooth_images(3, 1, 39, 9))
+    compare(bank, kind(7, 39, 9), [0.3])
+
+
+def test_window_rows_are_cut_where_shared_memory_is_short(kernels, monkeypatch):
+    bank = ps.PatchBank(smooth_images(3, 3, 20, 9))
+    monkeypatch.setattr(sliding_cuda, "SHARED_BYTES", 14 * 1024)
+    compare(bank, circular(5, 20, 9), [0.3])
+    compare(bank, local(5, 20, 9), [0.3])
+
+
+@pytest.mark.parametrize("kind", [circular, broken, local])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_extreme_noise_is_held_in_one_batch(kernels, kind, dtype):
+    bank = ps.PatchBank(smooth_images(9, 3, 8, 7, dtype=dtype))
+    z, sigma = noisy_batch(bank, [0.005, 0.05, 100.0, 1e4])
+    (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [kind(5, 8, 7)], LIMIT)
+    expected = reference.posterior_sum(z.double(), sigma, bank, kind(5, 8, 7), LIMIT)
+    error = (got.mean - expected.mean).abs()
+    assert error[:1].max() < 1e-3
+    assert error[1:].max() < 1e-4
+    torch.testing.assert_close(got.ess, expected.ess, rtol=2e-2, atol=1e-3)
+
+
+def test_mean_is_nearest_window_as_sigma_vanishes(kernels):
+    bank = ps.PatchBank(smooth_images(12, 3, 8, 7))
+    z = bank.chunk(4, 5) + 0.01 * torch.randn(1, 3, 8, 7, generator=torch.Generator().manual_seed(0))
+    tiny = torch.full((1,), 1e-4, dtype=torch.float64)
+    for competition in (local(5, 8, 7), circular(3, 8, 7)):
+        expected = reference.posterior_sum(z.double(), tiny, bank, competition, LIMIT)
+        for sigma in (1e-4, 1e-9):
+            (got,) = sliding_cuda.posterior_sums(z, tiny / 1e-4 * sigma, bank, [competition], LIMIT)
+            assert (got.mean - expected.mean).abs().max() < 1e-5
+
+
+def test_maximum_may_rise_by_thousands_of_nats(kernels):
+    # Far images first: the reference moves with almost every image.
+    images = torch.linspace(1, -1, 24)[:, None, None, None] * torch.ones(1, 3, 7, 7)
+    bank = ps.PatchBank(images)
+    z = torch.full((1, 3, 7, 7), -1.0) + 0.005 * torch.randn(1, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.005], dtype=torch.float64)
+    for competition in (local(3, 7, 7), circular(5, 7, 7)):
+        (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [competition], LIMIT)
+        assert_same(got, reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT), 1e-3)
+
+
+def test_largest_values_do_not_overflow(kernels):
+    # Black and white images under a constant far beyond them: every sum of digits is as large as it gets.
+    images = torch.tensor([0, 255], dtype=torch.uint8).repeat(3)[:, None, None, None].expand(6, 3, 15, 15)
+    for dtype in (torch.uint8, torch.float32):
+        bank = ps.PatchBank(images.contiguous() if dtype == torch.uint8 else images / 127.5 - 1)
+        for level in (-1.99, 1.99, 30.0):
+            z = torch.full((1, 3, 15, 15), level)
+            sigma = torch.tensor([5.0], dtype=torch.float64)
+            (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [local(29, 15, 15)], LIMIT)
+            assert_same(got, reference.posterior_sum(z.double(), sigma, bank, local(29, 15, 15), LIMIT), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_selections_read_the_same_pixels(kernels, dtype):
+    bank = ps.PatchBank(smooth_images(24, 3, 8, 9, dtype=dtype), torch.arange(24) % 3).select(1)
+    compare(bank, circular(3, 8, 9), [0.1, 1.0])
+    compare(bank, broken(5, 8, 9), [0.1, 1.0])
+
+
+def test_any_product_of_axes_gives_the_references_sums(kernels):
+    # Queries that no window reaches by a shift, in both padding modes.
+    bank = ps.PatchBank(smooth_images(7, 3, 9, 10))
+    for mode in ("zeros", "circular"):
+        for rows, cols in (
+            (Axis(range(0, 3), range(2, 5)), Axis(range(4, 10), range(2, 8))),
+            (Axis(range(2, 6)), Axis(range(0, 10), range(3, 4))),
+            (Axis(range(8, 9), range(2, 7)), Axis(range(3, 5))),
+        ):
+            z, sigma = noisy_batch(bank, [0.4])
+            competition = Competition(5, mode, (Group(rows, cols),))
+            (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [competition], LIMIT)
+            expected = reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT)
+            served = expected.s > 0
+            assert torch.equal(served, got.s > 0)
+            assert (got.mean - expected.mean)[served.expand_as(got.v)].abs().max() < 1e-4
+
+
+def test_numbers_do_not_depend_on_slabs_or_batch(kernels, monkeypatch):
+    bank = ps.PatchBank(smooth_images(150, 1, 6, 6))
+    z, sigma = noisy_batch(bank, [0.05, 3.0, 0.4])
+    competition = circular(3, 6, 6)
+    (expected,) = sliding_cuda.posterior_sums(z, sigma, bank, [competition], LIMIT)
+    monkeypatch.setattr(sliding_cuda, "SLAB_BYTES", 64 * 60 * 36)
+    (slabs,) = sliding_cuda.posterior_sums(z, sigma, bank, [competition], LIMIT)
+    (alone,) = sliding_cuda.posterior_sums(z[1:2], sigma[1:2], bank, [competition], LIMIT)
+    assert (slabs.mean - expected.mean).abs().max() < 1e-12
+    assert (alone.mean - expected.mean[1:2]).abs().max() < 1e-12
+
+
+def test_several_sizes_at_once_are_those_alone(kernels):
+    bank = ps.PatchBank(smooth_images(6, 3, 9, 8))
+    competitions = [circular(k, 9, 8) for k in (1, 3, 7)]
+    z, sigma = noisy_batch(bank, [0.2, 1.0])
+    together = sliding_cuda.posterior_sums(z, sigma, bank, competitions, LIMIT)
+    for got, competition in zip(together, competitions, strict=True):
+        assert_same(got, reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT), 1e-4)
+
+
+def test_a_refused_kernel_is_named(kernels, monkeypatch):
+    monkeypatch.setattr(sliding_cuda, "SHARED_BYTES", 2**40)
+    bank = ps.PatchBank(smooth_images(2, 3, 60, 60))
+    z, sigma = noisy_batch(bank, [1.0])
+    with pytest.raises(RuntimeError, match="windows_kernel: refused"):
+        sliding_cuda.posterior_sums(z, sigma, bank, [local(119, 60, 60)], LIMIT)
+
+
+def test_too_little_memory_is_refused(kernels):
+    bank = ps.PatchBank(smooth_images(2, 3, 32, 32))
+    z, sigma = noisy_batch(bank, [1.0])
+    with pytest.raises(ValueError, match="memory_limit"):
+        sliding_cuda.posterior_sums(z, sigma, bank, [circular(3, 32, 32)], 10_000)
+
+
+def test_without_the_library_the_engine_says_so(monkeypatch):
+    monkeypatch.setattr(sliding_cuda, "library", None)
+    monkeypatch.setattr(sliding_cuda, "_missing", "the CUDA extension was not built")
+    assert "not built" in (sliding.unavailable(torch.device("cuda")) or "")
+
+
+def test_whole_images_are_not_for_the_kernels():
+    bank = ps.PatchBank(smooth_images(2, 3, 8, 8))
+    assert not sliding_cuda.serves(bank, WHOLE_IMAGE)
+    assert sliding_cuda.serves(bank, local(15, 8, 8))
+
+
+# The compiler's report.
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_kernels_keep_everything_in_registers(tmp_path):
+    # On an sm_80 one kernel keeps a few words of its cold parts in memory.
+    for target, most in (("sm_80", 32), ("sm_90", 0)):
+        command = ["nvcc", "-std=c++17", "-O3", f"-arch={target}", "-cubin", "-Xptxas", "-v", "-o", tmp_path / target]
+        source = emulated.ROOT / "csrc" / "sliding_cuda.cu"
+        report = subprocess.run([*command, source], capture_output=True, text=True, check=True).stderr
+        spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        assert len(spilled) >= 9
+        assert max(int(stored) for stored, _ in spilled) <= most
+
+
+# On a GPU.
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", [circular, broken, local])
+@pytest.mark.parametrize("k", [1, 3, 7, 11, 17])
+@pytest.mark.parametrize(("channels", "height", "width"), [(3, 32, 32), (1, 28, 28), (4, 37, 50), (6, 20, 23)])
+def test_gpu_sums_are_the_references(kind, k, channels, height, width):
+    for dtype in (torch.uint8, torch.float32):
+        bank = ps.PatchBank(smooth_images(150, channels, height, width, dtype=dtype))
+        compare(bank, kind(k, height, width), [0.05, 0.4, 3.0], device="cuda")
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", [circular, local])
+def test_gpu_extreme_noise_is_held(kind):
+    bank = ps.PatchBank(smooth_images(300, 3, 32, 32))
+    z, sigma = noisy_batch(bank, [0.005, 0.01, 100.0, 1e4], "cuda")
+    (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [kind(7, 32, 32)], LIMIT)
+    expected = reference.posterior_sum(z.double(), sigma, bank, kind(7, 32, 32), LIMIT)
+    assert (got.mean - expected.mean).abs().max() < 1e-3
+
+
+@gpu
+@needs_gpu
+def test_gpu_machines_are_served():
+    bank = ps.PatchBank(smooth_images(100, 3, 32, 32), torch.arange(100) % 3)
+    z = bank.chunk(0, 2) + 0.3 * torch.randn(2, 3, 32, 32)
+    for machine in (ps.EquivariantLocalScore(bank, 5), ps.LocalScore(bank, 5), ps.IdealScore(bank)):
+        est = machine.estimate(z.cuda(), 0.3, labels=[0, 2])
+        assert est.engine == "sliding"
+        assert (est.mean.cpu() - machine.denoise(z.double(), 0.3, labels=[0, 2])).abs().max() < 1e-4
+
+
+@gpu
+@needs_gpu
+def test_gpu_streams_the_bank_as_it_holds_it(monkeypatch):
+    bank = ps.PatchBank(smooth_images(1000, 3, 16, 16), torch.arange(1000) % 2)
+    for images in (bank, bank.select(1)):
+        z, sigma = noisy_batch(images, [0.2, 1.0], "cuda")
+        (expected,) = sliding_cuda.posterior_sums(z, sigma, images, [circular(5, 16, 16)], LIMIT)
+        with monkeypatch.context() as patch:
+            patch.setattr(sliding_cuda, "RESIDENT_SHARE", 0.0)
+            patch.setattr(sliding_cuda, "SLAB_BYTES", 128 * 256 * 70)
+            sliding_cuda._resident.clear()
+            (got,) = sliding_cuda.posterior_sums(z, sigma, images, [circular(5, 16, 16)], LIMIT)
+        assert (got.mean - expected.mean).abs().max() < 1e-12
+
+
+@gpu
+@needs_gpu
+def test_gpu_work_follows_the_current_stream():
+    bank = ps.PatchBank(smooth_images(200, 3, 32, 32))
+    z, sigma = noisy_batch(bank, [0.2, 1.0], "cuda")
+    (expected,) = sliding_cuda.posterior_sums(z, sigma, bank, [circular(5, 32, 32)], LIMIT)
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(z)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)
+        late.copy_(z)
+        (got,) = sliding_cuda.posterior_sums(late, sigma, bank, [circular(5, 32, 32)], LIMIT)
+        mean = got.mean
+    stream.synchronize()
+    assert torch.equal(mean, expected.mean)
+
+
+@gpu
+@needs_gpu
+def test_gpu_threads_may_call_at_once():
+    bank = ps.PatchBank(smooth_images(200, 3, 32, 32))
+    z, sigma = noisy_batch(bank, [0.2, 1.0], "cuda")
+    results = [None] * 4
+
+    def call(number):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results[number] = sliding_cuda.posterior_sums(z, sigma, bank, [circular(5, 32, 32)], LIMIT)[0].mean.cpu()
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device or none")
+def test_gpu_devices_serve_their_own_tensors():
+    bank = ps.PatchBank(smooth_images(50, 3, 16, 16))
+    for device in range(torch.cuda.device_count()):
+        got = compare(bank, circular(5, 16, 16), [0.2], device=f"cuda:{device}")
+        assert got.v.device.index == device
+
+
+@gpu
+@needs_gpu
+def test_gpu_errors_name_the_kernel():
+    task = sliding_cuda._Windows(planes=1, values_per_pixel=9)
+    with pytest.raises(RuntimeError, match="windows_kernel"):
+        sliding_cuda._run("patchscore_windows", task, torch.device("cuda"))
