@@ -1,7 +1,11 @@
 """patchscore: the score of a diffusion model that has no network, from nothing but training patches."""
 
+from .adapters.network import NetworkDenoiser
 from .bank import PatchBank
+from .calibrate import Calibration, calibrate
 from .classification import Classification, classify
+from .evaluate import Comparison, baselines, compare
+from .explain import Explanation, explain
 from .gaussian import GaussianScore
 from .guidance import Guided, Switch
 from .machines import Denoiser, EquivariantLocalScore, Estimate, IdealScore, LocalScore
@@ -12,14 +16,18 @@ from .scales import ScaleTable
 from .version import __version__
 
 __all__ = [
+    "Calibration",
     "Classification",
+    "Comparison",
     "Denoiser",
     "EquivariantLocalScore",
     "Estimate",
+    "Explanation",
     "GaussianScore",
     "Guided",
     "IdealScore",
     "LocalScore",
+    "NetworkDenoiser",
     "PatchBank",
     "PosteriorSum",
     "ScaleTable",
@@ -27,7 +35,11 @@ __all__ = [
     "Step",
     "Switch",
     "__version__",
+    "baselines",
+    "calibrate",
     "classify",
+    "compare",
+    "explain",
     "get_schedule",
     "merge",
     "sample",

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checks, engines
+from . import checks, engines, plots
 from .bank import PatchBank
 from .engines.reference import _pixels, _rows
 from .machines import Labels, ScoreMachine, check_labels, check_noisy, check_sigma
@@ -66,7 +68,7 @@ class Explanation:
         return replace(self, **{name: getattr(self, name)[item : item + 1] for name in parts})
 
     def owners(self) -> tuple[Tensor, Tensor]:
-        """[B, H, W] each: the training image whose listed windows carry most of a pixel's mass, and how much they do."""
+        """[B, H, W] each: the training image whose listed windows carry most of a pixel's mass, and how much."""
         same = self.image[:, :, None] == self.image[:, None]  # [B, T, T, H, W]
         mass = (self.weight[:, None] * same).sum(2)
         mass = torch.where(self.image < 0, -1.0, mass)
@@ -146,17 +148,75 @@ class Nearness:
     rms: Tensor
 
 
+def mosaic_rows(walk: Walk, bank: PatchBank, levels: int = 4, contributors: int = 10) -> list[plots.MosaicRow]:
+    """What `plots.mosaic` draws of a walk, at so many of its explained steps, evenly spaced up to the last.
+
+    The first, where the noise hides everything, is shown only if all are.
+    """
+    last, count = len(walk.steps) - 1, min(levels, len(walk.steps))
+    shown = range(last + 1) if count > last else [round((i + 1) * last / count) for i in range(count)]
+    return [_mosaic_row(walk.steps[i], bank, contributors) for i in shown]
+
+
+def _mosaic_row(step: Explanation, bank: PatchBank, contributors: int) -> plots.MosaicRow:
+    owners, shares = (part[0].cpu() for part in step.owners())
+    numbers, position = owners.unique(return_inverse=True)
+    mass = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, position.flatten(), shares.flatten())
+    ranked = mass.argsort(descending=True, stable=True)
+    rank = ranked.argsort()[position]
+
+    # The map: a source's colour, paler where it carries less of the mass.
+    colours = np.array([plots.source_colour(r) for r in range(len(numbers))])
+    strength = shares.numpy()[..., None] ** 0.7
+    painted = strength * colours[rank.numpy()] + (1 - strength) * 226
+    sources = Image.fromarray(painted.round().astype(np.uint8))
+
+    # The collage: the centre of every pixel's heaviest window.
+    image, row, col = (part[0, 0].cpu() for part in (step.image, step.row, step.col))
+    used = image.unique()
+    train = _images(bank, used, torch.device("cpu"))
+    collage = train[torch.searchsorted(used, image), :, row, col].movedim(-1, 0)
+
+    # The sources, with the places marked whose windows own a pixel.
+    listed = []
+    for r, number in enumerate(numbers[ranked[:contributors]].tolist()):
+        places = torch.zeros(image.shape, dtype=torch.bool)
+        own = (owners == number) & (image == number)
+        places[row[own], col[own]] = True
+        pixels = np.asarray(plots.to_pil(_images(bank, torch.tensor([number]), torch.device("cpu"))[0]).convert("RGB"))
+        marked = np.where(places.numpy()[..., None], 0.35 * pixels + 0.65 * colours[r], pixels)
+        listed.append((Image.fromarray(marked.round().astype(np.uint8)), plots.source_colour(r)))
+    windows = f"{step.patch_size} x {step.patch_size} windows" if step.patch_size else "whole images"
+    title = f"noise {step.sigma:.2g}, {windows}: {len(numbers)} training images own a pixel"
+    spread = max(1.0, 2 * step.z.std().item())
+    return plots.MosaicRow(title, (step.z / spread)[0], step.mean[0], sources, collage, listed)
+
+
 @torch.no_grad()
-def nearest_images(images: Tensor, bank: PatchBank) -> Nearness:
-    """The training image nearest to each of some images [n, C, H, W]: a copy has rms 0."""
+def nearest_images(images: Tensor, bank: PatchBank, other_than: Sequence[int] | None = None) -> Nearness:
+    """The training image nearest to each of some images [n, C, H, W]: a copy has rms 0.
+
+    Args:
+        images: in [-1, 1].
+        bank: the training images.
+        other_than: for each image, a training image that does not count, such as itself.
+    """
     images = check_noisy(images, bank.shape, "images")
-    best = torch.cat([_whole_image_scores(images, train) for _, train in _chunks(bank, images, 1)], 1)
-    # A few to spare, as scores are float32; the distances themselves are taken in float64.
-    near = best.topk(min(1 + SPARE, len(bank)), 1).indices
+    scores = torch.cat([_whole_image_scores(images, train) for _, train in _chunks(bank, images, 1)], 1)
+    if other_than is not None:
+        scores[torch.arange(len(images)), torch.as_tensor(other_than)] = -torch.inf
+    # Some to spare, as scores are float32; the distances themselves are taken in float64.
+    spare = min(1 + SPARE, len(bank) - (other_than is not None))
+    near = scores.topk(spare, 1).indices
     train = torch.stack([_images(bank, row, images.device) for row in near])
-    rms = (train - images.double()[:, None]).square().mean((2, 3, 4)).sqrt()
-    least, at = rms.min(1)
+    least, at = (train - images.double()[:, None]).square().mean((2, 3, 4)).sqrt().min(1)
     return Nearness(near.gather(1, at[:, None])[:, 0], least)
+
+
+def usual_nearness(bank: PatchBank, n: int = 200) -> Nearness:
+    """The same for up to n training images and their nearest others: the scale that a sample's distance is read on."""
+    numbers = sorted({round(i * (len(bank) - 1) / max(1, n - 1)) for i in range(n)})
+    return nearest_images(_images(bank, torch.tensor(numbers), torch.device("cpu")), bank, numbers)
 
 
 def count_sources(explanation: Explanation) -> tuple[Tensor, Tensor]:
@@ -236,8 +296,8 @@ def explain(
 def nearest_windows(z: Tensor, bank: PatchBank, competition: Competition, count: int, memory_limit: int) -> Tensor:
     """The `count` competing windows nearest to each pixel's own: [3 (image, row, col), B, T, H, W] int64.
 
-    T is at most `count`; pixels with fewer competitors, or in no group, are filled up with -1. The smallest |q - p|^2 is
-    the largest q.p - |p|^2 / 2. In float32, so windows whose distances differ by rounding may change places.
+    T is at most `count`; pixels with fewer competitors, or in no group, are filled up with -1. The smallest |q - p|^2
+    is the largest q.p - |p|^2 / 2. In float32, so windows whose distances differ by rounding may change places.
     """
     batch, _, height, width = z.shape
     if competition.patch_size is None:

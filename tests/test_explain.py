@@ -1,6 +1,7 @@
 """explain against a loop over every window in float64, sharing no code with the package."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -99,8 +100,9 @@ def test_chunks_and_blocks_change_nothing(bank, monkeypatch):
     machine = ps.EquivariantLocalScore(bank, 3, padding_mode="circular")
     z = noisy(bank, 0.4, batch=3)
     whole = explain(machine, z, 0.4, top=2)
-    monkeypatch.setattr("patchscore.explain.TILE_BYTES", 1000)
-    monkeypatch.setattr("patchscore.explain.BLOCK", 1)
+    module = sys.modules["patchscore.explain"]  # ps.explain is the function
+    monkeypatch.setattr(module, "TILE_BYTES", 1000)
+    monkeypatch.setattr(module, "BLOCK", 1)
     parts = explain(machine, z, 0.4, top=2)
     torch.testing.assert_close(parts.weight, whole.weight)
     assert (parts.image == whole.image).all()
