@@ -42,7 +42,7 @@ def main() -> None:
     settings = {
         name: value
         for name, value in vars(options).items()
-        if name not in ("source", "out", "device", "threads", "keep", "save_every")
+        if name not in ("source", "out", "device", "threads", "keep", "save_every", "stop_after")
     }
     settings["bank"] = bank.fingerprint
     checkpoint = options.out.with_suffix(".training.safetensors")
@@ -120,6 +120,9 @@ def main() -> None:
                 saved = time.perf_counter()
         if step + 1 in keep:
             export(options.out.with_suffix(f".{(step + 1) * options.batch_size}.safetensors"))
+        if options.stop_after is not None and step + 1 - done >= options.stop_after:
+            store()
+            return
     store()
     export(options.out)
 
@@ -177,6 +180,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--keep", type=int, nargs="*", default=[], help="also write the network after so many images")
+    parser.add_argument("--stop-after", type=int, help="stop after so many steps; the same command continues")
     parser.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
     options = parser.parse_args()
     if options.threads:

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import patchscore as ps
+from patchscore.adapters.network import from_network
+from patchscore.networks import load_network
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 PAGE = (ROOT / "docs" / "adapters.md").read_text()
@@ -49,6 +53,15 @@ def test_engines_agree():
     worst = [float(line.split("worst pixel ")[1].split()[0]) for line in lines if "worst pixel" in line]
     assert len(worst) >= 2
     assert max(worst) < 1e-3
+
+
+def test_a_network_trains_and_is_compared(tmp_path):
+    run("train_cnn.py", "fashion-mnist", tmp_path / "n.safetensors", "--limit", 40, "--width", 8, "--images", 64)
+    network, notes = load_network(tmp_path / "n.safetensors")
+    assert notes["images_seen"] == 64
+    bank = ps.PatchBank.open("fashion-mnist", limit=40)
+    found = ps.compare(from_network(network, bank.shape), ps.IdealScore(bank), n=2, steps=4, progress=False)
+    assert found.rows()[0]["n"] == 2
 
 
 def test_every_example_is_run_here():
