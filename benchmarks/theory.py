@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=50, help="images of the test")
     parser.add_argument("--walks", type=int, default=10, help="of the calibration")
     parser.add_argument("--only-els", action="store_true", help="leave the baselines out")
+    parser.add_argument("--no-along", action="store_true", help="only the final images, not every step of the walk")
     parser.add_argument("--work", type=Path, default=Path("out-theory"), help="folder for what can be resumed")
     parser.add_argument("--draw", action="store_true", help="only draw the pictures")
     options = parser.parse_args()
@@ -90,7 +91,7 @@ def measure(options: argparse.Namespace) -> None:
             bank, ps.ScaleTable.published(published), padding_mode
         )
         machines |= known
-    result = compare(network, machines, n=options.n, labels=labels, batch_size=10)
+    result = compare(network, machines, n=options.n, labels=labels, batch_size=10, along=not options.no_along)
     result.save(options.work / f"{key}.comparison.json")
     torch.save(
         {"network": result.images, **{name: of.images for name, of in result.machines.items()}},
@@ -113,7 +114,10 @@ def measure(options: argparse.Namespace) -> None:
     write("theory", what(), rows=kept + rows, networks=networks, calibrations=tables)
     if not options.only_els and not options.bank:
         pairs(result, options.name, padding_mode)
-        scatter(result, own, options.name, padding_mode)
+        if not options.no_along:
+            charts.agreement(result, own, "ideal").savefig(
+                DOCS / f"theory-{options.name}-{padding_mode}-scatter.png", dpi=110
+            )
 
 
 def training(notes: dict, network: torch.nn.Module) -> dict:
@@ -133,11 +137,6 @@ def pairs(result: Comparison, name: str, padding_mode: str) -> None:
     shown = [f"els-{padding_mode}", "local", "ideal", "gaussian"]
     rows = {"network": result.images, **{machine: result.machines[machine].images for machine in shown}}
     plots.pairs({row: images[:10] for row, images in rows.items()}).save(DOCS / f"theory-{name}-{padding_mode}.png")
-
-
-def scatter(result: Comparison, own: str, name: str, padding_mode: str) -> None:
-    figure = charts.agreement(result, own, "ideal")
-    figure.savefig(DOCS / f"theory-{name}-{padding_mode}-scatter.png", dpi=110)
 
 
 def draw() -> None:

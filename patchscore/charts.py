@@ -55,6 +55,8 @@ def agreement(found: Comparison, machine: str, baseline: str) -> Figure:
     left.set(xlim=(0, 1), ylim=(0, 1), xlabel=f"r² of {baseline}", ylabel=f"r² of {machine}", aspect="equal")
     left.set_title(f"{machine} is nearer for {better:.0%} of {len(a)} images")
     for name, of in found.machines.items():
+        if of.step_r2.isnan().any():
+            continue
         style: dict[str, Any] = {"color": ACCENT, "lw": 2, "zorder": 5} if name == machine else {"lw": 1.2}
         right.plot(found.sigmas, np.median(of.step_r2, axis=1), label=name, **style)
     right.set(xscale="log", ylim=(0, 1.02), xlabel="noise sigma / alpha", ylabel="median r² of one denoising")

@@ -41,7 +41,7 @@ class Agreement:
     images: [n, C, H, W] what the machine made of the network's seeds.
     correlation: [n] with the network's image over all its pixels; r^2 is its square.
     mse: [n] mean squared difference, of pixels in [-1, 1].
-    step_r2, step_mse: [steps, n] of the two denoised images at each step of the network's walk.
+    step_r2, step_mse: [steps, n] of the two denoised images at each step of the network's walk; NaN if not asked for.
     """
 
     images: Tensor
@@ -82,7 +82,8 @@ class Comparison:
                 values = getattr(of, figure)
                 row[f"{figure}_median"] = float(np.median(values.numpy()))
                 row[f"{figure}_interval"] = bootstrap_interval(values)
-            row["step_r2_median"] = np.median(of.step_r2.numpy(), axis=1).tolist()
+            if not of.step_r2.isnan().any():
+                row["step_r2_median"] = np.median(of.step_r2.numpy(), axis=1).tolist()
             rows.append(row)
         return rows
 

@@ -50,7 +50,9 @@ def explanation_page(walks: Sequence[Walk], bank: PatchBank, about: dict[str, An
     template = resources.files("patchscore").joinpath("data/explain.html").read_text(encoding="utf-8")
     for least, listed in zip(LEAST_WEIGHTS, LISTED, strict=True):
         sources = _sources(walks, least, listed)
-        planes = [_planes(walk, {source: i for i, source in enumerate(sources)}, least, listed) for walk in walks]
+        position = np.full(len(bank) + 1, ABSENT)  # the last is for the number -1
+        position[sources] = np.arange(len(sources))
+        planes = [_planes(walk, position, least, listed) for walk in walks]
         used = sum(map(len, planes)) * 4 // 3 + len(template)
         kept = _that_fit(bank, sources, max_bytes - used - 20_000)
         # Rather fewer windows than windows that cannot be shown.
@@ -127,7 +129,7 @@ def _worth(image: Tensor, weight: Tensor, least: float) -> Tensor:
     return worth
 
 
-def _planes(walk: Walk, position: dict[int, int], least: float, listed: int) -> bytes:
+def _planes(walk: Walk, position: np.ndarray, least: float, listed: int) -> bytes:
     """What the page reads, a plane of bytes [H, W] after another, for each step:
 
     noisy and denoised image, each channel; log2 of the effective number x 2,048 (low byte, high byte); then for each
@@ -144,7 +146,7 @@ def _planes(walk: Walk, position: dict[int, int], least: float, listed: int) -> 
         top = min(listed, step.image.shape[1])
         worth = _worth(step.image[:, :top], step.weight[:, :top], least)[0].cpu().numpy()
         numbers = step.image[0, :top].cpu().numpy()
-        known = np.vectorize(lambda number: position.get(int(number), ABSENT), otypes=[np.int64])(numbers)
+        known = position[numbers]
         for t in range(listed):
             if t >= top:
                 absent = np.full(numbers.shape[1:], ABSENT)
@@ -191,5 +193,5 @@ def _atlas(bank: PatchBank, numbers: list[int]) -> bytes:
     page[: len(tiles)] = tiles
     page = page.reshape(rows, columns, height, width, -1).swapaxes(1, 2).reshape(rows * height, columns * width, -1)
     content = io.BytesIO()
-    Image.fromarray(page[..., 0] if page.shape[-1] == 1 else page).save(content, "png", optimize=True)
+    Image.fromarray(page[..., 0] if page.shape[-1] == 1 else page).save(content, "png")
     return content.getvalue()
