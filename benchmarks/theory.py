@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("source", nargs="?")
     parser.add_argument("--limit", type=int, help="as in training")
     parser.add_argument("--bank", type=int, help="let the machines see only so many of the training images")
+    parser.add_argument("--wider", help="let the machines see other images than the training, from here")
     parser.add_argument("-n", type=int, default=50, help="images of the test")
     parser.add_argument("--walks", type=int, default=10, help="of the calibration")
     parser.add_argument("--only-els", action="store_true", help="leave the baselines out")
@@ -57,8 +58,8 @@ def measure(options: argparse.Namespace) -> None:
     bank = ps.PatchBank.open(options.source, limit=options.limit)
     if bank.fingerprint != notes["bank"]["fingerprint"]:
         raise SystemExit(f"{options.source}: not the images that {options.network} was trained on")
-    if options.bank:
-        bank = ps.PatchBank.open(options.source, limit=options.bank)
+    if options.bank or options.wider:
+        bank = ps.PatchBank.open(options.wider or options.source, limit=options.bank)
     network = from_network(trained, bank.shape)
     labels = list(bank.classes)
     key = f"{options.name}-{padding_mode}-{notes['images_seen']}-{len(bank)}"
@@ -112,7 +113,7 @@ def measure(options: argparse.Namespace) -> None:
     networks = {**record.get("networks", {}), key: training(notes, trained)}
     tables = {**record.get("calibrations", {}), key: calibrated(found)}
     write("theory", what(), rows=kept + rows, networks=networks, calibrations=tables)
-    if not options.only_els and not options.bank:
+    if not (options.only_els or options.bank or options.wider):
         pairs(result, options.name, padding_mode)
         if not options.no_along:
             charts.agreement(result, own, "ideal").savefig(

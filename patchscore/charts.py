@@ -79,7 +79,7 @@ def memorisation(rms: Tensor, sources: Sequence[float], usual: Tensor) -> Figure
     panel.axvline(middle, color=SOFT, lw=1)
     panel.scatter(rms, sources, s=22, color=ACCENT, lw=0, label="samples", zorder=3)
     panel.set(xlabel="rms distance to the nearest training image", ylabel="effective number of source images")
-    panel.set(xlim=(0, None), yscale="log", ylim=(0.9, max(20, 1.3 * max(sources))))
+    panel.set(xlim=(0, None), yscale="log", ylim=(0.9, max(20, 2.5 * max(sources))))
     panel.annotate("copies", (0.02, 0.03), xycoords="axes fraction", color=SOFT)
     panel.annotate("mosaics of many", (0.98, 0.94), xycoords="axes fraction", color=SOFT, ha="right")
     panel.legend(frameon=False, fontsize=8, loc="center right")

@@ -599,7 +599,7 @@ def explain(out: Path, images: str, levels: int | None, top: int, source: str | 
         name = "mosaic.png" if len(walks) == 1 else f"mosaic-{walk.number:04d}.png"
         write_atomically(out / name, png(plots.mosaic(mosaic_rows(walk, machine.bank))))
     about = {
-        "title": "Which training patches made this image" + ("s" if len(walks) > 1 else ""),
+        "title": f"Which training patches made {'these images' if len(walks) > 1 else 'this image'}",
         "lines": [
             f"{type(machine).__name__} over {len(machine.bank):,} training images of {record['noted']['source']}, "
             f"seed {settings['seed']}. At each step a pixel becomes the weighted mean of the centre pixels of those "

@@ -16,6 +16,7 @@ from patchscore.networks import load_network
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 PAGE = (ROOT / "docs" / "adapters.md").read_text()
+THEORY = (ROOT / "docs" / "theory.md").read_text()
 
 
 def run(name, *arguments):
@@ -80,14 +81,23 @@ def test_the_pages_code_runs_as_it_stands():
     assert names["found"].posterior.shape == (4, 10)
 
 
+def test_the_theory_pages_code_runs_as_it_stands(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", THEORY, re.DOTALL):
+        exec(block, names)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 5 + 1
+    assert 0 < names["result"].rows()[0]["r2_median"] < 1
+
+
 def test_the_pages_numbers_are_the_results():
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert not re.search(r"<!-- (\w+) -->\n<!-- /\1 -->", PAGE)
+    assert not re.search(r"<!-- (\w+) -->\n<!-- /\1 -->", PAGE + THEORY)
 
 
 def test_the_pages_pictures_exist():
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", PAGE):
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", PAGE + THEORY):
         assert (ROOT / "docs" / picture).is_file()
