@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=50, help="images of the test")
     parser.add_argument("--walks", type=int, default=10, help="of the calibration")
     parser.add_argument("--only-els", action="store_true", help="leave the baselines out")
+    parser.add_argument("--few", action="store_true", help="of the baselines only those that cost little")
     parser.add_argument("--no-along", action="store_true", help="only the final images, not every step of the walk")
     parser.add_argument("--work", type=Path, default=Path("out-theory"), help="folder for what can be resumed")
     parser.add_argument("--draw", action="store_true", help="only draw the pictures")
@@ -92,6 +93,8 @@ def measure(options: argparse.Namespace) -> None:
             bank, ps.ScaleTable.published(published), padding_mode
         )
         machines |= known
+    if options.few:
+        machines = {name: machines[name] for name in (own, "ideal", "gaussian")}
     result = compare(network, machines, n=options.n, labels=labels, batch_size=10, along=not options.no_along)
     result.save(options.work / f"{key}.comparison.json")
     torch.save(
@@ -106,7 +109,7 @@ def measure(options: argparse.Namespace) -> None:
         "images_seen": notes["images_seen"],
         "bank": len(bank),
     }
-    rows = [{**about, **row} for row in result.rows()]
+    rows = [{**about, **row, "mse": row["mse_median"]} for row in result.rows()]
     record = json.loads((RESULTS / "theory.json").read_text()) if (RESULTS / "theory.json").exists() else {}
     mine = tuple(about.values())
     kept = [row for row in record.get("rows", []) if tuple(row[name] for name in about) != mine]
@@ -135,7 +138,7 @@ def calibrated(found: Calibration) -> dict:
 
 def pairs(result: Comparison, name: str, padding_mode: str) -> None:
     """Ten test images, one of each class: the network's above the machines'."""
-    shown = [f"els-{padding_mode}", "local", "ideal", "gaussian"]
+    shown = [name for name in (f"els-{padding_mode}", "local", "ideal", "gaussian") if name in result.machines]
     rows = {"network": result.images, **{machine: result.machines[machine].images for machine in shown}}
     plots.pairs({row: images[:10] for row, images in rows.items()}).save(DOCS / f"theory-{name}-{padding_mode}.png")
 
