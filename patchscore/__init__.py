@@ -5,7 +5,7 @@ from .bank import PatchBank
 from .calibrate import Calibration, calibrate
 from .classification import Classification, classify
 from .evaluate import Comparison, baselines, compare
-from .explain import Explanation, explain
+from .explain import Explanation, explain, explain_samples
 from .gaussian import GaussianScore
 from .guidance import Guided, Switch
 from .machines import Denoiser, EquivariantLocalScore, Estimate, IdealScore, LocalScore
@@ -40,6 +40,7 @@ __all__ = [
     "classify",
     "compare",
     "explain",
+    "explain_samples",
     "get_schedule",
     "merge",
     "sample",

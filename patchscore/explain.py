@@ -247,8 +247,8 @@ def explain(
         sigma: noise level.
         labels: as in `denoise`.
         top: how many windows a pixel.
-        pixel: (row, column) of one pixel to explain; None explains all. The result then has H = W = 1 but for `z` and
-            `mean`.
+        pixel: (row, column) of one pixel to explain, which is much quicker; None explains all. All of the result but
+            `z` then has H = W = 1.
 
     Raises:
         ValueError, TypeError: as of `denoise`; a pixel outside the image, a machine without windows.
@@ -274,7 +274,7 @@ def explain(
     for label, items in parts.items():
         bank = machine.bank if label is None else machine.bank.select(label)
         levels = torch.full((len(items),), level, dtype=torch.float64)
-        total: PosteriorSum = engine.posterior_sum(z[items], levels, bank, machine.competition(k), machine.memory_limit)
+        total: PosteriorSum = engine.posterior_sum(z[items], levels, bank, competition, machine.memory_limit)
         mean[items] = total.mean.to(z.dtype)
         effective[items] = total.ess[:, 0].double().expand(-1, height, width)
         near = nearest_windows(z[items], bank, competition, top + SPARE, machine.memory_limit)
@@ -288,7 +288,7 @@ def explain(
         weight[items, : near.shape[2]] = weights
     if place is not None:
         rows, cols = slice(place[0], place[0] + 1), slice(place[1], place[1] + 1)
-        found, weight, effective = found[..., rows, cols], weight[..., rows, cols], effective[..., rows, cols]
+        found, weight, effective, mean = (part[..., rows, cols] for part in (found, weight, effective, mean))
     image, row, col = found
     return Explanation(image, row, col, weight, effective, mean, z, level, k)
 

@@ -85,15 +85,19 @@ def test_a_training_image_at_low_noise_comes_from_itself(bank):
     torch.testing.assert_close(found.effective, torch.ones_like(found.effective), atol=0.2, rtol=0)
 
 
-def test_one_pixel_is_the_same_as_that_pixel_of_all(bank):
-    machine = ps.EquivariantLocalScore(bank, 5)
-    z = noisy(bank, 0.4)
+@pytest.mark.parametrize("engine", ["reference", "auto"])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_one_pixel_is_the_same_as_that_pixel_of_all(bank, machine, engine):
+    machine = machine_named(machine, bank, 5, engine=engine)
+    z = noisy(bank, 0.4, dtype=torch.float32)
     whole = explain(machine, z, 0.4, top=3)
     for i, j in [(0, 0), (5, 4), (11, 3)]:
         one = explain(machine, z, 0.4, top=3, pixel=(i, j))
         assert one.weight.shape == (1, 3, 1, 1)
         torch.testing.assert_close(one.weight[..., 0, 0], whole.weight[..., i, j])
         assert (one.image[..., 0, 0] == whole.image[..., i, j]).all()
+        torch.testing.assert_close(one.mean[..., 0, 0], whole.mean[..., i, j])
+        torch.testing.assert_close(one.effective[..., 0, 0], whole.effective[..., i, j])
 
 
 def test_chunks_and_blocks_change_nothing(bank, monkeypatch):
