@@ -20,11 +20,10 @@ from record import DOCS, RESULTS, write
 import patchscore as ps
 from patchscore import charts, plots
 from patchscore.adapters.network import from_network
-from patchscore.calibrate import Calibration, calibrate
+from patchscore.calibrate import PATCH_SIZES, Calibration, calibrate
 from patchscore.evaluate import Comparison, baselines, compare
 from patchscore.networks import load_network
 
-SIZES = (3, 5, 7, 9, 11, 13, 15, 17, 19, 21)
 CALIBRATION_SEEDS = 10_000
 """Images from this number on are for calibration, those from 0 on for the test."""
 
@@ -66,7 +65,7 @@ def measure(options: argparse.Namespace) -> None:
     key = f"{options.name}-{padding_mode}-{notes['images_seen']}-{len(bank)}"
 
     # Patch sizes from walks of their own.
-    sizes = SIZES if padding_mode == "zeros" else tuple(k for k in SIZES if k <= min(bank.shape[1:]))
+    sizes = PATCH_SIZES if padding_mode == "zeros" else tuple(k for k in PATCH_SIZES if k <= min(bank.shape[1:]))
     found = calibrate(
         network,
         bank,
@@ -155,7 +154,7 @@ def draw() -> None:
         if key != f"{name}-{padding_mode}-{longest['images_seen']}-{longest['images']}":
             continue
         title = f"{name}, ResNet, {padding_mode}"
-        curves[title] = Calibration(found["sigmas"], SIZES, one_hot(found["choices"]), {})
+        curves[title] = Calibration(found["sigmas"], PATCH_SIZES, one_hot(found["choices"]), {})
         published = PUBLISHED[name] + (padding_mode if name == "cifar10" else "")
         beside[title] = ps.ScaleTable.published(published)
     charts.calibration_curves(curves, beside).savefig(DOCS / "theory-calibration.png", dpi=110)
@@ -163,7 +162,7 @@ def draw() -> None:
 
 def one_hot(choices: list[list[int]]):
     chosen = torch.tensor(choices)
-    return (chosen[..., None] == torch.tensor(SIZES)).double().numpy()
+    return (chosen[..., None] == torch.tensor(PATCH_SIZES)).double().numpy()
 
 
 def what() -> str:

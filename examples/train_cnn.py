@@ -32,9 +32,7 @@ def main() -> None:
     options = arguments()
     bank = ps.PatchBank.open(options.source, size=options.size, limit=options.limit)
     torch.manual_seed(options.seed)
-    network = ARCHITECTURES[options.network](
-        bank.shape[0], bank.classes, options.width, options.depth, options.padding_mode
-    ).to(options.device, memory_format=torch.channels_last)
+    network = build(options, bank).to(options.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=options.lr, betas=(0.9, 0.99))
     ema = {name: weight.clone() for name, weight in network.state_dict().items()}
 
@@ -58,9 +56,7 @@ def main() -> None:
         save_training(checkpoint, settings, network, optimizer, ema, step + 1, elapsed, losses)
 
     def export(path: Path) -> None:
-        trained = ARCHITECTURES[options.network](
-            bank.shape[0], bank.classes, options.width, options.depth, options.padding_mode
-        )
+        trained = build(options, bank)
         trained.load_state_dict(ema)
         notes = {
             "command": shlex.join(["python", *sys.argv]),
@@ -125,6 +121,11 @@ def main() -> None:
             return
     store()
     export(options.out)
+
+
+def build(options, bank) -> torch.nn.Module:
+    architecture = ARCHITECTURES[options.network]
+    return architecture(bank.shape[0], bank.classes, options.width, options.depth, options.padding_mode)
 
 
 def save_training(path, settings, network, optimizer, ema, step, seconds, losses) -> None:

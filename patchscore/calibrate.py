@@ -40,7 +40,7 @@ FORMAT = "patchscore-calibration"
 VERSION = 1
 METRICS = ("cosine", "l2")
 SUMMARIES = ("median", "mode")
-PATCH_SIZES = (3, 5, 7, 9, 11, 13, 15, 17)
+PATCH_SIZES = (3, 5, 7, 9, 11, 13, 15, 17, 19, 21)
 
 
 @dataclass(frozen=True)

@@ -400,7 +400,11 @@ The same command again continues an interrupted calibration, and a larger -n add
 @click.option("-n", "count", type=int, default=20, show_default=True, help="How many walks of the network.")
 @click.option("--first", type=int, default=10_000, show_default=True, help="Number of the first; compare starts at 0.")
 @click.option(
-    "--patch-sizes", default=",".join(map(str, PATCH_SIZES)), show_default=True, help="The sizes that compete, odd."
+    "--patch-sizes",
+    default="auto",
+    show_default=True,
+    metavar="auto|K,K,...",
+    help=f"The sizes that compete, odd; auto is {PATCH_SIZES[0]} to {PATCH_SIZES[-1]}, as far as they fit.",
 )
 @click.option("--metric", type=click.Choice(METRICS), default="cosine", show_default=True, help="How scores agree.")
 @click.option("--summary", type=click.Choice(SUMMARIES), default="median", show_default=True, help="Of the choices.")
@@ -436,12 +440,9 @@ def calibrate(
     module:function, a function that is called with the PatchBank and returns a denoiser (patchscore.adapters.network
     makes one of any network). Writes table.json, for --table, calibration.json and calibration.png.
     """
-    try:
-        sizes = [int(k) for k in patch_sizes.split(",")]
-    except ValueError:
-        raise ValueError(f"--patch-sizes: got {patch_sizes!r}, takes odd numbers with commas between them") from None
     bank = _open(source, size, channels, limit, skip_bad)
     denoiser, padding_mode = _network(network, bank, padding_mode)
+    sizes = _patch_sizes(patch_sizes, bank)
     click.echo(f"{bank!r} from {source}\n{denoiser!r}, padding {padding_mode}")
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -649,6 +650,15 @@ def _network(network: str, bank: PatchBank, padding_mode: str) -> tuple[Denoiser
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"NETWORK: {network} returned {type(denoiser).__name__}, takes one that returns a denoiser")
     return denoiser, "zeros" if padding_mode == "auto" else padding_mode
+
+
+def _patch_sizes(patch_sizes: str, bank: PatchBank) -> list[int]:
+    if patch_sizes == "auto":
+        return [k for k in PATCH_SIZES if k <= min(bank.shape[1:])] or [1]
+    try:
+        return [int(k) for k in patch_sizes.split(",")]
+    except ValueError:
+        raise ValueError(f"--patch-sizes: got {patch_sizes!r}, takes odd numbers with commas between them") from None
 
 
 def _all_labels(labels: str, bank: PatchBank) -> list[int] | None:

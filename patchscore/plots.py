@@ -72,7 +72,7 @@ def pairs(rows: Mapping[str, Tensor], zoom: int | None = None) -> Image.Image:
         rows: [B, C, H, W] by name, of one shape.
     """
     first = next(iter(rows.values()))
-    zoom = zoom or max(1, round(72 / first.shape[-1]))
+    zoom = zoom or max(1, round(84 / first.shape[-1]))
     picture = _tile_rows(list(rows.values()), len(first), zoom)
     font, margin = ImageFont.load_default(13), 10
     left = margin + max(round(font.getlength(name)) for name in rows) + margin

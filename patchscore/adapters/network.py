@@ -121,7 +121,7 @@ def from_network(network: Network, shape: tuple[int, int, int]) -> NetworkDenois
 
     def predict(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         known = None if labels is None else torch.tensor([positions[label] for label in labels.tolist()])
-        return network(x, sigma, known)
+        return network.to(x.device)(x, sigma, known)
 
     return NetworkDenoiser(predict, shape, classes=tuple(classes))
 
