@@ -232,6 +232,8 @@ class Run:
         self.x, self.x0 = ({i: part[i] for i in kept if i in part} for part in (x, x0))
         self.record["images"] = [entries[i] for i in sorted(kept)]
         self.record["batches"] = batches
+        if "memorisation" in earlier:
+            self.record["memorisation"] = earlier["memorisation"]
 
     def _check_same(self, earlier: dict[str, Any]) -> None:
         if earlier["bank"]["fingerprint"] != self.record["bank"]["fingerprint"]:

@@ -61,12 +61,15 @@ class Browser:
 
     def open(self, address, width=1200, height=900):
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call("Page.navigate", url="about:blank")  # else another # in the same file would not load it anew
         self.call("Page.navigate", url=address)
-        for _ in range(600):
-            if self.read("document.documentElement.dataset.ready"):
-                break
+        state = "location.href.split('#')[0] + ' ' + document.documentElement?.dataset.ready"
+        wanted = address.split("#")[0]
+        deadline = time.monotonic() + 60
+        while self.read(state) not in (f"{wanted} yes", f"{wanted} failed"):
+            assert time.monotonic() < deadline, self.read(state)
             time.sleep(0.05)
-        assert self.read("document.documentElement.dataset.ready") == "yes", self.read("document.body.innerText")
+        assert self.read(state) == f"{wanted} yes", self.read("document.body.innerText")
 
     def read(self, expression):
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)

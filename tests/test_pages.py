@@ -172,6 +172,7 @@ def test_explain_writes_what_it_promises(sampled):
     again = run("sample", sampled / "bank.npz", "--steps", 6, "--table", 3, "-n", 4, "--labels", "all", "--out", out)
     assert again.exit_code == 0
     assert "3 were there" in again.output
+    assert json.loads((out / "run.json").read_text())["memorisation"] == record["memorisation"]
 
 
 @pytest.mark.parametrize("machine", ["ls", "ideal"])
