@@ -27,7 +27,12 @@ from patchscore.networks import load_network
 CALIBRATION_SEEDS = 10_000
 """Images from this number on are for calibration, those from 0 on for the test."""
 
-PUBLISHED = {"fashion-mnist": "fashionmnist-resnet-zeros", "cifar10": "cifar10-resnet-"}
+PUBLISHED = {
+    ("fashion-mnist", "zeros"): "fashionmnist-resnet-zeros",
+    ("fashion-mnist", "circular"): "mnist-resnet-circular",  # none was published for Fashion-MNIST
+    ("cifar10", "zeros"): "cifar10-resnet-zeros",
+    ("cifar10", "circular"): "cifar10-resnet-circular",
+}
 
 
 def main() -> None:
@@ -87,10 +92,8 @@ def measure(options: argparse.Namespace) -> None:
         known["els-circular"] = ps.EquivariantLocalScore(bank, tables["median"], "circular")
     machines[own] = known.pop(own)
     if not options.only_els:
-        published = PUBLISHED[options.name] + (padding_mode if options.name == "cifar10" else "")
-        machines[f"{own}, published sizes"] = ps.EquivariantLocalScore(
-            bank, ps.ScaleTable.published(published), padding_mode
-        )
+        published = ps.ScaleTable.published(PUBLISHED[options.name, padding_mode])
+        machines[f"{own}, published sizes"] = ps.EquivariantLocalScore(bank, published, padding_mode)
         machines |= known
     if options.few:
         machines = {name: machines[name] for name in (own, "ideal", "gaussian")}
@@ -147,16 +150,14 @@ def draw() -> None:
     record = json.loads((RESULTS / "theory.json").read_text())
     curves, beside = {}, {}
     for key, found in record["calibrations"].items():
-        name = next(name for name in PUBLISHED if key.startswith(name))
-        padding_mode = "zeros" if "-zeros-" in key else "circular"
+        name, padding_mode = next(kind for kind in PUBLISHED if key.startswith("-".join(kind)))
         alike = [of for other, of in record["networks"].items() if other.startswith(f"{name}-{padding_mode}-")]
         longest = max(alike, key=lambda of: of["images_seen"])
         if key != f"{name}-{padding_mode}-{longest['images_seen']}-{longest['images']}":
             continue
         title = f"{name}, ResNet, {padding_mode}"
         curves[title] = Calibration(found["sigmas"], PATCH_SIZES, one_hot(found["choices"]), {})
-        published = PUBLISHED[name] + (padding_mode if name == "cifar10" else "")
-        beside[title] = ps.ScaleTable.published(published)
+        beside[title] = ps.ScaleTable.published(PUBLISHED[name, padding_mode])
     charts.calibration_curves(curves, beside).savefig(DOCS / "theory-calibration.png", dpi=110)
 
 
