@@ -1,4 +1,4 @@
-"""Puts measured numbers into docs/: every block between <!-- name --> and <!-- /name --> of these pages is made here.
+"""Puts measured numbers into the pages of docs/: every block between <!-- name --> and <!-- /name --> is made here.
 
 python benchmarks/tables.py           # rewrites the blocks
 python benchmarks/tables.py --check   # fails if they are not what the results say
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "docs" / "adapters.md", ROOT / "docs" / "notes-fused.md"]
+PAGES = tuple(ROOT / "docs" / page for page in ("adapters.md", "notes-fused.md", "theory.md"))
 MACHINES = {"els": "EquivariantLocalScore", "local": "LocalScore", "ideal": "IdealScore"}
 DATA = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 
@@ -210,11 +210,103 @@ def fused_columns() -> str:
     return table(["k", "C k^2", *(f"{s:g}" for s in sigmas)], rows)
 
 
+def theory() -> str:
+    record = result("theory")
+    best = longest(record)
+    parts = []
+    for key, of in best.items():
+        rows = [
+            [row["machine"], str(row["n"]), median(row, "r2"), median(row, "correlation"), f"{row['mse_median']:.3f}"]
+            for row in record["rows"]
+            if is_of(row, key, of)
+        ]
+        name, padding_mode = key
+        header = ["machine", "n", "r^2", "correlation", "mse"]
+        title = f"{DATA[name]}, ResNet with {padding_mode} padding, {of['images']:,} training images"
+        parts.append(f"{title}:\n\n{table(header, rows)}")
+    return "\n\n".join([*parts, f"Medians, with 95% intervals {measured_on(record)}."])
+
+
+def limits() -> str:
+    record = result("theory")
+    rows = [
+        [
+            f"{DATA[row['dataset']]}, {row['padding_mode']}",
+            f"{row['images_seen']:,}",
+            f"{row['bank']:,}",
+            str(row["n"]),
+            median(row, "r2"),
+        ]
+        for row in sorted(record["rows"], key=order)
+        if row["machine"] == f"els-{row['padding_mode']}"
+    ]
+    return table(["network", "images seen in training", "training images the machine has", "n", "r^2"], rows)
+
+
+def training() -> str:
+    record = result("theory")
+    rows = [
+        [
+            f"{DATA[name]}, {padding_mode}",
+            f"{of['weights']:,}",
+            f"{of['images']:,}",
+            f"{of['images_seen']:,}",
+            f"{of['images_seen'] / of['images']:.0f}",
+            f"{of['seconds'] / 60:.0f} min",
+            f"{of['loss']:.3f}",
+        ]
+        for (name, padding_mode), of in longest(record).items()
+    ]
+    header = ["network", "weights", "training images", "images seen", "epochs", "one shared CPU core", "last loss"]
+    return table(header, rows)
+
+
+def longest(record: dict) -> dict[tuple[str, str], dict]:
+    """The network of each data set and padding that was trained longest."""
+    found: dict[tuple[str, str], dict] = {}
+    for key, of in record["networks"].items():
+        name = next(name for name in DATA if key.startswith(name))
+        kind = name, "zeros" if "-zeros-" in key else "circular"
+        if of["images_seen"] > found.get(kind, {"images_seen": 0})["images_seen"]:
+            found[kind] = of
+    return found
+
+
+def is_of(row: dict, key: tuple[str, str], of: dict) -> bool:
+    same = (row["dataset"], row["padding_mode"]) == key and row["images_seen"] == of["images_seen"]
+    return same and row["bank"] == of["images"]
+
+
+def order(row: dict) -> tuple:
+    return row["dataset"] == "cifar10", row["padding_mode"] == "circular", row["images_seen"], row["bank"]
+
+
+def median(row: dict, figure: str) -> str:
+    low, high = row[f"{figure}_interval"]
+    return f"{row[f'{figure}_median']:.3f} ({low:.2f} to {high:.2f})"
+
+
+BLOCKS = (
+    agreement,
+    flow,
+    guidance,
+    departure,
+    skipping,
+    starting,
+    classification,
+    theory,
+    limits,
+    training,
+    fused_compiled,
+    fused_everywhere,
+    fused_precision,
+    fused_columns,
+)
+
+
 def filled(page: str) -> str:
     """The page with every block made afresh."""
-    blocks = (agreement, flow, guidance, departure, skipping, starting, classification)
-    blocks += (fused_compiled, fused_everywhere, fused_precision, fused_columns)
-    made = {block.__name__: block for block in blocks}
+    made = {block.__name__: block for block in BLOCKS}
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]

@@ -1,7 +1,11 @@
 """patchscore: the score of a diffusion model that has no network, from nothing but training patches."""
 
+from .adapters.network import NetworkDenoiser
 from .bank import PatchBank
+from .calibrate import Calibration, calibrate
 from .classification import Classification, classify
+from .evaluate import Comparison, baselines, compare
+from .explain import Explanation, explain, explain_samples
 from .gaussian import GaussianScore
 from .guidance import Guided, Switch
 from .index import PatchIndex
@@ -13,14 +17,18 @@ from .scales import ScaleTable
 from .version import __version__
 
 __all__ = [
+    "Calibration",
     "Classification",
+    "Comparison",
     "Denoiser",
     "EquivariantLocalScore",
     "Estimate",
+    "Explanation",
     "GaussianScore",
     "Guided",
     "IdealScore",
     "LocalScore",
+    "NetworkDenoiser",
     "PatchBank",
     "PatchIndex",
     "PosteriorSum",
@@ -29,7 +37,12 @@ __all__ = [
     "Step",
     "Switch",
     "__version__",
+    "baselines",
+    "calibrate",
     "classify",
+    "compare",
+    "explain",
+    "explain_samples",
     "get_schedule",
     "merge",
     "sample",

@@ -1,4 +1,4 @@
-"""The command line: `patchscore sample` and `patchscore info`.
+"""The command line: `patchscore sample`, `info`, `calibrate`, `compare` and `explain`.
 
 A thin skin: it turns words into the library's objects, prints what happened, and turns every error a user can cause
 into one line on stderr and exit code 2.
@@ -6,6 +6,7 @@ into one line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 import warnings
@@ -17,11 +18,20 @@ from typing import Any
 import click
 import torch
 
-from . import checks, engines
+from . import checks, engines, plots
+from .adapters.network import from_network
 from .bank import PatchBank
-from .machines import DEFAULT_MEMORY_LIMIT, EquivariantLocalScore, IdealScore, LocalScore, ScoreMachine
+from .calibrate import METRICS, PATCH_SIZES, SUMMARIES
+from .calibrate import calibrate as run_calibration
+from .evaluate import baselines as known_machines
+from .evaluate import compare as run_comparison
+from .explain import explain_samples, mosaic_rows
+from .files import write_atomically
+from .machines import DEFAULT_MEMORY_LIMIT, Denoiser, EquivariantLocalScore, IdealScore, LocalScore, ScoreMachine
+from .networks import load_network
 from .noise import SCHEDULES, get_schedule
-from .runs import Run
+from .pages import explanation_page
+from .runs import Run, png, reopen, report_memorisation, warn_of_others
 from .sampling import DEFAULT_BATCH, SAMPLERS
 from .scales import PUBLISHED, ScaleTable
 from .version import __version__
@@ -333,6 +343,359 @@ def _bytes(count: int) -> str:
             return f"{size:.3g} {unit}" if unit != "B" else f"{count} B"
         size /= 1024
     return f"{size:.3g} TiB"
+
+
+# ---- Theory and network, and where pixels come from.
+
+
+def _network_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `calibrate` and `compare` share."""
+    for decorate in (
+        click.option(
+            "--memory-limit",
+            type=float,
+            default=DEFAULT_MEMORY_LIMIT / 2**30,
+            show_default=True,
+            help="Working memory in GiB.",
+        ),
+        click.option("--device", default="auto", show_default=True, help="auto takes cuda if there is."),
+        click.option("--engine", default="auto", show_default=True, metavar="|".join(["auto", *engines.ENGINES])),
+        click.option("--batch-size", type=int, default=DEFAULT_BATCH, show_default=True, help="Images at a time."),
+        click.option("--seed", type=int, default=0, show_default=True),
+        click.option(
+            "--labels",
+            default="auto",
+            show_default=True,
+            metavar="auto|none|all|A,B,...",
+            help="Classes that the images take in turn; auto is all that there are.",
+        ),
+        click.option("--sampler", type=click.Choice(list(SAMPLERS)), default="ddim", show_default=True),
+        click.option("--schedule", type=click.Choice(list(SCHEDULES)), default="cosine", show_default=True),
+        click.option("--steps", type=int, default=20, show_default=True, help="Levels of the noise schedule."),
+        click.option(
+            "--padding-mode",
+            type=click.Choice(["auto", "zeros", "circular"]),
+            default="auto",
+            show_default=True,
+            help="Of the machine; auto is the network's own, zeros where it does not say.",
+        ),
+        click.argument("network"),
+    ):
+        command = decorate(command)
+    return _source_options(command)
+
+
+@main.command(
+    epilog="""
+\b
+Examples:
+  patchscore calibrate fashion-mnist examples/fashion-mnist-resnet-zeros.safetensors --out calibrated
+  patchscore calibrate photos/ mymodels:denoiser --size 32 --patch-sizes 3,5,7,9 --metric l2
+  patchscore sample fashion-mnist --table calibrated/table.json
+
+The same command again continues an interrupted calibration, and a larger -n adds walks to a finished one.
+"""
+)
+@_network_options
+@click.option("-n", "count", type=int, default=20, show_default=True, help="How many walks of the network.")
+@click.option("--first", type=int, default=10_000, show_default=True, help="Number of the first; compare starts at 0.")
+@click.option(
+    "--patch-sizes",
+    default="auto",
+    show_default=True,
+    metavar="auto|K,K,...",
+    help=f"The sizes that compete, odd; auto is {PATCH_SIZES[0]} to {PATCH_SIZES[-1]}, as far as they fit.",
+)
+@click.option("--metric", type=click.Choice(METRICS), default="cosine", show_default=True, help="How scores agree.")
+@click.option("--summary", type=click.Choice(SUMMARIES), default="median", show_default=True, help="Of the choices.")
+@click.option("--out", type=click.Path(path_type=Path), default="calibrated", show_default=True, help="Folder.")
+@_one_line_errors
+def calibrate(
+    source: str,
+    size: int | None,
+    channels: str | None,
+    limit: int | None,
+    skip_bad: bool,
+    network: str,
+    padding_mode: str,
+    steps: int,
+    schedule: str,
+    sampler: str,
+    labels: str,
+    seed: int,
+    batch_size: int,
+    engine: str,
+    device: str,
+    memory_limit: float,
+    count: int,
+    first: int,
+    patch_sizes: str,
+    metric: str,
+    summary: str,
+    out: Path,
+) -> None:
+    """Find the patch size at each noise level whose score agrees best with a network's.
+
+    SOURCE is the network's training images, as for sample. NETWORK is a file that examples/train_cnn.py wrote, or
+    module:function, a function that is called with the PatchBank and returns a denoiser (patchscore.adapters.network
+    makes one of any network). Writes table.json, for --table, calibration.json and calibration.png.
+    """
+    bank = _open(source, size, channels, limit, skip_bad)
+    denoiser, padding_mode = _network(network, bank, padding_mode)
+    sizes = _patch_sizes(patch_sizes, bank)
+    click.echo(f"{bank!r} from {source}\n{denoiser!r}, padding {padding_mode}")
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    found = run_calibration(
+        denoiser,
+        bank,
+        sizes,
+        schedule,
+        steps,
+        count,
+        padding_mode,
+        metric=metric,
+        sampler=sampler,
+        labels=_all_labels(labels, bank),
+        seed=seed,
+        first=first,
+        batch_size=batch_size,
+        device=_device(device),
+        engine=engine,
+        memory_limit=_bytes_of(memory_limit),
+        resume=out / "calibration.json",
+    )
+    table = found.table(summary, f"{Path(network).stem}, {summary} of {count}")
+    table.save(out / "table.json")
+    click.echo("noise " + " ".join(f"{sigma:5.2g}" for sigma in table.sigmas))
+    click.echo("size  " + " ".join(f"{k:5}" for k in table.sizes))
+    if max(sizes) in table.sizes and len(sizes) > 1:
+        warnings.warn(f"--patch-sizes: {max(sizes)}, the largest, won somewhere; offer larger ones", stacklevel=2)
+    _chart(out / "calibration.png", lambda charts: charts.calibration_curves({"calibrated": found}, {}))
+    click.echo(f"{_seconds(start)}: see {out / 'table.json'} and {out / 'calibration.png'}")
+
+
+@main.command(
+    epilog="""
+\b
+Examples:
+  patchscore compare fashion-mnist examples/fashion-mnist-resnet-zeros.safetensors -n 10
+  patchscore compare fashion-mnist examples/fashion-mnist-resnet-zeros.safetensors --table calibrated/table.json
+  patchscore compare photos/ mymodels:denoiser --size 32 --table 7 --no-baselines
+"""
+)
+@_network_options
+@click.option("-n", "count", type=int, default=20, show_default=True, help="How many images.")
+@click.option(
+    "--table",
+    default="auto",
+    show_default=True,
+    metavar="NAME|FILE|K",
+    help="Patch sizes, as for sample; the table that calibrate wrote is the one to give.",
+)
+@click.option("--baselines/--no-baselines", default=True, help="Whether the other machines are held beside it.")
+@click.option("--out", type=click.Path(path_type=Path), default="compared", show_default=True, help="Folder.")
+@_one_line_errors
+def compare(
+    source: str,
+    size: int | None,
+    channels: str | None,
+    limit: int | None,
+    skip_bad: bool,
+    network: str,
+    padding_mode: str,
+    steps: int,
+    schedule: str,
+    sampler: str,
+    labels: str,
+    seed: int,
+    batch_size: int,
+    engine: str,
+    device: str,
+    memory_limit: float,
+    count: int,
+    table: str,
+    baselines: bool,
+    out: Path,
+) -> None:
+    """Hold a network's images against what the theory makes of the same noise.
+
+    SOURCE is the network's training images and NETWORK a file or module:function, as for calibrate. Writes
+    comparison.json, pairs.png (the images under each other) and scatter.png.
+    """
+    bank = _open(source, size, channels, limit, skip_bad)
+    denoiser, padding_mode = _network(network, bank, padding_mode)
+    sizes = _scale_table(table, bank, padding_mode)
+    memory = _bytes_of(memory_limit)
+    own = f"els-{padding_mode}"
+    machines: dict[str, Denoiser] = {own: EquivariantLocalScore(bank, sizes, padding_mode, engine, memory)}
+    if baselines:
+        known = known_machines(bank, sizes, engine=engine, memory_limit=memory)
+        machines |= {name: machine for name, machine in known.items() if name != own}
+    click.echo(f"{bank!r} from {source}\n{denoiser!r}, padding {padding_mode}, patch sizes {sizes.name}")
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    found = run_comparison(
+        denoiser,
+        machines,
+        count,
+        steps,
+        schedule,
+        sampler,
+        _all_labels(labels, bank),
+        seed,
+        batch_size=batch_size,
+        device=_device(device),
+    )
+    found.save(out / "comparison.json")
+    click.echo(f"{'machine':<14} {'r^2':>6}  {'95% interval':<15} {'correlation':>11} {'mse':>8}")
+    for row in found.rows():
+        low, high = row["r2_interval"]
+        interval = f"{low:.3f} to {high:.3f}"
+        figures = f"{row['r2_median']:6.3f}  {interval:<15} {row['correlation_median']:11.3f} {row['mse_median']:8.4f}"
+        click.echo(f"{row['machine']:<14} {figures}")
+    shown = {"network": found.images[:10], **{name: of.images[:10] for name, of in found.machines.items()}}
+    write_atomically(out / "pairs.png", png(plots.pairs(shown)))
+    if baselines:
+        _chart(out / "scatter.png", lambda charts: charts.agreement(found, own, "ideal"))
+    click.echo(f"{_seconds(start)}: see {out / 'comparison.json'} and {out / 'pairs.png'}")
+
+
+@main.command(
+    epilog="""
+\b
+Examples:
+  patchscore explain out/ --image 3
+  patchscore explain out/ --image all --levels 8
+"""
+)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--image", "images", default="0", show_default=True, metavar="N|N,M,...|all", help="Which samples.")
+@click.option("--levels", type=int, help="How many steps to explain; all, or 8 for over four images.")
+@click.option("--top", type=int, default=12, show_default=True, help="How many windows a pixel to look for.")
+@click.option("--source", help="Where the run's training images are now; by default where they were.")
+@click.option("--device", default="auto", show_default=True, help="auto takes cuda if there is.")
+@_one_line_errors
+def explain(out: Path, images: str, levels: int | None, top: int, source: str | None, device: str) -> None:
+    """Show which training patches made the samples of a run in OUT.
+
+    Writes into that folder mosaic.png (mosaic-0000.png and so on for several images), explain.html, one page that needs
+    nothing else, and memorisation.png; how near each sample is to a training image, and how many it is made of, goes
+    into run.json.
+    """
+    machine, settings, record = reopen(out, source)
+    made = [entry["image"] for entry in record["images"]]
+    wanted = made if images == "all" else _numbers(images, made)
+    schedule = get_schedule(settings["schedule"], settings["steps"])
+    count = levels if levels is not None else len(schedule) if len(wanted) <= 4 else 8
+    count = min(checks.integer("--levels", count, at_least=1), len(schedule))
+    # The last step is always among them; the first hardly shows anything.
+    chosen = [round((i + 1) * len(schedule) / count) - 1 for i in range(count)]
+    click.echo(f"{machine.bank!r}\n{_describe(machine, _device(device))}")
+    start = time.perf_counter()
+    walks = explain_samples(machine, wanted, chosen, top, device=_device(device), **settings)
+    warn_of_others(out, walks)
+
+    for walk in walks:
+        name = "mosaic.png" if len(walks) == 1 else f"mosaic-{walk.number:04d}.png"
+        write_atomically(out / name, png(plots.mosaic(mosaic_rows(walk, machine.bank))))
+    about = {
+        "title": f"Which training patches made {'these images' if len(walks) > 1 else 'this image'}",
+        "lines": [
+            f"{type(machine).__name__} over {len(machine.bank):,} training images of {record['noted']['source']}, "
+            f"seed {settings['seed']}. At each step a pixel becomes the weighted mean of the centre pixels of those "
+            "training windows that look most like its own noisy window."
+        ],
+        "padding_mode": getattr(machine, "padding_mode", "zeros"),
+    }
+    page = explanation_page(walks, machine.bank, about)
+    write_atomically(out / "explain.html", page.encode())
+    report = report_memorisation(out, record, walks, machine.bank)
+    samples = report["samples"]
+    for entry in samples:
+        if entry["image"] in wanted:
+            click.echo(
+                f"image {entry['image']}: nearest training image {entry['nearest']} at rms {entry['rms']:.3f}; "
+                f"{entry['sources']} own pixels at noise {entry['sigma']:.2g}, as many as "
+                f"{entry['effective_sources']:.1f} of equal share"
+            )
+    _chart(
+        out / "memorisation.png",
+        lambda charts: charts.memorisation(
+            [entry["rms"] for entry in samples],
+            [entry["effective_sources"] for entry in samples],
+            report["training_images_to_nearest_other"],
+        ),
+    )
+    each = (time.perf_counter() - start) / len(walks)
+    click.echo(f"{each:.1f} s an image: see {out / 'explain.html'} ({_bytes(len(page))}) and {out / name}")
+
+
+def _network(network: str, bank: PatchBank, padding_mode: str) -> tuple[Denoiser, str]:
+    """A denoiser from a checkpoint or from module:function, and the padding of the machine to hold beside it."""
+    if Path(network).is_file():
+        trained, _ = load_network(network)
+        own = trained.config["padding_mode"]
+        return from_network(trained, bank.shape), own if padding_mode == "auto" else padding_mode
+    module, colon, function = network.partition(":")
+    if not (colon and module and function):
+        raise ValueError(f"NETWORK: got {network!r}, takes a file that examples/train_cnn.py wrote or module:function")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"NETWORK: {network}: {error}") from None
+    denoiser = build(bank)
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(f"NETWORK: {network} returned {type(denoiser).__name__}, takes one that returns a denoiser")
+    return denoiser, "zeros" if padding_mode == "auto" else padding_mode
+
+
+def _patch_sizes(patch_sizes: str, bank: PatchBank) -> list[int]:
+    if patch_sizes == "auto":
+        return [k for k in PATCH_SIZES if k <= min(bank.shape[1:])] or [1]
+    try:
+        return [int(k) for k in patch_sizes.split(",")]
+    except ValueError:
+        raise ValueError(f"--patch-sizes: got {patch_sizes!r}, takes odd numbers with commas between them") from None
+
+
+def _all_labels(labels: str, bank: PatchBank) -> list[int] | None:
+    if labels == "auto":
+        labels = "all" if bank.classes else "none"
+    return _labels(labels, bank)
+
+
+def _numbers(images: str, made: list[int]) -> list[int]:
+    try:
+        wanted = [int(image) for image in images.split(",")]
+    except ValueError:
+        raise ValueError(f"--image: got {images!r}, takes numbers with commas between them, or all") from None
+    for image in wanted:
+        if image not in made:
+            raise ValueError(f"--image: got {image}, the run has {made[0]} to {made[-1]}")
+    return wanted
+
+
+def _chart(path: Path, draw: Callable[[Any], Any]) -> None:
+    """Draws one where matplotlib is; without it a warning says what is missing."""
+    try:
+        from . import charts
+
+        write_atomically(path, charts.png(draw(charts)))
+    except ImportError as error:
+        warnings.warn(f"{path.name} is not drawn: {error}", stacklevel=2)
+
+
+def _bytes_of(memory_limit: float) -> int:
+    if not 0 < memory_limit < 2**30:
+        raise ValueError(f"--memory-limit: got {memory_limit:g}, takes a positive number of GiB")
+    return int(memory_limit * 2**30)
+
+
+def _seconds(start: float) -> str:
+    return f"{time.perf_counter() - start:.1f} s"
 
 
 if __name__ == "__main__":

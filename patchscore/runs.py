@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import platform
 import time
 import warnings
@@ -21,10 +22,13 @@ import PIL
 import torch
 
 from . import plots
+from .bank import PatchBank
+from .explain import Walk, count_sources, nearest_images, usual_nearness
 from .files import write_atomically
-from .machines import ScoreMachine
+from .machines import EquivariantLocalScore, IdealScore, LocalScore, ScoreMachine
 from .noise import get_schedule
 from .sampling import Step, labels_in_turn, sample
+from .scales import ScaleTable
 from .version import __version__
 
 FORMAT = "patchscore-run"
@@ -127,11 +131,18 @@ class Run:
         final = step.x0.clamp(-1, 1).to("cpu", torch.float32)
         labels = labels_in_turn(self.settings["labels"], step.images) or [None] * len(step.images)
         listed = {entry["image"]: entry for entry in self.record["images"]}
+        near = nearest_images(final, self.machine.bank)
         for at, image in enumerate(step.images):
             self.images[image] = final[at].numpy()
-            name, content = f"{image:04d}.png", _png(plots.to_pil(final[at]))
+            name, content = f"{image:04d}.png", png(plots.to_pil(final[at]))
             write_atomically(self.out / name, content)
-            listed[image] = {"image": image, "file": name, "label": labels[at], "sha256": _sha256(content)}
+            listed[image] = {
+                "image": image,
+                "file": name,
+                "label": labels[at],
+                "sha256": _sha256(content),
+                "nearest": {"image": int(near.image[at]), "rms": round(float(near.rms[at]), 4)},
+            }
         for image, kept in self._pending.items():
             self.x[image], self.x0[image] = (np.stack(part) for part in zip(*kept, strict=True))
         self.record["images"] = [listed[image] for image in sorted(listed)]
@@ -168,7 +179,7 @@ class Run:
 
     def _draw(self) -> None:
         images = torch.from_numpy(np.stack([self.images[i] for i in sorted(self.images)]))
-        write_atomically(self.out / "grid.png", _png(plots.grid(images)))
+        write_atomically(self.out / "grid.png", png(plots.grid(images)))
         drawn = sorted(self.x)
         if drawn:
             ratios = get_schedule(self.settings["schedule"], self.settings["steps"]).ratios[:-1].tolist()
@@ -179,7 +190,7 @@ class Run:
                 [self.machine.patch_size_at(sigma) for sigma in ratios],
                 zoom=max(1, round(84 / self.machine.shape[-1])),
             )
-            write_atomically(self.out / "trajectory.png", _png(picture))
+            write_atomically(self.out / "trajectory.png", png(picture))
 
     def _take_up(self) -> None:
         """Takes over what an earlier call left in the folder, if it was made with the same settings."""
@@ -221,6 +232,8 @@ class Run:
         self.x, self.x0 = ({i: part[i] for i in kept if i in part} for part in (x, x0))
         self.record["images"] = [entries[i] for i in sorted(kept)]
         self.record["batches"] = batches
+        if "memorisation" in earlier:
+            self.record["memorisation"] = earlier["memorisation"]
 
     def _check_same(self, earlier: dict[str, Any]) -> None:
         if earlier["bank"]["fingerprint"] != self.record["bank"]["fingerprint"]:
@@ -258,7 +271,8 @@ def _stretches(images: list[int]) -> list[tuple[int, int]]:
     return stretches
 
 
-def _png(image: PIL.Image.Image) -> bytes:
+def png(image: PIL.Image.Image) -> bytes:
+    """An image as a PNG file."""
     content = io.BytesIO()
     image.save(content, "png")
     return content.getvalue()
@@ -277,3 +291,100 @@ def _versions() -> dict[str, str]:
         "pillow": PIL.__version__,
         "machine": f"{platform.system()} {platform.machine()}",
     }
+
+
+def reopen(out: Path, source: str | None = None) -> tuple[ScoreMachine, dict[str, Any], dict[str, Any]]:
+    """The machine that made a run, what `sample` was given, and its record, from the run's own run.json.
+
+    Args:
+        out: the run's folder.
+        source: where its training images are; None looks where they were.
+
+    Raises:
+        ValueError: no run, or other training images than the run's.
+        OSError: a file cannot be read.
+    """
+    path = out / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; takes the folder of a run of patchscore sample")
+    try:
+        record = json.loads(path.read_bytes())
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise ValueError("not a patchscore run")
+        if record.get("version") != VERSION:
+            raise ValueError(f"format version {record.get('version')!r}, this release reads {VERSION}")
+        settings, noted, made = record["settings"], record["noted"], record["bank"]
+        reading = {"size": noted["size"], "limit": noted["limit"], "skip_bad": noted["skip_bad"]}
+        reading["channels"] = None if noted["channels"] is None else int(noted["channels"])
+        walked = {name: settings[name] for name in ("steps", "schedule", "sampler", "labels", "seed")}
+        where, fingerprint, sizes = source or noted["source"], made["fingerprint"], settings["patch_sizes"]
+        table = sizes and ScaleTable([float(sigma) for sigma in sizes], list(sizes.values()), str(settings["table"]))
+        kind, padding_mode = settings["machine"], settings["padding_mode"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a usable run: {error}") from None
+    bank = PatchBank.open(where, **reading)
+    if bank.fingerprint != fingerprint:
+        raise ValueError(f"{where}: not the training images of the run in {out}; give their place with --source")
+    machine: ScoreMachine
+    if kind == "ideal":
+        machine = IdealScore(bank)
+    elif kind == "ls":
+        machine = LocalScore(bank, table)
+    else:
+        machine = EquivariantLocalScore(bank, table, padding_mode)
+    return machine, walked, record
+
+
+MEMORY_LEVEL = 0.5
+"""The noise level at which sources are counted: the layout is settled, and details are being put in place."""
+
+
+def report_memorisation(out: Path, record: dict[str, Any], walks: list[Walk], bank: PatchBank) -> dict[str, Any]:
+    """Adds to run.json how many training images each explained sample is made of, beside how near the nearest is.
+
+    Returns:
+        The report, `run.json`'s entry "memorisation": for the samples explained so far their nearest training image and
+        rms distance, the distinct and effective number of training images that own their pixels at the noise level
+        given; and the same distance between training images and their nearest others, for scale.
+    """
+    known = {entry["image"]: entry for entry in record.get("memorisation", {}).get("samples", [])}
+    near = nearest_images(torch.stack([walk.image for walk in walks]).cpu(), bank)
+    for i, walk in enumerate(walks):
+        step = min(walk.steps, key=lambda step: abs(math.log(step.sigma / MEMORY_LEVEL)))
+        distinct, effective = count_sources(step)
+        known[walk.number] = {
+            "image": walk.number,
+            "nearest": int(near.image[i]),
+            "rms": round(float(near.rms[i]), 4),
+            "sigma": step.sigma,
+            "sources": int(distinct[0]),
+            "effective_sources": round(float(effective[0]), 2),
+        }
+    usual = usual_nearness(bank).rms.tolist() if len(bank) > 1 else []
+    record["memorisation"] = {
+        "samples": [known[image] for image in sorted(known)],
+        "training_images_to_nearest_other": [round(rms, 4) for rms in usual],
+    }
+    write_atomically(out / "run.json", (json.dumps(record, indent=1) + "\n").encode())
+    return record["memorisation"]
+
+
+def warn_of_others(out: Path, walks: list[Walk]) -> None:
+    """A warning for every sample that came out unlike the one in the run's folder."""
+    try:
+        with np.load(out / "samples.npz", allow_pickle=False) as arrays:
+            saved = dict(zip(arrays["image"].tolist(), arrays["images"], strict=True))
+    except (OSError, ValueError, KeyError, BadZipFile):
+        return
+    for walk in walks:
+        if walk.number in saved:
+            apart = float(np.abs(saved[walk.number] - walk.image.cpu().numpy()).max())
+            if apart > SAME:
+                message = (
+                    f"image {walk.number} came out otherwise than in {out}, by up to {apart:.2g}: explained as here"
+                )
+                warnings.warn(message, stacklevel=2)
+
+
+SAME = 0.02
+"""Rounding may grow over a walk to this much of a pixel that lies in [-1, 1]."""

@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import patchscore as ps
+from patchscore.adapters.network import from_network
+from patchscore.networks import load_network
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 PAGE = (ROOT / "docs" / "adapters.md").read_text()
+THEORY = (ROOT / "docs" / "theory.md").read_text()
 
 
 def run(name, *arguments):
@@ -51,6 +56,15 @@ def test_engines_agree():
     assert max(worst) < 1e-3
 
 
+def test_a_network_trains_and_is_compared(tmp_path):
+    run("train_cnn.py", "fashion-mnist", tmp_path / "n.safetensors", "--limit", 40, "--width", 8, "--images", 64)
+    network, notes = load_network(tmp_path / "n.safetensors")
+    assert notes["images_seen"] == 64
+    bank = ps.PatchBank.open("fashion-mnist", limit=40)
+    found = ps.compare(from_network(network, bank.shape), ps.IdealScore(bank), n=2, steps=4, progress=False)
+    assert found.rows()[0]["n"] == 2
+
+
 def test_every_example_is_run_here():
     tests = Path(__file__).read_text()
     for example in EXAMPLES.glob("*.py"):
@@ -67,14 +81,23 @@ def test_the_pages_code_runs_as_it_stands():
     assert names["found"].posterior.shape == (4, 10)
 
 
+def test_the_theory_pages_code_runs_as_it_stands(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", THEORY, re.DOTALL):
+        exec(block, names)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 5 + 1
+    assert 0 < names["result"].rows()[0]["r2_median"] < 1
+
+
 def test_the_pages_numbers_are_the_results():
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert not re.search(r"<!-- (\w+) -->\n<!-- /\1 -->", PAGE)
+    assert not re.search(r"<!-- (\w+) -->\n<!-- /\1 -->", PAGE + THEORY)
 
 
 def test_the_pages_pictures_exist():
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", PAGE):
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", PAGE + THEORY):
         assert (ROOT / "docs" / picture).is_file()

@@ -1,0 +1,193 @@
+"""Trains a small network to find the noise in images: python examples/train_cnn.py fashion-mnist out.safetensors
+
+The network predicts eps in x = alpha x_0 + sigma_t eps, at levels drawn evenly from the cosine schedule. An error of
+eps is an error sigma_t / alpha times as large in the image, so the loss is |error of eps|^2 / alpha^2, which is the
+error of v and weighs all levels alike. Every batch depends on the seed and its number alone, so a run that was stopped
+continues, from out.training.safetensors, as if it had not been.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+import patchscore as ps
+from patchscore.files import write_atomically
+from patchscore.networks import ARCHITECTURES, save_network
+
+EMA = 0.999
+DROPPED_LABELS = 0.1
+"""The share of images trained without their class, so that the network can be asked without one too."""
+
+
+def main() -> None:
+    options = arguments()
+    bank = ps.PatchBank.open(options.source, size=options.size, limit=options.limit)
+    torch.manual_seed(options.seed)
+    network = build(options, bank).to(options.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters(), lr=options.lr, betas=(0.9, 0.99))
+    ema = {name: weight.clone() for name, weight in network.state_dict().items()}
+
+    # What decides the numbers; a checkpoint of other settings is refused.
+    settings = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("source", "out", "device", "threads", "keep", "save_every", "stop_after")
+    }
+    settings["bank"] = bank.fingerprint
+    checkpoint = options.out.with_suffix(".training.safetensors")
+    done, seconds, losses = resume(checkpoint, settings, network, optimizer, ema)
+
+    steps = math.ceil(options.images / options.batch_size)
+    keep = {math.ceil(images / options.batch_size) for images in options.keep}
+    positions = {label: position for position, label in enumerate(bank.classes)}
+    start, saved = time.perf_counter() - seconds, time.perf_counter()
+
+    def store() -> None:
+        elapsed = time.perf_counter() - start
+        save_training(checkpoint, settings, network, optimizer, ema, step + 1, elapsed, losses)
+
+    def export(path: Path) -> None:
+        trained = build(options, bank)
+        trained.load_state_dict(ema)
+        notes = {
+            "command": shlex.join(["python", *sys.argv]),
+            "bank": {"fingerprint": bank.fingerprint, "images": len(bank), "shape": bank.shape},
+            "images_seen": (step + 1) * options.batch_size,
+            "seconds": round(time.perf_counter() - start, 1),
+            "loss": losses[-1] if losses else None,
+            "torch": torch.__version__,
+        }
+        save_network(trained, path, notes)
+
+    step, running = done - 1, 0.0
+    bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", desc="training", mininterval=5)
+    for step in bar:
+        # The batch of this step, from (seed, step) alone, drawn on the CPU.
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
+        chosen = torch.randint(len(bank), (options.batch_size,), generator=generator)
+        x0 = bank.images[chosen]
+        x0 = x0 / 127.5 - 1 if x0.dtype == torch.uint8 else x0
+        if options.flip:
+            flipped = torch.rand(len(x0), generator=generator) < 0.5
+            x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
+        labels = torch.full((len(x0),), -1)
+        if bank.labels is not None:
+            labels = torch.tensor([positions[label] for label in bank.labels[chosen].tolist()])
+            labels[torch.rand(len(x0), generator=generator) < DROPPED_LABELS] = -1
+        # One angle from each of as many equal strata: fewer surprises in the mean than independent draws.
+        strata = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
+        angle = (0.01 + 0.97 * strata) * (math.pi / 2)
+        eps = torch.randn(x0.shape, generator=generator)
+        x0, labels, angle, eps = (part.to(options.device) for part in (x0, labels, angle, eps))
+        alpha, sigma = (part[:, None, None, None] for part in (angle.cos(), angle.sin()))
+        x = (alpha * x0 + sigma * eps).contiguous(memory_format=torch.channels_last)
+
+        # One step of Adam, with a short rise and a cosine fall of its rate.
+        rate = min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = options.lr * rate
+        with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.bf16):
+            predicted = network(x, angle.tan(), labels)
+        loss = ((predicted.float() - eps) / alpha).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        decay = min(EMA, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for name, weight in network.state_dict().items():
+                ema[name].lerp_(weight, 1 - decay)
+
+        running += loss.item()
+        if (step + 1) % 200 == 0:
+            losses.append(round(running / 200, 6))
+            running = 0.0
+            bar.set_postfix(loss=losses[-1], refresh=False)
+            if time.perf_counter() - saved > options.save_every:
+                store()
+                saved = time.perf_counter()
+        if step + 1 in keep:
+            export(options.out.with_suffix(f".{(step + 1) * options.batch_size}.safetensors"))
+        if options.stop_after is not None and step + 1 - done >= options.stop_after:
+            store()
+            return
+    store()
+    export(options.out)
+
+
+def build(options, bank) -> torch.nn.Module:
+    architecture = ARCHITECTURES[options.network]
+    return architecture(bank.shape[0], bank.classes, options.width, options.depth, options.padding_mode)
+
+
+def save_training(path, settings, network, optimizer, ema, step, seconds, losses) -> None:
+    """Weights, their mean over time, and Adam's moments, in float32."""
+    tensors = {f"network.{name}": weight for name, weight in network.state_dict().items()}
+    tensors |= {f"ema.{name}": weight for name, weight in ema.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    metadata = {"settings": settings, "step": step, "seconds": seconds, "losses": losses}
+    content = save(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"notes": json.dumps(metadata)}
+    )
+    write_atomically(path, content)
+
+
+def resume(path, settings, network, optimizer, ema) -> tuple[int, float, list[float]]:
+    """Takes up where an earlier run of the same settings stopped: steps done, seconds and losses."""
+    if not path.exists():
+        return 0, 0.0, []
+    with safe_open(path, "pt") as file:
+        notes = json.loads(file.metadata()["notes"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if notes["settings"] != settings:
+        sys.exit(f"{path}: of a training with other settings; choose another file, or remove it")
+    network.load_state_dict({name: tensors[f"network.{name}"] for name in ema})
+    for name, weight in ema.items():
+        weight.copy_(tensors[f"ema.{name}"])
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return notes["step"], notes["seconds"], notes["losses"]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help='training images: a folder, .npy, .npz or IDX file, or "fashion-mnist"')
+    parser.add_argument("out", type=Path, help="the file to write, .safetensors")
+    parser.add_argument("--size", type=int, help="resize to SIZE x SIZE")
+    parser.add_argument("--limit", type=int, help="use at most so many images")
+    parser.add_argument("--network", choices=list(ARCHITECTURES), default="ResNet")
+    parser.add_argument("--padding-mode", choices=["zeros", "circular"], default="zeros")
+    parser.add_argument("--width", type=int, default=32, help="channels of the hidden layers")
+    parser.add_argument("--depth", type=int, default=4, help="residual blocks (of a UNet: at each size)")
+    parser.add_argument("--images", type=int, default=400_000, help="how many images to train on, repeats counted")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--flip", action="store_true", help="mirror half of the images")
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16 (twice as fast with AVX512-BF16)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--keep", type=int, nargs="*", default=[], help="also write the network after so many images")
+    parser.add_argument("--stop-after", type=int, help="stop after so many steps; the same command continues")
+    parser.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""A trained network as a denoiser, whatever it predicts: the reverse of the other adapters.
+
+The denoiser is asked at z = x_0 + sigma eps; the network gets the image as it was trained, is told the level in its own
+units, and what it predicts is solved for x_0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..machines import Denoiser, Estimate, Labels, check_noisy, check_sigma, labels_per_item
+from ..networks import Network
+
+PREDICTIONS = ("epsilon", "v", "x0", "score")
+SCALINGS = ("preserving", "exploding")
+
+
+class NetworkDenoiser(Denoiser):
+    """A network as a denoiser. With sigma = sigma_t / alpha_t and x = alpha_t x_0 + sigma_t eps,
+
+        epsilon: D = (x - sigma_t eps) / alpha_t        v: D = alpha_t x - sigma_t v
+        score:   D = (x + sigma_t^2 score) / alpha_t    x0: D = x0
+
+    (Ho et al. 2020; Salimans & Ho 2022, appendix D; Vincent 2011).
+
+    Args:
+        network: called as `network(x, level)`, or `network(x, level, labels)` where there are labels: x [B, C, H, W]
+            float32, level [B], labels [B] int64 with -1 for "any class". Returns [B, C, H, W], or an object that has
+            it as `.sample`.
+        shape: (C, H, W) of the images.
+        prediction: "epsilon", "v", "x0" or "score".
+        scaling: what x is: "preserving", alpha_t^2 + sigma_t^2 = 1 (DDPM and its kin); or "exploding", alpha_t = 1.
+        level: from sigma to the number that the network takes for it, such as a timestep; None gives it sigma.
+        classes: the labels it knows; None leaves the check to the network.
+
+    `estimate` has stderr 0, ess NaN (there is none) and pairs 0.
+
+    Raises:
+        TypeError: a network that cannot be called.
+        ValueError: an unknown prediction or scaling, or v where x is not variance-preserving.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        shape: tuple[int, int, int],
+        prediction: str = "epsilon",
+        scaling: str = "preserving",
+        level: Callable[[float], float] | None = None,
+        classes: tuple[int, ...] | None = None,
+    ):
+        if not callable(network):
+            raise TypeError(f"network: got {type(network).__name__}, takes a callable network(x, level, labels)")
+        self.network = network
+        self.shape = tuple(shape)  # type: ignore[assignment]
+        self.prediction = checks.one_of("prediction", prediction, PREDICTIONS)
+        self.scaling = checks.one_of("scaling", scaling, SCALINGS)
+        if prediction == "v" and scaling == "exploding":
+            raise ValueError('prediction: got "v" with scaling="exploding"; v is defined where alpha^2 + sigma^2 = 1')
+        self.level = level
+        self.classes = classes
+
+    @torch.no_grad()
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
+        z = check_noisy(z, self.shape)
+        sigmas = check_sigma(sigma, len(z))
+        listed = self._labels(labels, len(z))
+        level = sigmas if self.level is None else torch.tensor([self.level(s) for s in sigmas.tolist()])
+
+        ratio = sigmas.to(z)[:, None, None, None]
+        alpha = torch.ones_like(ratio) if self.scaling == "exploding" else (1 + ratio**2).rsqrt()
+        sigma_t, x = ratio * alpha, alpha * z
+        arguments = [x.float(), level.to(z.device, torch.float32)]
+        if listed is not None:
+            arguments.append(listed.to(z.device))
+        predicted = self.network(*arguments)
+        predicted = getattr(predicted, "sample", predicted)
+        if not isinstance(predicted, Tensor) or predicted.shape != z.shape:
+            got = list(predicted.shape) if isinstance(predicted, Tensor) else type(predicted).__name__
+            raise ValueError(f"network: returned {got} for images {list(z.shape)}")
+        predicted = predicted.to(z)
+
+        if self.prediction == "epsilon":
+            x0 = (x - sigma_t * predicted) / alpha
+        elif self.prediction == "v":
+            x0 = alpha * x - sigma_t * predicted
+        elif self.prediction == "score":
+            x0 = (x + sigma_t**2 * predicted) / alpha
+        else:
+            x0 = predicted
+        ess = z.new_full((len(z), *z.shape[2:]), math.nan)
+        return Estimate(x0, torch.zeros_like(x0), ess, 0, "network")
+
+    def _labels(self, labels: Labels, batch: int) -> Tensor | None:
+        listed = labels_per_item(labels, batch)
+        if all(label is None for label in listed):
+            return None
+        for label in listed:
+            if isinstance(label, str) or (label is not None and label not in (self.classes or (label,))):
+                known = f"this network knows {list(self.classes)}" if self.classes else "a network takes numbers"
+                raise ValueError(f"labels: unknown label {label!r}; {known}")
+        return torch.tensor([-1 if label is None else int(label) for label in listed])
+
+    def __repr__(self) -> str:
+        return f"NetworkDenoiser({type(self.network).__name__}, {self.prediction})"
+
+
+def from_network(network: Network, shape: tuple[int, int, int]) -> NetworkDenoiser:
+    """One of this package's networks as a denoiser of images of `shape`."""
+    channels, classes = network.config["channels"], network.config["classes"]
+    if shape[0] != channels:
+        raise ValueError(f"network: made for {channels} channels, the images have {shape[0]}")
+    positions = {-1: -1, **{label: position for position, label in enumerate(classes)}}
+
+    def predict(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        known = None if labels is None else torch.tensor([positions[label] for label in labels.tolist()])
+        return network.to(x.device)(x, sigma, known)
+
+    return NetworkDenoiser(predict, shape, classes=tuple(classes))
+
+
+def from_diffusers(unet: Any, scheduler: Any, shape: tuple[int, int, int] | None = None) -> NetworkDenoiser:
+    """A diffusers model such as UNet2DModel as a denoiser; the scheduler is the one it was trained with.
+
+    A noise level becomes the timestep at which the scheduler's sigma_t / alpha_t is that high, between whole timesteps
+    interpolated in log sigma, beyond the ends the last one.
+
+    Raises:
+        ValueError: a scheduler without `alphas_cumprod` or of another prediction type; no shape, where the model's
+            configuration has no sample_size.
+    """
+    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+    if alphas_cumprod is None or not hasattr(scheduler, "config"):
+        raise ValueError(f"scheduler: got {type(scheduler).__name__}, takes one that has alphas_cumprod")
+    names = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
+    predicts = scheduler.config.get("prediction_type", "epsilon")
+    checks.one_of("scheduler.config.prediction_type", predicts, names)
+    if shape is None:
+        size = unet.config.sample_size
+        if size is None:
+            raise ValueError("shape: the model's configuration has no sample_size, give (C, H, W)")
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        shape = (unet.config.in_channels, height, width)
+    cumprod = alphas_cumprod.detach().cpu().double().clamp(2.0**-40, 1 - 2.0**-40).numpy()
+    log_sigmas = 0.5 * np.log((1 - cumprod) / cumprod)
+    parameter = next(unet.parameters())
+
+    def predict(x: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Any:
+        options = {} if labels is None else {"class_labels": labels.to(parameter.device)}
+        predicted = unet(x.to(parameter), timestep.to(parameter.device), **options)
+        return predicted.sample.to(x)
+
+    def level(sigma: float) -> float:
+        return float(np.interp(math.log(sigma), log_sigmas, np.arange(len(log_sigmas))))
+
+    return NetworkDenoiser(predict, shape, names[predicts], level=level)

@@ -1,0 +1,291 @@
+"""Calibration: at each noise level, the patch size whose score agrees best with a network's.
+
+The network walks from noise to image; at every step of its walk machines of several patch sizes look at the same noisy
+image, and the one whose score points most nearly where the network's does wins. The median over walks is the ScaleTable
+(Kamb & Ganguli 2024, section 5). The size found at a noise level belongs to that level; the published tables are read
+the same way, although the released script wrote the size found at step j + 1 into entry j.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import checks, engines
+from .bank import PatchBank
+from .files import write_atomically
+from .machines import (
+    DEFAULT_MEMORY_LIMIT,
+    Denoiser,
+    EquivariantLocalScore,
+    Labels,
+    LocalScore,
+    ScoreMachine,
+    check_labels,
+)
+from .noise import Schedule, get_schedule
+from .sampling import DEFAULT_BATCH, Step, labels_in_turn, sample
+from .scales import ScaleTable
+
+FORMAT = "patchscore-calibration"
+VERSION = 1
+METRICS = ("cosine", "l2")
+SUMMARIES = ("median", "mode")
+PATCH_SIZES = (3, 5, 7, 9, 11, 13, 15, 17, 19, 21)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found.
+
+    sigmas: [steps] noise levels, most noise first.
+    patch_sizes: the sizes that competed, ascending.
+    agreement: [steps, n, sizes] cosine, or minus the L2 distance, of machine and network at each step of each walk.
+    settings: what decides the numbers.
+    """
+
+    sigmas: list[float]
+    patch_sizes: tuple[int, ...]
+    agreement: np.ndarray
+    settings: dict[str, Any]
+
+    @property
+    def choices(self) -> np.ndarray:
+        """[steps, n] the best size for each walk at each step; of equals the smaller."""
+        return np.asarray(self.patch_sizes)[self.agreement.argmax(-1)]
+
+    @property
+    def median(self) -> list[int]:
+        """[steps] the median size over walks; of two in the middle the smaller, so that it is one of the sizes."""
+        return [int(k) for k in np.sort(self.choices, axis=1)[:, (self.choices.shape[1] - 1) // 2]]
+
+    @property
+    def mode(self) -> list[int]:
+        """[steps] the most frequent size over walks; of equals the smaller."""
+        sizes = np.asarray(self.patch_sizes)
+        counts = (self.choices[:, :, None] == sizes).sum(1)
+        return [int(k) for k in sizes[counts.argmax(-1)]]
+
+    def table(self, summary: str = "median", name: str = "calibrated") -> ScaleTable:
+        """The ScaleTable: the median over walks, or the mode."""
+        sizes = self.median if checks.one_of("summary", summary, SUMMARIES) == "median" else self.mode
+        return ScaleTable(self.sigmas[::-1], sizes[::-1], name)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes everything as JSON; `calibrate(resume=path)` continues from it."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": self.settings,
+            "sigmas": self.sigmas,
+            "patch_sizes": list(self.patch_sizes),
+            "median": self.median,
+            "mode": self.mode,
+            "choices": self.choices.tolist(),
+            "agreement": self.agreement.tolist(),
+        }
+        write_atomically(Path(path), (json.dumps(content, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Reads what `save` wrote; ValueError names the path of a file that is not that."""
+        try:
+            content = json.loads(Path(path).read_bytes())
+            if not isinstance(content, dict) or content.get("format") != FORMAT:
+                raise ValueError("not a patchscore calibration")
+            if content.get("version") != VERSION:
+                raise ValueError(f"format version {content.get('version')!r}, this release reads {VERSION}")
+            sizes = tuple(checks.odd("patch_sizes", size) for size in content["patch_sizes"])
+            agreement = np.asarray(content["agreement"], dtype=float)
+            if agreement.ndim != 3 or agreement.shape[::2] != (len(content["sigmas"]), len(sizes)):
+                raise ValueError(f"agreement of shape {list(agreement.shape)}")
+            return cls([float(s) for s in content["sigmas"]], sizes, agreement, dict(content["settings"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: not a usable calibration: {error}") from None
+
+
+def calibrate(
+    network: Denoiser,
+    bank: PatchBank,
+    patch_sizes: Sequence[int] = PATCH_SIZES,
+    schedule: str | Schedule = "cosine",
+    steps: int = 20,
+    n: int = 20,
+    padding_mode: str = "zeros",
+    *,
+    metric: str = "cosine",
+    machine: str = "els",
+    sampler: str = "ddim",
+    labels: Labels = None,
+    seed: int = 0,
+    first: int = 0,
+    batch_size: int = DEFAULT_BATCH,
+    device: torch.device | str = "cpu",
+    engine: str = "auto",
+    memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """The patch size at each noise level whose score is nearest to the network's, along the network's own walks.
+
+    Args:
+        network: a denoiser; `patchscore.adapters.network` makes one of any network.
+        bank: its training images.
+        patch_sizes: the sizes that compete, odd.
+        n: how many walks.
+        padding_mode: "zeros" or "circular", as in the network.
+        metric: "cosine" of the two scores, as published, or "l2", their distance.
+        machine: "els", or "local" for windows at the same place only.
+        schedule, steps, sampler, labels, seed, first, batch_size, device, progress: as in `sample`.
+        engine, memory_limit: as of the machines.
+        resume: a file that is rewritten after every batch, and continued from where it is there.
+
+    Raises:
+        ValueError: an argument outside what is listed; a file of another calibration, named by its path.
+        TypeError: an argument of a type that is not taken.
+    """
+    if not isinstance(network, Denoiser):
+        raise TypeError(f"network: got {type(network).__name__}, takes a denoiser (see adapters.network)")
+    if not isinstance(bank, PatchBank):
+        raise TypeError(f"bank: got {type(bank).__name__}, takes a PatchBank")
+    if tuple(network.shape) != bank.shape:
+        raise ValueError(f"network: of {list(network.shape)} images, the bank's are {list(bank.shape)}")
+    sizes = tuple(sorted({checks.odd("patch_sizes", size) for size in patch_sizes}))
+    if not sizes:
+        raise ValueError("patch_sizes: got none, takes one or more")
+    n = checks.integer("n", n, at_least=1)
+    batch_size = checks.integer("batch_size", batch_size, at_least=1)
+    checks.one_of("metric", metric, METRICS)
+    checks.one_of("machine", machine, ("els", "local"))
+    machines = [_machine(machine, bank, k, padding_mode, engine, memory_limit) for k in sizes]
+    levels = get_schedule(schedule, steps)
+    listed = labels_in_turn(labels, range(first, first + n))
+    settings = {
+        "bank": bank.fingerprint,
+        "machine": machine,
+        "padding_mode": padding_mode,
+        "metric": metric,
+        "schedule": levels.name,
+        "sampler": sampler,
+        "seed": seed,
+        "first": first,
+        "labels": listed,
+        "probe": _probe(network, levels.ratios[0].item(), seed),
+    }
+
+    done = _resumed(resume, settings, levels, sizes)
+    rows = [] if done is None else [done[:, :n]]
+    start = 0 if done is None else min(n, done.shape[1])
+    found = Calibration(levels.ratios[:-1].tolist(), sizes, np.empty((len(levels), 0, len(sizes))), settings)
+    total = n * len(levels)
+    with tqdm(
+        total=total, initial=start * len(levels), unit="step", desc="calibrating", delay=2, disable=not progress
+    ) as bar:
+        while start < n:
+            count = min(batch_size, n - start)
+            walk: list[Step] = []
+            sample(
+                network,
+                n=count,
+                schedule=levels,
+                sampler=sampler,
+                labels=labels,
+                seed=seed,
+                first=first + start,
+                batch_size=count,
+                device=device,
+                callback=walk.append,
+                progress=False,
+            )
+            agreement = np.empty((len(levels), count, len(sizes)))
+            for step in walk:
+                z, sigma = step.x / step.alpha, step.sigma / step.alpha
+                own = listed[start : start + count] if listed else None
+                for i, x0 in enumerate(denoised_by_each(machines, z, sigma, own)):
+                    agreement[step.index, :, i] = _agreement(metric, x0 - z, step.x0 - z).cpu().numpy()
+                bar.update(count)
+            rows.append(agreement)
+            start += count
+            if resume is not None:
+                Calibration(found.sigmas, sizes, np.concatenate(rows, 1), settings).save(resume)
+    return Calibration(found.sigmas, sizes, np.concatenate(rows, 1), settings)
+
+
+def denoised_by_each(machines: Sequence[ScoreMachine], z: Tensor, sigma: float, labels: Labels) -> list[Tensor]:
+    """What each of several machines over one bank makes of z, in one pass over the bank where the engine has one."""
+    _, engine = engines.choose(machines[0].engine, z.device, z.dtype)
+    together = getattr(engine, "posterior_sums", None)
+    if together is None:
+        return [machine.denoise(z, sigma, labels) for machine in machines]
+    bank = machines[0].bank
+    parts: dict[int | None, list[int]] = {}
+    for item, label in enumerate(check_labels(labels, bank, len(z))):
+        parts.setdefault(label, []).append(item)
+    means = [torch.empty_like(z) for _ in machines]
+    sigmas = torch.full((len(z),), sigma, dtype=torch.float64)
+    for label, items in parts.items():
+        own = bank if label is None else bank.select(label)
+        competitions = [machine.competition(machine.patch_size_at(sigma)) for machine in machines]
+        totals = together(z[items], sigmas[items], own, competitions, machines[0].memory_limit)
+        for mean, total in zip(means, totals, strict=True):
+            mean[items] = total.mean.to(z.dtype)
+    return means
+
+
+def _agreement(metric: str, a: Tensor, b: Tensor) -> Tensor:
+    """[B] of two displacements D - z, which are the scores up to a factor that both share."""
+    a, b = a.double().flatten(1), b.double().flatten(1)
+    if metric == "l2":
+        return -(a - b).norm(dim=1)
+    return torch.nn.functional.cosine_similarity(a, b, dim=1)
+
+
+def _machine(
+    machine: str, bank: PatchBank, k: int, padding_mode: str, engine: str, memory_limit: int
+) -> LocalScore | EquivariantLocalScore:
+    if machine == "els":
+        return EquivariantLocalScore(bank, k, padding_mode, engine, memory_limit)
+    if padding_mode != "zeros":
+        raise ValueError(f"padding_mode: got {padding_mode!r}, the local machine pads with zeros")
+    return LocalScore(bank, k, engine, memory_limit)
+
+
+def _probe(network: Denoiser, sigma: float, seed: int) -> list[float]:
+    """A few pixels that the network makes of fixed noise: tells one network from another."""
+    noise = torch.randn(1, *network.shape, generator=torch.Generator().manual_seed(seed % 2**63))
+    x0 = network.denoise(sigma * noise, sigma).flatten()
+    return [round(value, 6) for value in x0[:: max(1, len(x0) // 8)][:8].tolist()]
+
+
+def _resumed(
+    path: str | os.PathLike[str] | None, settings: dict[str, Any], levels: Schedule, sizes: tuple[int, ...]
+) -> np.ndarray | None:
+    """The agreement that an earlier call of the same settings left in the file, if it did."""
+    if path is None or not Path(path).exists():
+        return None
+    earlier = Calibration.load(path)
+    same_levels = np.allclose(earlier.sigmas, levels.ratios[:-1]) if len(earlier.sigmas) == len(levels) else False
+    if not same_levels or earlier.patch_sizes != sizes:
+        raise ValueError(f"{path}: holds a calibration with other steps or patch sizes; choose another file")
+    for name, value in settings.items():
+        before = earlier.settings.get(name)
+        if name == "probe":
+            same = isinstance(before, list) and len(before) == len(value) and np.allclose(before, value, atol=1e-3)
+        elif name == "labels":
+            common = min(len(before or []), len(value or []))
+            same = (before is None) == (value is None) and (before or [])[:common] == (value or [])[:common]
+        else:
+            same = before == value
+        if not same:
+            what = "another network" if name == "probe" else f"{name} {before!r}, asked for {value!r}"
+            raise ValueError(f"{path}: holds a calibration of {what}; choose another file")
+    return earlier.agreement

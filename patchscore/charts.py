@@ -1,0 +1,110 @@
+"""Charts of what was measured, with matplotlib (the extra `plots`): calibration curves, agreement, nearness.
+
+Each function returns a matplotlib Figure; nothing is shown and no global state is touched.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from .calibrate import Calibration
+from .evaluate import Comparison
+from .scales import ScaleTable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, SOFT, ACCENT = "#26241f", "#8a8478", "#b4451f"
+
+
+def calibration_curves(found: Mapping[str, Calibration], beside: Mapping[str, ScaleTable | None]) -> Figure:
+    """Patch size against noise, a panel each: median, the middle half and all of the walks, and a table beside it.
+
+    Args:
+        found: calibrations by name.
+        beside: for some of the names, a table to draw with it.
+    """
+    figure, panels = _panels(len(found), 4.2, 3.4)
+    for panel, (name, of) in zip(panels, found.items(), strict=True):
+        low, lower, upper, high = np.quantile(of.choices, [0, 0.25, 0.75, 1], axis=1)
+        panel.fill_between(of.sigmas, low, high, color=ACCENT, alpha=0.12, lw=0, label="all walks")
+        panel.fill_between(of.sigmas, lower, upper, color=ACCENT, alpha=0.25, lw=0, label="middle half")
+        panel.plot(of.sigmas, of.median, "o-", color=ACCENT, ms=3.5, lw=1.5, label="median")
+        table = beside.get(name)
+        if table is not None:
+            panel.plot(table.sigmas, table.sizes, "s--", color=INK, ms=3, lw=1, label=table.name)
+        panel.set(xscale="log", xlabel="noise sigma / alpha", ylabel="patch size", title=name)
+        panel.set_yticks(sorted({*of.patch_sizes}))
+        panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def agreement(found: Comparison, machine: str, baseline: str) -> Figure:
+    """Beside each other: r^2 with the network's image, a dot an image, machine against baseline; and r^2 by step."""
+    figure, (left, right) = _panels(2, 4.2, 3.9)
+    a, b = found.machines[baseline].r2, found.machines[machine].r2
+    left.plot([0, 1], [0, 1], color=SOFT, lw=1)
+    left.scatter(a, b, s=16, color=ACCENT, alpha=0.8, lw=0)
+    better = float((b > a).double().mean())
+    left.set(xlim=(0, 1), ylim=(0, 1), xlabel=f"r² of {baseline}", ylabel=f"r² of {machine}", aspect="equal")
+    left.set_title(f"{machine} is nearer for {better:.0%} of {len(a)} images")
+    for name, of in found.machines.items():
+        if of.step_r2.isnan().any():
+            continue
+        style: dict[str, Any] = {"color": ACCENT, "lw": 2, "zorder": 5} if name == machine else {"lw": 1.2}
+        right.plot(found.sigmas, np.median(of.step_r2, axis=1), label=name, **style)
+    right.set(xscale="log", ylim=(0, 1.02), xlabel="noise sigma / alpha", ylabel="median r² of one denoising")
+    right.set_title("along the network's own walk")
+    right.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def memorisation(rms: Tensor, sources: Sequence[float], usual: Tensor) -> Figure:
+    """How far each sample is from its nearest training image, against how many training images own its pixels.
+
+    Args:
+        rms: [n] distance of each sample to its nearest training image.
+        sources: [n] effective number of training images that own its pixels.
+        usual: distances between training images and their nearest others, for scale.
+    """
+    figure, (panel,) = _panels(1, 5.4, 4)
+    low, middle, high = np.quantile(usual, [0.05, 0.5, 0.95])
+    panel.axvspan(low, high, color=SOFT, alpha=0.15, lw=0, label="training images to their nearest other (90%)")
+    panel.axvline(middle, color=SOFT, lw=1)
+    panel.scatter(rms, sources, s=22, color=ACCENT, lw=0, label="samples", zorder=3)
+    panel.set(xlabel="rms distance to the nearest training image", ylabel="effective number of source images")
+    panel.set(xlim=(0, None), yscale="log", ylim=(0.9, max(20, 2.5 * max(sources))))
+    panel.annotate("copies", (0.02, 0.03), xycoords="axes fraction", color=SOFT)
+    panel.annotate("mosaics of many", (0.98, 0.94), xycoords="axes fraction", color=SOFT, ha="right")
+    panel.legend(frameon=False, fontsize=8, loc="center right")
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
+    return content.getvalue()
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f'charts need matplotlib ({error}): pip install "patchscore[plots]"') from None
+    columns = min(count, 2)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    panels: Any = figure.subplots(rows, columns, squeeze=False).flatten()
+    for spare in panels[count:]:
+        spare.remove()
+    for panel in panels[:count]:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.title.set_fontsize(10)
+    return figure, list(panels[:count])

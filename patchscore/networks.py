@@ -1,0 +1,198 @@
+"""Small convolutional networks to hold the theory against, and their files.
+
+A network here takes x = alpha x_0 + sigma_t eps with alpha^2 + sigma_t^2 = 1, the noise level sigma = sigma_t / alpha
+and class numbers, and predicts eps. `ResNet` has nothing but 3 x 3 convolutions, so that it is local and equivariant up
+to its padding, as the machines are; `UNet` sees more by halving the image. Files are safetensors with the shape of the
+network and how it was made in their metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from . import checks
+from .files import write_atomically
+
+FORMAT = "patchscore-network"
+VERSION = 1
+FREQUENCIES = 16
+
+
+class Network(nn.Module):
+    """What both networks share: how noise level and class come in, and how the noise comes out.
+
+    Args:
+        channels: C of the images.
+        classes: the labels it knows, in ascending order; none for an unconditional network.
+        width: channels of the hidden layers.
+        depth: residual blocks (of a UNet: at each size).
+        padding_mode: "zeros" or "circular".
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        classes: tuple[int, ...] = (),
+        width: int = 48,
+        depth: int = 4,
+        padding_mode: str = "zeros",
+    ):
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "architecture": type(self).__name__,
+            "channels": checks.integer("channels", channels, at_least=1),
+            "classes": [checks.integer("classes", label) for label in classes],
+            "width": checks.integer("width", width, at_least=1),
+            "depth": checks.integer("depth", depth, at_least=1),
+            "padding_mode": checks.one_of("padding_mode", padding_mode, ("zeros", "circular")),
+        }
+        self.level = nn.Sequential(nn.Linear(2 * FREQUENCIES, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width))
+        self.class_embedding = nn.Embedding(len(classes) + 1, 2 * width)  # 0 stands for any class
+        self.enter = self.conv(channels, width)
+        self.leave = self.conv(width, channels)
+        nn.init.zeros_(self.leave.weight)
+
+    def conv(self, inputs: int, outputs: int) -> nn.Conv2d:
+        return nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode=self.config["padding_mode"])
+
+    def block(self) -> Block:
+        width = self.config["width"]
+        return Block(self.conv(width, width), self.conv(width, width), 2 * width)
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The noise in x.
+
+        Args:
+            x: [B, C, H, W] = (x_0 + sigma eps) / sqrt(1 + sigma^2).
+            sigma: [B] noise levels sigma_t / alpha_t.
+            labels: [B] positions in `classes`, -1 for any class; None means any class for all.
+        """
+        # The angle between image and noise runs evenly from 0 to pi / 2.
+        angle = torch.atan(sigma.to(x))
+        frequencies = torch.arange(1, FREQUENCIES + 1, device=x.device, dtype=x.dtype)
+        waves = angle[:, None] * frequencies
+        position = torch.zeros(len(x), dtype=torch.long, device=x.device) if labels is None else labels.to(x.device) + 1
+        embedding = F.silu(self.level(torch.cat([waves.cos(), waves.sin()], 1)) + self.class_embedding(position))
+        v = self.leave(F.silu(self.body(self.enter(x), embedding)))
+        # eps = sigma_t x + alpha v (Salimans & Ho 2022, appendix D): at high noise eps is nearly x, and only the rest
+        # has to be found.
+        sigma_t, alpha = (part[:, None, None, None] for part in (angle.sin(), angle.cos()))
+        return sigma_t * x + alpha * v
+
+    def body(self, h: Tensor, embedding: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Block(nn.Module):
+    """h + conv(silu(scale conv(silu(h)) + shift)), with scale and shift from the embedding; the identity at first."""
+
+    def __init__(self, first: nn.Conv2d, second: nn.Conv2d, embedding: int):
+        super().__init__()
+        self.first, self.second = first, second
+        self.modulate = nn.Linear(embedding, 2 * first.out_channels)
+        nn.init.zeros_(self.modulate.weight)
+        nn.init.zeros_(self.modulate.bias)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, 1)
+        return h + self.second(F.silu(self.first(F.silu(h)) * (1 + scale) + shift))
+
+
+class ResNet(Network):
+    """Residual blocks at full size, 3 x 3 convolutions only; a pixel sees 2 (2 depth + 2) + 1 pixels across."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.blocks = nn.ModuleList(self.block() for _ in range(self.config["depth"]))
+
+    def body(self, h: Tensor, embedding: Tensor) -> Tensor:
+        for block in self.blocks:
+            h = block(h, embedding)
+        return h
+
+
+class UNet(Network):
+    """Three sizes, each half the last, with the way down added to the way up (Ronneberger et al. 2015)."""
+
+    SIZES = 3
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        depth = self.config["depth"]
+        self.down = nn.ModuleList(nn.ModuleList(self.block() for _ in range(depth)) for _ in range(self.SIZES))
+        self.up = nn.ModuleList(nn.ModuleList(self.block() for _ in range(depth)) for _ in range(self.SIZES - 1))
+
+    def body(self, h: Tensor, embedding: Tensor) -> Tensor:
+        kept = []
+        for level, blocks in enumerate(self.down):
+            if level:
+                kept.append(h)
+                h = F.avg_pool2d(h, 2, ceil_mode=True)
+            for block in blocks:  # type: ignore[attr-defined]
+                h = block(h, embedding)
+        for blocks in self.up:
+            skip = kept.pop()
+            h = skip + F.interpolate(h, size=skip.shape[-2:], mode="nearest")
+            for block in blocks:  # type: ignore[attr-defined]
+                h = block(h, embedding)
+        return h
+
+
+ARCHITECTURES: dict[str, type[Network]] = {"ResNet": ResNet, "UNet": UNet}
+
+
+def save_network(
+    network: Network,
+    path: str | os.PathLike[str],
+    notes: Mapping[str, Any],
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Writes a network's weights in `dtype`, with its configuration and `notes` (how it was made) as metadata."""
+    weights = {name: weight.detach().cpu().to(dtype).contiguous() for name, weight in network.state_dict().items()}
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "config": json.dumps(network.config),
+        "notes": json.dumps(dict(notes)),
+    }
+    write_atomically(Path(path), save(weights, metadata))
+
+
+def load_network(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any]]:
+    """A network that `save_network` wrote, in float32 and evaluation mode, and its notes.
+
+    Raises:
+        ValueError: not such a file, another version, or weights that do not fit; names the path.
+        OSError: the file cannot be read.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        if metadata.get("format") != FORMAT:
+            raise ValueError("not a patchscore network")
+        if metadata.get("version") != str(VERSION):
+            raise ValueError(f"format version {metadata.get('version')!r}, this release reads {VERSION}")
+        config = json.loads(metadata["config"])
+        architecture = ARCHITECTURES[checks.one_of("architecture", config.pop("architecture"), ARCHITECTURES)]
+        network = architecture(**config)
+        network.load_state_dict(weights)
+        notes = json.loads(metadata["notes"])
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a usable network: {' '.join(str(error).split())[:300]}") from None
+    if not all(torch.isfinite(weight).all() for weight in weights.values()):
+        raise ValueError(f"{path}: not a usable network: NaN or infinite weights")
+    return network.eval(), notes

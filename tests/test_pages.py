@@ -1,0 +1,233 @@
+"""patchscore explain: the mosaic, the page in a real browser, and the memorisation report."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from browser import CHROMIUM, Browser
+from click.testing import CliRunner
+from conftest import smooth_images
+from PIL import Image
+
+import patchscore as ps
+from patchscore.cli import main
+from patchscore.explain import count_sources, explain_samples, nearest_images, usual_nearness
+from patchscore.pages import explanation_page
+
+ABOUT = {"title": "Which training patches made this image", "lines": ["A test."], "padding_mode": "zeros"}
+
+
+@pytest.fixture(scope="module")
+def bank():
+    return ps.PatchBank(smooth_images(20, 3, 12, 10), torch.arange(20) % 3, ("red", "</script><b>green", "blue"))
+
+
+@pytest.fixture(scope="module")
+def walks(bank):
+    machine = ps.EquivariantLocalScore(bank, ps.ScaleTable([0.1, 1.0, 4.0], [3, 5, 7]))
+    return explain_samples(machine, [0, 4], steps=8, labels=[0, 1, None], seed=5, top=5)
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory, bank):
+    folder = tmp_path_factory.mktemp("run")
+    np.savez(folder / "bank.npz", images=bank.images.numpy(), labels=bank.labels.numpy())
+    words = ["--steps", 6, "--table", 3, "-n", 3, "--labels", "all", "--out", folder / "out"]
+    assert run("sample", folder / "bank.npz", *words).exit_code == 0
+    return folder
+
+
+def test_a_walk_is_the_sample_and_its_steps(bank):
+    machine = ps.LocalScore(bank, 3)
+    (walk,) = explain_samples(machine, [4], levels=[0, 6, 3], top=2, steps=8, labels=[0, 1, None], seed=5)
+    images = ps.sample(machine, 5, steps=8, labels=[0, 1, None], seed=5, progress=False)
+    torch.testing.assert_close(walk.image, images[4])
+    assert (walk.levels, walk.of, walk.label, walk.number) == ((0, 3, 6), 7, 1, 4)
+    ratios = ps.get_schedule("cosine", 8).ratios.tolist()
+    assert [step.sigma for step in walk.steps] == pytest.approx([ratios[i] for i in walk.levels])
+    torch.testing.assert_close(walk.steps[-1].mean[0], walk.image)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+def test_the_page_in_a_browser(bank, walks, tmp_path):
+    page = tmp_path / "explain.html"
+    page.write_text(explanation_page(walks, bank, ABOUT), encoding="utf-8")
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(f"{page.as_uri()}#sample=1&step=3&pixel=2,7")
+        assert browser.read("document.title") == ABOUT["title"]
+
+        # What it says is what was found.
+        def check(walk, step, row, col):
+            of = walks[walk].steps[step]
+            weights = of.weight[0, :, row, col]
+            worth = [t for t in range(5) if t == 0 or weights[t] >= 0.002]
+            links = browser.read("[...document.querySelectorAll('#windows a')].map((a) => a.textContent)")
+            numbers = [int(re.match(r"#(\d+)", link)[1]) for link in links]
+            assert numbers == [int(of.image[0, t, row, col]) for t in worth]
+            assert browser.read("document.querySelector('#pixel').textContent") == (f"Pixel in row {row}, column {col}")
+            text = browser.read("document.querySelector('#windows li').innerText")
+            assert f"row {int(of.row[0, 0, row, col])}, column {int(of.col[0, 0, row, col])}" in text
+            shown = re.search(r"([\d.]+)%", text)[1]
+            assert float(shown) == pytest.approx(100 * float(weights[0]), abs=0.6)
+            facts = browser.read("document.querySelector('#facts').innerText")
+            effective = float(re.search(r"([\d.,]+) windows", facts)[1].replace(",", ""))
+            assert effective == pytest.approx(float(of.effective[0, row, col]), rel=0.06)
+
+        check(1, 3, 2, 7)
+        # Keys: arrows move, [ and ] step, the slider is one of the browser's own.
+        browser.read("document.getElementById('image').focus()")
+        for key in ("ArrowDown", "ArrowDown", "ArrowLeft"):
+            browser.press(key)
+        check(1, 3, 4, 6)
+        browser.press("]", "]")
+        check(1, 4, 4, 6)
+        browser.press("ArrowUp", modifiers=8)
+        check(1, 4, 0, 6)
+        browser.read("document.getElementById('step').focus()")
+        browser.press("ArrowRight")
+        assert browser.read("document.getElementById('step').value") in ("4", "5")
+        # A pointer picks the pixel under it.
+        x, y, width, height = browser.read(
+            "(() => { const b = document.getElementById('image').getBoundingClientRect();"
+            " return [b.x, b.y, b.width, b.height]; })()"
+        )
+        step = int(browser.read("document.getElementById('step').value"))
+        browser.click(x + (3.5 / 10) * width, y + (5.5 / 12) * height)
+        check(1, step, 5, 3)
+        # Another sample, every view, and a link down to a training image.
+        browser.read("document.querySelector('#samples button').click()")
+        check(0, step, 5, 3)
+        for button in range(4):
+            browser.read(f"document.querySelectorAll('#views button')[{button}].click()")
+        browser.read("document.querySelector('#windows a').click()")
+        linked = browser.read("document.activeElement.id")
+        assert linked == browser.read("document.querySelector('#windows a').getAttribute('href').slice(1)")
+        # Nothing beside the file was asked for, and nothing went wrong.
+        asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+        assert all(url.startswith(("file:", "data:", "about:")) for url in asked)
+        assert not [e for e in browser.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+
+        # A narrow screen: nothing sticks out.
+        browser.open(f"{page.as_uri()}#sample=0&step=2&pixel=3,3", width=320, height=700)
+        assert browser.read("document.documentElement.scrollWidth") <= 320
+        check(0, 2, 3, 3)
+
+
+def test_sixteen_images_of_32_x_32_stay_under_five_megabytes():
+    """The worst there is: noise, where every window comes from an image of its own."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (1500, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    bank = ps.PatchBank(noise)
+    machine = ps.LocalScore(bank, 1)
+    explained = ps.explain(machine, torch.randn(1, 3, 32, 32, generator=generator), 0.3, top=12)
+    (walk,) = explain_samples(machine, [0], levels=[0], top=2, steps=3)
+    shape = explained.image.shape
+    walks = []
+    for i in range(16):
+        steps = []
+        for j in range(8):
+            scrambled = torch.randint(0, 1500, shape, generator=generator)
+            steps.append(type(explained)(**{**vars(explained), "image": scrambled, "sigma": 1.0 + i + j}))
+        walks.append(type(walk)(i, None, tuple(range(8)), 8, tuple(steps), walk.image))
+    page = explanation_page(walks, bank, ABOUT)
+    assert len(page.encode()) < 5_000_000
+
+
+def test_names_cannot_break_out_of_the_page(bank, walks):
+    page = explanation_page(walks, bank, ABOUT)
+    assert page.count("</script>") == 1
+    assert "http" not in page
+    with pytest.raises(ValueError, match="max_bytes"):
+        explanation_page(walks, bank, ABOUT, max_bytes=30_000)
+    with pytest.raises(ValueError, match="walks"):
+        explanation_page([], bank, ABOUT)
+
+
+def test_explain_writes_what_it_promises(sampled):
+    out = sampled / "out"
+    result = run("explain", out, "--image", 1)
+    assert result.exit_code == 0, result.output
+    assert "nearest training image" in result.output
+    mosaic = Image.open(out / "mosaic.png")
+    assert mosaic.width > 400
+    assert len(mosaic.convert("RGB").getcolors(1 << 20)) > 50
+    assert (out / "explain.html").stat().st_size < 5_000_000
+    record = json.loads((out / "run.json").read_text())
+    assert [entry["image"] for entry in record["memorisation"]["samples"]] == [1]
+
+    assert run("explain", out, "--image", "all", "--levels", 2).exit_code == 0
+    assert (out / "mosaic-0002.png").is_file()
+    assert (out / "memorisation.png").is_file()
+    record = json.loads((out / "run.json").read_text())
+    assert [entry["image"] for entry in record["memorisation"]["samples"]] == [0, 1, 2]
+    nearest = [entry["nearest"]["image"] for entry in record["images"]]
+    assert nearest == [entry["nearest"] for entry in record["memorisation"]["samples"]]
+    # The run can still be continued.
+    again = run("sample", sampled / "bank.npz", "--steps", 6, "--table", 3, "-n", 4, "--labels", "all", "--out", out)
+    assert again.exit_code == 0
+    assert "3 were there" in again.output
+    assert json.loads((out / "run.json").read_text())["memorisation"] == record["memorisation"]
+
+
+@pytest.mark.parametrize("machine", ["ls", "ideal"])
+def test_other_machines_are_explained_too(sampled, tmp_path, machine):
+    table = [] if machine == "ideal" else ["--table", 5]
+    words = ["--steps", 4, *table, "-n", 1, "--machine", machine, "--out", tmp_path / "out"]
+    assert run("sample", sampled / "bank.npz", *words).exit_code == 0
+    assert run("explain", tmp_path / "out").exit_code == 0
+    if machine == "ideal":
+        (entry,) = json.loads((tmp_path / "out" / "run.json").read_text())["memorisation"]["samples"]
+        assert entry["sources"] == 1
+
+
+def test_what_cannot_be_explained_is_said_in_one_line(sampled, tmp_path):
+    np.savez(tmp_path / "other.npz", images=smooth_images(3, 3, 12, 10, seed=9).numpy())
+    for words, message in (
+        ([tmp_path], "run.json: no such file"),
+        ([sampled / "out", "--image", 99], "--image: got 99"),
+        ([sampled / "out", "--image", "x"], "--image: got 'x'"),
+        ([sampled / "out", "--levels", 0], "--levels"),
+        ([sampled / "out", "--top", 0], "top"),
+        ([sampled / "out", "--source", tmp_path / "other.npz"], "not the training images of the run"),
+    ):
+        result = run("explain", *words)
+        assert result.exit_code == 2
+        assert message in result.output
+        assert len([line for line in result.output.splitlines() if "error" in line]) == 1
+
+
+def test_a_copy_is_at_distance_zero_and_has_one_source(bank):
+    images = bank.chunk(3, 5)
+    found = nearest_images(images, bank)
+    assert found.image.tolist() == [3, 4]
+    assert found.rms.tolist() == pytest.approx([0, 0], abs=1e-7)
+    others = nearest_images(images, bank, [3, 4])
+    apart = (bank.chunk(0, 20) - images[0]).square().mean((1, 2, 3)).sqrt()
+    apart[3] = torch.inf
+    assert others.image[0] == apart.argmin()
+    assert float(others.rms[0]) == pytest.approx(float(apart.min()), abs=1e-6)
+    assert (usual_nearness(bank).rms > 0).all()
+    distinct, effective = count_sources(ps.explain(ps.IdealScore(bank), images, 0.05, top=2))
+    assert distinct.tolist() == [1, 1]
+    assert effective.tolist() == pytest.approx([1, 1])
+
+
+def test_sources_are_counted_by_the_pixels_they_own(bank):
+    found = ps.explain(ps.LocalScore(bank, 3), bank.chunk(0, 1) + 0.1 * torch.randn(1, 3, 12, 10), 0.3, top=4)
+    owners, share = found.owners()
+    i, j = 4, 5
+    mass = {}
+    for t in range(4):
+        number = int(found.image[0, t, i, j])
+        mass[number] = mass.get(number, 0) + float(found.weight[0, t, i, j])
+    assert int(owners[0, i, j]) == max(mass, key=mass.get)
+    assert float(share[0, i, j]) == pytest.approx(max(mass.values()))
+    distinct, effective = count_sources(found)
+    assert int(distinct) == len(owners.unique())
+    assert 1 <= float(effective) <= int(distinct)
