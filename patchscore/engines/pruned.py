@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -288,7 +289,7 @@ def _key(rows: range, cols: range) -> tuple[int, int, int, int]:
     return Region(rows, cols, 0, 0).key()
 
 
-def _tensors(sums: PosteriorSum) -> dict[str, Tensor]:
+def _tensors(sums: PosteriorSum) -> dict[str, Any]:
     every = {name: getattr(sums, name) for name in ("m", "s", "v", "s2", "vv", "vs", "ss")}
     return {name: x for name, x in every.items() if x is not None}
 
