@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -443,3 +444,72 @@ def test_another_banks_index_is_refused(indexed):
         ps.EquivariantLocalScore(other, 3, index=index, budget=0.1)
     with pytest.raises(TypeError, match="index: got str, takes a PatchIndex"):
         ps.EquivariantLocalScore(other, 3, index="cifar.index", budget=0.1)
+
+
+# The border to C++.
+
+
+@pytest.fixture
+def native_arguments(indexed, monkeypatch):
+    """What the engine hands to `_native.scan_lists`, to be spoilt."""
+    bank, index = indexed()
+    found = {}
+    monkeypatch.setattr(
+        "patchscore.engines.pruned._native", SimpleNamespace(scan_lists=lambda **given: found.update(given))
+    )
+    machine = pruned(bank, index, padding_mode="circular", budget=0.1)
+    with contextlib.suppress(Exception):
+        machine.pruned.posterior_sum(
+            noisy(bank, 0.5, dtype=torch.float32), torch.tensor([0.5]), bank, machine.competition(3), 2**30
+        )
+    assert found
+    return found
+
+
+SPOILT = {
+    "a short list of cells": {"sizes": lambda x: x[:-1].copy()},
+    "a cell beyond the data": {"offsets": lambda x: np.where(np.arange(len(x)) == 3, 2**62, x)},
+    "a cell before the data": {"offsets": lambda x: np.where(np.arange(len(x)) == 3, -8, x)},
+    "a negative size": {"sizes": lambda x: -x},
+    "a huge size": {"sizes": lambda x: np.where(np.arange(len(x)) == 0, 2**62, x)},
+    "starts that overlap": {"starts": lambda x: x * 0},
+    "sizes of int32": {"sizes": lambda x: x.astype(np.int32)},
+    "too few data": {"data": lambda x: np.asarray(x[: len(x) // 2])},
+    "data of floats": {"data": lambda x: np.zeros(len(x), np.float32)},
+    "features of float64": {"q": lambda x: x.astype(np.float64)},
+    "features of another rank": {"q": lambda x: x[:, :-1].copy()},
+    "strided features": {"q": lambda x: x[:, ::-1]},
+    "windows of two axes": {"windows": lambda x: x.reshape(len(x), -1)},
+    "too few windows": {"windows": lambda x: x[:-1].copy()},
+    "wide windows": {"windows": lambda x: np.zeros((*x.shape[:2], 3, 5), np.float32)},
+    "values of other images": {"values": lambda x: np.asarray(x[:-1])},
+    "images of one channel": {"images": lambda x: x[:, :1].copy()},
+    "images of three axes": {"images": lambda x: x[0]},
+    "expectations of other cells": {"expected": lambda x: x[:, :-1].copy()},
+    "means of other cells": {"mean": lambda x: x[:-1].copy()},
+    "moments of one channel": {"moments": lambda x: x[:, :2].copy()},
+    "a place outside": {"place": lambda x: (1, 1, 14, 10)},
+    "no axis": {"used_rank": lambda x: 0},
+    "too many axes": {"used_rank": lambda x: 10**6},
+    "no budget": {"budget": lambda x: 0.0},
+    "a budget of NaN": {"budget": lambda x: float("nan")},
+    "no noise": {"sigma": lambda x: -1.0},
+    "a negative recheck": {"recheck": lambda x: -1},
+    "a short result": {"m": lambda x: x[:-1].copy()},
+    "a result of float32": {"v": lambda x: x.astype(np.float32)},
+    "no room for pairs": {"pairs": lambda x: x[:0].copy()},
+    "numbers of another batch": {"numbers": lambda x: x[:-1].copy()},
+    "images allowed of another bank": {"allowed": lambda x: np.ones(3, np.uint8)},
+    "another instruction set": {"simd": lambda x: "mmx"},
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_the_native_scan_refuses_what_does_not_fit(native_arguments, spoilt):
+    changed = {name: change(native_arguments[name]) for name, change in SPOILT[spoilt].items()}
+    with pytest.raises(ValueError):
+        sliding._native.scan_lists(**{**native_arguments, **changed})
+    read_only = np.zeros_like(native_arguments["s"])
+    read_only.flags.writeable = False
+    with pytest.raises((ValueError, BufferError)):
+        sliding._native.scan_lists(**{**native_arguments, "s": read_only})
