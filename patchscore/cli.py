@@ -1,4 +1,4 @@
-"""The command line: `patchscore sample`, `info`, `calibrate`, `compare` and `explain`.
+"""The command line: `patchscore sample`, `index`, `info`, `calibrate`, `compare` and `explain`.
 
 A thin skin: it turns words into the library's objects, prints what happened, and turns every error a user can cause
 into one line on stderr and exit code 2.
@@ -27,6 +27,7 @@ from .evaluate import baselines as known_machines
 from .evaluate import compare as run_comparison
 from .explain import explain_samples, mosaic_rows
 from .files import write_atomically
+from .index import OPTIONS, PatchIndex
 from .machines import DEFAULT_MEMORY_LIMIT, Denoiser, EquivariantLocalScore, IdealScore, LocalScore, ScoreMachine
 from .networks import load_network
 from .noise import SCHEDULES, get_schedule
@@ -99,6 +100,7 @@ Examples:
   patchscore sample photos/ --size 32 -n 64 --out faces
   patchscore sample cifar.npz --machine els --padding-mode circular --sampler heun
   patchscore sample photos/ --size 48 --table 7 --labels cats,dogs --seed 3
+  patchscore sample cifar.npz --index cifar.index --budget 0.01
 
 The same command again continues an interrupted run, and a larger -n adds to a finished one.
 
@@ -147,7 +149,15 @@ Published tables, made for 32 x 32 images: """
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Image i depends on the seed and on i alone.")
 @click.option("--batch-size", type=int, default=DEFAULT_BATCH, show_default=True, help="Images denoised together.")
-@click.option("--engine", default="auto", show_default=True, metavar="|".join(["auto", *engines.ENGINES]))
+@click.option("--engine", default="auto", show_default=True, metavar="|".join(["auto", *engines.ENGINES, "pruned"]))
+@click.option(
+    "--index",
+    "index_path",
+    type=click.Path(path_type=Path),
+    help="An index that `patchscore index` made of SOURCE: a share of the windows is looked at, not all.",
+)
+@click.option("--budget", type=float, help="With --index: the share of (pixel, window) pairs to evaluate, say 0.01.")
+@click.option("--tolerance", type=float, help="With --index, instead: the rms error that a denoised pixel may have.")
 @click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes cuda if there is."
 )
@@ -174,6 +184,9 @@ def sample(
     seed: int,
     batch_size: int,
     engine: str,
+    index_path: Path | None,
+    budget: float | None,
+    tolerance: float | None,
     device: str,
     memory_limit: float,
     out: Path,
@@ -192,14 +205,23 @@ def sample(
     device = _device(device)
     if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"--out: {out} lies in the folder of training images")
+    if index_path is None and (budget is not None or tolerance is not None):
+        raise ValueError("--budget, --tolerance: take an --index; `patchscore index` makes one")
+    if index_path is not None and (budget is None) == (tolerance is None):
+        raise ValueError("--index: takes one of --budget and --tolerance")
     bank = _open(source, size, channels, limit, skip_bad)
-    denoiser = _machine(machine, bank, table, padding_mode, engine, int(memory_limit * 2**30))
+    index = None if index_path is None else PatchIndex.open(index_path, bank)
+    pruned = {"index": index, "budget": budget, "tolerance": tolerance, "seed": seed} if index else {}
+    denoiser = _machine(machine, bank, table, padding_mode, engine, int(memory_limit * 2**30), pruned)
     sizes = denoiser.patch_size if isinstance(denoiser.patch_size, ScaleTable) else None
     described = {
         "machine": machine,
         "padding_mode": getattr(denoiser, "padding_mode", None),
         "table": sizes and sizes.name,
         "patch_sizes": sizes and dict(zip(map(str, sizes.sigmas), sizes.sizes, strict=True)),
+        "index": index and {**{name: index.meta[name] for name in OPTIONS}, "patch_sizes": index.patch_sizes},
+        "budget": budget,
+        "tolerance": tolerance,
     }
     noted = {
         "source": source,
@@ -209,6 +231,7 @@ def sample(
         "skip_bad": skip_bad,
         "batch_size": batch_size,
         "engine": engine,
+        "index": index_path and str(index_path),
         "device": device,
         "memory_limit_gib": memory_limit,
     }
@@ -235,6 +258,89 @@ def sample(
     seconds = time.perf_counter() - start
     added = f"made {_images(count - kept)} in {seconds:.1f} s" if kept < count else "nothing left to make"
     click.echo(f"{added}{f', {kept} were there' if kept else ''}: see {out / 'grid.png'} and {out / 'trajectory.png'}")
+
+
+@main.command(
+    epilog="""
+\b
+Examples:
+  patchscore index fashion-mnist --patch-sizes 3,5,7 --out fashion.index
+  patchscore index cifar.npz --table cifar10-resnet-zeros --out cifar.index
+  patchscore sample cifar.npz --index cifar.index --budget 0.01
+
+The same command again continues an interrupted build and keeps the sizes that are there.
+"""
+)
+@_source_options
+@click.option("--patch-sizes", metavar="K,K,...", help="The odd patch sizes to index.")
+@click.option("--table", metavar="NAME|FILE", help="Instead: every size of a table that `sample` takes.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option(
+    "--padding-mode",
+    type=click.Choice(["zeros", "circular"]),
+    default="zeros",
+    show_default=True,
+    help="zeros indexes the windows along edges too; circular has no use for them.",
+)
+@click.option("--rank", type=int, help="Principal axes to keep of a window.  [default: by the spectrum]")
+@click.option("--cells", type=int, help="Cells of similar windows.  [default: 4 sqrt(windows)]")
+@click.option("--max-windows", type=int, help="Index at most so many windows a size, of images taken at random.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of training samples and the order in cells.")
+@click.option("--verify", is_flag=True, help="Check every file whole, once built.")
+@_one_line_errors
+def index(
+    source: str,
+    size: int | None,
+    channels: str | None,
+    limit: int | None,
+    skip_bad: bool,
+    patch_sizes: str | None,
+    table: str | None,
+    out: Path,
+    padding_mode: str,
+    rank: int | None,
+    cells: int | None,
+    max_windows: int | None,
+    seed: int,
+    verify: bool,
+) -> None:
+    """Index the windows of SOURCE, so that `sample --index` need look at a small share of them only."""
+    if (patch_sizes is None) == (table is None):
+        raise ValueError("--patch-sizes, --table: takes one of the two")
+    if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f"--out: {out} lies in the folder of training images")
+    if patch_sizes is not None and not all(part.strip().isdigit() for part in patch_sizes.split(",")):
+        raise ValueError(f"--patch-sizes: got {patch_sizes!r}, takes odd numbers separated by commas")
+    bank = _open(source, size, channels, limit, skip_bad)
+    if patch_sizes is not None:
+        wanted = [int(part) for part in patch_sizes.split(",")]
+    else:
+        assert table is not None
+        wanted = sorted(set(_scale_table(table, bank, padding_mode).sizes))
+        fit = [k for k in wanted if k <= min(bank.shape[1:])]
+        if fit and fit != wanted:
+            listed = ", ".join(str(k) for k in wanted if k not in fit)
+            warnings.warn(f"patch sizes {listed} are wider than the images: served exactly, not indexed", stacklevel=2)
+            wanted = fit
+    click.echo(f"{bank!r} from {source}")
+    start = time.perf_counter()
+    try:
+        built = PatchIndex.build(bank, wanted, out, padding_mode, rank, cells, max_windows, seed)
+    except KeyboardInterrupt:
+        click.echo(f"\npatchscore: stopped; the same command keeps what is whole in {out} and goes on", err=True)
+        sys.exit(130)
+    seconds = time.perf_counter() - start
+    if verify:
+        PatchIndex.open(out, bank, verify=True)
+    click.echo(f"\n{'patch size':<12}{'windows':<16}{'stored':<16}{'axes':<8}{'cells':<10}bytes a window")
+    for k in built.patch_sizes:
+        part = built.at(k)
+        total = sum(file["bytes"] for file in part.meta["files"].values())
+        counted = f"{k:<12}{part.meta['windows']:<16,}{part.meta['stored']:<16,}{part.rank:<8}{len(part.sizes):<10,}"
+        click.echo(f"{counted}{total / part.meta['windows']:.0f}")
+        if part.meta["subsampled_images"]:
+            click.echo(f"            of {part.meta['subsampled_images']:,} images taken at random, for --max-windows")
+    click.echo(f"\nindexed in {seconds:.1f} s: {out}{', every file checked' if verify else ''}")
 
 
 @main.command(
@@ -276,8 +382,16 @@ def info(source: str, size: int | None, channels: str | None, limit: int | None,
 
 
 def _machine(
-    machine: str, bank: PatchBank, table: str, padding_mode: str, engine: str, memory_limit: int
+    machine: str,
+    bank: PatchBank,
+    table: str,
+    padding_mode: str,
+    engine: str,
+    memory_limit: int,
+    pruned: dict[str, Any],
 ) -> ScoreMachine:
+    if machine != "els" and pruned:
+        raise ValueError(f"--index: got one, the {machine} machine takes none")
     if machine != "els" and padding_mode != "zeros":
         raise ValueError(f"--padding-mode: got {padding_mode}, the {machine} machine pads with zeros")
     if machine == "ideal":
@@ -287,7 +401,7 @@ def _machine(
     sizes = _scale_table(table, bank, padding_mode)
     if machine == "ls":
         return LocalScore(bank, sizes, engine, memory_limit)
-    return EquivariantLocalScore(bank, sizes, padding_mode, engine, memory_limit)
+    return EquivariantLocalScore(bank, sizes, padding_mode, engine, memory_limit, **pruned)
 
 
 def _images(count: int) -> str:

@@ -315,7 +315,8 @@ class IndexedSize:
         cells, file = self.regions[0].cells, self.folder / "lists.bin"
         index = faiss.read_index(str(self.folder / "cells.faiss"), faiss.IO_FLAG_ONDISK_SAME_DIR)
         lists = faiss.OnDiskInvertedLists(cells, self.rank * 2, str(file))
-        lists.set_all_lists_sizes(faiss.swig_ptr(self.sizes[:cells].numpy().astype(np.uint64)))
+        sizes = self.sizes[:cells].numpy().astype(np.uint64)  # named, for a pointer does not keep it alive
+        lists.set_all_lists_sizes(faiss.swig_ptr(sizes))
         lists.totsize = file.stat().st_size
         lists.read_only = True
         lists.do_mmap()

@@ -300,3 +300,89 @@ def test_an_interrupted_run_leaves_whole_files_and_continues(photos, tmp_path):
     again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "made 1 image in" in again.stdout
     assert f"{made} were there" in again.stdout
+
+
+# An index.
+
+
+def make_index(photos, out, *more):
+    return run("index", photos, "--patch-sizes", "3,5", "--out", out, *more)
+
+
+def test_index_builds_what_sample_then_uses(photos, tmp_path):
+    pytest.importorskip("faiss")
+    result = make_index(photos, tmp_path / "i", "--verify")
+    assert result.exit_code == 0, result.output
+    assert "every file checked" in result.output
+    rows = [line.split() for line in result.output.splitlines() if line[:2] in ("3 ", "5 ")]
+    assert [row[0] for row in rows] == ["3", "5"]
+    assert rows[0][1] == f"{12 * (8 * 10 + 2 * 8 + 2 * 10):,}"
+    assert make_index(photos, tmp_path / "i").exit_code == 0
+
+    out = tmp_path / "out"
+    result = sample(photos, out, "--index", tmp_path / "i", "--budget", 0.5)
+    assert result.exit_code == 0, result.output
+    settings = json.loads((out / "run.json").read_text())["settings"]
+    assert settings["budget"] == 0.5
+    assert settings["index"]["patch_sizes"] == [3, 5]
+    assert json.loads((out / "run.json").read_text())["noted"]["index"] == str(tmp_path / "i")
+    assert "nothing left to make" in sample(photos, out, "--index", tmp_path / "i", "--budget", 0.5).output
+    assert "holds a run with" in sample(photos, out, "--index", tmp_path / "i", "--budget", 0.4).stderr
+    assert "holds a run with" in sample(photos, out).stderr
+    assert "holds a run with" in sample(photos, out, "--index", tmp_path / "i", "--tolerance", 0.1).stderr
+    assert sample(photos, tmp_path / "out2", "--index", tmp_path / "i", "--tolerance", 0.1).exit_code == 0
+
+
+def test_index_takes_the_sizes_of_a_table(photos, tmp_path):
+    pytest.importorskip("faiss")
+    result = run("index", photos, "--table", "cifar10-resnet-zeros", "--out", tmp_path / "i", "--max-windows", 500)
+    assert result.exit_code == 0, result.output
+    assert "patch sizes 11, 13, 15, 17 are wider than the images" in result.stderr
+    assert [line.split()[0] for line in result.output.splitlines() if line[:1] in "3579" and line[1:2] == " "] == [
+        "3",
+        "5",
+        "7",
+        "9",
+    ]
+    assert "images taken at random, for --max-windows" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--patch-sizes, --table: takes one of the two"),
+        (["--patch-sizes", "3", "--table", "3"], "takes one of the two"),
+        (["--patch-sizes", "3,x"], "--patch-sizes: got '3,x'"),
+        (["--patch-sizes", "4"], "patch_sizes: got 4, takes an odd integer"),
+        (["--patch-sizes", "11"], "patch_sizes: 11 does not fit in 12 x 10"),
+        (["--patch-sizes", "3", "--rank", "0"], "rank: got 0"),
+        (["--patch-sizes", "3", "--seed", "-3"], "seed: got -3"),
+    ],
+)
+def test_index_names_what_it_does_not_take_in_one_line(photos, tmp_path, options, message):
+    pytest.importorskip("faiss")
+    result = run("index", photos, "--out", tmp_path / "i", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("10 x 12", "12 x 10")
+    assert result.stderr.count("\n") == 1
+
+
+def test_sample_refuses_a_missing_or_foreign_index_in_one_line(photos, tmp_path):
+    pytest.importorskip("faiss")
+    make_index(photos, tmp_path / "i")
+    fingerprint = ps.PatchBank.open(photos).fingerprint[:16]
+    next(photos.glob("*/*.png")).unlink()
+    other = ps.PatchBank.open(photos).fingerprint[:16]
+    cases = {
+        ("--index", tmp_path / "none", "--budget", 0.1): "no index here",
+        ("--index", tmp_path / "i", "--budget", 0.1): f"index of bank {fingerprint}, but this bank is {other}",
+        ("--index", tmp_path / "i"): "--index: takes one of --budget and --tolerance",
+        ("--budget", 0.1): "--budget, --tolerance: take an --index",
+        ("--engine", "pruned"): '"pruned" takes an index',
+    }
+    for options, message in cases.items():
+        result = sample(photos, tmp_path / "out", *options)
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

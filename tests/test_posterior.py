@@ -1,5 +1,7 @@
 """PosteriorSum: a sum that can be split anywhere and put together in any order."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -63,3 +65,53 @@ def test_add_merges_a_block_in_place():
     assert total.mean[1, 0, 0, 2].item() == pytest.approx(part.mean.item())
     assert total.s[1, 0, 0, 2].item() == pytest.approx(2 * part.s.item())
     assert total.s.count_nonzero() == 1
+
+
+def sampled(seed):
+    """A random partial sum of two pixels with a sampling covariance."""
+    g = torch.Generator().manual_seed(seed)
+    one, three = (2, 1, 1, 1), (2, 3, 1, 1)
+    m, s = 5 * torch.randn(one, generator=g, dtype=torch.float64), 1 + torch.rand(one, generator=g, dtype=torch.float64)
+    v, vs = (s * torch.rand(three, generator=g, dtype=torch.float64) for _ in range(2))
+    return PosteriorSum(m, s, v, s / 2, vv=1 + v.square(), vs=vs / 9, ss=s / 3, pairs=7)
+
+
+@pytest.mark.parametrize("exact", [None, 0, 1, 2])
+def test_sums_with_a_sampling_covariance_merge_in_any_order(exact):
+    parts = [sampled(seed) for seed in range(3)]
+    if exact is not None:
+        parts[exact] = replace(parts[exact], vv=None, vs=None, ss=None)
+    a, b, c = parts
+    for other in (merge(merge(a, b), c), merge(a, merge(b, c)), merge(merge(c, a), b)):
+        assert_same(other, merge_all(parts))
+        assert torch.allclose(other.stderr, merge_all(parts).stderr, rtol=1e-9)
+        assert other.pairs == 21
+    empty = PosteriorSum.empty((2, 3, 1, 1), "cpu", sampled=True)
+    assert torch.allclose(merge(empty, a).stderr, a.stderr)
+
+
+def test_the_standard_error_is_that_of_a_ratio():
+    """Two of five windows drawn at random, each standing for 2.5: variances and covariance by hand."""
+    w, value = torch.tensor([0.5, 1.0], dtype=torch.float64), torch.tensor([-0.2, 0.6], dtype=torch.float64)
+    both = torch.stack([w * value, w])
+    # N^2 (1 - n/N) / n times the sample covariance.
+    covariance = 25 * (1 - 2 / 5) / 2 * torch.cov(both)
+    (s, v), m = (2.5 * both.sum(1)).flip(0), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    as_image = [x.reshape(1, 1, 1, 1) for x in (s, v, s, covariance[0, 0], covariance[0, 1], covariance[1, 1])]
+    found = PosteriorSum(m, *as_image)
+    mean = (w @ value / w.sum()).item()
+    # The same from the residuals w (v - mean), whose sum has the variance of the ratio's numerator.
+    residual = w * (value - mean)
+    by_hand = (25 * (1 - 2 / 5) / 2 * residual.var()).sqrt() / (2.5 * w.sum())
+    assert found.mean.item() == pytest.approx(mean)
+    assert found.stderr.item() == pytest.approx(by_hand.item())
+    # It does not depend on the reference.
+    shifted = PosteriorSum(m - 3, *(x * f for x, f in zip(as_image, [20.0] * 3 + [400.0] * 3, strict=True)))
+    assert shifted.stderr.item() == pytest.approx(by_hand.item())
+
+
+def test_the_standard_error_never_exceeds_the_range_of_pixels():
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for variance in (1e30, torch.inf):
+        assert PosteriorSum(one, one, one, one, vv=one * variance, vs=one * 0, ss=one).stderr.item() == 2
+    assert not PosteriorSum(one, one, one, one).stderr.any()
