@@ -3,9 +3,12 @@
 import contextlib
 import itertools
 import os
+import re
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +24,7 @@ pytest.importorskip("faiss")
 if sliding.unavailable(torch.device("cpu")):
     pytest.skip("the C++ extension was not built", allow_module_level=True)
 
+ROOT = Path(__file__).parent.parent
 SIGMAS = (0.01, 0.1, 0.5, 2.0, 100.0)
 
 
@@ -513,3 +517,28 @@ def test_the_native_scan_refuses_what_does_not_fit(native_arguments, spoilt):
     read_only.flags.writeable = False
     with pytest.raises((ValueError, BufferError)):
         sliding._native.scan_lists(**{**native_arguments, "s": read_only})
+
+
+# What is written about it.
+
+
+def test_the_pages_code_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"ps": ps, "torch": torch, "bank": ps.PatchBank.open("fashion-mnist", limit=30)}
+    names["z"] = names["bank"].chunk(0, 2) + 0.5 * torch.randn(2, 1, 28, 28)
+    for page in ("README.md", "docs/pruned.md"):
+        for block in re.findall(r"```py\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+            exec(block, names)
+        assert names["est"].stderr.shape == (2, 1, 28, 28)
+        assert names["hits"].weight.shape[1] == 3
+        shutil.rmtree(tmp_path / "fashion.index")
+
+
+def test_the_example_shows_errors_that_fall_with_the_budget():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "pruned.py")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    errors = [float(value) for value in re.findall(r"rms ([\d.]+)", done.stdout)]
+    assert len(errors) == 4
+    assert errors[0] > errors[-1]
