@@ -133,7 +133,8 @@ void scan_lists(const py::buffer& data, const py::buffer& offsets, const py::buf
                 const py::buffer& variance, const py::buffer& log_repeats, const py::buffer& moments, int rank, const std::array<int, 4>& place, const py::buffer& images, const py::buffer& numbers,
                 const py::buffer& q,
                 const py::buffer& windows, const py::buffer& expected, int used_rank,
-                double sigma, double budget, double floor, int recheck, uint64_t seed, const py::buffer& m,
+                double sigma, double exact_sigma, double budget, double floor, int recheck, uint64_t seed,
+                const py::buffer& m,
                 const py::buffer& s, const py::buffer& s2, const py::buffer& v, const py::buffer& vv,
                 const py::buffer& vs, const py::buffer& ss, const py::buffer& pairs, int threads,
                 const std::string& simd) {
@@ -187,8 +188,9 @@ void scan_lists(const py::buffer& data, const py::buffer& offsets, const py::buf
     scan.queries = size_of("q", queries), scan.channels = size_of("images", channels);
     scan.height = size_of("images", images_info.shape[2]), scan.width = size_of("images", images_info.shape[3]);
     scan.patch_size = size_of("windows", windows_info.shape[2]);
-    if (!(sigma > 0) || !(budget > 0) || !(floor >= 0)) throw py::value_error("sigma, budget: takes positive numbers");
-    scan.sigma = sigma, scan.budget = budget, scan.floor = floor;
+    if (!(sigma > 0) || !(exact_sigma > 0) || !(budget > 0) || !(floor >= 0))
+        throw py::value_error("sigma, budget: takes positive numbers");
+    scan.sigma = sigma, scan.exact_sigma = exact_sigma, scan.budget = budget, scan.floor = floor;
     if (used_rank < 1 || used_rank > rank) throw py::value_error("used_rank: takes 1 to " + std::to_string(rank));
     if (recheck < 0 || recheck > 1 << 16) throw py::value_error("recheck: got " + std::to_string(recheck));
     scan.used_rank = used_rank, scan.recheck = recheck, scan.seed = seed, scan.threads = threads < 1 ? 1 : threads;
@@ -234,7 +236,7 @@ PYBIND11_MODULE(_native, module) {
     module.def("scan_lists", &scan_lists, py::kw_only(), py::arg("data"), py::arg("offsets"), py::arg("sizes"),
                py::arg("starts"), py::arg("values"), py::arg("counts"), py::arg("allowed"), py::arg("competing"),
                py::arg("mean"), py::arg("variance"), py::arg("log_repeats"), py::arg("moments"), py::arg("rank"), py::arg("place"), py::arg("images"), py::arg("numbers"), py::arg("q"),
-               py::arg("windows"), py::arg("expected"), py::arg("used_rank"), py::arg("sigma"),
+               py::arg("windows"), py::arg("expected"), py::arg("used_rank"), py::arg("sigma"), py::arg("exact_sigma"),
                py::arg("budget"), py::arg("floor"), py::arg("recheck"), py::arg("seed"), py::arg("m"), py::arg("s"),
                py::arg("s2"), py::arg("v"), py::arg("vv"), py::arg("vs"), py::arg("ss"), py::arg("pairs"),
                py::arg("threads"), py::arg("simd"),

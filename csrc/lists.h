@@ -33,7 +33,8 @@ struct Lists {
 
 struct Scan {
     int queries, channels, height, width, patch_size;
-    double sigma;
+    double sigma;               // that the scan weighs by
+    double exact_sigma;         // that the recheck weighs by, no larger
     int used_rank;              // leading axes that are compared
     const int64_t* numbers;     // [queries] a query's number, which its random draws follow
     const float* q;             // [queries, rank] features

@@ -743,7 +743,7 @@ private:
             chance[i] = std::min(1., std::exp2(double(sample.log_size) - double(samples.threshold)));
             // Sizes stand for all that a window represents; what exact and rough weights share cancels later.
             log_exact[i] = double(sample.log_size) - double(sample.log_weight) -
-                           distance / (2 * scan.sigma * scan.sigma) * LOG2E;
+                           distance / (2 * scan.exact_sigma * scan.exact_sigma) * LOG2E;
             rough[i] = std::exp2(double(sample.log_size) - total.m) / chance[i];
             top = std::max(top, log_exact[i] - std::log2(chance[i]));
         }
@@ -757,21 +757,27 @@ private:
             }
         }
         if (!(rough_sum > 0) || !(exact_sum > 0)) return;
-        double error[MOST_CHANNELS] = {};
+        double error[MOST_CHANNELS] = {}, squares = 0;
         for (int c = 0; c < channels; ++c) rough_mean[c] /= rough_sum, exact_mean[c] /= exact_sum;
-        for (size_t i = 0; i < count; ++i)
+        // Where the scan weighed by more noise than there is, its mean is no guide: the sample alone decides.
+        const bool guided = scan.exact_sigma >= scan.sigma;
+        for (size_t i = 0; i < count; ++i) {
+            squares += exact[i] * std::exp2(log_exact[i] - top - double(kept[i].log_size) + double(kept[i].log_weight));
             for (int c = 0; c < channels; ++c) {
                 const double value = double(values[i * size_t(channels) + size_t(c)]);
                 const double change = exact[i] / exact_sum * (value - exact_mean[c]) -
-                                      rough[i] / rough_sum * (value - rough_mean[c]);
+                                      (guided ? rough[i] / rough_sum * (value - rough_mean[c]) : 0);
                 error[c] += (1 - chance[i]) * change * change;
             }
+        }
         for (int c = 0; c < channels; ++c) {
-            const double shift = exact_mean[c] - rough_mean[c];
+            const double mean = total.v[c] / total.s;
+            const double shift = guided ? exact_mean[c] - rough_mean[c] : exact_mean[c] - mean;
             total.vv[c] += 2 * shift * total.vs[c] + shift * shift * total.ss + error[c] * total.s * total.s;
             total.vs[c] += shift * total.ss;
             total.v[c] += shift * total.s;
         }
+        if (!guided) total.s2 = total.s * total.s * squares / (exact_sum * exact_sum);
         // Weights of whole windows: the scan's times what exact ones are of rough ones.
         log_shift = (top + std::log2(exact_sum) - total.m - std::log2(rough_sum)) / LOG2E;
     }

@@ -16,7 +16,7 @@ import torch
 
 from ..windows import Competition
 from . import fused, reference, sliding
-from .pruned import Pruned
+from .pruned import TIED, Pruned
 
 ENGINES: dict[str, Any] = {"fused": fused, "sliding": sliding, "reference": reference}
 """The exact engines by name, the fastest first: "auto" takes the first that can serve."""
@@ -43,7 +43,7 @@ def choose(
     for name, found, reason in _reasons(engine, device, dtype, pruned, competition):
         if reason is None:
             return name, found
-        expected = reason == FLOAT32_ONLY or (name != engine and reason.startswith(ELSEWHERE))
+        expected = reason in (FLOAT32_ONLY, TIED) or (name != engine and reason.startswith(ELSEWHERE))
         if not expected and reason not in _warned:
             _warned.add(reason)
             warnings.warn(f"engine {name!r} cannot serve: {reason}; the next one does", RuntimeWarning, stacklevel=4)

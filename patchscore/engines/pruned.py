@@ -33,11 +33,17 @@ EXPECTED_DROPPED = 0.1
 RECHECK = 64
 """Windows of a query that are compared again pixel by pixel, chosen by their weights."""
 
+SHARPEST = 0.02
+"""Times the root of a window's values, 0.1 at most: noise below which the scan weighs as if it were this much, for half
+floats rank no finer. The recheck weighs exactly, and takes four times as many windows there."""
+
 FLOOR = 0.02
 """Share of the budget that is spread over all cells alike, whatever their moments say."""
 
 EDGES = 3.0
 """The budget of an edge's few windows, in units of the interior's."""
+
+TIED = "windows tied to their place are not in an index"
 
 MOST_CHANNELS = 4
 QUERIES_A_SCAN = 16384
@@ -61,7 +67,6 @@ class Pruned:
         self.tolerance = tolerance
         self.seed = seed
         self._allowed: dict[int, tuple[PatchBank, Tensor, dict[int, Tensor]]] = {}
-        self._found: dict[tuple[int, float, int], float] = {}
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this engine cannot serve on `device`, or None."""
@@ -74,7 +79,7 @@ class Pruned:
         if competition.patch_size is None:
             return "whole images are not in an index"
         if all(group.rows.locked and group.cols.locked for group in competition.groups):
-            return "windows tied to their place are not in an index"
+            return TIED
         if competition.patch_size not in self.index.patch_sizes:
             return f"the index has patch sizes {self.index.patch_sizes}, not {competition.patch_size}"
         return None
@@ -132,12 +137,26 @@ class Pruned:
         padded = functional.pad(z, (r, r, r, r), mode="circular" if padding_mode == "circular" else "constant")
         around = padded[:, :, rows.start : rows.stop + 2 * r, cols.start : cols.stop + 2 * r]
         windows = around.unfold(2, k, 1).unfold(3, k, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).contiguous()
-        numbers = torch.arange(len(rows) * len(cols)).repeat(len(z))
-        share = self._budget(windows, numbers, sigma, bank, part, region, memory_limit)
-        sums = self._scan(windows, numbers, sigma, bank, part, region, share, memory_limit)
+        pixels = len(rows) * len(cols)
+        numbers = torch.arange(pixels)
+        # An item's budget is its own, whatever else is in the batch; items of one budget are scanned together.
+        shares = torch.tensor(
+            [self._budget(item, numbers, sigma, bank, part, region, memory_limit) for item in windows.split(pixels)]
+        )
+        whole: dict[str, Tensor] = {}
+        pairs = 0
+        for share in shares.unique().tolist():
+            members = (shares == share).repeat_interleave(pixels)
+            chosen = windows if bool(members.all()) else windows[members]
+            every = numbers.repeat(len(chosen) // pixels)
+            sums = self._scan(chosen, every, sigma, bank, part, region, share, memory_limit)
+            for name, x in _tensors(sums).items():
+                whole.setdefault(name, x.new_empty(len(windows), x.shape[1]))[members] = x
+            pairs += sums.pairs or 0
         shape = (len(z), len(rows), len(cols))
-        parts = {name: x.unflatten(0, shape).permute(0, 3, 1, 2) for name, x in _tensors(sums).items()}
-        return PosteriorSum(**parts, pairs=sums.pairs)
+        return PosteriorSum(
+            **{name: x.unflatten(0, shape).permute(0, 3, 1, 2) for name, x in whole.items()}, pairs=pairs
+        )
 
     def _budget(
         self,
@@ -154,19 +173,17 @@ class Pruned:
         if self.budget is not None:
             return min(1.0, scale * self.budget)
         assert self.tolerance is not None
-        key = (part.k, round(math.log(sigma), 2), region if region == 0 else 1)
-        if key not in self._found:
-            pixels = torch.linspace(0, len(windows) - 1, min(PILOT_PIXELS, len(windows))).round().long().unique()
-            share = 0.001
-            while True:
-                sums = self._scan(windows[pixels], numbers[pixels], sigma, bank, part, region, share, memory_limit)
-                error = sums.stderr.square().mean().sqrt().item()
-                if error <= 0.8 * self.tolerance or share >= 1:
-                    break
-                # Errors fall a little faster than one over the root of the share.
-                share = min(1.0, share * min(8.0, max(1.5, (error / (0.8 * self.tolerance)) ** 1.4)))
-            self._found[key] = share
-        return self._found[key]
+        pixels = torch.linspace(0, len(windows) - 1, min(PILOT_PIXELS, len(windows))).round().long().unique()
+        share = 0.001
+        while share < 1:
+            sums = self._scan(windows[pixels], numbers[pixels], sigma, bank, part, region, share, memory_limit)
+            error = sums.stderr.square().mean().sqrt().item()
+            if error <= 0.8 * self.tolerance:
+                break
+            # Errors fall a little faster than one over the root of the share; in steps, so that items share budgets.
+            raised = max(1.0, math.log2((error / (0.8 * self.tolerance)) ** 1.4))
+            share = min(1.0, share * 2 ** math.ceil(min(raised, 3.0)))
+        return share
 
     def _scan(
         self,
@@ -183,10 +200,11 @@ class Pruned:
         place = part.regions[region]
         cells = slice(place.first_cell, place.first_cell + place.cells)
         allowed, competing = self._competing(bank, part, region)
+        sharp, sigma = sigma, max(sigma, min(0.1, SHARPEST * math.sqrt(windows[0].numel())))
         used = part.rank_at(region, sigma, DROPPED)
         # The more variance is left out, in units of sigma^2, the more windows are compared again.
         left = float(part.tail[region][used]) / sigma**2
-        recheck = RECHECK * round(min(8.0, max(1.0, left / 0.05)))
+        recheck = RECHECK * round(min(8.0, max(4.0 if sharp < sigma else 1.0, left / 0.05)))
         q = part.project(windows, region).contiguous()
         few = part.rank_at(region, sigma, EXPECTED_DROPPED)
         mean, variance = part.mean[cells, :few], part.variance[cells, :few]
@@ -224,10 +242,11 @@ class Pruned:
                 expected=expected.numpy(),
                 used_rank=used,
                 sigma=sigma,
+                exact_sigma=sharp,
                 budget=share,
                 floor=FLOOR * share,
                 recheck=recheck,
-                seed=hash((self.seed, part.k, region, sigma)) & 0x7FFFFFFFFFFFFFFF,
+                seed=hash((self.seed, part.k, region, sharp)) & 0x7FFFFFFFFFFFFFFF,
                 **{name: x[block].numpy() for name, x in out.items()},
                 pairs=pairs.numpy(),
                 threads=torch.get_num_threads(),

@@ -1,0 +1,295 @@
+"""What a share of the pairs buys: error, stated error and time of `pruned` beside exact sums and other ways to cut.
+
+Every step of a published table, on held-out images with that step's noise. Contenders of equal time, on the interior:
+the nearest windows FAISS finds (top-k + softmax), exact sums over a uniform subset of the images, and over the images
+that a coarse comparison of whole images picks. Writes benchmarks/results/pruned_cpu.json and docs/pruned-time.png.
+
+    python benchmarks/pruned_cpu.py --images cifar10/train --indexes /somewhere/large [--only fashion-mnist-10000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import record
+import torch
+from torch.nn import functional
+
+import patchscore as ps
+from patchscore.engines import sliding
+from patchscore.engines.pruned import Pruned
+from patchscore.windows import Competition
+
+MEMORY = 2**31
+REPEATS = 5
+BUDGET = 0.01
+SWEEP = {"budget": (0.001, 0.003, 0.01, 0.03), "share": (0.01, 0.03, 0.1, 0.3), "nprobe": (4, 16, 64, 256)}
+SWEPT = (3, 7, 11, 17)
+NEAREST = 1000  # windows of a top-k cut
+FASHION = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
+
+
+def timed(run: Callable, *given, **options) -> tuple:
+    start = time.perf_counter()
+    result = run(*given, **options)
+    return result, time.perf_counter() - start
+
+
+def exact(z, sigma, bank, competition):
+    return sliding.posterior_sum(z, sigma, bank, competition, MEMORY)
+
+
+def subset(z, sigma, bank, competition, images):
+    """Exact sums over some of the images."""
+    return exact(z, sigma, ps.PatchBank(bank.images[images]), competition).mean
+
+
+def screened(z, sigma, bank, coarse, competition, count):
+    """Exact sums over the `count` images nearest to z at a quarter of the resolution."""
+    small = functional.avg_pool2d(z, 4).flatten(1)
+    nearest = torch.cdist(small, coarse).amin(0).topk(count, largest=False).indices
+    return subset(z, sigma, bank, competition, nearest)
+
+
+def top_k(z, sigma, index, k, nprobe):
+    """Softmax over the nearest windows that FAISS finds, in the interior: [B, C, rows, cols]."""
+    part, r = index.at(k), k // 2
+    place = part.regions[0]
+    windows = z.unfold(2, k, 1).unfold(3, k, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).contiguous()
+    found = part.faiss_index
+    found.nprobe = nprobe
+    near, ids = found.search(part.project(windows, 0).numpy(), NEAREST)
+    near, ids = torch.from_numpy(near), torch.from_numpy(ids)
+    weights = torch.softmax(torch.where(ids < 0, -torch.inf, -near / (2 * float(sigma[0]) ** 2)), 1)
+    rows, cols = len(place.rows), len(place.cols)
+    image, at = ids.clamp(min=0) // (rows * cols), ids.clamp(min=0) % (rows * cols)
+    values = index.images[image, :, r + at // cols, r + at % cols].float() / 127.5 - 1
+    mean = (weights[..., None] * values).sum(1)
+    return mean.unflatten(0, (len(z), rows, cols)).permute(0, 3, 1, 2)
+
+
+def inside(x, k):
+    r = k // 2
+    return x[:, :, r : x.shape[2] - r, r : x.shape[3] - r]
+
+
+def rms(error: torch.Tensor) -> float:
+    return error.double().square().mean().sqrt().item()
+
+
+def interior(competition: Competition) -> Competition:
+    free = tuple(group for group in competition.groups if not group.rows.locked and not group.cols.locked)
+    return Competition(competition.patch_size, competition.padding_mode, free)
+
+
+def steps_of(setting: str, bank, held_out, index, table, repeats):
+    machine = ps.EquivariantLocalScore(bank, table, padding_mode="zeros")
+    coarse = functional.avg_pool2d(bank.chunk(0, len(bank)), 4).flatten(1)
+    schedule = ps.get_schedule("cosine", 20)
+    generator = torch.Generator().manual_seed(0)
+    rows, sweep = [], []
+    swept = set(SWEPT)
+    for step in range(len(schedule.sigmas) - 1):
+        level = float(schedule.sigmas[step] / schedule.alphas[step])
+        k = machine.patch_size_at(level)
+        sigma = torch.full((len(held_out),), level, dtype=torch.float64)
+        z = held_out + level * torch.randn(held_out.shape, generator=generator)
+        competition = machine.competition(k)
+        inner = interior(competition)
+        pruned = Pruned(index, BUDGET, None, seed=0)
+        seconds: dict[str, list[float]] = {"exact": [], "pruned": []}
+        for _ in range(repeats):
+            truth, spent = timed(exact, z, sigma, bank, competition)
+            seconds["exact"].append(spent)
+            sums, spent = timed(pruned.posterior_sum, z, sigma, bank, competition, MEMORY)
+            seconds["pruned"].append(spent)
+        error, stderr = sums.mean - truth.mean, sums.stderr
+        row = {
+            "setting": setting,
+            "step": step,
+            "sigma": level,
+            "k": k,
+            "images": len(z),
+            "pairs_share": sums.pairs / (len(z) * len(bank) * competition.pairs_per_image),
+            "rms": rms(error),
+            "worst": error.abs().max().item(),
+            "stderr_rms": rms(stderr),
+            "within_2_stderr": (error.abs() <= 2 * stderr + 1e-6).double().mean().item(),
+            "silent": int(((error.abs() > 0.1) & (stderr < 0.02)).sum()),
+            "exact_seconds": statistics.median(seconds["exact"]),
+            "pruned_seconds": statistics.median(seconds["pruned"]),
+        }
+        row["faster"] = row["exact_seconds"] / row["pruned_seconds"]
+
+        # Others, in the time `pruned` takes for the interior.
+        reference = inside(truth.mean, k)
+        estimate, limit = timed(pruned.posterior_sum, z, sigma, bank, inner, MEMORY)
+        row["interior_rms"], row["interior_seconds"] = rms(inside(estimate.mean, k) - reference), limit
+        _, whole = timed(exact, z, sigma, bank, inner)
+        count = max(16, round(len(bank) * limit / whole))
+        some = torch.randperm(len(bank), generator=generator)[:count]
+        got, row["subset_seconds"] = timed(subset, z, sigma, bank, inner, some)
+        row["subset_rms"] = rms(inside(got, k) - reference)
+        got, row["screened_seconds"] = timed(screened, z, sigma, bank, coarse, inner, count)
+        row["screened_rms"] = rms(inside(got, k) - reference)
+        row["top_k_rms"], row["top_k_seconds"] = torch.inf, 0.0
+        for nprobe in (1, 4, 16, 64, 256, 1024):
+            got, spent = timed(top_k, z, sigma, index, k, nprobe)
+            if spent > 1.2 * limit and row["top_k_seconds"]:
+                break
+            row["top_k_rms"], row["top_k_seconds"], row["top_k_nprobe"] = rms(got - reference), spent, nprobe
+        rows.append(row)
+        print(
+            f"{setting} step {step:2} sigma {level:8.3f} k {k:2}  rms {row['rms']:.5f} worst {row['worst']:.3f} "
+            f"within 2 {row['within_2_stderr']:.3f} silent {row['silent']}  {row['faster']:.1f}x | interior "
+            f"{row['interior_rms']:.5f} top-k {row['top_k_rms']:.5f} subset {row['subset_rms']:.5f} "
+            f"screened {row['screened_rms']:.5f}",
+            flush=True,
+        )
+        if k in swept:
+            swept.discard(k)
+            sweep += curve(setting, z, sigma, bank, coarse, index, k, level, inner, reference, generator)
+    return rows, sweep
+
+
+def curve(setting, z, sigma, bank, coarse, index, k, level, inner, reference, generator):
+    """Error against time of every contender at one step."""
+    points = []
+
+    def point(method: str, setting_value: float, run: Callable, *given) -> None:
+        got, spent = timed(run, *given)
+        got = got.mean if isinstance(got, ps.PosteriorSum) else got
+        got = inside(got, k) if got.shape[2] == z.shape[2] else got
+        points.append(
+            {
+                "setting": setting,
+                "k": k,
+                "sigma": level,
+                "method": method,
+                "at": setting_value,
+                "seconds": spent / len(z),
+                "rms": rms(got - reference),
+            }
+        )
+
+    point("exact", 1, exact, z, sigma, bank, inner)
+    for budget in SWEEP["budget"]:
+        engine = Pruned(index, budget, None, seed=0)
+        point("pruned", budget, engine.posterior_sum, z, sigma, bank, inner, MEMORY)
+    for share in SWEEP["share"]:
+        some = torch.randperm(len(bank), generator=generator)[: max(16, round(share * len(bank)))]
+        point("uniform subset", share, subset, z, sigma, bank, inner, some)
+        point("screened images", share, screened, z, sigma, bank, coarse, inner, len(some))
+    for nprobe in SWEEP["nprobe"]:
+        point("FAISS top-k", nprobe, top_k, z, sigma, index, k, nprobe)
+    return points
+
+
+def samples(setting: str, bank, index, table, n: int) -> dict[str, object]:
+    """Whole samples from the same seeds, exact and pruned."""
+    options = {"n": n, "steps": 20, "schedule": "cosine", "seed": 0}
+    machine = ps.EquivariantLocalScore(bank, table, padding_mode="zeros", engine="sliding")
+    truth, slow = timed(ps.sample, machine, **options)
+    machine = ps.EquivariantLocalScore(bank, table, padding_mode="zeros", index=index, budget=BUDGET)
+    got, fast = timed(ps.sample, machine, **options)
+    r2 = record.r_squared(got, truth)
+    row = {
+        "setting": setting,
+        "images": n,
+        "r2_median": r2.median().item(),
+        "r2_least": r2.min().item(),
+        "exact_seconds": slow,
+        "pruned_seconds": fast,
+        "faster": slow / fast,
+    }
+    print(row, flush=True)
+    return row
+
+
+def draw(sweep, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    settings = sorted({point["setting"] for point in sweep})
+    sizes = sorted({point["k"] for point in sweep})
+    figure, axes = pyplot.subplots(
+        len(settings), len(sizes), figsize=(3.3 * len(sizes), 3 * len(settings)), squeeze=False, layout="constrained"
+    )
+    for line, setting in zip(axes, settings, strict=True):
+        for ax, k in zip(line, sizes, strict=True):
+            here = [point for point in sweep if point["setting"] == setting and point["k"] == k]
+            for method, mark in (
+                ("pruned", "o-"),
+                ("FAISS top-k", "s--"),
+                ("screened images", "^:"),
+                ("uniform subset", "v:"),
+            ):
+                of = sorted((p["seconds"], p["rms"]) for p in here if p["method"] == method)
+                ax.loglog([x for x, _ in of], [max(y, 1e-6) for _, y in of], mark, label=method)
+            for point in here:
+                if point["method"] == "exact":
+                    ax.axvline(point["seconds"], color="gray", lw=1)
+                    ax.text(point["seconds"], ax.get_ylim()[0], " exact", rotation=90, va="bottom", color="gray")
+            ax.set_title(f"{setting}, k = {k}", fontsize=9)
+            ax.set_xlabel("seconds an image")
+            ax.set_ylabel("rms error")
+    axes[0, 0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def open_index(bank, sizes, path: Path) -> tuple[ps.PatchIndex, dict[str, object]]:
+    index, seconds = timed(ps.PatchIndex.build, bank, sizes, path)
+    windows = sum(index.at(k).meta["windows"] for k in index.patch_sizes)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    opened = timed(ps.PatchIndex.open, path, bank)[1]
+    built = {"windows": windows, "bytes_a_window": size / windows, "open_seconds": opened}
+    if seconds > 30:
+        built["build_seconds"] = seconds
+    print(built, flush=True)
+    return index, built
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, help="folder of the CIFAR-10 training images")
+    parser.add_argument("--indexes", type=Path, required=True, help="where indexes are kept or built (20 GB)")
+    parser.add_argument("--only", nargs="*", help="settings, such as cifar10-4000")
+    given = parser.parse_args()
+    everything = ps.PatchBank.open(given.images, size=32)
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
+    colour = everything.images[order], everything.labels[order]
+    settings = [("cifar10-20000", colour, 20000, 2, 2, "cifar10-resnet-zeros")]
+    settings += [("cifar10-4000", colour, 4000, 2, 4, "cifar10-resnet-zeros")]
+    if FASHION.exists():
+        gray = ps.PatchBank.open(FASHION).images, None
+        settings += [("fashion-mnist-10000", gray, 10000, 2, 4, "fashionmnist-resnet-zeros")]
+    target = record.RESULTS / "pruned_cpu.json"
+    kept = json.loads(target.read_text()) if target.exists() and given.only else {}
+    content = {name: list(kept.get(name, [])) for name in ("indexes", "rows", "sweep", "samples")}
+    for name, (images, labels), count, batch, drawn, table_name in settings:
+        if given.only and name not in given.only:
+            continue
+        for part in content.values():
+            part[:] = [row for row in part if row["setting"] != name]
+        bank = ps.PatchBank(images[:count].clone(), None if labels is None else labels[:count])
+        table = ps.ScaleTable.published(table_name)
+        held_out = images[30000 : 30000 + batch].float() / 127.5 - 1
+        index, built = open_index(bank, sorted(set(table.sizes[1:])), given.indexes / f"{name}.index")
+        content["indexes"].append({"setting": name, **built})
+        rows, sweep = steps_of(name, bank, held_out, index, table, REPEATS)
+        content["rows"] += rows
+        content["sweep"] += sweep
+        content["samples"].append(samples(name, bank, index, table, drawn))
+        record.write("pruned_cpu", "engine pruned on the CPU, budget 0.01 unless said, zeros padding", **content)
+    draw(content["sweep"], record.DOCS / "pruned-time.png")
+
+
+if __name__ == "__main__":
+    main()
