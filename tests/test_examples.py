@@ -49,6 +49,13 @@ def test_classification_is_mostly_right():
     assert int(verdict.split()[0]) >= 12  # chance is 2
 
 
+def test_errors_fall_with_the_budget():
+    pytest.importorskip("faiss", reason="FAISS cannot be imported")
+    errors = [float(value) for value in re.findall(r"rms ([\d.]+)", run("pruned.py"))]
+    assert len(errors) == 4
+    assert errors[0] > errors[-1]
+
+
 def test_engines_agree():
     *lines, _choice = run("engines.py").splitlines()
     worst = [float(line.split("worst pixel ")[1].split()[0]) for line in lines if "worst pixel" in line]

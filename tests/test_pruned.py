@@ -532,13 +532,3 @@ def test_the_pages_code_runs_as_it_stands(tmp_path, monkeypatch):
         assert names["est"].stderr.shape == (2, 1, 28, 28)
         assert names["hits"].weight.shape[1] == 3
         shutil.rmtree(tmp_path / "fashion.index")
-
-
-def test_the_example_shows_errors_that_fall_with_the_budget():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "pruned.py")], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    errors = [float(value) for value in re.findall(r"rms ([\d.]+)", done.stdout)]
-    assert len(errors) == 4
-    assert errors[0] > errors[-1]
