@@ -1,7 +1,6 @@
 // Which instruction sets a kernel is compiled for and which of them this machine has.
 #pragma once
 
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -24,7 +23,7 @@ const Level& choose_level(const Level (&levels)[COUNT], const std::string& wante
         if (wanted.empty() || wanted == level.name) return level;
         known += (known.empty() ? "" : ", ") + std::string(level.name);
     }
-    throw std::invalid_argument("PATCHSCORE_SIMD: got \"" + wanted + "\", this machine has " + known);
+    throw std::invalid_argument("PATCHSCORE_SIMD: got \"" + wanted + "\", this machine takes " + known);
 }
 
 }  // namespace patchscore

@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "simd.h"
 #include "sliding.h"
 #include "sliding_task.h"
 
@@ -156,36 +157,13 @@ PS_INLINE void exp2_scaled(F (&y)[COUNT], const F (&x)[COUNT], F scale, F lowest
 
 namespace {
 
-const Level* levels(int& count) {
-    static const Level all[] = {
+const Level LEVELS[] = {
 #if defined(__x86_64__)
-        {"avx512", avx512::LANES, avx512::pack_entry, avx512::panel_entry, avx512::whole_entry},
-        {"avx2", avx2::LANES, avx2::pack_entry, avx2::panel_entry, avx2::whole_entry},
+    {"avx512", avx512::LANES, avx512::pack_entry, avx512::panel_entry, avx512::whole_entry},
+    {"avx2", avx2::LANES, avx2::pack_entry, avx2::panel_entry, avx2::whole_entry},
 #endif
-        {"plain", plain::LANES, plain::pack_entry, plain::panel_entry, plain::whole_entry},
-    };
-    count = int(sizeof all / sizeof all[0]);
-    return all;
-}
-
-bool machine_has(const std::string& level) {
-#if defined(__x86_64__)
-    if (level == "avx512") return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
-    if (level == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-    return level == "plain";
-}
-
-const Level& choose_level(const std::string& simd) {
-    int count;
-    const Level* all = levels(count);
-    std::string known;
-    for (int i = 0; i < count; ++i) {
-        if (machine_has(all[i].name) && (simd.empty() || simd == all[i].name)) return all[i];
-        if (machine_has(all[i].name)) known += (known.empty() ? "" : ", ") + std::string(all[i].name);
-    }
-    throw std::invalid_argument("PATCHSCORE_SIMD: got \"" + simd + "\", this machine takes " + known);
-}
+    {"plain", plain::LANES, plain::pack_entry, plain::panel_entry, plain::whole_entry},
+};
 
 // Weights below 2^-126 are nothing here, and slow: rounds them to zero while it lives.
 class FlushSubnormals {
@@ -599,16 +577,14 @@ void check(const Problem& problem) {
 }  // namespace
 
 std::vector<std::string> simd_levels() {
-    int count;
-    const Level* all = levels(count);
     std::vector<std::string> names;
-    for (int i = 0; i < count; ++i)
-        if (machine_has(all[i].name)) names.push_back(all[i].name);
+    for (const Level& level : LEVELS)
+        if (machine_has(level.name)) names.push_back(level.name);
     return names;
 }
 
 bool sliding_posterior_sum(const Problem& problem, const std::string& simd, Poll poll) {
-    const Level& level = choose_level(simd);
+    const Level& level = choose_level(LEVELS, simd);
     check(problem);
     const Plan plan(problem, level);
     const int64_t affordable = problem.memory_limit / plan.bytes_per_thread();
