@@ -6,6 +6,7 @@
 
 #include <array>
 #include <limits>
+#include <list>
 #include <optional>
 
 #include "lists.h"
@@ -118,107 +119,150 @@ void sliding(const py::buffer& z, const py::buffer& sigma, const py::buffer& ima
     if (!finished) throw py::error_already_set();
 }
 
-// A table of numbers that may be absent.
-template <typename T>
-const T* optional_data(const char* name, const std::optional<py::buffer>& buffer, py::buffer_info& info,
-                       const std::vector<py::ssize_t>& shape) {
-    if (!buffer) return nullptr;
-    info = buffer->request();
-    return data_of<T>(name, info, shape, false);
-}
+// A region's scan from a dictionary of arrays and numbers; the arrays' buffers are held as long as this is.
+class HeldScan {
+    const py::dict& given;
+    std::list<py::buffer_info> held;
 
-void scan_lists(const py::buffer& data, const py::buffer& offsets, const py::buffer& sizes, const py::buffer& starts,
-                const py::buffer& values, const std::optional<py::buffer>& counts,
-                const std::optional<py::buffer>& allowed, const py::buffer& competing, const py::buffer& mean,
-                const py::buffer& variance, const py::buffer& log_repeats, const py::buffer& moments, int rank, const std::array<int, 4>& place, const py::buffer& images, const py::buffer& numbers,
-                const py::buffer& q,
-                const py::buffer& windows, const py::buffer& expected, int used_rank,
-                double sigma, double exact_sigma, double budget, double floor, int recheck, uint64_t seed,
-                const py::buffer& m,
-                const py::buffer& s, const py::buffer& s2, const py::buffer& v, const py::buffer& vv,
-                const py::buffer& vs, const py::buffer& ss, const py::buffer& pairs, int threads,
-                const std::string& simd) {
-    const py::buffer_info data_info = data.request(), sizes_info = sizes.request(), values_info = values.request();
-    const py::buffer_info images_info = images.request(), q_info = q.request(), windows_info = windows.request();
-    if (sizes_info.ndim != 1) throw py::value_error("sizes: takes one dimension");
-    if (data_info.ndim != 1) throw py::value_error("data: takes one dimension");
-    if (images_info.ndim != 4)
-        throw py::value_error("images: got shape " + shape_text(images_info.shape) + ", takes [N, C, H, W]");
-    if (q_info.ndim != 2) throw py::value_error("q: takes [queries, rank]");
-    if (windows_info.ndim != 4) throw py::value_error("windows: takes [queries, C, k, k]");
-    const py::ssize_t cells = sizes_info.shape[0], queries = q_info.shape[0], channels = images_info.shape[1];
-    const py::buffer_info offsets_info = offsets.request(), starts_info = starts.request();
-    const py::buffer_info competing_info = competing.request(), moments_info = moments.request();
-    const py::buffer_info expected_info = expected.request(), mean_info = mean.request();
-    const py::buffer_info variance_info = variance.request(), repeats_info = log_repeats.request();
-    py::buffer_info counts_info, allowed_info;
-
-    patchscore::Lists lists{};
-    lists.cells = size_of("sizes", cells), lists.rank = size_of("rank", rank);
-    lists.data = data_of<uint8_t>("data", data_info, {data_info.shape[0]}, false);
-    lists.offsets = data_of<int64_t>("offsets", offsets_info, {cells}, false);
-    lists.sizes = data_of<int64_t>("sizes", sizes_info, {cells}, false);
-    lists.starts = data_of<int64_t>("starts", starts_info, {cells}, false);
-    int64_t stored = 0;
-    for (py::ssize_t c = 0; c < cells; ++c) {
-        const int64_t size = lists.sizes[c], at = lists.offsets[c];
-        if (size < 0 || lists.starts[c] != stored || at < 0 || at % 2 ||
-            size > (data_info.shape[0] - at) / (2 * int64_t(rank) + 8) || at > data_info.shape[0])
-            throw py::value_error("offsets, sizes, starts: cell " + std::to_string(c) + " lies outside the data");
-        stored += size;
+    template <typename T>
+    T get(const char* name) const {
+        if (!given.contains(name)) throw py::value_error(std::string(name) + ": missing");
+        try {
+            return given[name].cast<T>();
+        } catch (const py::cast_error&) {
+            throw py::value_error(std::string(name) + ": got an object of another kind");
+        }
     }
-    lists.values_are_bytes = values_info.itemsize == 1;
-    const std::vector<py::ssize_t> values_shape = {stored, channels};
-    lists.values = lists.values_are_bytes
-                       ? static_cast<const void*>(data_of<uint8_t>("values", values_info, values_shape, false))
-                       : static_cast<const void*>(data_of<float>("values", values_info, values_shape, false));
-    lists.counts = optional_data<float>("counts", counts, counts_info, {stored});
-    lists.allowed = optional_data<uint8_t>("allowed", allowed, allowed_info, {images_info.shape[0]});
-    lists.competing = data_of<float>("competing", competing_info, {cells}, false);
-    lists.mean = data_of<float>("mean", mean_info, {cells, rank}, false);
-    lists.variance = data_of<float>("variance", variance_info, {cells, rank}, false);
-    lists.log_repeats = data_of<float>("log_repeats", repeats_info, {cells}, false);
-    lists.moments = data_of<float>("moments", moments_info, {cells, 2 * channels}, false);
-    lists.row0 = place[0], lists.col0 = place[1], lists.rows = place[2], lists.cols = place[3];
-    if (place[0] < 0 || place[1] < 0 || place[2] < 1 || place[3] < 1 || place[0] + place[2] > images_info.shape[2] ||
-        place[1] + place[3] > images_info.shape[3])
-        throw py::value_error("place: windows outside the images");
 
+    const py::buffer_info& info(const char* name, bool writable = false) {
+        held.push_back(get<py::buffer>(name).request(writable));
+        return held.back();
+    }
+
+    template <typename T>
+    T* data(const char* name, const std::vector<py::ssize_t>& shape, bool writable = false) {
+        return data_of<T>(name, info(name, writable), shape, writable);
+    }
+
+    template <typename T>
+    const T* optional(const char* name, const std::vector<py::ssize_t>& shape) {
+        return get<py::object>(name).is_none() ? nullptr : data<T>(name, shape);
+    }
+
+    // Bytes or floats, whichever it is.
+    const void* pixels(const char* name, const std::vector<py::ssize_t>& shape, bool& are_bytes) {
+        const py::buffer_info& found = info(name);
+        are_bytes = found.itemsize == 1;
+        if (are_bytes) return data_of<uint8_t>(name, found, shape, false);
+        return data_of<float>(name, found, shape, false);
+    }
+
+public:
     patchscore::Scan scan{};
-    scan.queries = size_of("q", queries), scan.channels = size_of("images", channels);
-    scan.height = size_of("images", images_info.shape[2]), scan.width = size_of("images", images_info.shape[3]);
-    scan.patch_size = size_of("windows", windows_info.shape[2]);
-    if (!(sigma > 0) || !(exact_sigma > 0) || !(budget > 0) || !(floor >= 0))
-        throw py::value_error("sigma, budget: takes positive numbers");
-    scan.sigma = sigma, scan.exact_sigma = exact_sigma, scan.budget = budget, scan.floor = floor;
-    if (used_rank < 1 || used_rank > rank) throw py::value_error("used_rank: takes 1 to " + std::to_string(rank));
-    if (recheck < 0 || recheck > 1 << 16) throw py::value_error("recheck: got " + std::to_string(recheck));
-    scan.used_rank = used_rank, scan.recheck = recheck, scan.seed = seed, scan.threads = threads < 1 ? 1 : threads;
-    const py::buffer_info numbers_info = numbers.request();
-    scan.numbers = data_of<int64_t>("numbers", numbers_info, {queries}, false);
-    scan.q = data_of<float>("q", q_info, {queries, rank}, false);
-    const py::ssize_t k = scan.patch_size;
-    scan.windows = data_of<float>("windows", windows_info, {queries, channels, k, k}, false);
-    scan.expected = data_of<float>("expected", expected_info, {queries, cells}, false);
-    scan.images_are_bytes = images_info.itemsize == 1, scan.image_count = images_info.shape[0];
-    scan.images = scan.images_are_bytes
-                      ? static_cast<const void*>(data_of<uint8_t>("images", images_info, images_info.shape, false))
-                      : static_cast<const void*>(data_of<float>("images", images_info, images_info.shape, false));
-    const py::buffer_info m_info = m.request(true), s_info = s.request(true), s2_info = s2.request(true);
-    const py::buffer_info v_info = v.request(true), vv_info = vv.request(true), vs_info = vs.request(true);
-    const py::buffer_info ss_info = ss.request(true), pairs_info = pairs.request(true);
-    scan.m = data_of<double>("m", m_info, {queries}, true), scan.s = data_of<double>("s", s_info, {queries}, true);
-    scan.s2 = data_of<double>("s2", s2_info, {queries}, true);
-    scan.ss = data_of<double>("ss", ss_info, {queries}, true);
-    scan.v = data_of<double>("v", v_info, {queries, channels}, true);
-    scan.vv = data_of<double>("vv", vv_info, {queries, channels}, true);
-    scan.vs = data_of<double>("vs", vs_info, {queries, channels}, true);
-    scan.pairs = data_of<int64_t>("pairs", pairs_info, {1}, true);
 
+    explicit HeldScan(const py::dict& given) : given(given) {
+        patchscore::Lists& lists = scan.lists;
+        const py::buffer_info &all = info("data"), &sizes = info("sizes"), &images = info("images");
+        const py::buffer_info &z = info("z"), &items = info("items");
+        if (sizes.ndim != 1) throw py::value_error("sizes: takes one dimension");
+        if (all.ndim != 1) throw py::value_error("data: takes one dimension");
+        if (images.ndim != 4)
+            throw py::value_error("images: got shape " + shape_text(images.shape) + ", takes [N, C, H, W]");
+        if (z.ndim != 4) throw py::value_error("z: takes [items, C, H + k - 1, W + k - 1]");
+        if (items.ndim != 1) throw py::value_error("items: takes [queries]");
+        const py::ssize_t cells = sizes.shape[0], queries = items.shape[0], channels = images.shape[1];
+
+        // The cells.
+        const int rank = get<int>("rank");
+        lists.cells = size_of("sizes", cells), lists.rank = size_of("rank", rank);
+        lists.data = data_of<uint8_t>("data", all, {all.shape[0]}, false);
+        lists.offsets = data<int64_t>("offsets", {cells});
+        lists.sizes = data_of<int64_t>("sizes", sizes, {cells}, false);
+        lists.starts = data<int64_t>("starts", {cells});
+        int64_t stored = 0;
+        for (py::ssize_t c = 0; c < cells; ++c) {
+            const int64_t size = lists.sizes[c], at = lists.offsets[c];
+            if (size < 0 || size > INT32_MAX || lists.starts[c] != stored || at < 0 || at % 2 ||
+                size > (all.shape[0] - at) / (2 * int64_t(rank) + 8) || at > all.shape[0])
+                throw py::value_error("offsets, sizes, starts: cell " + std::to_string(c) + " lies outside the data");
+            stored += size;
+        }
+        lists.values = pixels("values", {stored, channels}, lists.values_are_bytes);
+        lists.counts = optional<uint16_t>("counts", {stored});
+        if (lists.counts) lists.repeats = data<float>("repeats", {1 << 16});
+        lists.allowed = optional<uint8_t>("allowed", {images.shape[0]});
+        lists.competing = data<float>("competing", {cells});
+        if (cells % patchscore::SIBLINGS) throw py::value_error("sizes: takes whole families of cells");
+        const int64_t first = get<int64_t>("first_cell");
+        const py::buffer_info& mean = info("mean");
+        const std::vector<py::ssize_t> all_cells = {rank, mean.ndim == 2 ? mean.shape[1] : 0};
+        const std::vector<py::ssize_t> parents = {rank, all_cells[1] / patchscore::SIBLINGS};
+        if (first < 0 || first % patchscore::SIBLINGS || first + cells > all_cells[1])
+            throw py::value_error("mean: got " + std::to_string(all_cells[1]) + " cells");
+        lists.pitch = all_cells[1];
+        lists.mean = data_of<float>("mean", mean, all_cells, false) + first;
+        lists.variance = data<float>("variance", all_cells) + first;
+        lists.parent_mean = data<float>("parent_mean", parents) + first / patchscore::SIBLINGS;
+        lists.parent_variance = data<float>("parent_variance", parents) + first / patchscore::SIBLINGS;
+        lists.log_repeats = data<float>("log_repeats", {cells});
+        lists.moments = data<float>("moments", {cells, 2 * channels});
+        const auto place = get<std::array<int, 4>>("place");
+        lists.row0 = place[0], lists.col0 = place[1], lists.rows = place[2], lists.cols = place[3];
+        if (place[0] < 0 || place[1] < 0 || place[2] < 1 || place[3] < 1 || place[0] + place[2] > images.shape[2] ||
+            place[1] + place[3] > images.shape[3])
+            throw py::value_error("place: windows outside the images");
+
+        // The queries.
+        scan.queries = size_of("items", queries), scan.channels = size_of("images", channels);
+        scan.height = size_of("images", images.shape[2]), scan.width = size_of("images", images.shape[3]);
+        scan.patch_size = get<int>("patch_size");
+        if (scan.patch_size < 1 || scan.patch_size % 2 == 0 || scan.patch_size > 1 << 12)
+            throw py::value_error("patch_size: got " + std::to_string(scan.patch_size));
+        scan.sigma = get<double>("sigma"), scan.exact_sigma = get<double>("exact_sigma");
+        scan.budget = get<double>("budget"), scan.floor = get<double>("floor");
+        if (!(scan.sigma > 0) || !(scan.exact_sigma > 0) || !(scan.budget > 0) || !(scan.floor >= 0))
+            throw py::value_error("sigma, budget: takes positive numbers");
+        scan.used_rank = get<int>("used_rank"), scan.recheck = get<int>("recheck"), scan.seed = get<uint64_t>("seed");
+        if (scan.used_rank < 1 || scan.used_rank > rank)
+            throw py::value_error("used_rank: takes 1 to " + std::to_string(rank));
+        if (scan.recheck < 0 || scan.recheck > 1 << 16)
+            throw py::value_error("recheck: got " + std::to_string(scan.recheck));
+        scan.foreseen_rank = get<int>("foreseen_rank");
+        if (scan.foreseen_rank < 1 || scan.foreseen_rank > scan.used_rank)
+            throw py::value_error("foreseen_rank: takes 1 to used_rank");
+        const py::ssize_t k = scan.patch_size, pixels_of = channels * k * k;
+        scan.axes = data<float>("axes", {pixels_of, rank}), scan.centre = data<float>("centre", {pixels_of});
+        const py::ssize_t high = images.shape[2] + k - 1, wide = images.shape[3] + k - 1;
+        scan.z = data_of<float>("z", z, {z.shape[0], channels, high, wide}, false);
+        scan.items = data_of<int64_t>("items", items, {queries}, false);
+        scan.numbers = data<int64_t>("numbers", {queries});
+        const auto pixels_at = get<std::array<int, 4>>("pixels");
+        scan.row0 = pixels_at[0], scan.col0 = pixels_at[1], scan.cols = pixels_at[3];
+        if (pixels_at[0] < 0 || pixels_at[1] < 0 || pixels_at[2] < 1 || pixels_at[3] < 1 ||
+            pixels_at[0] + pixels_at[2] > images.shape[2] || pixels_at[1] + pixels_at[3] > images.shape[3])
+            throw py::value_error("pixels: outside the images");
+        for (py::ssize_t i = 0; i < queries; ++i)
+            if (scan.items[i] < 0 || scan.items[i] >= z.shape[0] || scan.numbers[i] < 0 ||
+                scan.numbers[i] >= int64_t(pixels_at[2]) * pixels_at[3])
+                throw py::value_error("items, numbers: query " + std::to_string(i) + " lies outside z");
+        scan.images = pixels("images", images.shape, scan.images_are_bytes), scan.image_count = images.shape[0];
+
+        // Results.
+        scan.m = data<double>("m", {queries}, true), scan.s = data<double>("s", {queries}, true);
+        scan.s2 = data<double>("s2", {queries}, true), scan.ss = data<double>("ss", {queries}, true);
+        scan.v = data<double>("v", {queries, channels}, true), scan.vv = data<double>("vv", {queries, channels}, true);
+        scan.vs = data<double>("vs", {queries, channels}, true), scan.pairs = data<int64_t>("pairs", {1}, true);
+    }
+};
+
+void scan_lists(const std::vector<py::dict>& scans, int threads, const std::string& simd) {
+    std::list<HeldScan> held;
+    std::vector<patchscore::Scan> all;
+    for (const py::dict& given : scans) all.push_back(held.emplace_back(given).scan);
     bool finished;
     {
         const py::gil_scoped_release release;
-        finished = patchscore::scan_lists(lists, scan, simd, interrupted);
+        finished = patchscore::scan_lists(all, threads < 1 ? 1 : threads, simd, interrupted);
     }
     if (!finished) throw py::error_already_set();
 }
@@ -233,12 +277,7 @@ PYBIND11_MODULE(_native, module) {
                py::arg("s2"), py::arg("v"), py::arg("threads"), py::arg("memory_limit"), py::arg("simd"),
                "Adds the posterior sums of z [B, C, H, W] over images [N, C, H, W] to m, s, s2 [B, 1, H, W] and v "
                "[B, C, H, W]; groups [G, 8] are rows and columns as (first query, end, first window, end), -1 locks.");
-    module.def("scan_lists", &scan_lists, py::kw_only(), py::arg("data"), py::arg("offsets"), py::arg("sizes"),
-               py::arg("starts"), py::arg("values"), py::arg("counts"), py::arg("allowed"), py::arg("competing"),
-               py::arg("mean"), py::arg("variance"), py::arg("log_repeats"), py::arg("moments"), py::arg("rank"), py::arg("place"), py::arg("images"), py::arg("numbers"), py::arg("q"),
-               py::arg("windows"), py::arg("expected"), py::arg("used_rank"), py::arg("sigma"), py::arg("exact_sigma"),
-               py::arg("budget"), py::arg("floor"), py::arg("recheck"), py::arg("seed"), py::arg("m"), py::arg("s"),
-               py::arg("s2"), py::arg("v"), py::arg("vv"), py::arg("vs"), py::arg("ss"), py::arg("pairs"),
-               py::arg("threads"), py::arg("simd"),
-               "Estimates the posterior sums of `queries` windows from a share of the cells; see csrc/lists.h.");
+    module.def("scan_lists", &scan_lists, py::arg("scans"), py::arg("threads"), py::arg("simd"),
+               "Estimates the posterior sums of windows from a share of the cells; a scan is a dictionary of what struct "
+               "Scan in csrc/lists.h holds.");
 }

@@ -1,9 +1,9 @@
 // The pruned engine on the CPU: how much of which cell a query scans, the scan by cells, and the result with its error.
 //
-// Three steps. Plan: the expected weights say which share of a cell a query takes (stratified sampling); a cell of which
-// it wants less than a group's worth it takes with a probability. Scan: cells one after the other, each for all queries
-// that take some of it. Recheck: what features cut short left out is put right on a sample of the heaviest windows,
-// compared again pixel by pixel. Shards of cells are fixed, so the numbers do not depend on the threads.
+// Plan: the expected weights say which share of a cell a query takes (stratified sampling); a cell of which it wants
+// less than a group's worth it takes with a probability. Scan: cells one after the other, each for all queries that take
+// some of it. Recheck: what features cut short left out is put right on a sample of the heaviest windows, compared again
+// pixel by pixel. A thread serves a block of queries; a query's numbers do not depend on the company it is in.
 #include "lists.h"
 
 #include <algorithm>
@@ -39,28 +39,38 @@ namespace patchscore {
 
 namespace {
 
-constexpr int LANES = 16;            // queries side by side
+constexpr int LANES = 16;            // windows side by side, each of another random group of its cell
 typedef float Vector __attribute__((vector_size(64)));
-constexpr int GROUPS = 8;            // random groups of a cell's windows, for the scan's error
-constexpr int BLOCK = 192;           // windows turned to float at a time
-constexpr int SHARDS = 16;
-constexpr int STRIDE = 16;           // one cell in so many gives a first idea of all shares
 constexpr int MOST_CHANNELS = 4;
+constexpr int BLOCK = 192;           // windows turned to float at a time
+constexpr int MOST_QUERIES = 2048;   // of a thread's block
+constexpr int RUN_FLOATS = (3 + MOST_CHANNELS) * LANES;
+constexpr int STRIDE = 8;            // one family in so many gives a first idea of all shares
+constexpr float LEAST_PARENT = 1e-6f;  // share of a query's foreseen weight below which a parent is not looked into
+static_assert(SIBLINGS == LANES, "a family is a vector");
+constexpr int PARTS = 3 + 3 * MOST_CHANNELS;  // s, s2, ss, then v, vs, vv by channel: of a query's sums, in a row of LANES
 constexpr double NEGLIGIBLE_BITS = 42;  // weights so far below the heaviest round away, however many stand for how many
 constexpr double LOG2E = 1.4426950408889634;
+static_assert(PARTS <= LANES, "a query's sums fit a vector");
 
-// A query's part in one cell: windows taken, what each stands for, and how its groups enter the error:
-// variance = c1 * (sum of squared group sums) + c2 * (squared sum).
+// A query's part in one cell: windows taken, of those that compete; what each stands for, which 1 / chance of the cell
+// being taken is part of; the variance that its groups' scatter stands for; the weight that was foreseen of the cell,
+// where it was taken by chance.
 struct Entry {
     int query, take;
-    float factor, c1, c2;
+    float factor, scatter, chance, foreseen;
+};
+
+struct Planned {
+    int32_t cell;
+    Entry entry;
 };
 
 // A priority sample (Duffield, Lund, Thorup 2007): of windows with weights p and luck u, uniform in (0, 1), those of the
 // largest p / u; a kept window stands for max(p, threshold). All in bits.
 struct Sample {
     float priority, log_size, log_weight;
-    int64_t at;
+    int32_t cell, at;
 };
 
 struct Samples {
@@ -75,13 +85,37 @@ struct Samples {
     // Leaves the `wanted` largest; the next becomes the threshold.
     void shrink(int wanted) {
         if (int(kept.size()) <= wanted) return;
-        std::nth_element(kept.begin(), kept.begin() + wanted, kept.end(),
-                         [](const Sample& a, const Sample& b) {
-                             return a.priority != b.priority ? a.priority > b.priority : a.at < b.at;
-                         });
+        std::nth_element(kept.begin(), kept.begin() + wanted, kept.end(), [](const Sample& a, const Sample& b) {
+            if (a.priority != b.priority) return a.priority > b.priority;
+            return a.cell != b.cell ? a.cell < b.cell : a.at < b.at;
+        });
         threshold = std::max(threshold, kept[size_t(wanted)].priority);
         kept.resize(size_t(wanted));
     }
+};
+
+// Parents before a query, in whole vectors.
+struct ParentsTask {
+    const float *share, *competing;  // [parents]
+    const float* moments;            // [channels, parents]
+    int64_t parents;
+    int channels;
+    float least;                     // foreseen weight of a parent that is looked into
+    double far[1 + MOST_CHANNELS];   // what is foreseen of all others: weights, weighted values
+};
+
+// The cells before a query, families of those parents that matter; and what `plan_cells` adds up on the way.
+struct CellsTask {
+    const float *share, *score, *competing, *expected2;  // [families, SIBLINGS]: foreseen weights, claims to be scanned, ..
+    const int32_t* parents;          // [families]
+    const float* moments;            // [all parents, 2 channels, SIBLINGS]
+    int64_t families;
+    int channels;
+    float scale, floor, top2;
+    uint32_t luck;
+    double sure;                     // foreseen weight of cells that are surely looked into
+    double far[1 + MOST_CHANNELS];   // the same of all others, and weighted values
+    double unseen[1 + 2 * MOST_CHANNELS];  // expected variance of what is not scanned: of s; with v; of v
 };
 
 struct CellTask {
@@ -89,23 +123,27 @@ struct CellTask {
     float scale;                     // log2(e) / sigma^2: log-weights in bits are scale (q.p - p.p / 2)
     const Entry* entries;            // by falling `take`
     int entry_count;
+    int32_t cell;
+    const float* moments;            // [2 channels] of this cell
     const float* q;                  // [queries, q_pitch], zero beyond `rank`
     const uint16_t* features;        // [windows of the cell, stored_rank] half floats
     const uint8_t* value_bytes;
     const float* value_floats;
-    const float* counts;
+    const uint16_t* counts;
+    const float* repeats;
     const int32_t* order;            // competing windows of the cell, or null for all
     int64_t competing, start, first_window;
-    float negligible[LANES], rise[LANES];
-    float* m;                        // [queries] references of the shard's sums
-    float* sums;                     // [queries, rows, LANES]: s, s2, ss, v, vs, vv
+    float negligible, rise;
+    float* m;                        // [queries] references of the sums
+    float* sums;                     // [queries, LANES]
+    const float* calibration;        // [queries] bits from foreseen weights to the scan's
     Samples* samples;                // [queries]
     int recheck;
     const uint32_t* luck;            // [queries]
     // Scratch.
-    void* lane_state;
-    float *query_features, *block, *block_values;
-    int64_t* block_at;
+    void* runs;                      // [entry_count]
+    float *block, *block_squares, *block_values, *block_counts;
+    int32_t* block_at;
     uint32_t* block_luck;
     Interrupt* interrupt;
     bool calling_thread;
@@ -113,21 +151,25 @@ struct CellTask {
 
 // A noisy window beside a training image: rows [row0, row1) of the window lie inside it.
 struct WindowTask {
-    const float* window;             // [channels, size, pitch]
-    int channels, size, pitch, height, width, row0, row1;
-    int64_t at;                      // of the window's first pixel, which may lie outside
+    const float* window;             // its first pixel in the noisy image
+    int channels, size, row0, row1;
+    int64_t pitch, plane;            // of the noisy image
+    int64_t at, height, width;       // the window's first pixel in the training images, which may lie outside of one
     const uint8_t* bytes;
     const float* floats;
-    const float *mask, *inside;      // [pitch] 1 for columns of the window; for those inside the image
+    const float *columns, *inside;   // 1 for columns of the window; for those that lie inside the image
 };
 
 struct ListLevel {
     const char* name;
     void (*scan_cell)(const CellTask&);
+    void (*product)(const float*, int64_t, int, const float*, int64_t, int, const float*, float*);
+    float (*greatest)(const float*, const float*, int64_t);
     void (*exponentials)(const float*, int64_t, float, float*);
     void (*windows_taken)(const float*, const float*, int64_t, float, float, double&, double&);
-    int64_t (*active_cells)(const float*, const float*, int64_t, float, float, int32_t*);
-    float (*log_squared)(const float*, const float*, const float*, int, float);
+    int64_t (*choose_parents)(ParentsTask&, int32_t*);
+    void (*foresee)(const float*, int, const float*, float*, float*);
+    int64_t (*plan_cells)(CellsTask&, Planned*);
     float (*distance2)(const WindowTask&);
 };
 
@@ -141,9 +183,13 @@ struct ListLevel {
 #pragma GCC target("avx512f,avx512dq,avx2,fma,f16c")
 #endif
 namespace avx512 {
-constexpr int WT = 6, QV = 2;
+constexpr int QT = 4, VT = 3;
 PS_INLINE Vector half_to_float(const uint16_t* from) {
     return Vector(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+}
+PS_INLINE Vector bytes_to_float(const uint8_t* from) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return Vector(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
 }
 #define PS_LEVEL 512
 #include "lists_kernel.h"
@@ -158,10 +204,18 @@ PS_INLINE Vector half_to_float(const uint16_t* from) {
 #pragma GCC target("avx2,fma,f16c")
 #endif
 namespace avx2 {
-constexpr int WT = 4, QV = 1;
+constexpr int QT = 2, VT = 2;
 PS_INLINE Vector half_to_float(const uint16_t* from) {
     const __m256 x[2] = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))),
                          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8)))};
+    Vector both;
+    __builtin_memcpy(&both, x, sizeof both);
+    return both;
+}
+PS_INLINE Vector bytes_to_float(const uint8_t* from) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m256 x[2] = {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+                         _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
     Vector both;
     __builtin_memcpy(&both, x, sizeof both);
     return both;
@@ -178,7 +232,7 @@ PS_INLINE Vector half_to_float(const uint16_t* from) {
 #endif  // x86-64
 
 namespace plain {
-constexpr int WT = 2, QV = 1;
+constexpr int QT = 2, VT = 1;
 // Half floats without hardware: the exponent moves over, subnormals come out of a product.
 PS_INLINE Vector half_to_float(const uint16_t* from) {
     float to[LANES];
@@ -192,6 +246,11 @@ PS_INLINE Vector half_to_float(const uint16_t* from) {
     __builtin_memcpy(&all, to, sizeof all);
     return all;
 }
+PS_INLINE Vector bytes_to_float(const uint8_t* from) {
+    Vector all;
+    for (int i = 0; i < LANES; ++i) all[i] = float(from[i]);
+    return all;
+}
 #define PS_LEVEL 128
 #include "lists_kernel.h"
 #undef PS_LEVEL
@@ -201,12 +260,12 @@ namespace {
 
 const ListLevel LEVELS[] = {
 #if defined(__x86_64__)
-    {"avx512", avx512::scan_cell_entry, avx512::exponentials, avx512::windows_taken, avx512::active_cells, avx512::log_squared,
+    {"avx512", avx512::scan_cell_entry, avx512::product, avx512::greatest, avx512::exponentials, avx512::windows_taken, avx512::choose_parents, avx512::foresee, avx512::plan_cells,
      avx512::distance2},
-    {"avx2", avx2::scan_cell_entry, avx2::exponentials, avx2::windows_taken, avx2::active_cells, avx2::log_squared,
+    {"avx2", avx2::scan_cell_entry, avx2::product, avx2::greatest, avx2::exponentials, avx2::windows_taken, avx2::choose_parents, avx2::foresee, avx2::plan_cells,
      avx2::distance2},
 #endif
-    {"plain", plain::scan_cell_entry, plain::exponentials, plain::windows_taken, plain::active_cells, plain::log_squared,
+    {"plain", plain::scan_cell_entry, plain::product, plain::greatest, plain::exponentials, plain::windows_taken, plain::choose_parents, plain::foresee, plain::plan_cells,
      plain::distance2},
 };
 
@@ -218,173 +277,9 @@ uint64_t mix(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-double uniform(uint64_t x) {
-    return (double(mix(x) >> 11) + 0.5) * 0x1p-53;
-}
-
-// What a query draws depends on the seed and on its own number, not on what else is in the call.
-uint64_t luck_of(const Scan& scan, int query) {
-    return mix(scan.seed) ^ uint64_t(scan.numbers[query]) * 0x2545f4914f6cdd1du;
-}
-
-struct Planned {
-    int64_t cell;
-    Entry entry;
-};
-
-// Sampling covariance that the cells' moments let expect of what is not scanned; relative to e^(2 m).
-struct Expected {
-    double m = -INFINITY;
-    double ss = 0, vs[MOST_CHANNELS] = {}, vv[MOST_CHANNELS] = {};
-};
-
 int64_t padded(int64_t count) {
     return (count + LANES - 1) / LANES * LANES;
 }
-
-// How much of which cell every query takes.
-class Plan {
-    const Lists& lists;
-    const Scan& scan;
-    const ListLevel& level;
-    const float floor;
-    std::vector<float> competing, few_competing, always;
-    std::vector<double> reach;       // sums of the cells' chances at the floor
-
-public:
-    Plan(const Lists& lists, const Scan& scan, const ListLevel& level)
-        : lists(lists), scan(scan), level(level), floor(float(std::min(scan.floor, 1.0))),
-          competing(size_t(padded(lists.cells)), 0.f), always(competing), reach(size_t(lists.cells) + 1, 0) {
-        for (int64_t c = 0; c < lists.cells; ++c) {
-            const float n = lists.competing[c];
-            competing[size_t(c)] = n;
-            always[size_t(c)] = n > 0 && (n <= GROUPS || floor * n >= GROUPS) ? 1.f : 0.f;
-            reach[size_t(c) + 1] = reach[size_t(c)] + double(floor * n) / GROUPS;
-        }
-        for (int64_t c = 0; c < padded(lists.cells) / STRIDE / LANES * LANES; ++c)
-            few_competing.push_back(competing[size_t(c * STRIDE)]);
-    }
-
-    struct Scratch {
-        std::vector<float> expected, share, few;
-        std::vector<int32_t> active;
-        explicit Scratch(int64_t cells)
-            : expected(size_t(padded(cells)), -INFINITY), share(expected), few(size_t(padded(cells) / STRIDE / LANES * LANES)),
-              active(size_t(padded(cells))) {}
-    };
-
-    // `first` becomes the place in `planned` of the cell of which most weight is expected.
-    void query(int query, Scratch& s, std::vector<Planned>& planned, Expected& unseen, size_t& first) const {
-        const float* const expected = scan.expected + int64_t(query) * lists.cells;
-        float top = -INFINITY;
-        for (int64_t c = 0; c < lists.cells; ++c)
-            if (competing[size_t(c)] > 0) top = std::max(top, expected[c]);
-        std::copy_n(expected, lists.cells, s.expected.begin());
-        level.exponentials(s.expected.data(), padded(lists.cells), top, s.share.data());
-        for (size_t c = 0; c < s.few.size(); ++c) s.few[c] = s.share[c * STRIDE];
-        const double start = raise(s.few, few_competing, 1, 0.05);
-        double mass_of_all, rising;
-        level.windows_taken(s.share.data(), competing.data(), padded(lists.cells), 1.f, 0.f, mass_of_all, rising);
-        const float t = float(raise(s.share, competing, start, 5e-3));
-        const int64_t count = level.active_cells(s.share.data(), always.data(), padded(lists.cells), t, floor,
-                                                 s.active.data());
-        // Systematic sampling: a running sum passes an integer where a cell, or a group more of it, is drawn.
-        planned.reserve(size_t(count) + size_t(reach.back()) + 1);
-        const double luck = uniform(luck_of(scan, query));
-        double cumulated = luck, heaviest = -1;
-        int64_t next_active = 0;
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t c = s.active[size_t(i)];
-            if (c >= lists.cells || competing[size_t(c)] <= 0) continue;
-            const double n = double(competing[size_t(c)]);
-            const double share = double(std::min(1.f, std::max(floor, t * s.share[size_t(c)])));
-            double chance = 1;
-            int64_t take = int64_t(n);
-            if (n > GROUPS && n * share < n - GROUPS / 2) {
-                const double groups = n * share / GROUPS, before = std::floor(cumulated);
-                cumulated += groups - std::floor(groups);
-                take = std::min(int64_t(n), (int64_t(groups) + (std::floor(cumulated) > before)) * GROUPS);
-                chance = std::min(1., groups);
-            } else if (n <= GROUPS && share < 1) {
-                const double before = std::floor(cumulated);
-                cumulated += share, chance = share;
-                if (std::floor(cumulated) == before) take = 0;
-            }
-            const double mass = double(s.share[size_t(c)]) * n;
-            if (take && chance == 1 && mass > heaviest) heaviest = mass, first = planned.size();
-            add(query, c, n, take, chance, mass / mass_of_all, planned, unseen);
-        }
-        // The floor: of all other cells one group, now and then.
-        double at = luck;
-        int64_t c = 0;
-        for (; at < reach.back(); at += 1) {
-            c = std::upper_bound(reach.begin() + c, reach.end(), at) - reach.begin() - 1;
-            while (next_active < count && s.active[size_t(next_active)] < c) ++next_active;
-            const bool taken = next_active < count && s.active[size_t(next_active)] == c;
-            if (c >= lists.cells || taken || competing[size_t(c)] <= 0) continue;
-            const double n = double(competing[size_t(c)]);
-            add(query, c, n, GROUPS, double(floor) * n / GROUPS, -1, planned, unseen);
-        }
-    }
-
-private:
-    // The t at which shares min(1, max(floor, t share)) add up to the budget, by Newton steps on its logarithm.
-    double raise(const std::vector<float>& share, const std::vector<float>& windows, double t, double tolerance) const {
-        double sum = 0;
-        for (const float n : windows) sum += double(n);
-        const double wanted = scan.budget * sum;
-        double low = 0, high = 1e38;
-        for (int step = 0; step < 60; ++step) {
-            double taken, rising;
-            level.windows_taken(share.data(), windows.data(), int64_t(windows.size()), float(t), floor, taken, rising);
-            (taken > wanted ? high : low) = t;
-            if (std::abs(taken - wanted) <= tolerance * wanted || high < low * 1.0001) break;
-            double next = rising > 0 ? t * std::exp(std::min(20., (wanted - taken) / rising)) : 0;
-            if (!(next > low && next < high))
-                next = low > 0 && high < 1e38 ? std::sqrt(low * high) : taken > wanted ? t / 64 : t * 64;
-            if (next > 1e37 || next < 1e-37) break;
-            t = next;
-        }
-        return t;
-    }
-
-    void add(int query, int64_t c, double n, int64_t take, double chance, double share_of_mass,
-             std::vector<Planned>& planned, Expected& unseen) const {
-        const double seen = double(take ? take : GROUPS);
-        // Expected: N^2 (1 - f) / n E[w^2], and where cells are taken by chance as much again as their rarity.
-        const double unscanned = n * std::max(0., n / (std::min(seen, n) * chance) - 1);
-        if (unscanned > 0 && share_of_mass > 1e-5) {
-            const float* const q = scan.q + int64_t(query) * lists.rank;
-            const double log_square = double(level.log_squared(q, lists.mean + c * lists.rank,
-                                                               lists.variance + c * lists.rank, scan.used_rank,
-                                                               float(scan.sigma * scan.sigma / 2))) +
-                                      std::log(unscanned) + 2 * double(lists.log_repeats[c]);
-            if (log_square > unseen.m - 40) {
-                if (log_square > unseen.m + 40) rescale(unseen, log_square);
-                const double weight = std::exp(log_square - unseen.m);
-                unseen.ss += weight;
-                const float* const moments = lists.moments + c * 2 * scan.channels;
-                for (int k = 0; k < scan.channels; ++k) {
-                    unseen.vs[k] += weight * double(moments[k]);
-                    unseen.vv[k] += weight * double(moments[scan.channels + k]);
-                }
-            }
-        }
-        if (take == 0) return;
-        const double factor = n / double(take), one_group = double(GROUPS) / (GROUPS - 1);
-        const double c1 = take < int64_t(n) ? (1 - double(take) / n) * factor * factor * one_group / chance : 0;
-        const double c2 = -c1 / GROUPS + (1 - chance) * factor * factor / (chance * chance);
-        planned.push_back({c, {query, int(take), float(factor / chance), float(c1), float(c2)}});
-    }
-
-private:
-    static void rescale(Expected& unseen, double m) {
-        const double factor = std::exp(unseen.m - m);
-        unseen.ss *= factor;
-        for (int k = 0; k < MOST_CHANNELS; ++k) unseen.vs[k] *= factor, unseen.vv[k] *= factor;
-        unseen.m = m;
-    }
-};
 
 template <typename T>
 class Aligned {
@@ -399,398 +294,871 @@ public:
     T* get() const { return memory; }
 };
 
-// Sums of one shard's cells for every query.
-struct Shard {
-    std::vector<float> m;
-    Aligned<float> sums;
-    std::vector<Samples> samples;
-    Shard(int queries, int64_t parts) : m(size_t(queries), -FAR), sums(queries * parts), samples(size_t(queries)) {
-        std::fill_n(sums.get(), queries * parts, 0.f);
-    }
+// A window met by a query that is compared pixel by pixel: what the scan weighed it, alone and with all that it stands
+// for, in bits; its squared distance; where its first pixel lies; the value of its centre.
+struct Heavy {
+    float log_size, log_weight, distance;
+    int32_t image, row, col;
+    float value[MOST_CHANNELS];
+    bool certain;                    // proposed by a neighbour: then it stands for itself alone
 };
 
-class Scanner {
-    const Lists& lists;
-    const Scan& scan;
-    const ListLevel& level;
-    Interrupt interrupt;
-    const int pitch, parts_rows, window_pitch;
-    std::vector<float> column_mask, q, windows;
-    std::vector<uint32_t> luck;
-    std::vector<std::vector<Planned>> planned;
-    std::vector<size_t> first;              // per query: which of its plans goes first
-    std::vector<Expected> unseen;
-    std::vector<Entry> entries;
-    std::vector<int64_t> first_entry;       // per cell
-    std::vector<int64_t> shard_of_cell;     // first cell of each shard
-    std::vector<std::unique_ptr<Shard>> shards;
-    std::unique_ptr<Shard> pilot;
-    int64_t largest = 0;
-    std::exception_ptr failure;
-    std::mutex mutex;
+// A query between the steps. Sums are relative to 2^m, second moments to 2^(2 m).
+struct State {
+    double m = 0, s = 0, s2 = 0, ss = 0, v[MOST_CHANNELS] = {}, vs[MOST_CHANNELS] = {}, vv[MOST_CHANNELS] = {};
+    float threshold = -INFINITY;     // of the sample: windows of a larger size are in it for certain
+    std::vector<Heavy> heavy;
+    std::vector<Heavy> best[2];      // the heaviest, for neighbours: before and after a round
+};
 
-public:
-    Scanner(const Lists& lists, const Scan& scan, const ListLevel& level, Poll poll)
-        : lists(lists), scan(scan), level(level), pitch((scan.used_rank + LANES - 1) / LANES * LANES),
-          parts_rows((3 + 3 * scan.channels + LANES - 1) / LANES), window_pitch(int(padded(scan.patch_size))),
-          column_mask(size_t(window_pitch), 0.f), luck(size_t(scan.queries)), planned(size_t(scan.queries)),
-          first(size_t(scan.queries), SIZE_MAX), unseen(size_t(scan.queries)) {
-        *scan.pairs = 0;
-        interrupt.poll = poll;
-        q.assign(size_t(scan.queries) * size_t(pitch), 0.f);
-        for (int i = 0; i < scan.queries; ++i)
-            std::copy_n(scan.q + int64_t(i) * lists.rank, scan.used_rank, q.begin() + int64_t(i) * pitch);
-        const int64_t lines = int64_t(scan.queries) * scan.channels * scan.patch_size;
-        windows.assign(size_t(lines * window_pitch), 0.f);
-        for (int64_t i = 0; i < lines; ++i)
-            std::copy_n(scan.windows + i * scan.patch_size, scan.patch_size, windows.begin() + i * window_pitch);
-        std::fill_n(column_mask.begin(), scan.patch_size, 1.f);
-        for (int i = 0; i < scan.queries; ++i) luck[size_t(i)] = uint32_t(mix(luck_of(scan, i)) >> 32);
+// What all blocks of one scan share.
+struct Region {
+    const Scan& scan;
+    const Lists& lists;
+    const ListLevel& level;
+    int64_t parents, parent_row;     // and padded to whole vectors
+    std::vector<float> moments;      // [parents, 2 channels, SIBLINGS]
+    std::vector<float> parent_competing, parent_moments;  // [parent_row], [channels, parent_row]
+    double windows = 0;              // that compete
+    int64_t pitch;
+    std::vector<float> columns;      // 1 for those of a window, in whole vectors
+    std::vector<float> z;            // with room for a vector behind
+    std::vector<float> axes, shift;
+    // log E[w] of a window as a product with a query's features and their squares: of parents [2 rank, parent_row]; of
+    // cells [parents, 4 rank + 2, SIBLINGS], by family and with log E[w^2].
+    std::vector<float> parent_weights, parent_constants, weights;
+    std::vector<float> q;            // [queries, pitch] features
+    std::vector<State> states;
+    std::vector<int32_t> query_at;   // [items, pixels] or -1
+    int64_t pixels;                  // of an item, that may be queries
+
+    Region(const Scan& scan, const ListLevel& level)
+        : scan(scan), lists(scan.lists), level(level), parents(lists.cells / SIBLINGS), parent_row(padded(parents)),
+          moments(size_t(lists.cells * 2 * scan.channels), 0.f), parent_competing(size_t(parent_row), 0.f),
+          parent_moments(size_t(parent_row * scan.channels), 0.f), pitch(padded(scan.used_rank)),
+          columns(size_t(padded(scan.patch_size)), 0.f) {
+        const int64_t images = 1 + *std::max_element(scan.items, scan.items + scan.queries);
+        const int64_t size = images * scan.channels * plane();
+        pixels = 1 + *std::max_element(scan.numbers, scan.numbers + scan.queries);
+        query_at.assign(size_t(images * pixels), -1);
+        for (int i = 0; i < scan.queries; ++i) query_at[size_t(scan.items[i] * pixels + scan.numbers[i])] = i;
+        q.resize(size_t(scan.queries * pitch)), states.resize(size_t(scan.queries));
+        z.reserve(size_t(size + LANES));
+        z.assign(scan.z, scan.z + size);
+        z.resize(size_t(size + LANES), 0.f);
+        for (int j = 0; j < scan.patch_size; ++j) columns[size_t(j)] = 1.f;
+        const int parts = 2 * scan.channels;
+        std::vector<float> repeats(size_t(parent_row), 0.f);  // of a parent's windows, on average; then its logarithm
+        for (int64_t p = 0; p < parents; ++p) {
+            float* const of_parent = parent_moments.data() + p;
+            for (int64_t c = p * SIBLINGS; c < (p + 1) * SIBLINGS; ++c) {
+                const float n = lists.competing[c];
+                windows += double(n), parent_competing[size_t(p)] += n;
+                repeats[size_t(p)] += n * std::exp(lists.log_repeats[c]);
+                for (int i = 0; i < parts; ++i) {
+                    const float moment = lists.moments[c * parts + i];
+                    moments[size_t((p * parts + i) * SIBLINGS + c % SIBLINGS)] = moment;
+                    if (i < scan.channels) of_parent[i * parent_row] += n * moment;
+                }
+            }
+            const float n = std::max(1.f, parent_competing[size_t(p)]);
+            repeats[size_t(p)] = std::log(std::max(1.f, repeats[size_t(p)] / n));
+            for (int i = 0; i < scan.channels; ++i) of_parent[i * parent_row] /= n;
+        }
+        const int window_pixels = scan.channels * scan.patch_size * scan.patch_size;
+        axes.assign(size_t(window_pixels * pitch), 0.f), shift.assign(size_t(pitch), 0.f);
+        for (int64_t d = 0; d < scan.used_rank; ++d) {
+            double along = 0;
+            for (int i = 0; i < window_pixels; ++i) {
+                axes[size_t(i * pitch + d)] = scan.axes[int64_t(i) * lists.rank + d];
+                along += double(scan.centre[i]) * double(scan.axes[int64_t(i) * lists.rank + d]);
+            }
+            shift[size_t(d)] = float(-along);
+        }
+        // A Gaussian kernel over a Gaussian cell is a Gaussian of their summed variance: with precision = 1 / (sigma^2 +
+        // variance), log E[w] = -1/2 sum_d log(1 + variance_d / sigma^2) + precision_d (q_d - mean_d)^2. The same for the
+        // square of the kernel, whose variance is sigma^2 / 2.
+        const int rank = scan.foreseen_rank;
+        const float sigma2 = float(scan.sigma * scan.sigma);
+        parent_weights.assign(size_t(2 * rank * parent_row), 0.f), parent_constants = repeats;
+        std::vector<float> spread(size_t(parent_row), 1.f);
+        for (int d = 0; d < rank; ++d) {
+            float* const linear = parent_weights.data() + d * parent_row;
+            const float* const mean = lists.parent_mean + d * (lists.pitch / SIBLINGS);
+            const float* const variance = lists.parent_variance + d * (lists.pitch / SIBLINGS);
+            for (int64_t p = 0; p < parents; ++p) {
+                const float precision = 1 / (sigma2 + variance[p]);
+                linear[p] = precision * mean[p], linear[rank * parent_row + p] = -0.5f * precision;
+                parent_constants[size_t(p)] -= 0.5f * precision * mean[p] * mean[p];
+                spread[size_t(p)] *= std::min(1e4f, 1 + variance[p] / sigma2);
+            }
+            if (d + 1 < rank && d % 8 < 7) continue;  // so many factors fit a float
+            for (int64_t p = 0; p < parents; ++p)
+                parent_constants[size_t(p)] -= 0.5f * std::log(spread[size_t(p)]), spread[size_t(p)] = 1;
+        }
+        weights.resize(size_t((4 * rank + 2) * lists.cells));
+        for (int64_t p = 0; p < parents; ++p) {
+            float* const to = weights.data() + (4 * rank + 2) * p * SIBLINGS;
+            Vector constant[2], product[2];
+            for (int c = 0; c < SIBLINGS; ++c)
+                for (int power : {0, 1})
+                    constant[power][c] = float(power + 1) * lists.log_repeats[p * SIBLINGS + c], product[power][c] = 1.f;
+            for (int d = 0; d < rank; ++d) {
+                Vector mean, variance;
+                std::memcpy(&mean, lists.mean + d * lists.pitch + p * SIBLINGS, sizeof mean);
+                std::memcpy(&variance, lists.variance + d * lists.pitch + p * SIBLINGS, sizeof variance);
+                for (int power : {0, 1}) {
+                    const float kernel = power ? sigma2 / 2 : sigma2;
+                    const Vector precision = 1 / (kernel + variance), linear = precision * mean;
+                    const Vector square = -0.5f * precision;
+                    std::memcpy(to + (2 + 4 * d + 2 * power) * SIBLINGS, &linear, sizeof linear);
+                    std::memcpy(to + (3 + 4 * d + 2 * power) * SIBLINGS, &square, sizeof square);
+                    constant[power] -= 0.5f * linear * mean;
+                    product[power] *= 1 + variance / kernel;
+                    if (d + 1 < rank && d % 4 < 3) continue;
+                    for (int c = 0; c < SIBLINGS; ++c) constant[power][c] -= 0.5f * std::log(std::min(3e38f, product[power][c]));
+                    product[power] = product[power] * 0 + 1;
+                }
+            }
+            std::memcpy(to, constant, sizeof constant);
+        }
     }
 
-    bool run() {
-        const Plan plan(lists, scan, level);
-        std::atomic<int> next{0};
-        in_parallel([&](bool calling) {
-            Plan::Scratch scratch(lists.cells);
-            for (int query; (query = next++) < scan.queries && !interrupt.stopped(calling);)
-                plan.query(query, scratch, planned[size_t(query)], unseen[size_t(query)], first[size_t(query)]);
-        });
-        if (interrupt.stop) return false;
-        // The most promising cell of every query goes first: where its weights lie, others need not be looked at.
-        pilot = std::make_unique<Shard>(scan.queries, int64_t(parts_rows) * LANES);
-        scan_all(true);
-        if (interrupt.stop) return false;
-        for (Samples& samples : pilot->samples) samples.shrink(scan.recheck);
-        scan_all(false);
-        if (interrupt.stop) return false;
-        shards.push_back(std::move(pilot));
-        std::atomic<int> next_query{0};
-        in_parallel([&](bool calling) {
-            for (int query; (query = next_query++) < scan.queries && !interrupt.stopped(calling);) finish(query);
-        });
-        return !interrupt.stop;
+    // Of the noisy images: a row; a channel; where a query's window starts.
+    int64_t wide() const { return scan.width + scan.patch_size - 1; }
+    int64_t plane() const { return (scan.height + scan.patch_size - 1) * wide(); }
+    const float* window(int query) const {
+        const int64_t number = scan.numbers[query];
+        return z.data() + scan.items[query] * scan.channels * plane() + (scan.row0 + number / scan.cols) * wide() +
+               scan.col0 + number % scan.cols;
+    }
+
+    int64_t image_of(int64_t id) const { return id < 0 ? scan.image_count : id / (int64_t(lists.rows) * lists.cols); }
+
+    const uint8_t* ids(int64_t cell) const {
+        return lists.data + lists.offsets[cell] + lists.sizes[cell] * lists.rank * 2;
+    }
+
+    float pixel(int64_t at) const {
+        return scan.images_are_bytes ? float(static_cast<const uint8_t*>(scan.images)[at]) * (1 / 127.5f) - 1.f
+                                     : static_cast<const float*>(scan.images)[at];
+    }
+
+    // |window of the query - window of the bank|^2 over all pixels, zeros beyond the border; and the centre's value.
+    void look(int query, Heavy& look) const {
+        const int k = scan.patch_size, height = scan.height, width = scan.width;
+        const int64_t plane = int64_t(height) * width;
+        const int64_t image = int64_t(look.image) * scan.channels * plane;
+        for (int c = 0; c < scan.channels; ++c)
+            look.value[c] = pixel(image + c * plane + int64_t(look.row + k / 2) * width + look.col + k / 2);
+        WindowTask t{};
+        t.window = window(query), t.pitch = wide(), t.plane = this->plane();
+        t.channels = scan.channels, t.size = k, t.height = height, t.width = width;
+        t.row0 = std::max(0, -look.row), t.row1 = std::min(k, height - look.row);
+        t.at = image + int64_t(look.row) * width + look.col;
+        // Vectors read past a window's row; at either end of the images there must be something to read.
+        const int64_t begin = t.at + int64_t(t.row0) * width;
+        const int64_t end = t.at + ((scan.channels - 1) * int64_t(height) + t.row1 - 1) * width + padded(k);
+        if (k <= MOST_WIDE && begin >= 0 && end <= scan.image_count * scan.channels * plane) {
+            alignas(64) std::array<float, MOST_WIDE> inside;
+            const bool clipped = look.col < 0 || look.col + k > width;
+            for (int j = 0; clipped && j < padded(k); ++j)
+                inside[size_t(j)] = j < k && look.col + j >= 0 && look.col + j < width ? 1.f : 0.f;
+            t.columns = columns.data(), t.inside = clipped ? inside.data() : t.columns;
+            t.bytes = scan.images_are_bytes ? static_cast<const uint8_t*>(scan.images) : nullptr;
+            t.floats = scan.images_are_bytes ? nullptr : static_cast<const float*>(scan.images);
+            look.distance = level.distance2(t);
+            return;
+        }
+        double total = 0;
+        for (int c = 0; c < scan.channels; ++c)
+            for (int y = 0; y < k; ++y)
+                for (int x = 0; x < k; ++x) {
+                    const int row = look.row + y, col = look.col + x;
+                    const bool inside = row >= 0 && row < height && col >= 0 && col < width;
+                    const float p = inside ? pixel(image + c * plane + int64_t(row) * width + col) : 0.f;
+                    const double d = double(t.window[c * t.plane + y * t.pitch + x] - p);
+                    total += d * d;
+                }
+        look.distance = float(total);
+    }
+
+    static constexpr int MOST_WIDE = 256;
+};
+
+// A thread's scratch, for regions of any size.
+struct Workspace {
+    std::vector<float> flat, squares, parents, parent_share, expected, expected2, competing, share, score;
+    std::vector<float> few, few_competing, block, runs;
+    std::vector<int32_t> families, at, order;
+    std::vector<uint32_t> luck;
+    std::vector<Planned> plan;
+};
+
+// Aligned pointer into a vector that is large enough.
+float* room(std::vector<float>& memory, int64_t count) {
+    if (int64_t(memory.size()) < count + LANES) memory.resize(size_t(count + LANES));
+    const auto at = reinterpret_cast<uintptr_t>(memory.data());
+    return memory.data() + (64 - at % 64) % 64 / sizeof(float);
+}
+
+// Some queries of one region: planned, scanned, and the windows of their samples compared.
+class Block {
+    Region& region;
+    const Scan& scan;
+    const Lists& lists;
+    const ListLevel& level;
+    const int first, count;
+    Workspace& space;
+    Interrupt& interrupt;
+    const bool calling;
+    const double bits;               // log2(e) / sigma^2
+
+    // What is foreseen of a query: weights relative to 2^(top), variances to 2^(2 top), calibrated by what is found.
+    struct Foreseen {
+        double sure, far[1 + MOST_CHANNELS], unseen[1 + 2 * MOST_CHANNELS];
+        double pilot_weight = 0;
+        bool glanced = false;
+        int64_t pilot;               // place in `planned` of the surely taken cell of which most weight is expected
+    };
+    std::vector<Planned> planned;
+    std::vector<Foreseen> foreseen;
+    std::vector<float> m, calibration;
+    std::vector<uint32_t> luck;
+    std::vector<Samples> samples;
+    float* const q;                  // [count, pitch]
+    Aligned<float> sums;
+    std::vector<Entry> entries;
+    std::vector<int64_t> first_entry;
+
+public:
+    Block(Region& region, int first, int count, Workspace& space, Interrupt& interrupt, bool calling)
+        : region(region), scan(region.scan), lists(region.lists), level(region.level), first(first), count(count),
+          space(space), interrupt(interrupt), calling(calling), bits(LOG2E / (scan.sigma * scan.sigma)),
+          foreseen(size_t(count)), m(size_t(count), -FAR), calibration(size_t(count), -1e9f), luck(size_t(count)),
+          samples(size_t(count)), q(region.q.data() + first * region.pitch), sums(int64_t(count) * LANES) {
+        std::fill_n(sums.get(), int64_t(count) * LANES, 0.f);
+        const int k = scan.patch_size;
+        const int64_t pixels = int64_t(scan.channels) * k * k;
+        space.flat.resize(size_t(count * pixels));
+        float* flat = space.flat.data();
+        for (int i = 0; i < count; ++i) {
+            const float* const window = region.window(first + i);
+            for (int c = 0; c < scan.channels; ++c)
+                for (int y = 0; y < k; ++y, flat += k) std::copy_n(window + c * region.plane() + y * region.wide(), k, flat);
+            // What a query draws depends on the seed and on its own number, not on what else is in the call.
+            luck[size_t(i)] = uint32_t(mix(mix(scan.seed) ^ uint64_t(scan.numbers[first + i]) * 0x2545f4914f6cdd1du) >> 32);
+        }
+        level.product(space.flat.data(), pixels, count, region.axes.data(), region.pitch, int(pixels),
+                      region.shift.data(), q);
+    }
+
+    // Windows scanned, or -1 if asked to stop.
+    int64_t run() {
+        const int rank = scan.foreseen_rank;
+        space.squares.resize(size_t(AT_ONCE * 2 * rank));
+        float* const parents = room(space.parents, AT_ONCE * region.parent_row);
+        for (int i = 0; i < count; i += AT_ONCE) {
+            if (interrupt.stopped(calling)) return -1;
+            const int some = std::min(AT_ONCE, count - i);
+            for (int j = 0; j < some; ++j)
+                for (int d = 0; d < rank; ++d) {
+                    const float x = q[(i + j) * region.pitch + d];
+                    space.squares[size_t(j * 2 * rank + d)] = x, space.squares[size_t((j * 2 + 1) * rank + d)] = x * x;
+                }
+            level.product(space.squares.data(), 2 * rank, some, region.parent_weights.data(), region.parent_row, 2 * rank,
+                          region.parent_constants.data(), parents);
+            for (int j = 0; j < some; ++j) plan(i + j, parents + j * region.parent_row);
+        }
+        // A glance at the most promising cell of every query tells where its weights lie and about how large its sums
+        // will be, so that most windows need not be looked at closely. Cells taken by chance go last, when the others
+        // have told how foreseen weights compare with real ones.
+        group_by_cell(0);
+        if (!scan_cells(0)) return -1;
+        calibrate();
+        for (int i = 0; i < count; ++i) {
+            const double all = foreseen[size_t(i)].sure + foreseen[size_t(i)].far[0];
+            samples[size_t(i)].threshold =
+                float(double(calibration[size_t(i)]) + std::log2(all / std::max(1, scan.recheck)) - DOUBT_BITS);
+        }
+        std::fill_n(sums.get(), int64_t(count) * LANES, 0.f);
+        int64_t pairs = group_by_cell(1);
+        if (!scan_cells(scan.recheck)) return -1;
+        calibrate();
+        pairs += group_by_cell(2);
+        if (!scan_cells(scan.recheck)) return -1;
+        for (int i = 0; i < count; ++i) leave(i);
+        return look_again() ? pairs : -1;
     }
 
 private:
-    template <typename Work>
-    void in_parallel(Work work) {
-        const auto guarded = [&](bool calling) noexcept {
-            try {
-                work(calling);
-            } catch (...) {
-                const std::lock_guard<std::mutex> lock(mutex);
-                if (!failure) failure = std::current_exception();
-                interrupt.stop = true;
-            }
-        };
-        std::vector<std::thread> others;
-        try {
-            for (int i = 1; i < scan.threads; ++i) others.emplace_back([&] { guarded(false); });
-        } catch (const std::system_error&) {
-            // No more threads to be had: those that started serve.
+    static constexpr int AT_ONCE = 12;  // queries whose parents' expected weights stay in the cache
+
+    void plan(int i, const float* of_parents) {
+        // Parents that matter.
+        const float parent_top = level.greatest(of_parents, region.parent_competing.data(), region.parent_row);
+        float* const parent_share = room(space.parent_share, region.parent_row);
+        level.exponentials(of_parents, region.parent_row, parent_top, parent_share);
+        double all, rising;
+        level.windows_taken(parent_share, region.parent_competing.data(), region.parent_row, 1, 0, all, rising);
+        ParentsTask parents{};
+        parents.share = parent_share, parents.competing = region.parent_competing.data();
+        parents.moments = region.parent_moments.data(), parents.parents = region.parent_row;
+        parents.channels = scan.channels, parents.least = LEAST_PARENT * float(all);
+        space.families.resize(size_t(region.parent_row));
+        const int64_t families = level.choose_parents(parents, space.families.data());
+
+        // Their cells.
+        const int64_t cells = families * SIBLINGS;
+        const int rank = scan.foreseen_rank;
+        float *const expected = room(space.expected, cells), *const expected2 = room(space.expected2, cells);
+        float *const competing = room(space.competing, cells), *const share = room(space.share, cells);
+        double windows = 0;
+        for (int64_t f = 0; f < families; ++f) {
+            const int64_t parent = space.families[size_t(f)];
+            level.foresee(q + i * region.pitch, rank, region.weights.data() + (4 * rank + 2) * parent * SIBLINGS,
+                          expected + f * SIBLINGS, expected2 + f * SIBLINGS);
+            std::copy_n(lists.competing + parent * SIBLINGS, SIBLINGS, competing + f * SIBLINGS);
+            windows += double(region.parent_competing[size_t(parent)]);
         }
-        guarded(true);
-        for (std::thread& other : others) other.join();
-        if (failure) std::rethrow_exception(failure);
+        const float top = level.greatest(expected, competing, cells);
+        level.exponentials(expected, cells, top, share);
+        // Neyman's allocation goes by sqrt(E[w^2]), which a normal cell's far tail inflates: half of it, in logarithms.
+        float* const score = room(space.score, cells);
+        for (int64_t c = 0; c < cells; ++c) score[c] = 0.5f * expected[c] + 0.25f * expected2[c];
+        level.exponentials(score, cells, level.greatest(score, competing, cells), score);
+        const double wanted = std::min(windows, scan.budget * region.windows);
+        double scale = 1;
+        if (families >= 8 * STRIDE) {
+            space.few.clear(), space.few_competing.clear();
+            double few = 0;
+            for (int64_t f = 0; f < families; f += STRIDE)
+                for (int64_t c = f * SIBLINGS; c < (f + 1) * SIBLINGS; ++c) {
+                    space.few.push_back(score[c]), space.few_competing.push_back(competing[c]);
+                    few += double(competing[c]);
+                }
+            scale = raise(space.few.data(), space.few_competing.data(), int64_t(space.few.size()), wanted * few / windows,
+                          scale, 0.05);
+        }
+        scale = raise(score, competing, cells, wanted, scale, 0.02);
+
+        CellsTask t{};
+        t.share = share, t.score = score, t.competing = competing, t.expected2 = expected2, t.parents = space.families.data();
+        t.moments = region.moments.data(), t.families = families;
+        t.channels = scan.channels, t.scale = float(scale), t.floor = float(std::min(1., scan.floor));
+        t.top2 = 2 * top, t.luck = luck[size_t(i)];
+        if (int64_t(space.plan.size()) < cells) space.plan.resize(size_t(cells));
+        const int64_t taken = level.plan_cells(t, space.plan.data());
+        // What lies under other parents is not looked into at all: foreseen, and in doubt by as much.
+        const double unit = std::exp(std::min(80., double(parent_top) - double(top)));
+        const double skipped = unit * parents.far[0];
+        t.far[0] += skipped, t.unseen[0] += skipped * skipped / EXPECTED_SHARE;
+        for (int c = 0; c < scan.channels; ++c) {
+            const double value = unit * parents.far[1 + c];
+            t.far[1 + c] += value;
+            t.unseen[1 + c] += skipped * value / EXPECTED_SHARE;
+            t.unseen[1 + scan.channels + c] += value * value / EXPECTED_SHARE;
+        }
+        Foreseen& f = foreseen[size_t(i)];
+        f.sure = t.sure;
+        std::copy_n(t.far, 1 + MOST_CHANNELS, f.far);
+        std::copy_n(t.unseen, 1 + 2 * MOST_CHANNELS, f.unseen);
+        f.pilot = -1;
+        const double one_group = double(LANES) / (LANES - 1);
+        for (int64_t p = 0; p < taken; ++p) {
+            Planned planning = space.plan[size_t(p)];
+            Entry& entry = planning.entry;
+            const double n = double(lists.competing[planning.cell]), stands_for = n / entry.take;
+            const bool sure = entry.chance >= 1;
+            if (sure && double(entry.foreseen) > f.pilot_weight)
+                f.pilot_weight = double(entry.foreseen), f.pilot = int64_t(planned.size());
+            entry.query = i;
+            entry.factor = float(stands_for / double(entry.chance));
+            entry.scatter = entry.take < int(n)
+                                ? float((1 - entry.take / n) * stands_for * stands_for * one_group / double(entry.chance))
+                                : 0.f;
+            if (sure) entry.foreseen = 0;
+            planned.push_back(planning);
+        }
     }
 
-    void scan_all(bool ahead) {
-        group_by_cell(ahead);
-        std::atomic<int> next{0};
-        in_parallel([&](bool calling) {
-            Scratch scratch(*this);
-            for (int shard; (shard = next++) < SHARDS && !interrupt.stopped(calling);)
-                scan_shard(shard, ahead, scratch, calling);
-        });
+    // The t at which shares min(1, max(floor, t share)) add up to `wanted` windows, by Newton steps on its logarithm.
+    double raise(const float* share, const float* competing, int64_t cells, double wanted, double t,
+                 double tolerance) const {
+        double low = 0, high = 1e38;
+        for (int step = 0; step < 60; ++step) {
+            double taken, rising;
+            level.windows_taken(share, competing, cells, float(t), float(std::min(1., scan.floor)), taken, rising);
+            (taken > wanted ? high : low) = t;
+            if (std::abs(taken - wanted) <= tolerance * wanted || high < low * 1.0001) break;
+            double next = rising > 0 ? t * std::exp(std::min(20., (wanted - taken) / rising)) : 0;
+            if (!(next > low && next < high))
+                next = low > 0 && high < 1e38 ? std::sqrt(low * high) : taken > wanted ? t / 64 : t * 64;
+            if (next > 1e37 || next < 1e-37) break;
+            t = next;
+        }
+        return t;
     }
 
-    // Turns the queries' plans into each cell's list of queries, and cuts cells into shards of about equal work.
-    void group_by_cell(bool ahead) {
+    static constexpr double DOUBT_BITS = 2;  // by how much a first guess of a query's sum may be too large
+
+    // Foreseen weights, in the scan's units: by what was found in cells of which `expected` had been foreseen.
+    void calibrate() {
+        for (int i = 0; i < count; ++i) {
+            Foreseen& f = foreseen[size_t(i)];
+            const double found = double(sums.get()[int64_t(i) * LANES]), expected = f.glanced ? f.sure : f.pilot_weight;
+            f.glanced = true;
+            if (found > 0 && expected > 0)
+                calibration[size_t(i)] = float(std::log2(found / expected) + double(m[size_t(i)]) * bits);
+        }
+    }
+
+    // Turns the plans into each cell's list of queries: the most promising (0), the sure (1), those by chance (2).
+    int64_t group_by_cell(int turn) {
         first_entry.assign(size_t(lists.cells) + 1, 0);
-        std::vector<double> work(size_t(lists.cells), 0);
-        double total = 0, sum = 0;
         int64_t pairs = 0;
         const auto each = [&](auto visit) {
-            for (size_t query = 0; query < planned.size(); ++query) {
-                const auto& list = planned[query];
-                if (ahead && first[query] < list.size()) visit(list[first[query]]);
-                for (size_t i = 0; i < list.size() && !ahead; ++i)
-                    if (i != first[query]) visit(list[i]);
+            if (turn == 0) {
+                for (const Foreseen& f : foreseen)
+                    if (f.pilot >= 0) visit(planned[size_t(f.pilot)]);
+                return;
             }
+            for (const Planned& planning : planned)
+                if ((planning.entry.chance < 1) == (turn == 2)) visit(planning);
         };
-        each([&](const Planned& p) {
-            ++first_entry[size_t(p.cell) + 1];
-            work[size_t(p.cell)] += 16 + p.entry.take, pairs += p.entry.take;
-        });
-        *scan.pairs += pairs;
-        largest = 0;
-        for (int64_t c = 0; c < lists.cells; ++c) {
-            total += work[size_t(c)];
-            largest = std::max(largest, first_entry[size_t(c) + 1]);
-            first_entry[size_t(c) + 1] += first_entry[size_t(c)];
-        }
+        each([&](const Planned& p) { ++first_entry[size_t(p.cell) + 1], pairs += p.entry.take; });
+        for (int64_t c = 0; c < lists.cells; ++c) first_entry[size_t(c) + 1] += first_entry[size_t(c)];
         entries.resize(size_t(first_entry.back()));
         std::vector<int64_t> at(first_entry.begin(), first_entry.end() - 1);
         each([&](const Planned& p) { entries[size_t(at[size_t(p.cell)]++)] = p.entry; });
-        shard_of_cell.assign(1, 0);
-        for (int64_t c = 0; c < lists.cells; ++c) {
-            sum += work[size_t(c)];
-            while (int(shard_of_cell.size()) < SHARDS && sum >= total * double(shard_of_cell.size()) / SHARDS)
-                shard_of_cell.push_back(c + 1);
-        }
-        shard_of_cell.resize(SHARDS + 1, lists.cells);
-        shard_of_cell[SHARDS] = lists.cells;
-        shards.resize(SHARDS);
+        return pairs;
     }
 
-    struct Scratch {
-        Aligned<float> lanes, query_features, block, values;
-        std::vector<int64_t> at;
-        std::vector<uint32_t> luck;
-        std::vector<int32_t> order;
-        explicit Scratch(const Scanner& s)
-            : lanes((s.largest / LANES + 1) * LANES * (7 + GROUPS * (1 + MOST_CHANNELS))),
-              query_features((s.largest / LANES + 1) * LANES * s.pitch), block((BLOCK + 16) * s.pitch),
-              values((BLOCK + 16) * (3 + MOST_CHANNELS)), at(BLOCK + 16), luck(BLOCK + 16) {
-            std::fill_n(block.get(), (BLOCK + 16) * s.pitch, 0.f);
-        }
-    };
-
-    // Ahead, a query meets one cell only, so that all shards may share the sums; later each has its own.
-    void scan_shard(int index, bool ahead, Scratch& scratch, bool calling) {
-        if (!ahead) {
-            shards[size_t(index)] = std::make_unique<Shard>(scan.queries, int64_t(parts_rows) * LANES);
-            shards[size_t(index)]->m = pilot->m;
-            for (int i = 0; i < scan.queries; ++i)
-                shards[size_t(index)]->samples[size_t(i)].threshold = pilot->samples[size_t(i)].threshold;
-        }
-        Shard& shard = ahead ? *pilot : *shards[size_t(index)];
+    bool scan_cells(int recheck) {
+        int64_t largest = 0;
+        for (int64_t c = 0; c < lists.cells; ++c)
+            largest = std::max(largest, first_entry[size_t(c) + 1] - first_entry[size_t(c)]);
+        const int64_t channels = scan.channels;
         CellTask t{};
-        t.channels = scan.channels, t.rank = scan.used_rank, t.stored_rank = lists.rank, t.q_pitch = pitch;
-        t.scale = float(LOG2E / (scan.sigma * scan.sigma));
-        t.q = q.data();
-        for (int i = 0; i < LANES; ++i) {
-            t.negligible[i] = float(NEGLIGIBLE_BITS / double(t.scale));
-            t.rise[i] = 16 / t.scale;
-        }
-        t.m = shard.m.data(), t.sums = shard.sums.get(), t.samples = shard.samples.data(), t.recheck = scan.recheck;
-        t.luck = luck.data();
-        t.lane_state = scratch.lanes.get(), t.query_features = scratch.query_features.get();
-        t.block = scratch.block.get(), t.block_values = scratch.values.get(), t.block_at = scratch.at.data(), t.block_luck = scratch.luck.data();
+        t.channels = scan.channels, t.rank = scan.used_rank, t.stored_rank = lists.rank, t.q_pitch = int(region.pitch);
+        t.scale = float(bits);
+        t.q = q, t.m = m.data(), t.sums = sums.get(), t.calibration = calibration.data();
+        t.negligible = float(NEGLIGIBLE_BITS / bits), t.rise = float(16 / bits);
+        t.samples = samples.data(), t.recheck = recheck, t.luck = luck.data();
+        t.runs = room(space.runs, largest * RUN_FLOATS);
+        t.block = room(space.block, BLOCK * (scan.used_rank + 2 + channels));
+        t.block_squares = t.block + BLOCK * scan.used_rank, t.block_counts = t.block_squares + BLOCK;
+        t.block_values = t.block_counts + BLOCK;
+        space.at.resize(BLOCK), space.luck.resize(BLOCK);
+        t.block_at = space.at.data(), t.block_luck = space.luck.data();
         t.interrupt = &interrupt, t.calling_thread = calling;
-        for (int64_t cell = shard_of_cell[size_t(index)]; cell < shard_of_cell[size_t(index) + 1]; ++cell) {
-            const int64_t first = first_entry[size_t(cell)], end = first_entry[size_t(cell) + 1];
-            if (first == end || interrupt.stop) continue;
-            std::sort(entries.begin() + first, entries.begin() + end, [](const Entry& a, const Entry& b) {
+        for (int64_t cell = 0; cell < lists.cells; ++cell) {
+            const int64_t begin = first_entry[size_t(cell)], end = first_entry[size_t(cell) + 1];
+            if (begin == end) continue;
+            if (cell % 64 == 0 && interrupt.stopped(calling)) return false;
+            std::sort(entries.begin() + begin, entries.begin() + end, [](const Entry& a, const Entry& b) {
                 return a.take != b.take ? a.take > b.take : a.query < b.query;
             });
-            const int64_t size = lists.sizes[cell];
-            t.entries = entries.data() + first, t.entry_count = int(end - first);
+            const int64_t size = lists.sizes[cell], start = lists.starts[cell];
+            t.entries = entries.data() + begin, t.entry_count = int(end - begin), t.cell = int32_t(cell);
+            t.moments = lists.moments + cell * 2 * channels;
             t.features = reinterpret_cast<const uint16_t*>(lists.data + lists.offsets[cell]);
-            t.value_bytes = lists.values_are_bytes
-                                ? static_cast<const uint8_t*>(lists.values) + lists.starts[cell] * scan.channels
-                                : nullptr;
-            t.value_floats = lists.values_are_bytes
-                                 ? nullptr
-                                 : static_cast<const float*>(lists.values) + lists.starts[cell] * scan.channels;
-            t.counts = lists.counts ? lists.counts + lists.starts[cell] : nullptr;
+            t.value_bytes = lists.values_are_bytes ? static_cast<const uint8_t*>(lists.values) + start * channels : nullptr;
+            t.value_floats = lists.values_are_bytes ? nullptr : static_cast<const float*>(lists.values) + start * channels;
+            t.counts = lists.counts ? lists.counts + start : nullptr, t.repeats = lists.repeats;
             t.order = nullptr, t.competing = size;
             if (lists.allowed) {
-                const uint8_t* const ids = lists.data + lists.offsets[cell] + size * lists.rank * 2;
-                scratch.order.clear();
+                const uint8_t* const ids = region.ids(cell);
+                space.order.clear();
                 for (int64_t i = 0; i < size; ++i) {
                     int64_t id;
                     std::memcpy(&id, ids + i * 8, 8);
-                    const int64_t image = image_of(id);
-                    if (image < scan.image_count && lists.allowed[image]) scratch.order.push_back(int32_t(i));
+                    const int64_t image = region.image_of(id);
+                    if (image < scan.image_count && lists.allowed[image]) space.order.push_back(int32_t(i));
                 }
-                t.order = scratch.order.data(), t.competing = int64_t(scratch.order.size());
+                t.order = space.order.data(), t.competing = int64_t(space.order.size());
             }
             if (t.competing == 0) continue;
             t.start = int64_t(mix(scan.seed ^ uint64_t(cell) * 0xd6e8feb86659fd93u) % uint64_t(t.competing));
-            t.first_window = lists.starts[cell];
+            t.first_window = start;
             level.scan_cell(t);
         }
+        return true;
     }
 
-    struct Total {
-        double m, s = 0, s2 = 0, ss = 0, v[MOST_CHANNELS] = {}, vs[MOST_CHANNELS] = {}, vv[MOST_CHANNELS] = {};
-    };
-
-    void finish(int query) {
+    // A query's sums and the windows of its sample.
+    void leave(int i) {
         const int channels = scan.channels;
-        const double scale = LOG2E / (scan.sigma * scan.sigma);
-        Total total{};
-        total.m = -INFINITY;  // in bits
-        for (const auto& shard : shards) {
-            const float m = shard->m[size_t(query)];
-            if (m > -FAR) total.m = std::max(total.m, double(m) * scale);
-        }
-        Samples samples;
-        for (const auto& shard : shards) {
-            const float* const x = shard->sums.get() + int64_t(query) * parts_rows * LANES;
-            const double m = double(shard->m[size_t(query)]) * scale;
-            if (!(shard->m[size_t(query)] > -FAR)) continue;
-            const double f = std::exp2(m - total.m), g = f * f;
-            total.s += f * double(x[0]), total.s2 += g * double(x[1]), total.ss += g * double(x[2]);
-            for (int c = 0; c < channels; ++c) {
-                total.v[c] += f * double(x[3 + c]);
-                total.vs[c] += g * double(x[3 + channels + c]);
-                total.vv[c] += g * double(x[3 + 2 * channels + c]);
-            }
-            const Samples& part = shard->samples[size_t(query)];
-            samples.threshold = std::max(samples.threshold, part.threshold);
-            samples.kept.insert(samples.kept.end(), part.kept.begin(), part.kept.end());
-        }
-        // What the cells' moments expect of the unscanned, in the same units.
-        double norm = 0;
-        for (int d = 0; d < pitch; ++d) norm += std::pow(double(q[size_t(query) * size_t(pitch) + size_t(d)]), 2);
-        const Expected& expected = unseen[size_t(query)];
-        if (expected.m > -INFINITY) {
-            const double f = EXPECTED_SHARE *
-                             std::exp(std::min(80., expected.m + norm / (scan.sigma * scan.sigma) - 2 * total.m / LOG2E));
-            total.ss += f * expected.ss;
-            for (int c = 0; c < channels; ++c) total.vs[c] += f * expected.vs[c], total.vv[c] += f * expected.vv[c];
-        }
-        double log_shift = -norm / (2 * scan.sigma * scan.sigma);
-        if (scan.recheck) recheck(query, samples, total, log_shift);
-        scan.m[query] = total.m / LOG2E + log_shift;
-        scan.s[query] = total.s, scan.s2[query] = total.s2, scan.ss[query] = total.ss;
+        const float* const x = sums.get() + int64_t(i) * LANES;
+        State& state = region.states[size_t(first + i)];
+        state.m = double(m[size_t(i)]) * bits;
+        state.s = double(x[0]), state.s2 = double(x[1]), state.ss = double(x[2]);
         for (int c = 0; c < channels; ++c) {
-            scan.v[query * channels + c] = total.v[c];
-            scan.vs[query * channels + c] = total.vs[c];
-            scan.vv[query * channels + c] = total.vv[c];
+            state.v[c] = double(x[3 + c]);
+            state.vs[c] = double(x[3 + channels + c]);
+            state.vv[c] = double(x[3 + 2 * channels + c]);
         }
+        // Cells taken by chance were entered by how they differ from what was foreseen: here is the rest. And a part of
+        // the variance that their moments let expect of the unscanned, since where nothing was seen scatter says nothing.
+        const Foreseen& f = foreseen[size_t(i)];
+        const double unit = std::exp2(std::min(100., double(calibration[size_t(i)]) - state.m));
+        state.s += unit * f.far[0];
+        for (int c = 0; c < channels; ++c) state.v[c] += unit * f.far[1 + c];
+        const double guard = EXPECTED_SHARE * unit * unit;
+        state.ss += guard * f.unseen[0];
+        for (int c = 0; c < channels; ++c) {
+            state.vs[c] += guard * f.unseen[1 + c];
+            state.vv[c] += guard * f.unseen[1 + channels + c];
+        }
+
+        Samples& drawn = samples[size_t(i)];
+        drawn.shrink(scan.recheck);
+        state.threshold = drawn.threshold;
+        for (const Sample& sample : drawn.kept) __builtin_prefetch(region.ids(sample.cell) + int64_t(sample.at) * 8);
+        const int64_t per_image = int64_t(lists.rows) * lists.cols;
+        const int r = scan.patch_size / 2;
+        state.heavy.reserve(drawn.kept.size());
+        for (const Sample& sample : drawn.kept) {
+            if (sample.priority <= drawn.threshold) continue;
+            int64_t id;
+            std::memcpy(&id, region.ids(sample.cell) + int64_t(sample.at) * 8, 8);
+            if (region.image_of(id) >= scan.image_count) throw std::runtime_error("index: a window lies outside the bank");
+            state.heavy.push_back({sample.log_size, sample.log_weight, 0, int32_t(id / per_image),
+                                   int32_t(id % per_image / lists.cols) + lists.row0 - r,
+                                   int32_t(id % lists.cols) + lists.col0 - r, {}, false});
+        }
+        drawn = {};
     }
 
     static constexpr double EXPECTED_SHARE = 0.1;
 
-    int64_t image_of(int64_t id) const { return id < 0 ? scan.image_count : id / (lists.rows * lists.cols); }
-
-    // Which window this is.
-    int64_t id_of(int64_t at) const {
-        const int64_t cell = std::upper_bound(lists.starts, lists.starts + lists.cells, at) - lists.starts - 1;
-        int64_t id;
-        std::memcpy(&id, lists.data + lists.offsets[cell] + lists.sizes[cell] * lists.rank * 2 +
-                             (at - lists.starts[cell]) * 8, 8);
-        if (image_of(id) >= scan.image_count) throw std::runtime_error("index: a window lies outside the bank");
-        return id;
-    }
-
-    float pixel(const void* images, int64_t at) const {
-        return scan.images_are_bytes ? float(static_cast<const uint8_t*>(images)[at]) * (1 / 127.5f) - 1.f
-                                     : static_cast<const float*>(images)[at];
-    }
-
-    // |window of the query - window of the bank|^2 over all pixels, zeros beyond the border.
-    double distance2(int query, int64_t id, float* value) const {
-        const int k = scan.patch_size, r = k / 2, height = scan.height, width = scan.width;
-        const int64_t per_image = int64_t(lists.rows) * lists.cols, plane = int64_t(height) * width;
-        const int64_t image = id / per_image * scan.channels * plane;
-        const int row = int(id % per_image / lists.cols) + lists.row0, col = int(id % lists.cols) + lists.col0;
-        for (int c = 0; c < scan.channels; ++c) value[c] = pixel(scan.images, image + c * plane + int64_t(row) * width + col);
-        const float* const mask = column_mask.data();
-        std::array<float, 256> clipped;
-        WindowTask t{};
-        t.window = windows.data() + int64_t(query) * scan.channels * k * window_pitch;
-        t.channels = scan.channels, t.size = k, t.pitch = window_pitch, t.height = height, t.width = width;
-        t.row0 = std::max(0, r - row), t.row1 = std::min(k, height + r - row);
-        t.at = image + int64_t(row - r) * width + (col - r);
-        t.mask = t.inside = mask;
-        if (col < r || col + r >= width) {
-            for (int j = 0; j < window_pitch; ++j)
-                clipped[size_t(j)] = j < k && col - r + j >= 0 && col - r + j < width ? 1.f : 0.f;
-            t.inside = clipped.data();
-        }
-        // Vectors read past a window's row; at either end of the images there must be something to read.
-        const int64_t first = t.at + int64_t(t.row0) * width;
-        const int64_t last = t.at + ((scan.channels - 1) * int64_t(height) + t.row1 - 1) * width + window_pitch;
-        if (window_pitch <= 256 && first >= 0 && last <= scan.image_count * scan.channels * plane) {
-            t.bytes = scan.images_are_bytes ? static_cast<const uint8_t*>(scan.images) : nullptr;
-            t.floats = scan.images_are_bytes ? nullptr : static_cast<const float*>(scan.images);
-            return double(level.distance2(t));
-        }
-        double total = 0;
-        for (int c = 0; c < scan.channels; ++c)
-            for (int i = 0; i < k; ++i)
-                for (int j = 0; j < k; ++j) {
-                    const int y = row - r + i, x = col - r + j;
-                    const bool inside = y >= 0 && y < height && x >= 0 && x < width;
-                    const float p = inside ? pixel(scan.images, image + c * plane + int64_t(y) * width + x) : 0.f;
-                    const double d = double(t.window[(c * k + i) * window_pitch + j] - p);
-                    total += d * d;
-                }
-        return total;
-    }
-
-    // Puts right what the features leave out: mean += (mean of the sample by exact weights - by the scan's weights).
-    void recheck(int query, Samples& samples, Total& total, double& log_shift) const {
-        samples.shrink(scan.recheck);
-        auto& kept = samples.kept;
-        kept.erase(std::remove_if(kept.begin(), kept.end(),
-                                  [&](const Sample& s) { return s.priority <= samples.threshold; }), kept.end());
-        if (kept.empty()) return;
-        std::sort(kept.begin(), kept.end(), [](const Sample& a, const Sample& b) { return a.at < b.at; });
-        const size_t count = kept.size();
-        const int channels = scan.channels;
-        std::vector<double> rough(count), exact(count), log_exact(count), chance(count);
-        std::vector<float> values(count * size_t(channels));
-        double top = -INFINITY;
-        for (size_t i = 0; i < count; ++i) {
-            const Sample& sample = kept[i];
-            const double distance = distance2(query, id_of(sample.at), values.data() + i * size_t(channels));
-            chance[i] = std::min(1., std::exp2(double(sample.log_size) - double(samples.threshold)));
-            // Sizes stand for all that a window represents; what exact and rough weights share cancels later.
-            log_exact[i] = double(sample.log_size) - double(sample.log_weight) -
-                           distance / (2 * scan.exact_sigma * scan.exact_sigma) * LOG2E;
-            rough[i] = std::exp2(double(sample.log_size) - total.m) / chance[i];
-            top = std::max(top, log_exact[i] - std::log2(chance[i]));
-        }
-        double rough_sum = 0, exact_sum = 0, rough_mean[MOST_CHANNELS] = {}, exact_mean[MOST_CHANNELS] = {};
-        for (size_t i = 0; i < count; ++i) {
-            exact[i] = std::exp2(log_exact[i] - top) / chance[i];
-            rough_sum += rough[i], exact_sum += exact[i];
-            for (int c = 0; c < channels; ++c) {
-                rough_mean[c] += rough[i] * double(values[i * size_t(channels) + size_t(c)]);
-                exact_mean[c] += exact[i] * double(values[i * size_t(channels) + size_t(c)]);
+    // Compares the sampled windows of all queries pixel by pixel, image after image, so that each is fetched once.
+    bool look_again() {
+        std::vector<std::pair<int32_t, Heavy*>> looks;
+        std::vector<size_t> of_image(size_t(scan.image_count) + 1, 0);
+        for (int i = 0; i < count; ++i)
+            for (Heavy& heavy : region.states[size_t(first + i)].heavy) {
+                looks.push_back({first + i, &heavy});
+                ++of_image[size_t(heavy.image) + 1];
             }
+        for (size_t n = 0; n + 1 < of_image.size(); ++n) of_image[n + 1] += of_image[n];
+        std::vector<size_t> order(looks.size());
+        for (size_t at = 0; at < looks.size(); ++at) order[of_image[size_t(looks[at].second->image)]++] = at;
+        for (size_t n = 0; n < looks.size(); ++n) {
+            if (n % 256 == 0 && interrupt.stopped(calling)) return false;
+            region.look(looks[order[n]].first, *looks[order[n]].second);
         }
-        if (!(rough_sum > 0) || !(exact_sum > 0)) return;
-        double error[MOST_CHANNELS] = {}, squares = 0;
-        for (int c = 0; c < channels; ++c) rough_mean[c] /= rough_sum, exact_mean[c] /= exact_sum;
-        // Where the scan weighed by more noise than there is, its mean is no guide: the sample alone decides.
-        const bool guided = scan.exact_sigma >= scan.sigma;
-        for (size_t i = 0; i < count; ++i) {
-            squares += exact[i] * std::exp2(log_exact[i] - top - double(kept[i].log_size) + double(kept[i].log_weight));
-            for (int c = 0; c < channels; ++c) {
-                const double value = double(values[i * size_t(channels) + size_t(c)]);
-                const double change = exact[i] / exact_sum * (value - exact_mean[c]) -
-                                      (guided ? rough[i] / rough_sum * (value - rough_mean[c]) : 0);
-                error[c] += (1 - chance[i]) * change * change;
-            }
-        }
-        for (int c = 0; c < channels; ++c) {
-            const double mean = total.v[c] / total.s;
-            const double shift = guided ? exact_mean[c] - rough_mean[c] : exact_mean[c] - mean;
-            total.vv[c] += 2 * shift * total.vs[c] + shift * shift * total.ss + error[c] * total.s * total.s;
-            total.vs[c] += shift * total.ss;
-            total.v[c] += shift * total.s;
-        }
-        if (!guided) total.s2 = total.s * total.s * squares / (exact_sum * exact_sum);
-        // Weights of whole windows: the scan's times what exact ones are of rough ones.
-        log_shift = (top + std::log2(exact_sum) - total.m - std::log2(rough_sum)) / LOG2E;
+        return true;
     }
 };
 
+// The last steps: heavy windows that neighbours propose, and the result of a query with its error.
+class Recheck {
+    Region& region;
+    const Scan& scan;
+    const Lists& lists;
+    const double bits, exact_bits;   // log2(e) / sigma^2, and half of that at the noise that counts in the end
+
+public:
+    explicit Recheck(Region& region)
+        : region(region), scan(region.scan), lists(region.lists), bits(LOG2E / (scan.sigma * scan.sigma)),
+          exact_bits(LOG2E / (2 * scan.exact_sigma * scan.exact_sigma)) {}
+
+    static constexpr int ROUNDS = 2;
+
+    // The windows that weigh most in a query's sample, for its neighbours.
+    void choose(int query, int round) {
+        State& state = region.states[size_t(query)];
+        std::vector<Heavy>& best = state.best[round % 2];
+        best.clear();
+        for (const Heavy& heavy : state.heavy)
+            if (heavy.log_weight >= state.threshold) best.push_back(heavy);
+        const auto nearer = [](const Heavy& a, const Heavy& b) {
+            if (a.distance != b.distance) return a.distance < b.distance;
+            if (a.image != b.image) return a.image < b.image;
+            return a.row != b.row ? a.row < b.row : a.col < b.col;
+        };
+        if (best.size() > MOST_PROPOSED) {
+            std::nth_element(best.begin(), best.begin() + MOST_PROPOSED, best.end(), nearer);
+            best.resize(MOST_PROPOSED);
+        }
+    }
+
+    // Images are smooth, so a window that is heavy at a pixel is, moved along, likely heavy at the next (PatchMatch,
+    // Barnes et al. 2009). What neighbours propose is taken for certain, whether it was scanned or not: the rest is then
+    // estimated without it. One heavier than the sample's threshold has been scanned if and only if it is in the sample.
+    void listen(int query, int round) {
+        State& state = region.states[size_t(query)];
+        const int64_t item = scan.items[query], number = scan.numbers[query];
+        const int row = int(number / scan.cols), col = int(number % scan.cols), r = scan.patch_size / 2;
+        std::vector<Heavy> proposed;
+        constexpr int BESIDE[4][2] = {{0, 1}, {0, -1}, {1, 0}, {-1, 0}};
+        for (const auto& step : BESIDE) {
+            const int64_t there = int64_t(row + step[0]) * scan.cols + col + step[1];
+            if (row + step[0] < 0 || col + step[1] < 0 || col + step[1] >= scan.cols || there >= region.pixels) continue;
+            const int neighbour = region.query_at[size_t(item * region.pixels + there)];
+            if (neighbour < 0) continue;
+            for (Heavy heavy : region.states[size_t(neighbour)].best[round % 2]) {
+                heavy.row -= step[0], heavy.col -= step[1];
+                const int at_row = heavy.row + r - lists.row0, at_col = heavy.col + r - lists.col0;
+                if (at_row < 0 || at_col < 0 || at_row >= lists.rows || at_col >= lists.cols) continue;
+                const auto same = [&](const Heavy& other) {
+                    return other.image == heavy.image && other.row == heavy.row && other.col == heavy.col;
+                };
+                if (std::any_of(proposed.begin(), proposed.end(), same)) continue;
+                proposed.push_back(heavy);
+                const auto known = std::find_if(state.heavy.begin(), state.heavy.end(), same);
+                if (known != state.heavy.end()) {
+                    known->certain = true;
+                    continue;
+                }
+                region.look(query, heavy);
+                if (!may_matter(state, heavy)) continue;
+                heavy.log_weight = heavy.log_size = rough_weight(query, heavy);
+                if (heavy.log_weight < state.threshold) continue;
+                // Equal windows are stored once: one of the same distance is the same window.
+                const auto equal = [&](const Heavy& other) {
+                    return std::abs(other.distance - heavy.distance) <= 2e-6f * heavy.distance;
+                };
+                if (std::any_of(state.heavy.begin(), state.heavy.end(), equal)) continue;
+                heavy.certain = true;
+                state.heavy.push_back(heavy);
+                // Not scanned, it was not in the sums.
+                const double weight = std::exp2(double(heavy.log_weight) - state.m);
+                state.s += weight, state.s2 += weight * weight;
+                for (int c = 0; c < scan.channels; ++c) state.v[c] += weight * double(heavy.value[c]);
+            }
+        }
+    }
+
+    void finish(int query) {
+        State& state = region.states[size_t(query)];
+        const int channels = scan.channels;
+        for (Heavy& heavy : state.heavy) {
+            if (!heavy.certain || heavy.log_size <= heavy.log_weight) continue;
+            const double excess = std::exp2(double(heavy.log_size) - state.m) - std::exp2(double(heavy.log_weight) - state.m);
+            state.s -= excess;
+            for (int c = 0; c < channels; ++c) state.v[c] -= excess * double(heavy.value[c]);
+            heavy.log_size = heavy.log_weight;
+        }
+        double norm = 0;
+        for (int d = 0; d < scan.used_rank; ++d) norm += std::pow(double(region.q[size_t(query * region.pitch + d)]), 2);
+        double log_shift = -norm / (2 * scan.sigma * scan.sigma);
+        correct(state, log_shift);
+        scan.m[query] = state.m / LOG2E + log_shift;
+        scan.s[query] = state.s, scan.s2[query] = state.s2, scan.ss[query] = state.ss;
+        for (int c = 0; c < channels; ++c) {
+            scan.v[query * channels + c] = state.v[c];
+            scan.vs[query * channels + c] = state.vs[c];
+            scan.vv[query * channels + c] = state.vv[c];
+        }
+        state = {};
+    }
+
+private:
+    static constexpr size_t MOST_PROPOSED = 8;
+    static constexpr double FEW_DRAWN = 4;  // so many sampled windows of the rest count as much as all sure ones together
+
+    // Whether a window may be heavier than the sample's threshold, by its distance beside those of the sample.
+    bool may_matter(const State& state, const Heavy& heavy) const {
+        float nearest = INFINITY, weight = 0;
+        for (const Heavy& other : state.heavy)
+            if (other.distance < nearest) nearest = other.distance, weight = other.log_weight;
+        constexpr double DOUBT = 4;
+        return double(weight) - double(heavy.distance - nearest) * bits / 2 > double(state.threshold) - DOUBT ||
+               state.heavy.empty();
+    }
+
+    // What the scan would weigh a window, in bits.
+    float rough_weight(int query, const Heavy& heavy) const {
+        const int k = scan.patch_size, channels = scan.channels, rank = scan.used_rank;
+        std::vector<float> features(size_t(region.pitch)), flat(size_t(channels * k * k), 0.f);
+        for (int c = 0; c < channels; ++c)
+            for (int y = 0; y < k; ++y)
+                for (int x = 0; x < k; ++x) {
+                    const int row = heavy.row + y, col = heavy.col + x;
+                    if (row < 0 || row >= scan.height || col < 0 || col >= scan.width) continue;
+                    flat[size_t((c * k + y) * k + x)] = region.pixel(
+                        ((int64_t(heavy.image) * channels + c) * scan.height + row) * scan.width + col);
+                }
+        region.level.product(flat.data(), int64_t(flat.size()), 1, region.axes.data(), region.pitch, int(flat.size()),
+                             region.shift.data(), features.data());
+        const float* const q = region.q.data() + query * region.pitch;
+        double weight = 0;
+        for (int d = 0; d < rank; ++d) weight += double(features[size_t(d)]) * (double(q[d]) - 0.5 * double(features[size_t(d)]));
+        return float(weight * bits);
+    }
+
+    // Puts right what the features leave out. Windows of the sample that are sure to be in it get their exact weights;
+    // the rest keeps the scan's sums, times what the sampled ones of it weigh more, and its mean moves by what their exact
+    // weights change, as far as that stands out from the sample's own error (James & Stein).
+    void correct(State& total, double& log_shift) const {
+        const auto& kept = total.heavy;
+        if (kept.empty()) return;
+        const size_t size = kept.size();
+        const int channels = scan.channels;
+        std::vector<double> exact(size), chance(size), rough(size);
+        double top = -INFINITY;
+        for (size_t j = 0; j < size; ++j) {
+            chance[j] = kept[j].certain ? 1 : std::min(1., std::exp2(double(kept[j].log_size) - double(total.threshold)));
+            rough[j] = std::exp2(double(kept[j].log_size) - total.m);
+            // In bits: the size stands for all that a window represents.
+            exact[j] = double(kept[j].log_size) - double(kept[j].log_weight) -
+                       double(kept[j].distance) * exact_bits;
+            top = std::max(top, exact[j] - std::log2(chance[j]));
+        }
+        struct Part {
+            double size = 0, rough = 0, exact = 0, rough_v[MOST_CHANNELS] = {}, exact_v[MOST_CHANNELS] = {};
+        } sure, drawn_part;
+        double squares = 0;
+        for (size_t j = 0; j < size; ++j) {
+            const double log_exact = exact[j];
+            exact[j] = std::exp2(exact[j] - top);
+            squares += exact[j] / chance[j] * std::exp2(log_exact - top - double(kept[j].log_size) + double(kept[j].log_weight));
+            Part& part = chance[j] < 1 ? drawn_part : sure;
+            part.size += 1, part.rough += rough[j] / chance[j], part.exact += exact[j] / chance[j];
+            for (int c = 0; c < channels; ++c) {
+                const double value = double(kept[j].value[c]);
+                part.rough_v[c] += rough[j] / chance[j] * value, part.exact_v[c] += exact[j] / chance[j] * value;
+            }
+        }
+        const double found = sure.exact + drawn_part.exact;
+        if (!(found > 0) || !(total.s > 0)) return;
+        // Where the scan weighed by more noise than there is, its sums are no guide: the sample alone decides.
+        const bool guided = scan.exact_sigma >= scan.sigma;
+        double rest = 0, ratio = 0;  // the rest by the scan; exact weights by the scan's
+        if (guided) {
+            rest = std::max(0., total.s - sure.rough);
+            const double known = sure.rough > 0 ? sure.exact / sure.rough : 0, weight = known > 0 ? FEW_DRAWN : 0;
+            const double each = drawn_part.size > 0 ? drawn_part.rough / drawn_part.size : 1;
+            const double drawn_count = drawn_part.size;
+            ratio = (drawn_part.exact / each + weight * known) / std::max(1e-300, drawn_count + weight);
+        }
+        const double whole = guided ? sure.exact + ratio * rest : found;
+        if (!(whole > 0)) return;
+        const double rest_share = guided ? ratio * rest / whole : drawn_part.exact / whole;
+        for (int c = 0; c < channels; ++c) {
+            double mean, error = 0;
+            if (guided) {
+                const double rest_v = total.v[c] - sure.rough_v[c];
+                double rest_mean = rest > 1e-6 * total.s ? std::min(1., std::max(-1., rest_v / rest)) : 0;
+                double bias_variance = 0, change = 0, noise = 0, spread = 0;
+                if (drawn_part.exact > 0 && rest > 0) {
+                    const double exact_mean = drawn_part.exact_v[c] / drawn_part.exact;
+                    const double rough_mean = drawn_part.rough_v[c] / drawn_part.rough;
+                    change = exact_mean - rough_mean;
+                    for (size_t j = 0; j < size; ++j) {
+                        if (chance[j] >= 1) continue;
+                        const double value = double(kept[j].value[c]);
+                        const double d = exact[j] / chance[j] / drawn_part.exact * (value - exact_mean) -
+                                         rough[j] / chance[j] / drawn_part.rough * (value - rough_mean);
+                        bias_variance += (1 - chance[j]) * d * d;
+                        const double excess = (exact[j] - ratio * rough[j]) / whole;
+                        noise += excess * excess / chance[j] * (value - rest_mean) * (value - rest_mean);
+                        const double relative = exact[j] / chance[j] / drawn_part.exact * drawn_part.size - 1;
+                        spread += relative * relative;
+                    }
+                    spread /= std::max(1., drawn_part.size - 1) * (drawn_part.size + FEW_DRAWN);
+                }
+                const double kept_share = change * change > bias_variance ? 1 - bias_variance / (change * change) : 0;
+                rest_mean += kept_share * change;
+                const double sure_mean = sure.exact > 0 ? sure.exact_v[c] / sure.exact : rest_mean;
+                mean = (1 - rest_share) * sure_mean + rest_share * rest_mean;
+                const double apart = rest_share * (1 - rest_share) * (rest_mean - sure_mean);
+                error = kept_share * rest_share * rest_share * bias_variance + (1 - kept_share) * noise +
+                        apart * apart * spread;
+            } else {
+                mean = (sure.exact_v[c] + drawn_part.exact_v[c]) / found;
+                for (size_t j = 0; j < size; ++j) {
+                    const double d = exact[j] / chance[j] / found *
+                                     (double(kept[j].value[c]) - mean);
+                    error += (1 - chance[j]) * d * d;
+                }
+            }
+            const double shift = mean - total.v[c] / total.s;
+            total.vv[c] += 2 * shift * total.vs[c] + shift * shift * total.ss + error * total.s * total.s;
+            total.vs[c] += shift * total.ss;
+            total.v[c] += shift * total.s;
+        }
+        if (!guided) total.s2 = total.s * total.s * squares / (found * found);
+        // Weights of whole windows: the scan's times what exact ones are of rough ones.
+        const double rough_found = sure.rough + drawn_part.rough;
+        log_shift = guided ? (top + std::log2(whole) - total.m - std::log2(total.s)) / LOG2E
+                           : (top + std::log2(found) - total.m - std::log2(rough_found)) / LOG2E;
+    }
+};
+
+// `act` on every part of the work, by several threads.
+template <typename Work, typename Act>
+void in_parallel(int threads, std::vector<Work>& work, Interrupt& interrupt, Act act) {
+    std::atomic<size_t> next{0};
+    std::exception_ptr failure;
+    std::mutex mutex;
+    const auto serve = [&](bool calling) noexcept {
+        try {
+            Workspace space;
+            for (size_t w; (w = next++) < work.size() && !interrupt.stopped(calling);) act(work[w], space, calling);
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(mutex);
+            if (!failure) failure = std::current_exception();
+            interrupt.stop = true;
+        }
+    };
+    std::vector<std::thread> others;
+    try {
+        for (int i = 1; i < threads && size_t(i) < work.size(); ++i) others.emplace_back([&] { serve(false); });
+    } catch (const std::system_error&) {
+        // No more threads to be had: those that started serve.
+    }
+    serve(true);
+    for (std::thread& other : others) other.join();
+    if (failure) std::rethrow_exception(failure);
+}
+
 }  // namespace
 
-bool scan_lists(const Lists& lists, const Scan& scan, const std::string& simd, Poll poll) {
+bool scan_lists(const std::vector<Scan>& scans, int threads, const std::string& simd, Poll poll) {
     const ListLevel& level = choose_level(LEVELS, simd);
-    if (scan.channels < 1 || scan.channels > MOST_CHANNELS)
-        throw std::invalid_argument("channels: takes 1 to " + std::to_string(MOST_CHANNELS));
-    Scanner scanner(lists, scan, level, poll);
-    return scanner.run();
+    Interrupt interrupt;
+    interrupt.poll = poll;
+    struct Work {
+        Region* region;
+        int first, count;
+    };
+    std::vector<std::unique_ptr<Region>> regions;
+    std::vector<Work> work;
+    for (const Scan& scan : scans) {
+        if (scan.channels < 1 || scan.channels > MOST_CHANNELS)
+            throw std::invalid_argument("channels: takes 1 to " + std::to_string(MOST_CHANNELS));
+        *scan.pairs = 0;
+        regions.push_back(std::make_unique<Region>(scan, level));
+        // Blocks of whole vectors, as many as serve the threads alike.
+        const int rounds = (scan.queries + threads * MOST_QUERIES - 1) / (threads * MOST_QUERIES);
+        const int blocks = std::max(1, rounds * threads);
+        const int each = std::max(LANES, int(padded((scan.queries + blocks - 1) / blocks)));
+        for (int at = 0; at < scan.queries; at += each)
+            work.push_back({regions.back().get(), at, std::min(each, scan.queries - at)});
+    }
+    std::mutex mutex;
+    in_parallel(threads, work, interrupt, [&](Work& part, Workspace& space, bool calling) {
+        const int64_t pairs = Block(*part.region, part.first, part.count, space, interrupt, calling).run();
+        const std::lock_guard<std::mutex> lock(mutex);
+        *part.region->scan.pairs += pairs;
+    });
+    // Neighbours may be in another block: all wait for all.
+    const auto each_query = [&](auto act) {
+        if (interrupt.stop) return;
+        in_parallel(threads, work, interrupt, [&](Work& part, Workspace&, bool) {
+            Recheck recheck(*part.region);
+            for (int query = part.first; query < part.first + part.count; ++query) act(recheck, query);
+        });
+    };
+    for (int round = 0; round < Recheck::ROUNDS; ++round) {
+        each_query([&](Recheck& recheck, int query) { recheck.choose(query, round); });
+        each_query([&](Recheck& recheck, int query) { recheck.listen(query, round); });
+    }
+    each_query([](Recheck& recheck, int query) { recheck.finish(query); });
+    return !interrupt.stop;
 }
 
 }  // namespace patchscore

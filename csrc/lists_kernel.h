@@ -1,9 +1,9 @@
 // The scan of one cell, compiled once per instruction set: included inside namespace PS_SIMD, which brings
-// half_to_float, WT and QV.
+// half_to_float, bytes_to_float, QT and VT: queries and vectors of windows at a time.
 //
-// A lane is a query. Windows are read one after the other, turned to float once for all queries of the cell, and
-// broadcast against vectors of queries, so sums stay in lanes and nothing is shuffled. Every eighth window goes to the
-// same of eight groups; what the groups' sums scatter is what the scan's error is estimated from.
+// A lane is a window. A cell's windows are turned to float once for all of its queries, sixteen beside each other, and
+// queries' features broadcast against them. They lie in random order, so a lane of a query's sums is a random group of
+// the cell; what the lanes scatter is what the scan's error is estimated from.
 
 typedef float F __attribute__((vector_size(64)));
 typedef int32_t I __attribute__((vector_size(64)));
@@ -87,242 +87,267 @@ PS_INLINE void transpose(F (&x)[LANES]) {
     }
 }
 
-// What a vector of queries knows between blocks of windows.
-template <int C>
-struct Lane {
-    F m, take, factor;
-    F threshold, cut;  // of the priority sample: in bits, and as a weight relative to m that luck is multiplied with
-    U luck;
-    F s2;
-    F y[GROUPS][1 + C];
-};
+// out [rows, columns] = bias + a [rows, depth] b [depth, columns]; columns are a multiple of LANES.
+template <int ROWS, int VECTORS>
+PS_INLINE void product_tile(const float* a, int64_t a_pitch, const float* b, int64_t columns, int depth,
+                            const float* bias, float* out) {
+    F sum[ROWS][VECTORS];
+    for (int v = 0; v < VECTORS; ++v)
+        for (int i = 0; i < ROWS; ++i) sum[i][v] = bias ? load(bias + v * LANES) : F{};
+    for (int64_t d = 0; d < depth; ++d, b += columns) {
+        F x[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) x[v] = load(b + v * LANES);
+        PS_UNROLL16 for (int i = 0; i < ROWS; ++i) {
+            const F y = broadcast(a[i * a_pitch + d]);
+            for (int v = 0; v < VECTORS; ++v) sum[i][v] += y * x[v];
+        }
+    }
+    PS_UNROLL16 for (int i = 0; i < ROWS; ++i)
+        for (int v = 0; v < VECTORS; ++v) store(out + i * columns + v * LANES, sum[i][v]);
+}
 
-// Uniform in (0, 1), for each query and window the same in whatever company they meet.
-PS_INLINE F uniform(U query, uint32_t window) {
-    U x = (query ^ window) * 0x9E3779B1u;
+static void product(const float* a, int64_t a_pitch, int rows, const float* b, int64_t columns, int depth,
+                    const float* bias, float* out) {
+    constexpr int ROWS = QT, VECTORS = VT;
+    // Columns outside, so that a strip of b stays near for all rows.
+    for (int64_t c = 0; c < columns; c += VECTORS * LANES) {
+        const float* const at = bias ? bias + c : nullptr;
+        const bool whole = c + VECTORS * LANES <= columns;
+        int i = 0;
+        for (; whole && i + ROWS <= rows; i += ROWS)
+            product_tile<ROWS, VECTORS>(a + i * a_pitch, a_pitch, b + c, columns, depth, at, out + i * columns + c);
+        for (; i < rows; ++i)
+            for (int v = 0; v < VECTORS && c + v * LANES < columns; ++v)
+                product_tile<1, 1>(a + i * a_pitch, a_pitch, b + c + v * LANES, columns, depth,
+                                   at ? at + v * LANES : nullptr, out + i * columns + c + v * LANES);
+    }
+}
+
+// Uniform in (0, 1) from two well mixed numbers.
+PS_INLINE F uniform(uint32_t a, U b) {
+    U x = (b ^ a) * 0x9E3779B1u;
     x = (x ^ (x >> 15)) * 0x85EBCA77u;
-    x ^= x >> 13;
     return (__builtin_convertvector(I(x >> 8), F) + 0.5f) * 0x1p-24f;
 }
 
-template <int C>
-PS_INLINE void set_cut(Lane<C>& lane, F scale) {
-    F bits = lane.threshold - lane.m * scale;
-    bits = bits < 100.f ? bits : broadcast(100.f);
-    lane.cut = bits > -100.f ? exp2f_(bits) / lane.factor : F{};
+PS_INLINE float greatest_of(F x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; ++i) most = x[i] > most ? x[i] : most;
+    return most;
 }
 
-// Windows w .. w + WT of a block against N vectors of queries, from vector v on.
-template <int C, int N>
-PS_INLINE void scan_tile(const CellTask& t, Lane<C>* lanes, int v, int first, int w, int r, F scale) {
-    const float* const q0 = t.query_features + int64_t(v) * t.q_pitch * LANES;
-    const float* const q1 = q0 + int64_t(N - 1) * t.q_pitch * LANES;
-    // Dot products of WT windows with N vectors of queries.
-    F dot[WT][N];
-    PS_UNROLL16 for (int i = 0; i < WT; ++i)
-        for (int u = 0; u < N; ++u) dot[i][u] = broadcast(-t.block_values[(w + i) * (C + 3)]);
-    const float* p[WT];
-    PS_UNROLL16 for (int i = 0; i < WT; ++i) p[i] = t.block + int64_t(w + i) * t.q_pitch;
+// A query in a cell. A lane of its sums is a random group of the cell's windows.
+template <int C>
+struct Run {
+    F y[1 + C], s2;
+    const float* q;
+    float m, cut;            // reference; the sample's threshold, a weight relative to it that luck is multiplied with
+    uint32_t luck;
+    int take;
+};
+
+template <int C>
+PS_INLINE void set_cut(const CellTask& t, const Entry& entry, Run<C>& run) {
+    const float threshold = t.recheck ? t.samples[entry.query].threshold : INFINITY;
+    const float bits = threshold - run.m * t.scale;
+    run.cut = bits < 100.f ? std::exp2(bits) / entry.factor : INFINITY;
+}
+
+// Windows from w on, V vectors of a block, against Q queries from `entry` on.
+template <int C, int Q, int V>
+PS_INLINE void scan_tile(const CellTask& t, Run<C>* runs, int entry, int first, int w) {
+    const int r = t.rank;
+    const float* p = t.block + int64_t(w) * r;
+    const F scale = broadcast(t.scale);
+    F dot[Q][V];
+    PS_UNROLL16 for (int v = 0; v < V; ++v)
+        for (int i = 0; i < Q; ++i) dot[i][v] = -load(t.block_squares + w + v * LANES);
+    const float* q[Q];
+    PS_UNROLL16 for (int i = 0; i < Q; ++i) q[i] = runs[entry + i].q;
     for (int64_t d = 0; d < r; ++d) {
-        const F a = load(q0 + d * LANES);
-        const F b = N > 1 ? load(q1 + d * LANES) : a;
-        PS_UNROLL16 for (int i = 0; i < WT; ++i) {
-            const F x = broadcast(p[i][d]);
-            dot[i][0] += x * a;
-            if (N > 1) dot[i][N - 1] += x * b;
+        F x[V];
+        PS_UNROLL16 for (int v = 0; v < V; ++v) x[v] = load(p + (int64_t(v) * r + d) * LANES);
+        PS_UNROLL16 for (int i = 0; i < Q; ++i) {
+            const F y = broadcast(q[i][d]);
+            for (int v = 0; v < V; ++v) dot[i][v] += x[v] * y;
         }
     }
 
-    for (int u = 0; u < N; ++u) {
-        Lane<C>& lane = lanes[u];
-        F best = dot[0][u];
-        PS_UNROLL16 for (int i = 1; i < WT; ++i) best = dot[i][u] > best ? dot[i][u] : best;
-        const F lowest = lane.m - load(t.negligible);
-        if (!any_above(best, lowest)) continue;
-        PS_UNROLL16 for (int i = 0; i < WT; ++i) {
-            const F index = broadcast(float(first + w + i));
-            dot[i][u] = index < lane.take ? dot[i][u] : broadcast(-FAR);
+    F lanes;
+    for (int i = 0; i < LANES; ++i) lanes[i] = float(i);
+    PS_UNROLL16 for (int i = 0; i < Q; ++i) {
+        Run<C>& run = runs[entry + i];
+        if (PS_RARELY(first + w + V * LANES > run.take))
+            for (int v = 0; v < V; ++v)
+                dot[i][v] = lanes < float(run.take - first - w - v * LANES) ? dot[i][v] : broadcast(-FAR);
+        F best = dot[i][0];
+        for (int v = 1; v < V; ++v) best = dot[i][v] > best ? dot[i][v] : best;
+        float lowest = run.m - t.negligible;
+        if (!any_above(best, broadcast(lowest))) continue;
+        if (PS_RARELY(any_above(best, broadcast(run.m + t.rise)))) {
+            const float m = greatest_of(best), factor = std::exp2((run.m - m) * t.scale);
+            for (int c = 0; c < 1 + C; ++c) run.y[c] *= factor;
+            run.s2 *= factor * factor;
+            run.m = m, lowest = m - t.negligible;
+            set_cut(t, t.entries[entry + i], run);
         }
-        best = dot[0][u];
-        PS_UNROLL16 for (int i = 1; i < WT; ++i) best = dot[i][u] > best ? dot[i][u] : best;
-        if (PS_RARELY(any_above(best, lane.m + load(t.rise)))) {
-            const F m = best > lane.m + load(t.rise) ? best : lane.m;
-            const F factor = exp2f_((lane.m - m) * scale);
-            for (int g = 0; g < GROUPS; ++g)
-                for (int c = 0; c < 1 + C; ++c) lane.y[g][c] *= factor;
-            lane.s2 *= factor * factor;
-            lane.m = m;
-            set_cut(lane, scale);
-        }
-        for (int i = 0; i < WT; ++i) {
-            const float* const value = t.block_values + (w + i) * (C + 3);
-            const F l = (dot[i][u] - lane.m) * scale;
-            const F e = exp2f_(l);
-            const F weight = t.counts ? e * value[1] : e;
-            F* const y = lane.y[(first + w + i) % GROUPS];
-            y[0] += weight;
-            for (int c = 0; c < C; ++c) y[1 + c] += weight * value[3 + c];
-            lane.s2 += weight * e;
+        for (int v = 0; v < V; ++v) {
+            const int at = w + v * LANES;
+            F e = exp2f_((dot[i][v] - run.m) * scale);
+            e = dot[i][v] > lowest ? e : F{};  // as where all are, so that company changes nothing
+            const F weight = t.counts ? e * load(t.block_counts + at) : e;
+            run.y[0] += weight;
+            for (int c = 0; c < C; ++c) run.y[1 + c] += weight * load(t.block_values + c * BLOCK + at);
+            run.s2 += weight * e;
             if (!t.recheck) continue;
             // Priority sampling: a window of weight p and luck u is kept while p / u is among the largest.
-            const F u01 = uniform(lane.luck, t.block_luck[w + i]);
-            unsigned kept = above(weight, lane.cut * u01);
+            U luck;
+            __builtin_memcpy(&luck, t.block_luck + at, sizeof luck);
+            const F u = uniform(run.luck, luck);
+            unsigned kept = above(weight, u * run.cut);
             while (PS_RARELY(kept)) {
                 const int j = __builtin_ctz(kept);
                 kept &= kept - 1;
-                if (dot[i][u][j] < -FAR / 2) continue;
-                const float log_weight = dot[i][u][j] * t.scale;
-                const float log_size = log_weight + std::log2(lane.factor[j]) + value[2];
-                Samples& samples = t.samples[t.entries[(v + u) * LANES + j].query];
-                samples.add({log_size - std::log2(u01[j]), log_size, log_weight,
-                             t.first_window + t.block_at[w + i]}, t.recheck);
-                if (samples.threshold > lane.threshold[j]) {
-                    lane.threshold[j] = samples.threshold;
-                    set_cut(lane, scale);
-                }
+                const Entry& taken = t.entries[entry + i];
+                const float log_weight = dot[i][v][j] * t.scale;
+                const float log_size = log_weight + std::log2(taken.factor * (t.counts ? t.block_counts[at + j] : 1.f));
+                Samples& samples = t.samples[taken.query];
+                const float threshold = samples.threshold;
+                samples.add({log_size - std::log2(u[j]), log_size, log_weight, t.cell, t.block_at[at + j]}, t.recheck);
+                if (samples.threshold > threshold) set_cut(t, taken, run);
             }
         }
     }
 }
 
-// `vectors` x LANES queries of one cell against all of the cell's windows that any of them takes.
-template <int C>
-static void scan_cell(const CellTask& t) {
-    Lane<C>* const lanes = reinterpret_cast<Lane<C>*>(t.lane_state);
-    const int r = t.rank, vectors = (t.entry_count + LANES - 1) / LANES;
-    const F scale = broadcast(t.scale);
+constexpr int AHEAD = 48;  // windows between the one that is read and the one that is fetched into the cache
 
-    // Features of the cell's queries, axis by axis; accumulators start at the queries' own references.
-    for (int v = 0; v < vectors; ++v) {
-        Lane<C>& lane = lanes[v];
-        alignas(64) float m[LANES], take[LANES], factor[LANES], threshold[LANES];
-        const float* rows[LANES];
+// Windows first .. first + count of the cell, from its rotating start on: turned to float, sixteen beside each other.
+template <int C>
+PS_INLINE void unpack(const CellTask& t, int first, int count) {
+    const int r = t.rank;
+    for (int w = 0; w < count; w += LANES) {
+        const uint16_t* rows[LANES];
         for (int i = 0; i < LANES; ++i) {
-            const int e = v * LANES + i;
-            const bool real = e < t.entry_count;
-            const Entry& entry = t.entries[real ? e : t.entry_count - 1];
-            rows[i] = t.q + int64_t(entry.query) * t.q_pitch;
-            m[i] = t.m[entry.query];
-            take[i] = real ? float(entry.take) : 0.f;
-            factor[i] = entry.factor;
-            threshold[i] = real && t.recheck ? t.samples[entry.query].threshold : INFINITY;
-            lane.luck[i] = t.luck[entry.query];
+            int64_t turn = t.start + first + (w + i < count ? w + i : count - 1);
+            if (turn >= t.competing) turn -= t.competing;
+            const int64_t at = t.order ? t.order[turn] : turn;
+            rows[i] = t.features + at * t.stored_rank;
+            for (int d = 0; d < r; d += 32) __builtin_prefetch(rows[i] + AHEAD * t.stored_rank + d);
+            if (t.counts) t.block_counts[w + i] = t.repeats[t.counts[at]];
+            for (int c = 0; c < C; ++c)
+                t.block_values[c * BLOCK + w + i] =
+                    t.value_bytes ? float(t.value_bytes[at * C + c]) * (1 / 127.5f) - 1.f : t.value_floats[at * C + c];
+            uint32_t luck = uint32_t(t.first_window + at) * 0xC2B2AE3Du;
+            luck = (luck ^ (luck >> 15)) * 0x27D4EB2Fu;
+            t.block_luck[w + i] = luck ^ (luck >> 13);
+            t.block_at[w + i] = int32_t(at);
         }
-        lane.m = load(m), lane.take = load(take), lane.factor = load(factor);
-        lane.threshold = load(threshold);
-        set_cut(lane, scale);
-        lane.s2 = F{};
-        for (int g = 0; g < GROUPS; ++g)
-            for (int c = 0; c < 1 + C; ++c) lane.y[g][c] = F{};
-        float* const to = t.query_features + int64_t(v) * t.q_pitch * LANES;
+        float* const to = t.block + int64_t(w) * r;
+        F square = F{};
         for (int d = 0; d < r; d += LANES) {
             F x[LANES];
-            PS_UNROLL16 for (int i = 0; i < LANES; ++i) x[i] = load(rows[i] + d);
+            // Beyond the last axis other numbers follow, at the end of the file sixteen zeros.
+            PS_UNROLL16 for (int i = 0; i < LANES; ++i) x[i] = half_to_float(rows[i] + d);
             transpose(x);
-            PS_UNROLL16 for (int i = 0; i < LANES; ++i) store(to + int64_t(d + i) * LANES, x[i]);
+            const int axes = r - d < LANES ? r - d : LANES;
+            for (int j = 0; j < axes; ++j) {
+                square += x[j] * x[j];
+                store(to + int64_t(d + j) * LANES, x[j]);
+            }
         }
+        store(t.block_squares + w, square * 0.5f);
     }
+}
 
-    I tail;
-    for (int i = 0; i < LANES; ++i) tail[i] = r / LANES * LANES + i < r ? -1 : 0;
+// The queries of one cell against all of the cell's windows that any of them takes.
+template <int C>
+static void scan_cell(const CellTask& t) {
+    Run<C>* const runs = static_cast<Run<C>*>(t.runs);
+    for (int e = 0; e < t.entry_count; ++e) {
+        const Entry& entry = t.entries[e];
+        Run<C>& run = runs[e];
+        for (int c = 0; c < 1 + C; ++c) run.y[c] = F{};
+        run.s2 = F{};
+        run.q = t.q + int64_t(entry.query) * t.q_pitch;
+        run.m = t.m[entry.query], run.luck = t.luck[entry.query], run.take = entry.take;
+        set_cut(t, entry, run);
+    }
     const int most = t.entries[0].take;
     for (int first = 0; first < most; first += BLOCK) {
-        const int count = most - first < BLOCK ? most - first : BLOCK, padded = (count + WT - 1) / WT * WT;
-        for (int w = 0; w < padded; ++w) {
-            float* const p = t.block + int64_t(w) * t.q_pitch;
-            float* const value = t.block_values + w * (C + 3);
-            if (w >= count) {
-                for (int d = 0; d < r; ++d) p[d] = 0.f;
-                for (int c = 0; c < C + 3; ++c) value[c] = 0.f;
-                continue;
-            }
-            const int64_t at = t.order ? t.order[(t.start + first + w) % t.competing]
-                                       : (t.start + first + w) % t.competing;
-            const uint16_t* const features = t.features + at * t.stored_rank;
-            F square = F{};
-            int d = 0;
-            for (; d + LANES <= r; d += LANES) {
-                const F x = half_to_float(features + d);
-                store(p + d, x);
-                square += x * x;
-            }
-            if (d < r) {
-                // Beyond the last axis other numbers follow, at the end of the file sixteen zeros.
-                const F x = tail ? half_to_float(features + d) : F{};
-                store(p + d, x);
-                square += x * x;
-            }
-            value[0] = sum_of(square) / 2;
-            value[1] = t.counts ? t.counts[at] : 1.f;
-            value[2] = t.counts ? std::log2(t.counts[at]) : 0.f;
-            for (int c = 0; c < C; ++c)
-                value[3 + c] = t.value_bytes ? float(t.value_bytes[at * C + c]) * (1 / 127.5f) - 1.f
-                                             : t.value_floats[at * C + c];
-            t.block_at[w] = at;
-            t.block_luck[w] = uint32_t((t.first_window + at) * 0xC2B2AE3Du);
-        }
-
-        const auto taken = [&](int v) {
-            const int last = v < vectors ? t.entries[v * LANES].take - first : 0;
-            return last < count ? last : count;
+        const int count = most - first < BLOCK ? most - first : BLOCK;
+        unpack<C>(t, first, count);
+        const auto vectors = [&](int e) {
+            const int taken = (e < t.entry_count ? t.entries[e].take : 0) - first;
+            return ((taken < count ? taken : count) + LANES - 1) / LANES;
         };
-        for (int v = 0; v < vectors && taken(v) > 0; v += QV) {
-            // Queries that take less stand further back: two vectors together as far as both go, then one alone.
-            int w = 0;
-            if (QV > 1)
-                for (; w < taken(v + 1); w += WT) scan_tile<C, QV>(t, lanes + v, v, first, w, r, scale);
-            for (; w < taken(v); w += WT) scan_tile<C, 1>(t, lanes + v, v, first, w, r, scale);
+        // Queries that take less stand further back: some together as far as all of them go, then one by one.
+        int e = 0;
+        for (; vectors(e) > 0; e += QT) {
+            const int together = vectors(e + QT - 1);
+            int v = 0;
+            for (; v + VT <= together; v += VT) scan_tile<C, QT, VT>(t, runs, e, first, v * LANES);
+            for (; v < together; ++v) scan_tile<C, QT, 1>(t, runs, e, first, v * LANES);
+            for (int i = 0; i < QT; ++i) {
+                const int alone = vectors(e + i);
+                v = together > 0 ? together : 0;
+                for (; v + VT <= alone; v += VT) scan_tile<C, 1, VT>(t, runs, e + i, first, v * LANES);
+                for (; v < alone; ++v) scan_tile<C, 1, 1>(t, runs, e + i, first, v * LANES);
+            }
         }
         if (t.interrupt->stopped(t.calling_thread)) return;
     }
 
-    // Into the queries' sums.
-    constexpr int PARTS = 3 + 3 * C, ROWS = (PARTS + LANES - 1) / LANES;
-    F linear[ROWS];  // 1 where a part grows with the weights, 0 where with their squares
-    for (int part = 0; part < ROWS * LANES; ++part)
-        linear[part / LANES][part % LANES] = part == 0 || (part >= 3 && part < 3 + C) ? 1.f : 0.f;
-    for (int v = 0; v < vectors; ++v) {
-        const Lane<C>& lane = lanes[v];
-        F c1, c2, factor, rescale;
-        for (int i = 0; i < LANES; ++i) {
-            const int e = v * LANES + i;
-            const Entry& entry = t.entries[e < t.entry_count ? e : t.entry_count - 1];
-            c1[i] = entry.c1, c2[i] = entry.c2, factor[i] = entry.factor;
-            rescale[i] = t.m[entry.query];
-        }
-        rescale = exp2f_((rescale - lane.m) * scale);
-        F sum[1 + C], squares[1 + C], cross[C];
-        for (int c = 0; c < 1 + C; ++c) sum[c] = squares[c] = F{};
-        for (int c = 0; c < C; ++c) cross[c] = F{};
-        for (int g = 0; g < GROUPS; ++g)
-            for (int c = 0; c < 1 + C; ++c) {
-                sum[c] += lane.y[g][c];
-                squares[c] += lane.y[g][c] * lane.y[g][c];
-                if (c) cross[c - 1] += lane.y[g][0] * lane.y[g][c];
-            }
-        F x[ROWS * LANES];
-        for (F& part : x) part = F{};
-        x[0] = sum[0] * factor, x[1] = lane.s2 * factor, x[2] = c1 * squares[0] + c2 * sum[0] * sum[0];
+    // Into the queries' sums; of a cell taken by chance, what it differs by from what was foreseen.
+    F linear;  // 1 where a part grows with the weights, 0 where with their squares
+    for (int part = 0; part < LANES; ++part) linear[part] = part == 0 || (part >= 3 && part < 3 + C) ? 1.f : 0.f;
+    for (int e = 0; e < t.entry_count; ++e) {
+        const Entry& entry = t.entries[e];
+        const Run<C>& run = runs[e];
+        F parts[LANES];
+        for (F& part : parts) part = F{};
+        parts[0] = run.y[0], parts[1] = run.s2, parts[2] = run.y[0] * run.y[0];
         for (int c = 0; c < C; ++c) {
-            x[3 + c] = sum[1 + c] * factor;
-            x[3 + C + c] = c1 * cross[c] + c2 * sum[0] * sum[1 + c];
-            x[3 + 2 * C + c] = c1 * squares[1 + c] + c2 * sum[1 + c] * sum[1 + c];
+            parts[3 + c] = run.y[1 + c];
+            parts[3 + C + c] = run.y[0] * run.y[1 + c], parts[3 + 2 * C + c] = run.y[1 + c] * run.y[1 + c];
         }
-        for (int row = 0; row < ROWS; ++row) {
-            F block[LANES];
-            PS_UNROLL16 for (int i = 0; i < LANES; ++i) block[i] = x[row * LANES + i];
-            transpose(block);
-            for (int i = 0; i < LANES && v * LANES + i < t.entry_count; ++i) {
-                const int query = t.entries[v * LANES + i].query;
-                const float f = rescale[i];
-                const F factors = f * f + linear[row] * (f - f * f);
-                float* const to = t.sums + (int64_t(query) * ROWS + row) * LANES;
-                store(to, load(to) * factors + block[i]);
-            }
+        transpose(parts);
+        F x = parts[0];
+        PS_UNROLL16 for (int i = 1; i < LANES; ++i) x += parts[i];
+        float foreseen = 0;
+        if (entry.foreseen > 0) {
+            float bits = t.calibration[entry.query] - run.m * t.scale;
+            bits = bits < 100.f ? bits : 100.f;
+            foreseen = entry.foreseen * std::exp2(bits) / entry.chance;
         }
-        for (int i = 0; i < LANES && v * LANES + i < t.entry_count; ++i)
-            t.m[t.entries[v * LANES + i].query] = lane.m[i];
+        const float luck = 1.f - entry.chance;
+        constexpr float EACH = 1.f / LANES;
+        const float sum = x[0], beside = sum * entry.factor - foreseen;
+        x[0] = beside, x[1] *= entry.factor;
+        x[2] = entry.scatter * (x[2] - EACH * sum * sum) + luck * beside * beside;
+        for (int c = 0; c < C; ++c) {
+            const float sum_v = x[3 + c], beside_v = sum_v * entry.factor - foreseen * t.moments[c];
+            x[3 + c] = beside_v;
+            x[3 + C + c] = entry.scatter * (x[3 + C + c] - EACH * sum * sum_v) + luck * beside * beside_v;
+            x[3 + 2 * C + c] = entry.scatter * (x[3 + 2 * C + c] - EACH * sum_v * sum_v) + luck * beside_v * beside_v;
+        }
+        const float f = std::exp2((t.m[entry.query] - run.m) * t.scale);
+        float* const to = t.sums + int64_t(entry.query) * LANES;
+        store(to, load(to) * (f * f + linear * (f - f * f)) + x);
+        t.m[entry.query] = run.m;
     }
+}
+
+// The greatest x of a cell with windows.
+static float greatest(const float* x, const float* competing, int64_t cells) {
+    F best = broadcast(-INFINITY);
+    for (int64_t c = 0; c < cells; c += LANES) {
+        const F here = load(competing + c) > 0.f ? load(x + c) : broadcast(-INFINITY);
+        best = here > best ? here : best;
+    }
+    float most = best[0];
+    for (int i = 1; i < LANES; ++i) most = best[i] > most ? best[i] : most;
+    return most;
 }
 
 // share = e^(expected - top), at least e^-80.
@@ -353,64 +378,133 @@ static void windows_taken(const float* share, const float* competing, int64_t ce
     }
 }
 
-// Cells that get more than the floor, or at least `GROUPS` windows anyway.
-static int64_t active_cells(const float* share, const float* always, int64_t cells, float t, float floor,
-                            int32_t* active) {
+PS_INLINE void add_to(double& total, F x) {
+    for (int i = 0; i < LANES; ++i) total += double(x[i]);
+}
+
+// Parents of which more than the least weight is foreseen; what is foreseen of the others is added up.
+static int64_t choose_parents(ParentsTask& t, int32_t* chosen) {
     int64_t count = 0;
-    for (int64_t c = 0; c < cells; c += LANES) {
-        unsigned bits = above(load(share + c) * t, broadcast(floor)) | above(load(always + c), F{});
+    F far[1 + MOST_CHANNELS];
+    for (F& x : far) x = F{};
+    for (int64_t p = 0; p < t.parents; p += LANES) {
+        const F mass = load(t.share + p) * load(t.competing + p), none = mass > t.least ? F{} : mass;
+        far[0] += none;
+        for (int k = 0; k < t.channels; ++k) far[1 + k] += none * load(t.moments + k * t.parents + p);
+        unsigned bits = above(mass, broadcast(t.least));
         while (bits) {
-            const int i = __builtin_ctz(bits);
+            chosen[count++] = int32_t(p + __builtin_ctz(bits));
             bits &= bits - 1;
-            if (c + i < cells) active[count++] = int32_t(c + i);
         }
+    }
+    for (int k = 0; k < 1 + t.channels; ++k) add_to(t.far[k], far[k]);
+    return count;
+}
+
+// log E[w] and log E[w^2] of a family's cells for features q; by axis two weights of each.
+static void foresee(const float* q, int rank, const float* weights, float* expected, float* expected2) {
+    F a = load(weights), b = load(weights + LANES);
+    weights += 2 * LANES;
+    for (int d = 0; d < rank; ++d, weights += 4 * LANES) {
+        const F x = broadcast(q[d]);
+        a += (load(weights) + load(weights + LANES) * x) * x;
+        b += (load(weights + 2 * LANES) + load(weights + 3 * LANES) * x) * x;
+    }
+    store(expected, a), store(expected2, b);
+}
+
+// Which cells a query looks into, and how many windows of each: whole groups, the last of them by luck. Entries get
+// their cell, how many windows, the chance and the foreseen weight. Adds up what is foreseen of the cells.
+template <int C>
+static int64_t plan_cells_of(CellsTask& t, Planned* planned) {
+    constexpr float BITS = 1.44269504f;
+    F number;
+    for (int i = 0; i < LANES; ++i) number[i] = float(i);
+    int64_t count = 0;
+    for (int64_t start = 0; start < t.families; start += 64) {
+        const int64_t end = start + 64 < t.families ? start + 64 : t.families;
+        F sure_sum = F{}, far[1 + C], unseen[1 + 2 * C];
+        for (F& x : far) x = F{};
+        for (F& x : unseen) x = F{};
+        for (int64_t family = start; family < end; ++family) {
+            const int64_t c = family * LANES, first = int64_t(t.parents[family]) * LANES;
+            const F n = load(t.competing + c), share = load(t.share + c);
+            F f = load(t.score + c) * t.scale;
+            f = f > t.floor ? f : broadcast(t.floor);
+            f = f < 1.f ? f : broadcast(1.f);
+            const F few = n * f;
+            const I small = n <= float(LANES), all = small ? f >= 1.f : n - few <= float(LANES / 2);
+            F groups = small ? f : few * (1.f / LANES);
+            // The cell of which most is expected is looked into for sure.
+            groups = (share > 0.9999f) & (groups < 1.f) ? broadcast(1.f) : groups;
+            const F whole_groups = __builtin_convertvector(__builtin_convertvector(groups, I), F);
+            const U cell = __builtin_convertvector(__builtin_convertvector(number + float(first), I), U) * 0xC2B2AE3Du;
+            const F drawn = uniform(t.luck, cell ^ (cell >> 15));
+            const F taken_groups = whole_groups + (drawn < groups - whole_groups ? broadcast(1.f) : F{});
+            F take = small ? taken_groups * n : taken_groups * float(LANES);
+            take = all | (take > n) ? n : take;
+            F chance = groups < 1.f ? groups : broadcast(1.f);
+            chance = all ? broadcast(1.f) : chance;
+            const F mass = n * share;
+            const I sure = chance >= 1.f;
+            sure_sum += sure ? mass : F{};
+            const F by_chance = sure ? F{} : mass;
+            far[0] += by_chance;
+            // N^2 (1 - f) / n E[w^2], and where cells are taken by chance as much again as their rarity.
+            F seen = take > 0.f ? take : broadcast(float(LANES));
+            seen = seen < n ? seen : n;
+            F variance = n * (n / (seen * chance) - 1.f);
+            F bits = (load(t.expected2 + c) - t.top2) * BITS;
+            bits = bits < 60.f ? bits : broadcast(60.f);
+            bits = bits > -115.f ? bits : broadcast(-115.f);
+            variance = (n > 0.f) & (variance > 0.f) ? variance * exp2f_(bits) : F{};
+            unseen[0] += variance;
+            for (int k = 0; k < C; ++k) {
+                const float* const moments = t.moments + first * 2 * C;
+                const F mean = load(moments + k * LANES);
+                far[1 + k] += by_chance * mean;
+                unseen[1 + k] += variance * mean;
+                unseen[1 + C + k] += variance * load(moments + (C + k) * LANES);
+            }
+            unsigned taken = above(take, F{});
+            while (taken) {
+                const int i = __builtin_ctz(taken);
+                taken &= taken - 1;
+                planned[count++] = {int32_t(first + i), {0, int(take[i]), 0.f, 0.f, chance[i], mass[i]}};
+            }
+        }
+        add_to(t.sure, sure_sum);
+        for (int k = 0; k < 1 + C; ++k) add_to(t.far[k], far[k]);
+        for (int k = 0; k < 1 + 2 * C; ++k) add_to(t.unseen[k], unseen[k]);
     }
     return count;
 }
 
-// log E[w^2] of a normal cell: a kernel of half the variance.
-static float log_squared(const float* q, const float* mean, const float* variance, int rank, float half) {
-    F product = broadcast(1.f), sum = F{};
-    float logs = 0;
-    int d = 0;
-    for (; d + LANES <= rank; d += LANES) {
-        const F spread = load(variance + d) + half, apart = load(q + d) - load(mean + d);
-        sum += apart * apart / spread;
-        product *= spread / half;
-        if (any_above(product, broadcast(1e20f))) {
-            for (int i = 0; i < LANES; ++i) logs += std::log(product[i]);
-            product = broadcast(1.f);
-        }
+static int64_t plan_cells(CellsTask& t, Planned* planned) {
+    switch (t.channels) {
+        case 1: return plan_cells_of<1>(t, planned);
+        case 2: return plan_cells_of<2>(t, planned);
+        case 3: return plan_cells_of<3>(t, planned);
+        default: return plan_cells_of<4>(t, planned);
     }
-    for (; d < rank; ++d) {
-        const float spread = variance[d] + half, apart = q[d] - mean[d];
-        sum[0] += apart * apart / spread;
-        product[d % LANES] *= spread / half;
-    }
-    double all = 1;
-    for (int i = 0; i < LANES; ++i) all *= double(product[i]);  // up to 1e20 each
-    return -0.5f * (logs + float(std::log(all)) + sum_of(sum));
 }
 
-// |window - image|^2 over rows that lie inside: `bytes` or `floats` point at the window's first pixel.
+// |window - image|^2; beyond the image's rows and columns are zeros.
 static float distance2(const WindowTask& t) {
     F total = F{};
-    const float* w = t.window;
     for (int c = 0; c < t.channels; ++c)
-        for (int i = 0; i < t.size; ++i, w += t.pitch) {
+        for (int i = 0; i < t.size; ++i) {
+            const float* const w = t.window + c * t.plane + i * t.pitch;
             const bool inside = i >= t.row0 && i < t.row1;
             const int64_t at = t.at + (int64_t(c) * t.height + i) * t.width;
-            for (int v = 0; v < t.pitch; v += LANES) {
+            for (int v = 0; v < t.size; v += LANES) {
                 F x = F{};
                 if (inside && t.bytes) {
-                    typedef uint8_t B __attribute__((vector_size(16)));
-                    B raw;
-                    __builtin_memcpy(&raw, t.bytes + at + v, sizeof raw);
-                    x = (__builtin_convertvector(raw, F) * (1 / 127.5f) - 1.f) * load(t.inside + v);
+                    x = (F(bytes_to_float(t.bytes + at + v)) * (1 / 127.5f) - 1.f) * load(t.inside + v);
                 } else if (inside) {
                     x = load(t.floats + at + v) * load(t.inside + v);
                 }
-                const F d = (load(w + v) - x) * load(t.mask + v);
+                const F d = (load(w + v) - x) * load(t.columns + v);
                 total += d * d;
             }
         }

@@ -31,19 +31,23 @@ from . import checks
 from .bank import PatchBank
 from .files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 OPTIONS = ("padding_mode", "rank", "cells", "max_windows", "seed")
-MOST_AXES = 48
-"""Axes kept at most up to k = 7: a window then takes 96 bytes of features, 8 of place and C of value. Larger windows
-have more axes that matter and are fewer; they get 0.6 (k - 7)^2 more."""
+MOST_AXES = 40
+"""Axes kept at most up to k = 5: a window then takes 80 bytes of features, 8 of place, 2 of count and C of value. Larger
+windows have more axes that matter and are fewer; they get 0.32 (k - 5)^2 more."""
 
 TAIL = 1e-5
 """Share of the variance that the dropped axes may hold, where MOST_AXES allows it."""
 
+SIBLINGS = 16
+"""Cells that divide one parent: weights are foreseen for parents first, then for the cells of those that matter."""
+
 MOST_CELLS = 1 << 17
 HNSW_FROM = 4096
-TRAINING_PER_CELL = 48
+TRAINING_PER_CELL = 24
 CHUNK_BYTES = 256 << 20
+CELLS_AT_ONCE = 1 << 16  # windows whose cells are written together
 VERIFIED_AT_OPEN = 64 << 20
 
 
@@ -123,7 +127,8 @@ class PatchIndex:
             padding_mode: "zeros" also indexes the windows along the edges, which that mode of
                 `EquivariantLocalScore` locks to their row or column; "circular" leaves them out.
             rank: principal axes kept; by default those that hold all but 1e-5 of the variance, at most 48.
-            cells: inverted lists of the interior; by default 4 sqrt(windows), at most 131,072.
+            cells: inverted lists of the interior, rounded to whole families of 16 siblings; by default 16 sqrt(windows),
+                at most 131,072.
             max_windows: index only so many windows a size, from images taken at random; `meta` records it.
             seed: of the samples that axes and cells are trained on and of the order inside cells.
             progress: show a progress bar.
@@ -284,14 +289,25 @@ class IndexedSize:
         self.region_at = {region.key(): i for i, region in enumerate(self.regions)}
         self.axes, self.centre, self.tail = arrays["axes"], arrays["centre"], arrays["tail"]
         self.sizes, self.offsets, self.starts = arrays["sizes"], arrays["offsets"], arrays["starts"]
-        self.mean, self.variance, self.moments = arrays["mean"], arrays["variance"], arrays["moments"]
-        self.stand_for = arrays["stand_for"]
+        # [rank, cells], [rank, cells], [cells, 2 C]
+        self.mean, self.variance, self.moments = arrays["mean"].float(), arrays["variance"].float(), arrays["moments"]
+        self.log_repeats = arrays["stand_for"].log()
+        # A parent's moments are those of its cells together: [rank, cells / SIBLINGS].
+        family = self.mean.unflatten(1, (-1, SIBLINGS))
+        weight = (self.sizes * arrays["stand_for"]).view(-1, SIBLINGS)
+        weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
+        self.parent_mean = (weight * family).sum(2)
+        squares = self.variance.unflatten(1, (-1, SIBLINGS)) + (family - self.parent_mean[..., None]).square()
+        self.parent_variance = (weight * squares).sum(2)
         self.data = np.memmap(self.folder / "lists.bin", np.uint8, "r")
         channels = index.bank.shape[0]
         kind = np.uint8 if index.bank.images.dtype == torch.uint8 else np.float32
         self.values = np.memmap(self.folder / "values.bin", kind, "r").reshape(-1, channels)
         counts = self.folder / "counts.bin"
-        self.counts = np.memmap(counts, np.float32, "r") if counts.exists() else None
+        self.counts = np.memmap(counts, np.uint16, "r") if counts.exists() else None
+        # As long as any code, so that a damaged one reads no further.
+        repeats = arrays.get("repeats")
+        self.repeats = None if repeats is None else functional.pad(repeats, (0, (1 << 16) - len(repeats)))
 
     def rank_at(self, region: int, sigma: float, dropped: float) -> int:
         """The fewest leading axes that leave out at most `dropped` sigma^2 of variance."""
@@ -402,7 +418,7 @@ class _Builder:
         with (
             open(self.folder / "lists.bin", "wb") as self.lists,
             open(self.folder / "values.bin", "wb") as self.values,
-            open(self.folder / "counts.bin", "wb") as self.counts,
+            open(self.folder / "counts.tmp", "wb") as self.counts,
             tqdm(total=total, desc=f"indexing k = {self.k}", unit="windows", unit_scale=True, leave=False,
                  disable=None if self.progress else True, delay=2) as self.bar,
         ):  # fmt: skip
@@ -412,9 +428,14 @@ class _Builder:
             for file in (self.lists, self.values, self.counts):
                 file.flush()
                 os.fsync(file.fileno())
-        arrays = {name: torch.cat(parts) for name, parts in self.arrays.items()}
+        arrays = {
+            name: torch.cat(parts, dim=1 if name in ("mean", "variance") else 0) for name, parts in self.arrays.items()
+        }
+        (self.folder / "counts.tmp").rename(self.folder / "counts.bin")
         if self.seen == self.stored:
             (self.folder / "counts.bin").unlink()
+        else:
+            arrays["repeats"] = _encode(self.folder / "counts.bin")
         safetensors.torch.save_file(arrays, self.folder / "cells.safetensors")
         self.write_faiss(arrays)
         files = sorted(p for p in self.folder.iterdir() if p.is_file())
@@ -439,7 +460,7 @@ class _Builder:
             tails = variances.flip(0).cumsum(0).flip(0)
             enough = int((tails > TAIL * tails[0]).sum())
             self.rank = min(
-                len(variances), self.meta["rank"] or min(enough, MOST_AXES + round(0.6 * max(0, self.k - 7) ** 2))
+                len(variances), self.meta["rank"] or min(enough, MOST_AXES + round(0.32 * max(0, self.k - 5) ** 2))
             )
             # Rows of whole eight bytes keep the ids behind them aligned.
             self.rank = min(-(-self.rank // 4) * 4, -(-len(variances) // 4) * 4)
@@ -466,12 +487,13 @@ class _Builder:
 
         # Cells.
         distinct = windows if first is None else len(first)
-        wanted = 4 * math.sqrt(distinct) if not self.regions else 0.5 * math.sqrt(distinct)
+        wanted = 16 * math.sqrt(distinct) if not self.regions else 4 * math.sqrt(distinct)
         if self.meta["cells"] is not None and not self.regions:
             wanted = self.meta["cells"]
-        cells = max(1, min(MOST_CELLS, round(wanted), distinct))
+        parents = max(1, round(min(MOST_CELLS, wanted, distinct) / SIBLINGS))
+        cells = parents * SIBLINGS
         chosen = np.arange(windows) if first is None else first
-        cell = self.assign(features, chosen, cells)
+        cell = self.assign(features, chosen, parents)
 
         # In cells, and in random order inside.
         key = torch.from_numpy(cell).long() << 32
@@ -481,40 +503,47 @@ class _Builder:
         sizes = np.bincount(cell, minlength=cells)
         region_values = self.centre_values(rows, cols)
         member = self.members.numpy()
-        mean, variance = torch.zeros(cells, self.rank), torch.zeros(cells, self.rank)
+        repeats = np.ones(distinct, np.int64) if counts is None else counts
+        mean, variance = torch.zeros(self.rank, cells), torch.zeros(self.rank, cells)
         moments, stand_for = torch.zeros(cells, 2 * self.channels), torch.ones(cells)
         offsets = np.zeros(cells, np.int64)
-        end = 0
-        for c in range(cells):
-            start, end = end, end + int(sizes[c])
-            offsets[c] = self.lists.tell()
-            if start == end:
-                continue
-            places = order[start:end]
+        ends = np.cumsum(sizes)
+        for some in _runs(sizes, CELLS_AT_ONCE):
+            begin = ends[some[0]] - sizes[some[0]]
+            places = order[begin : ends[some[-1]]]
             rows_of = chosen[places]
-            block = features[rows_of]
-            ids = member[rows_of // per_image] * per_image + rows_of % per_image
-            value = region_values[rows_of]
-            self.lists.write(np.ascontiguousarray(block).tobytes())
-            self.lists.write(ids.astype(np.int64).tobytes())
+            block, value, repeat = features[rows_of], region_values[rows_of], repeats[places]
+            ids = (member[rows_of // per_image] * per_image + rows_of % per_image).astype(np.int64)
+            for c in some:
+                inside = slice(ends[c] - sizes[c] - begin, ends[c] - begin)
+                offsets[c] = self.lists.tell()
+                self.lists.write(block[inside].tobytes())
+                self.lists.write(ids[inside].tobytes())
             self.values.write(value.tobytes())
-            repeats = np.ones(len(places), np.float32) if counts is None else counts[places].astype(np.float32)
-            self.counts.write(repeats.tobytes())
-            f, w = torch.from_numpy(block.astype(np.float32)), torch.from_numpy(repeats)
-            w = w / w.sum()
-            mean[c] = w @ f
-            variance[c] = w @ (f - mean[c]).square()
-            v = torch.from_numpy(value.astype(np.float32))
+            self.counts.write(repeat.astype(np.int32).tobytes())
+            # Moments of the cells that hold something, as sums over runs of rows.
+            full = some[sizes[some] > 0]
+            if len(full) == 0:
+                continue
+            at = ends[full] - sizes[full] - begin
+            weight = repeat.astype(np.float32)[:, None]
+            f, v = block.astype(np.float32), value.astype(np.float32)
             v = v / 127.5 - 1 if value.dtype == np.uint8 else v
-            moments[c] = torch.cat([w @ v, w @ v.square()])
-            stand_for[c] = float(repeats.mean())
+            columns = np.concatenate([weight, f * weight, f * f * weight, v * weight, v * v * weight], 1)
+            sums = torch.from_numpy(np.add.reduceat(columns, at, axis=0))
+            of = torch.from_numpy(full)
+            total, sums = sums[:, :1], sums[:, 1:] / sums[:, :1]
+            mean[:, of] = sums[:, : self.rank].T
+            variance[:, of] = (sums[:, self.rank : 2 * self.rank].T - mean[:, of].square()).clamp(min=0)
+            moments[of] = sums[:, 2 * self.rank :]
+            stand_for[of] = total[:, 0] / torch.from_numpy(sizes[full])
         starts = self.stored + np.concatenate([[0], np.cumsum(sizes)[:-1]])
         for name, array in {
             "sizes": torch.from_numpy(sizes.astype(np.int64)),
             "offsets": torch.from_numpy(offsets),
             "starts": torch.from_numpy(starts.astype(np.int64)),
-            "mean": mean,
-            "variance": variance,
+            "mean": mean.half(),
+            "variance": variance.half(),
             "moments": moments,
             "stand_for": stand_for,
             "axes": axes[None],
@@ -596,60 +625,25 @@ class _Builder:
         part = raw[self.members][:, :, rows.start : rows.stop, cols.start : cols.stop]
         return np.ascontiguousarray(part.permute(0, 2, 3, 1).reshape(-1, self.channels).numpy())
 
-    def assign(self, features: np.ndarray, chosen: np.ndarray, cells: int) -> np.ndarray:
-        """The cell of every chosen window, by k-means in two levels: groups of cells first, then cells."""
-        faiss = _faiss()
-        if cells == 1:
-            return np.zeros(len(chosen), np.int32)
+    def assign(self, features: np.ndarray, chosen: np.ndarray, parents: int) -> np.ndarray:
+        """The cell of every chosen window, by k-means in three levels: groups of parents, parents, their cells."""
         rng = np.random.default_rng(self.meta["seed"])
-        count = min(len(chosen), TRAINING_PER_CELL * cells)
+        count = min(len(chosen), TRAINING_PER_CELL * SIBLINGS * parents)
         sample = features[np.sort(chosen[rng.choice(len(chosen), count, replace=False)])].astype(np.float32)
-        groups = max(1, round(math.sqrt(cells) / 2)) if cells > 64 else 1
-        top = _kmeans(sample, groups, self.meta["seed"])
-        group_of = _nearest(top, sample)
-        population = np.bincount(group_of, minlength=groups)
-        share = np.maximum(1, np.floor(cells * population / count)).astype(int)
-        share[np.argmax(population)] += max(0, cells - share.sum())
-
-        def cells_of(g: int) -> np.ndarray:
-            inside = sample[group_of == g]
-            return _kmeans(inside, min(share[g], len(inside)), self.meta["seed"]) if len(inside) else top[g : g + 1]
-
-        found = _in_threads(cells_of, range(groups))
-        owners = np.concatenate([np.full(len(part), g) for g, part in enumerate(found)])[:cells]
-        centroids = np.concatenate(found)[:cells]
-        # A window looks among the cells of its own group and of the nearest neighbouring groups.
-        flat = faiss.IndexFlatL2(self.rank)
-        flat.add(top)
-        near = flat.search(top, min(groups, 6))[1]
-        candidates = [np.flatnonzero(np.isin(owners, near[g])) for g in range(groups)]
-        searchers = []
-        for members in candidates:
-            searcher = faiss.IndexFlatL2(self.rank)
-            searcher.add(np.ascontiguousarray(centroids[members]))
-            searchers.append(searcher)
+        tree = _Tree(sample, parents, self.meta["seed"])
         cell = np.empty(len(chosen), np.int32)
         step = 1 << 20
         for start in range(0, len(chosen), step):
             block = features[chosen[start : start + step]].astype(np.float32)
-            group = _nearest(top, block)
-            order = np.argsort(group, kind="stable")
-            members_of = np.split(order, np.searchsorted(group[order], np.arange(1, groups)))
-
-            def place(g: int, at: int = start, block: np.ndarray = block, members_of: Any = members_of) -> None:
-                rows = members_of[g]
-                if len(rows):
-                    cell[at + rows] = candidates[g][searchers[g].search(block[rows], 1)[1][:, 0]]
-
-            _in_threads(place, range(groups))
+            cell[start : start + step] = tree.cells(block)
         return cell
 
     def write_faiss(self, arrays: dict[str, Tensor]) -> None:
         """The coarse quantizer of the interior's cells, as a FAISS inverted file whose lists lie in lists.bin."""
         faiss = _faiss()
         cells = self.regions[0]["cells"]
-        quantizer = faiss.IndexHNSWFlat(self.rank, 32) if cells > HNSW_FROM else faiss.IndexFlatL2(self.rank)
-        quantizer.add(arrays["mean"][:cells].contiguous().numpy())
+        quantizer = faiss.IndexHNSWFlat(self.rank, 16) if cells > HNSW_FROM else faiss.IndexFlatL2(self.rank)
+        quantizer.add(arrays["mean"][:, :cells].T.float().contiguous().numpy())
         index = faiss.IndexIVFScalarQuantizer(
             quantizer, self.rank, cells, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2, False
         )
@@ -659,6 +653,81 @@ class _Builder:
             faiss.write_index(index, str(self.folder / "cells.faiss"))
         except RuntimeError as error:
             raise OSError(f"{self.folder / 'cells.faiss'}: {' '.join(str(error).split())}") from None
+
+
+class _Tree:
+    """Centroids of parents, reached through groups of them, and of the SIBLINGS cells of each parent."""
+
+    def __init__(self, sample: np.ndarray, parents: int, seed: int):
+        self.rank = sample.shape[1]
+        groups = max(1, round(math.sqrt(parents))) if parents > 64 else 1
+        self.top = _kmeans(sample, groups, seed)
+        groups = len(self.top)
+        members = _split(_nearest(self.top, sample), groups)
+        # Parents in proportion to a group's windows.
+        share = np.maximum(1, [parents * len(rows) // len(sample) for rows in members])
+        while share.sum() > parents:
+            share[np.argmax(share)] -= 1
+        share[np.argmax([len(rows) for rows in members])] += parents - share.sum()
+
+        def parents_of(g: int) -> np.ndarray:
+            inside = sample[members[g]]
+            return _kmeans(inside, share[g], seed) if len(inside) else self.top[g : g + 1]
+
+        found = _in_threads(parents_of, range(groups))
+        owners = np.concatenate([np.full(len(part), g) for g, part in enumerate(found)])
+        self.parents = np.concatenate(found)
+        # A window looks among the parents of its own group and of the nearest neighbouring groups.
+        near = _flat(self.top).search(self.top, min(groups, 4))[1]
+        self.candidates = [np.flatnonzero(np.isin(owners, near[g])) for g in range(groups)]
+        self.searchers = [_flat(self.parents[candidates]) for candidates in self.candidates]
+        of_parent = _split(self.parent(sample), len(self.parents))
+
+        def children_of(p: int) -> np.ndarray:
+            inside = sample[of_parent[p]]
+            return _kmeans(inside, SIBLINGS, seed) if len(inside) else self.parents[p : p + 1]
+
+        self.children = _in_threads(children_of, range(len(self.parents)))
+
+    def parent(self, block: np.ndarray) -> np.ndarray:
+        parent = np.empty(len(block), np.int32)
+        of_group = _split(_nearest(self.top, block), len(self.top))
+
+        def place(g: int) -> None:
+            rows = of_group[g]
+            if len(rows):
+                parent[rows] = self.candidates[g][self.searchers[g].search(block[rows], 1)[1][:, 0]]
+
+        _in_threads(place, range(len(self.top)))
+        return parent
+
+    def cells(self, block: np.ndarray) -> np.ndarray:
+        cell = np.empty(len(block), np.int32)
+        of_parent = _split(self.parent(block), len(self.parents))
+
+        def place(p: int) -> None:
+            rows, centres = of_parent[p], self.children[p]
+            if len(rows):
+                nearest = (block[rows] @ centres.T - 0.5 * np.square(centres).sum(1)).argmax(1)
+                cell[rows] = p * SIBLINGS + nearest
+
+        _in_threads(place, range(len(self.parents)))
+        return cell
+
+
+def _runs(sizes: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    """Runs of neighbouring cells with at most so many windows, or one cell."""
+    start = 0
+    while start < len(sizes):
+        fits = int(np.searchsorted(np.cumsum(sizes[start : start + most]), most, side="right"))
+        yield np.arange(start, start + max(1, fits))
+        start += max(1, fits)
+
+
+def _split(number: np.ndarray, count: int) -> list[np.ndarray]:
+    """Where each of 0 .. count - 1 stands in `number`."""
+    order = np.argsort(number, kind="stable")
+    return np.split(order, np.searchsorted(number[order], np.arange(1, count)))
 
 
 def _distinct(hashes: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -675,6 +744,19 @@ def _distinct(hashes: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]
     first = order[starts]
     by_place = np.argsort(first)
     return first[by_place], counts[by_place]
+
+
+def _encode(path: Path) -> Tensor:
+    """Turns a file of counts into 16-bit numbers of a table: n windows have fewer than sqrt(2 n) different counts."""
+    counts = np.fromfile(path, np.int32)
+    table, codes = np.unique(counts, return_inverse=True)
+    if len(table) > 1 << 16:
+        raise ValueError(f"bank: {len(table):,} different numbers of repeats, an index takes 65,536")
+    with open(path, "wb") as file:
+        file.write(codes.astype(np.uint16).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    return torch.from_numpy(table.astype(np.float32))
 
 
 def _in_threads(work: Callable[[int], Any], items: Iterable[int]) -> list[Any]:
@@ -700,10 +782,14 @@ def _kmeans(points: np.ndarray, cells: int, seed: int) -> np.ndarray:
     return means.centroids
 
 
+def _flat(points: np.ndarray) -> Any:
+    index = _faiss().IndexFlatL2(points.shape[1])
+    index.add(np.ascontiguousarray(points))
+    return index
+
+
 def _nearest(centroids: np.ndarray, points: np.ndarray) -> np.ndarray:
-    flat = _faiss().IndexFlatL2(centroids.shape[1])
-    flat.add(np.ascontiguousarray(centroids))
-    return flat.search(np.ascontiguousarray(points), 1)[1][:, 0]
+    return _flat(centroids).search(np.ascontiguousarray(points), 1)[1][:, 0]
 
 
 def _search(index: Any, queries: np.ndarray, count: int, probed: int) -> tuple[np.ndarray, np.ndarray]:

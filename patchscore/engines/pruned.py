@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,12 +43,32 @@ FLOOR = 0.02
 EDGES = 3.0
 """The budget of an edge's few windows, in units of the interior's."""
 
+MOST_RECHECKED = 8
+"""The recheck's windows at most, in units of RECHECK."""
+
+SUMS = ("m", "s", "v", "s2", "vv", "vs", "ss")
 TIED = "windows tied to their place are not in an index"
 
 MOST_CHANNELS = 4
-QUERIES_A_SCAN = 16384
-PLAN_BYTES = 160_000  # of a query's plan and sums, generously
+QUERY_BYTES = 100_000  # of plan, sums and sample, generously
 PILOT_PIXELS = 96
+
+
+class Request(NamedTuple):
+    """Pixels of one region at one noise level, and the share of their pairs to spend on them.
+
+    items:   [Q] images of z
+    numbers: [Q] pixels, counted along the rows of rows x cols; random draws follow them
+    """
+
+    items: Tensor
+    numbers: Tensor
+    rows: range
+    cols: range
+    sigma: float
+    part: IndexedSize
+    region: int
+    share: float
 
 
 class Pruned:
@@ -94,22 +114,45 @@ class Pruned:
         assert competition.patch_size is not None
         part = self.index.at(competition.patch_size)
         z32 = z.detach().to("cpu", torch.float32)
+        margins = (part.k // 2,) * 4
+        around = "circular" if competition.padding_mode == "circular" else "constant"
+        padded = functional.pad(z32, margins, mode=around).contiguous()
         total = PosteriorSum.empty(z.shape, "cpu", sampled=True)
-        pairs = 0
         exact: list[Group] = []
+        requests: list[Request] = []
+        places: list[tuple[Tensor, range, range]] = []
         for group in competition.groups:
             regions = list(_regions(part, group))
             if not regions:
                 exact.append(group)
-                continue
             for region, rows, cols in regions:
-                for level in sigma.unique().tolist():
-                    items = (sigma == level).nonzero().flatten()
-                    sums = self._region_sum(
-                        z32[items], level, bank, part, region, competition.padding_mode, rows, cols, memory_limit
+                numbers = torch.arange(len(rows) * len(cols))
+                # An item's budget is its own, whatever else is in the batch; items of one budget are scanned together.
+                alike: dict[tuple[float, float], list[int]] = {}
+                for item, level in enumerate(sigma.tolist()):
+                    request = Request(torch.full_like(numbers, item), numbers, rows, cols, level, part, region, 0.0)
+                    alike.setdefault((level, self._budget(request, padded, bank, memory_limit)), []).append(item)
+                for (level, share), members in alike.items():
+                    items = torch.tensor(members)
+                    requests.append(
+                        Request(
+                            items.repeat_interleave(len(numbers)),
+                            numbers.repeat(len(items)),
+                            rows,
+                            cols,
+                            level,
+                            part,
+                            region,
+                            share,
+                        )
                     )
-                    pairs += sums.pairs or 0
-                    _put(total, items, rows, cols, sums)
+                    places.append((items, rows, cols))
+        pairs = 0
+        for (items, rows, cols), sums in zip(places, self._scan(requests, padded, bank, memory_limit), strict=True):
+            shape = (len(items), len(rows), len(cols))
+            block = {name: x.unflatten(0, shape).permute(0, 3, 1, 2) for name, x in _tensors(sums).items()}
+            pairs += sums.pairs or 0
+            _put(total, items, rows, cols, PosteriorSum(**block))
         if exact:
             engine = reference if sliding.unavailable(torch.device("cpu")) else sliding
             rest = Competition(competition.patch_size, competition.padding_mode, tuple(exact))
@@ -121,62 +164,17 @@ class Pruned:
                 _put(total, torch.arange(len(z)), rows, cols, _pixels(sums, rows, cols))
         return dataclasses.replace(total, pairs=pairs)
 
-    def _region_sum(
-        self,
-        z: Tensor,
-        sigma: float,
-        bank: PatchBank,
-        part: IndexedSize,
-        region: int,
-        padding_mode: str,
-        rows: range,
-        cols: range,
-        memory_limit: int,
-    ) -> PosteriorSum:
-        r, k = part.k // 2, part.k
-        padded = functional.pad(z, (r, r, r, r), mode="circular" if padding_mode == "circular" else "constant")
-        around = padded[:, :, rows.start : rows.stop + 2 * r, cols.start : cols.stop + 2 * r]
-        windows = around.unfold(2, k, 1).unfold(3, k, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).contiguous()
-        pixels = len(rows) * len(cols)
-        numbers = torch.arange(pixels)
-        # An item's budget is its own, whatever else is in the batch; items of one budget are scanned together.
-        shares = torch.tensor(
-            [self._budget(item, numbers, sigma, bank, part, region, memory_limit) for item in windows.split(pixels)]
-        )
-        whole: dict[str, Tensor] = {}
-        pairs = 0
-        for share in shares.unique().tolist():
-            members = (shares == share).repeat_interleave(pixels)
-            chosen = windows if bool(members.all()) else windows[members]
-            every = numbers.repeat(len(chosen) // pixels)
-            sums = self._scan(chosen, every, sigma, bank, part, region, share, memory_limit)
-            for name, x in _tensors(sums).items():
-                whole.setdefault(name, x.new_empty(len(windows), x.shape[1]))[members] = x
-            pairs += sums.pairs or 0
-        shape = (len(z), len(rows), len(cols))
-        return PosteriorSum(
-            **{name: x.unflatten(0, shape).permute(0, 3, 1, 2) for name, x in whole.items()}, pairs=pairs
-        )
-
-    def _budget(
-        self,
-        windows: Tensor,
-        numbers: Tensor,
-        sigma: float,
-        bank: PatchBank,
-        part: IndexedSize,
-        region: int,
-        memory_limit: int,
-    ) -> float:
+    def _budget(self, item: Request, padded: Tensor, bank: PatchBank, memory_limit: int) -> float:
         """The share of pairs to evaluate: as asked for, or what brings a pilot's error down to the tolerance."""
-        scale = 1.0 if region == 0 else EDGES
         if self.budget is not None:
-            return min(1.0, scale * self.budget)
+            return min(1.0, (1.0 if item.region == 0 else EDGES) * self.budget)
         assert self.tolerance is not None
-        pixels = torch.linspace(0, len(windows) - 1, min(PILOT_PIXELS, len(windows))).round().long().unique()
+        count = len(item.numbers)
+        pixels = torch.linspace(0, count - 1, min(PILOT_PIXELS, count)).round().long().unique()
+        pilot = item._replace(items=item.items[pixels], numbers=item.numbers[pixels])
         share = 0.001
         while share < 1:
-            sums = self._scan(windows[pixels], numbers[pixels], sigma, bank, part, region, share, memory_limit)
+            (sums,) = self._scan([pilot._replace(share=share)], padded, bank, memory_limit)
             error = sums.stderr.square().mean().sqrt().item()
             if error <= 0.8 * self.tolerance:
                 break
@@ -186,75 +184,86 @@ class Pruned:
         return share
 
     def _scan(
-        self,
-        windows: Tensor,
-        numbers: Tensor,
-        sigma: float,
-        bank: PatchBank,
-        part: IndexedSize,
-        region: int,
-        share: float,
-        memory_limit: int,
-    ) -> PosteriorSum:
-        """Sums [queries, 1 or C] for `windows` [queries, C, k, k] over the cells of a region."""
+        self, requests: Sequence[Request], padded: Tensor, bank: PatchBank, memory_limit: int
+    ) -> list[PosteriorSum]:
+        """Sums [queries, 1 or C] of every request, as many at a time as memory allows."""
+        scans: list[dict[str, Any]] = []
+        parts: list[list[dict[str, Any]]] = [[] for _ in requests]
+        held = 0
+        for request, finished in zip(requests, parts, strict=True):
+            # Whole images, for their pixels learn from each other.
+            pixels = int((request.items == request.items[0]).sum())
+            most = max(1, memory_limit // (pixels * QUERY_BYTES)) * pixels
+            for start in range(0, len(request.items), most):
+                block = slice(start, start + most)
+                some = request._replace(items=request.items[block], numbers=request.numbers[block])
+                if held + len(some.items) * QUERY_BYTES > memory_limit:
+                    _run(scans)
+                    held = 0
+                finished.append(self._prepare(some, padded, bank))
+                scans.append(finished[-1])
+                held += len(some.items) * QUERY_BYTES
+        _run(scans)
+        sums = []
+        for finished in parts:
+            every = {name: torch.cat([_column(part[name]) for part in finished]) for name in SUMS}
+            sums.append(PosteriorSum(**every, pairs=sum(int(part["pairs"][0]) for part in finished)))
+        return sums
+
+    def _prepare(self, request: Request, padded: Tensor, bank: PatchBank) -> dict[str, Any]:
+        """What the native scan reads of a request and its region, and room for what it finds."""
+        items, numbers, rows, cols, sharp, part, region, share = request
         place = part.regions[region]
         cells = slice(place.first_cell, place.first_cell + place.cells)
         allowed, competing = self._competing(bank, part, region)
-        sharp, sigma = sigma, max(sigma, min(0.1, SHARPEST * math.sqrt(windows[0].numel())))
+        sigma = max(sharp, min(0.1, SHARPEST * math.sqrt(len(part.centre[region]))))
         used = part.rank_at(region, sigma, DROPPED)
         # The more variance is left out, in units of sigma^2, the more windows are compared again.
         left = float(part.tail[region][used]) / sigma**2
-        recheck = RECHECK * round(min(8.0, max(4.0 if sharp < sigma else 1.0, left / 0.05)))
-        q = part.project(windows, region).contiguous()
-        few = part.rank_at(region, sigma, EXPECTED_DROPPED)
-        mean, variance = part.mean[cells, :few], part.variance[cells, :few]
-        repeats = part.stand_for[cells].log()
-        out = {name: torch.empty(len(q), dtype=torch.float64) for name in ("m", "s", "s2", "ss")}
-        out |= {name: torch.empty(len(q), windows.shape[1], dtype=torch.float64) for name in ("v", "vv", "vs")}
-        step = max(1, min(QUERIES_A_SCAN, memory_limit // (4 * place.cells + PLAN_BYTES)))
-        values, counts = part.values, part.counts
+        recheck = RECHECK * round(min(MOST_RECHECKED, max(4.0 if sharp < sigma else 1.0, left / 0.05)))
         first = int(part.starts[place.first_cell])
         last = first + int(part.sizes[cells].sum())
-        evaluated = 0
-        for start in range(0, len(q), step):
-            block = slice(start, start + step)
-            expected = _log_expected(q[block, :few], mean, variance, repeats, sigma**2)
-            pairs = torch.zeros(1, dtype=torch.int64)
-            _native.scan_lists(
-                data=part.data,
-                offsets=part.offsets[cells].numpy(),
-                sizes=part.sizes[cells].numpy(),
-                starts=(part.starts[cells] - first).numpy(),
-                values=values[first:last],
-                counts=None if counts is None else counts[first:last],
-                allowed=None if allowed is None else allowed.numpy(),
-                competing=competing.numpy(),
-                mean=part.mean[cells].numpy(),
-                variance=part.variance[cells].numpy(),
-                log_repeats=repeats.numpy(),
-                moments=part.moments[cells].numpy(),
-                rank=part.rank,
-                place=(place.rows.start, place.cols.start, len(place.rows), len(place.cols)),
-                images=self.index.images.numpy(),
-                numbers=numbers[block].numpy(),
-                q=q[block].numpy(),
-                windows=windows[block].numpy(),
-                expected=expected.numpy(),
-                used_rank=used,
-                sigma=sigma,
-                exact_sigma=sharp,
-                budget=share,
-                floor=FLOOR * share,
-                recheck=recheck,
-                seed=hash((self.seed, part.k, region, sharp)) & 0x7FFFFFFFFFFFFFFF,
-                **{name: x[block].numpy() for name, x in out.items()},
-                pairs=pairs.numpy(),
-                threads=torch.get_num_threads(),
-                simd=os.environ.get("PATCHSCORE_SIMD", ""),
-            )
-            evaluated += int(pairs)
-        columns = {name: x if x.ndim == 2 else x[:, None] for name, x in out.items()}
-        return PosteriorSum(**columns, pairs=evaluated)
+        counts = part.counts
+        out = {name: torch.empty(len(items), dtype=torch.float64).numpy() for name in ("m", "s", "s2", "ss")}
+        out |= {name: torch.empty(len(items), padded.shape[1], dtype=torch.float64).numpy() for name in ("v", "vv", "vs")}
+        return {
+            "data": part.data,
+            "offsets": part.offsets[cells].numpy(),
+            "sizes": part.sizes[cells].numpy(),
+            "starts": (part.starts[cells] - first).numpy(),
+            "values": part.values[first:last],
+            "counts": None if counts is None else counts[first:last],
+            "allowed": None if allowed is None else allowed.numpy(),
+            "competing": competing.numpy(),
+            "repeats": None if part.repeats is None else part.repeats.numpy(),
+            "first_cell": place.first_cell,
+            "mean": part.mean.numpy(),
+            "variance": part.variance.numpy(),
+            "parent_mean": part.parent_mean.numpy(),
+            "parent_variance": part.parent_variance.numpy(),
+            "log_repeats": part.log_repeats[cells].numpy(),
+            "moments": part.moments[cells].numpy(),
+            "rank": part.rank,
+            "place": (place.rows.start, place.cols.start, len(place.rows), len(place.cols)),
+            "images": self.index.images.numpy(),
+            "patch_size": part.k,
+            "axes": part.axes[region].numpy(),
+            "centre": part.centre[region].numpy(),
+            "z": padded.numpy(),
+            "items": items.numpy(),
+            "numbers": numbers.numpy(),
+            "pixels": (rows.start, cols.start, len(rows), len(cols)),
+            "used_rank": used,
+            "foreseen_rank": min(used, part.rank_at(region, sigma, EXPECTED_DROPPED)),
+            "sigma": sigma,
+            "exact_sigma": sharp,
+            "budget": share,
+            "floor": FLOOR * share,
+            "recheck": recheck,
+            "seed": hash((self.seed, part.k, region, sharp)) & 0x7FFFFFFFFFFFFFFF,
+            **out,
+            "pairs": torch.zeros(1, dtype=torch.int64).numpy(),
+        }
 
     def _competing(self, bank: PatchBank, part: IndexedSize, region: int) -> tuple[Tensor | None, Tensor]:
         """Which images of the index compete, and how many windows of each cell: all, or those of a selection."""
@@ -279,16 +288,16 @@ class Pruned:
         return allowed, counted[key]
 
 
-def _log_expected(q: Tensor, mean: Tensor, variance: Tensor, repeats: Tensor, sigma2: float) -> Tensor:
-    """[Q, cells] log E exp(-|q - p|^2 / (2 sigma2)) over p normal with a cell's mean and variances.
+def _run(scans: list[dict[str, Any]]) -> None:
+    """Serves the scans, in place, and forgets them."""
+    if scans:
+        _native.scan_lists(scans, torch.get_num_threads(), os.environ.get("PATCHSCORE_SIMD", ""))
+        scans.clear()
 
-    A Gaussian kernel over a Gaussian cell is a Gaussian of their summed variance:
-    -1/2 sum_d log(1 + variance_d / sigma2) + (q_d - mean_d)^2 / (sigma2 + variance_d). `repeats` adds the log of how
-    many windows a stored one stands for.
-    """
-    precision = 1 / (sigma2 + variance)
-    constant = repeats - 0.5 * (torch.log1p(variance / sigma2).sum(1) + (precision * mean.square()).sum(1))
-    return torch.addmm(constant, torch.cat([q, q.square()], 1), torch.cat([precision * mean, -0.5 * precision], 1).T)
+
+def _column(x: Any) -> Tensor:
+    found = torch.from_numpy(x)
+    return found if found.ndim == 2 else found[:, None]
 
 
 def _regions(part: IndexedSize, group: Group) -> Iterator[tuple[int, range, range]]:
@@ -308,8 +317,8 @@ def _key(rows: range, cols: range) -> tuple[int, int, int, int]:
     return Region(rows, cols, 0, 0).key()
 
 
-def _tensors(sums: PosteriorSum) -> dict[str, Any]:
-    every = {name: getattr(sums, name) for name in ("m", "s", "v", "s2", "vv", "vs", "ss")}
+def _tensors(sums: PosteriorSum) -> dict[str, Tensor]:
+    every = {name: getattr(sums, name) for name in SUMS}
     return {name: x for name, x in every.items() if x is not None}
 
 
