@@ -43,10 +43,11 @@ constexpr int LANES = 16;            // windows side by side, each of another ra
 typedef float Vector __attribute__((vector_size(64)));
 constexpr int MOST_CHANNELS = 4;
 constexpr int BLOCK = 192;           // windows turned to float at a time
-constexpr int MOST_QUERIES = 2048;   // of a thread's block
+constexpr int MOST_QUERIES = 8192;   // of a thread's block
 constexpr int RUN_FLOATS = (3 + MOST_CHANNELS) * LANES;
 constexpr int STRIDE = 8;            // one family in so many gives a first idea of all shares
-constexpr float LEAST_PARENT = 1e-6f;  // share of a query's foreseen weight below which a parent is not looked into
+constexpr float LEAST_PARENT = 1e-4f;  // share of a query's foreseen weight below which a parent is not looked into,
+constexpr float MOST_SKIPPED = 0.02f;  // as long as all that are not have no more than this share
 static_assert(SIBLINGS == LANES, "a family is a vector");
 constexpr int PARTS = 3 + 3 * MOST_CHANNELS;  // s, s2, ss, then v, vs, vv by channel: of a query's sums, in a row of LANES
 constexpr double NEGLIGIBLE_BITS = 42;  // weights so far below the heaviest round away, however many stand for how many
@@ -143,7 +144,6 @@ struct CellTask {
     // Scratch.
     void* runs;                      // [entry_count]
     float *block, *block_squares, *block_values, *block_counts;
-    int32_t* block_at;
     uint32_t* block_luck;
     Interrupt* interrupt;
     bool calling_thread;
@@ -168,7 +168,7 @@ struct ListLevel {
     void (*exponentials)(const float*, int64_t, float, float*);
     void (*windows_taken)(const float*, const float*, int64_t, float, float, double&, double&);
     int64_t (*choose_parents)(ParentsTask&, int32_t*);
-    void (*foresee)(const float*, int, const float*, float*, float*);
+    void (*foresee)(const float*, int, const float*, float*, float*, float*);
     int64_t (*plan_cells)(CellsTask&, Planned*);
     float (*distance2)(const WindowTask&);
 };
@@ -306,6 +306,7 @@ struct Heavy {
 // A query between the steps. Sums are relative to 2^m, second moments to 2^(2 m).
 struct State {
     double m = 0, s = 0, s2 = 0, ss = 0, v[MOST_CHANNELS] = {}, vs[MOST_CHANNELS] = {}, vv[MOST_CHANNELS] = {};
+    int64_t window = 0;              // where its own window starts in z
     float threshold = -INFINITY;     // of the sample: windows of a larger size are in it for certain
     std::vector<Heavy> heavy;
     std::vector<Heavy> best[2];      // the heaviest, for neighbours: before and after a round
@@ -343,6 +344,7 @@ struct Region {
         query_at.assign(size_t(images * pixels), -1);
         for (int i = 0; i < scan.queries; ++i) query_at[size_t(scan.items[i] * pixels + scan.numbers[i])] = i;
         q.resize(size_t(scan.queries * pitch)), states.resize(size_t(scan.queries));
+        for (int i = 0; i < scan.queries; ++i) states[size_t(i)].window = window_of(i);
         z.reserve(size_t(size + LANES));
         z.assign(scan.z, scan.z + size);
         z.resize(size_t(size + LANES), 0.f);
@@ -427,9 +429,10 @@ struct Region {
     // Of the noisy images: a row; a channel; where a query's window starts.
     int64_t wide() const { return scan.width + scan.patch_size - 1; }
     int64_t plane() const { return (scan.height + scan.patch_size - 1) * wide(); }
-    const float* window(int query) const {
+    const float* window(int query) const { return z.data() + states[size_t(query)].window; }
+    int64_t window_of(int query) const {
         const int64_t number = scan.numbers[query];
-        return z.data() + scan.items[query] * scan.channels * plane() + (scan.row0 + number / scan.cols) * wide() +
+        return scan.items[query] * scan.channels * plane() + (scan.row0 + number / scan.cols) * wide() +
                scan.col0 + number % scan.cols;
     }
 
@@ -442,6 +445,15 @@ struct Region {
     float pixel(int64_t at) const {
         return scan.images_are_bytes ? float(static_cast<const uint8_t*>(scan.images)[at]) * (1 / 127.5f) - 1.f
                                      : static_cast<const float*>(scan.images)[at];
+    }
+
+    void prefetch(const Heavy& heavy) const {
+        const int64_t pixel = scan.images_are_bytes ? 1 : 4, row = std::max(0, heavy.row);
+        for (int c = 0; c < scan.channels; ++c) {
+            const int64_t at = ((int64_t(heavy.image) * scan.channels + c) * scan.height + row) * scan.width;
+            const char* const from = static_cast<const char*>(scan.images) + at * pixel;
+            for (int64_t i = 0; i < scan.patch_size * scan.width * pixel; i += 64) __builtin_prefetch(from + i);
+        }
     }
 
     // |window of the query - window of the bank|^2 over all pixels, zeros beyond the border; and the centre's value.
@@ -486,21 +498,35 @@ struct Region {
     static constexpr int MOST_WIDE = 256;
 };
 
-// A thread's scratch, for regions of any size.
-struct Workspace {
-    std::vector<float> flat, squares, parents, parent_share, expected, expected2, competing, share, score;
-    std::vector<float> few, few_competing, block, runs;
-    std::vector<int32_t> families, at, order;
-    std::vector<uint32_t> luck;
-    std::vector<Planned> plan;
-};
-
 // Aligned pointer into a vector that is large enough.
 float* room(std::vector<float>& memory, int64_t count) {
     if (int64_t(memory.size()) < count + LANES) memory.resize(size_t(count + LANES));
     const auto at = reinterpret_cast<uintptr_t>(memory.data());
     return memory.data() + (64 - at % 64) % 64 / sizeof(float);
 }
+
+constexpr int AT_ONCE = 12;          // queries whose weights are foreseen together
+
+// The families of a query's parents that matter, and what is foreseen of their cells.
+struct Families {
+    int64_t count;
+    double windows;                  // that compete
+    float top;                       // log of the greatest weight expected of a parent
+    double far[1 + MOST_CHANNELS];   // what is foreseen of other parents, relative to that
+    std::vector<int32_t> parents;
+    std::vector<float> expected, expected2, competing, score;  // [families, SIBLINGS], from `at` on
+    float* at(std::vector<float>& part) { return room(part, 0); }
+};
+
+// A thread's scratch, for regions of any size.
+struct Workspace {
+    std::vector<float> flat, squares, parents, parent_share, share;
+    std::array<Families, AT_ONCE> foreseen;
+    std::vector<float> few, few_competing, block, runs;
+    std::vector<int32_t> order, active;
+    std::vector<uint32_t> luck;
+    std::vector<Planned> plan;
+};
 
 // Some queries of one region: planned, scanned, and the windows of their samples compared.
 class Block {
@@ -568,7 +594,8 @@ public:
                 }
             level.product(space.squares.data(), 2 * rank, some, region.parent_weights.data(), region.parent_row, 2 * rank,
                           region.parent_constants.data(), parents);
-            for (int j = 0; j < some; ++j) plan(i + j, parents + j * region.parent_row);
+            foresee(i, some, parents);
+            for (int j = 0; j < some; ++j) plan(i + j, space.foreseen[size_t(j)]);
         }
         // A glance at the most promising cell of every query tells where its weights lie and about how large its sums
         // will be, so that most windows need not be looked at closely. Cells taken by chance go last, when the others
@@ -592,10 +619,25 @@ public:
     }
 
 private:
-    static constexpr int AT_ONCE = 12;  // queries whose parents' expected weights stay in the cache
+    // Queries i .. i + some: parents that matter, and what is to be expected of their cells.
+    void foresee(int i, int some, const float* of_parents) {
+        for (int j = 0; j < some; ++j) choose(of_parents + j * region.parent_row, space.foreseen[size_t(j)]);
+        // Family after family, so that its weights are read once for all queries.
+        const int rank = scan.foreseen_rank;
+        std::array<size_t, AT_ONCE> next{};
+        for (int32_t parent = 0; parent < int32_t(region.parents); ++parent)
+            for (int j = 0; j < some; ++j) {
+                Families& f = space.foreseen[size_t(j)];
+                if (next[size_t(j)] == size_t(f.count) || f.parents[next[size_t(j)]] != parent) continue;
+                const size_t at = next[size_t(j)]++ * SIBLINGS;
+                level.foresee(q + (i + j) * region.pitch, rank,
+                              region.weights.data() + (4 * rank + 2) * int64_t(parent) * SIBLINGS, f.at(f.expected) + at,
+                              f.at(f.expected2) + at, f.at(f.score) + at);
+                std::copy_n(lists.competing + int64_t(parent) * SIBLINGS, SIBLINGS, f.at(f.competing) + at);
+            }
+    }
 
-    void plan(int i, const float* of_parents) {
-        // Parents that matter.
+    void choose(const float* of_parents, Families& families) {
         const float parent_top = level.greatest(of_parents, region.parent_competing.data(), region.parent_row);
         float* const parent_share = room(space.parent_share, region.parent_row);
         level.exponentials(of_parents, region.parent_row, parent_top, parent_share);
@@ -605,27 +647,29 @@ private:
         parents.share = parent_share, parents.competing = region.parent_competing.data();
         parents.moments = region.parent_moments.data(), parents.parents = region.parent_row;
         parents.channels = scan.channels, parents.least = LEAST_PARENT * float(all);
-        space.families.resize(size_t(region.parent_row));
-        const int64_t families = level.choose_parents(parents, space.families.data());
-
-        // Their cells.
-        const int64_t cells = families * SIBLINGS;
-        const int rank = scan.foreseen_rank;
-        float *const expected = room(space.expected, cells), *const expected2 = room(space.expected2, cells);
-        float *const competing = room(space.competing, cells), *const share = room(space.share, cells);
-        double windows = 0;
-        for (int64_t f = 0; f < families; ++f) {
-            const int64_t parent = space.families[size_t(f)];
-            level.foresee(q + i * region.pitch, rank, region.weights.data() + (4 * rank + 2) * parent * SIBLINGS,
-                          expected + f * SIBLINGS, expected2 + f * SIBLINGS);
-            std::copy_n(lists.competing + parent * SIBLINGS, SIBLINGS, competing + f * SIBLINGS);
-            windows += double(region.parent_competing[size_t(parent)]);
+        families.parents.resize(size_t(region.parent_row));
+        families.count = level.choose_parents(parents, families.parents.data());
+        if (parents.far[0] > double(MOST_SKIPPED) * all) {
+            parents.least = MOST_SKIPPED / float(region.parents) * float(all);
+            families.count = level.choose_parents(parents, families.parents.data());
         }
+        families.top = parent_top;
+        std::copy_n(parents.far, 1 + MOST_CHANNELS, families.far);
+        families.windows = 0;
+        for (int64_t f = 0; f < families.count; ++f)
+            families.windows += double(region.parent_competing[size_t(families.parents[size_t(f)])]);
+        for (auto* part : {&families.expected, &families.expected2, &families.competing, &families.score})
+            room(*part, families.count * SIBLINGS);
+    }
+
+    void plan(int i, Families& f) {
+        const int64_t families = f.count, cells = families * SIBLINGS;
+        const float *const expected = f.at(f.expected), *const expected2 = f.at(f.expected2);
+        const float* const competing = f.at(f.competing);
+        float *const share = room(space.share, cells), *const score = f.at(f.score);
+        const double windows = f.windows;
         const float top = level.greatest(expected, competing, cells);
         level.exponentials(expected, cells, top, share);
-        // Neyman's allocation goes by sqrt(E[w^2]), which a normal cell's far tail inflates: half of it, in logarithms.
-        float* const score = room(space.score, cells);
-        for (int64_t c = 0; c < cells; ++c) score[c] = 0.5f * expected[c] + 0.25f * expected2[c];
         level.exponentials(score, cells, level.greatest(score, competing, cells), score);
         const double wanted = std::min(windows, scan.budget * region.windows);
         double scale = 1;
@@ -643,35 +687,36 @@ private:
         scale = raise(score, competing, cells, wanted, scale, 0.02);
 
         CellsTask t{};
-        t.share = share, t.score = score, t.competing = competing, t.expected2 = expected2, t.parents = space.families.data();
+        t.share = share, t.score = score, t.competing = competing, t.expected2 = expected2, t.parents = f.parents.data();
         t.moments = region.moments.data(), t.families = families;
         t.channels = scan.channels, t.scale = float(scale), t.floor = float(std::min(1., scan.floor));
         t.top2 = 2 * top, t.luck = luck[size_t(i)];
         if (int64_t(space.plan.size()) < cells) space.plan.resize(size_t(cells));
         const int64_t taken = level.plan_cells(t, space.plan.data());
-        // What lies under other parents is not looked into at all: foreseen, and in doubt by as much.
-        const double unit = std::exp(std::min(80., double(parent_top) - double(top)));
-        const double skipped = unit * parents.far[0];
-        t.far[0] += skipped, t.unseen[0] += skipped * skipped / EXPECTED_SHARE;
+        // What lies under other parents is not looked into at all: foreseen, and in doubt by a third of it.
+        constexpr double DOUBT = 1 / (9 * EXPECTED_SHARE);
+        const double unit = std::exp(std::min(80., double(f.top) - double(top)));
+        const double skipped = unit * f.far[0];
+        t.far[0] += skipped, t.unseen[0] += DOUBT * skipped * skipped;
         for (int c = 0; c < scan.channels; ++c) {
-            const double value = unit * parents.far[1 + c];
+            const double value = unit * f.far[1 + c];
             t.far[1 + c] += value;
-            t.unseen[1 + c] += skipped * value / EXPECTED_SHARE;
-            t.unseen[1 + scan.channels + c] += value * value / EXPECTED_SHARE;
+            t.unseen[1 + c] += DOUBT * skipped * value;
+            t.unseen[1 + scan.channels + c] += DOUBT * value * value;
         }
-        Foreseen& f = foreseen[size_t(i)];
-        f.sure = t.sure;
-        std::copy_n(t.far, 1 + MOST_CHANNELS, f.far);
-        std::copy_n(t.unseen, 1 + 2 * MOST_CHANNELS, f.unseen);
-        f.pilot = -1;
+        Foreseen& known = foreseen[size_t(i)];
+        known.sure = t.sure;
+        std::copy_n(t.far, 1 + MOST_CHANNELS, known.far);
+        std::copy_n(t.unseen, 1 + 2 * MOST_CHANNELS, known.unseen);
+        known.pilot = -1;
         const double one_group = double(LANES) / (LANES - 1);
         for (int64_t p = 0; p < taken; ++p) {
             Planned planning = space.plan[size_t(p)];
             Entry& entry = planning.entry;
             const double n = double(lists.competing[planning.cell]), stands_for = n / entry.take;
             const bool sure = entry.chance >= 1;
-            if (sure && double(entry.foreseen) > f.pilot_weight)
-                f.pilot_weight = double(entry.foreseen), f.pilot = int64_t(planned.size());
+            if (sure && double(entry.foreseen) > known.pilot_weight)
+                known.pilot_weight = double(entry.foreseen), known.pilot = int64_t(planned.size());
             entry.query = i;
             entry.factor = float(stands_for / double(entry.chance));
             entry.scatter = entry.take < int(n)
@@ -700,7 +745,7 @@ private:
         return t;
     }
 
-    static constexpr double DOUBT_BITS = 2;  // by how much a first guess of a query's sum may be too large
+    static constexpr double DOUBT_BITS = 1.5;  // by how much a first guess of a query's sum may be too large
 
     // Foreseen weights, in the scan's units: by what was found in cells of which `expected` had been foreseen.
     void calibrate() {
@@ -749,13 +794,25 @@ private:
         t.block = room(space.block, BLOCK * (scan.used_rank + 2 + channels));
         t.block_squares = t.block + BLOCK * scan.used_rank, t.block_counts = t.block_squares + BLOCK;
         t.block_values = t.block_counts + BLOCK;
-        space.at.resize(BLOCK), space.luck.resize(BLOCK);
-        t.block_at = space.at.data(), t.block_luck = space.luck.data();
+        space.luck.resize(BLOCK);
+        t.block_luck = space.luck.data();
         t.interrupt = &interrupt, t.calling_thread = calling;
-        for (int64_t cell = 0; cell < lists.cells; ++cell) {
+        space.active.clear();
+        for (int64_t cell = 0; cell < lists.cells; ++cell)
+            if (first_entry[size_t(cell)] < first_entry[size_t(cell) + 1]) space.active.push_back(int32_t(cell));
+        const auto start_of = [&](int64_t cell, int64_t windows) {
+            return int64_t(mix(scan.seed ^ uint64_t(cell) * 0xd6e8feb86659fd93u) % uint64_t(windows));
+        };
+        for (size_t n = 0; n < space.active.size(); ++n) {
+            const int64_t cell = space.active[n];
             const int64_t begin = first_entry[size_t(cell)], end = first_entry[size_t(cell) + 1];
-            if (begin == end) continue;
-            if (cell % 64 == 0 && interrupt.stopped(calling)) return false;
+            if (n % 64 == 0 && interrupt.stopped(calling)) return false;
+            if (n + 1 < space.active.size() && !lists.allowed) {
+                // The first windows of the next cell, meanwhile.
+                const int64_t next = space.active[n + 1], row = lists.rank * 2;
+                const uint8_t* const from = lists.data + lists.offsets[next] + start_of(next, lists.sizes[next]) * row;
+                for (int64_t at = 0; at < 2 * LANES * row; at += 64) __builtin_prefetch(from + at);
+            }
             std::sort(entries.begin() + begin, entries.begin() + end, [](const Entry& a, const Entry& b) {
                 return a.take != b.take ? a.take > b.take : a.query < b.query;
             });
@@ -779,7 +836,7 @@ private:
                 t.order = space.order.data(), t.competing = int64_t(space.order.size());
             }
             if (t.competing == 0) continue;
-            t.start = int64_t(mix(scan.seed ^ uint64_t(cell) * 0xd6e8feb86659fd93u) % uint64_t(t.competing));
+            t.start = start_of(cell, t.competing);
             t.first_window = start;
             level.scan_cell(t);
         }
@@ -834,19 +891,28 @@ private:
 
     // Compares the sampled windows of all queries pixel by pixel, image after image, so that each is fetched once.
     bool look_again() {
-        std::vector<std::pair<int32_t, Heavy*>> looks;
+        struct Look {
+            Heavy window;
+            int query;
+            Heavy* to;
+        };
         std::vector<size_t> of_image(size_t(scan.image_count) + 1, 0);
         for (int i = 0; i < count; ++i)
-            for (Heavy& heavy : region.states[size_t(first + i)].heavy) {
-                looks.push_back({first + i, &heavy});
-                ++of_image[size_t(heavy.image) + 1];
-            }
+            for (const Heavy& heavy : region.states[size_t(first + i)].heavy) ++of_image[size_t(heavy.image) + 1];
         for (size_t n = 0; n + 1 < of_image.size(); ++n) of_image[n + 1] += of_image[n];
-        std::vector<size_t> order(looks.size());
-        for (size_t at = 0; at < looks.size(); ++at) order[of_image[size_t(looks[at].second->image)]++] = at;
+        std::vector<Look> looks(of_image.back());
+        for (int i = 0; i < count; ++i)
+            for (Heavy& heavy : region.states[size_t(first + i)].heavy)
+                looks[of_image[size_t(heavy.image)]++] = {heavy, first + i, &heavy};
+        constexpr size_t AHEAD = 8;
         for (size_t n = 0; n < looks.size(); ++n) {
             if (n % 256 == 0 && interrupt.stopped(calling)) return false;
-            region.look(looks[order[n]].first, *looks[order[n]].second);
+            if (n + AHEAD < looks.size()) {
+                region.prefetch(looks[n + AHEAD].window);
+                __builtin_prefetch(looks[n + AHEAD].to, 1);
+            }
+            region.look(looks[n].query, looks[n].window);
+            *looks[n].to = looks[n].window;
         }
         return true;
     }

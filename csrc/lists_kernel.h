@@ -9,6 +9,28 @@ typedef float F __attribute__((vector_size(64)));
 typedef int32_t I __attribute__((vector_size(64)));
 typedef uint32_t U __attribute__((vector_size(64)));
 
+// The sum of each of LANES vectors, as `transpose` and an addition of all rows would give it.
+PS_INLINE F sums_of(F (&x)[LANES]) {
+    PS_UNROLL16 for (int i = 0; i < 8; ++i) {
+        const F a = x[i], b = x[i + 8];
+        x[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+    PS_UNROLL16 for (int i = 0; i < 4; ++i) {
+        const F a = x[i], b = x[i + 4];
+        x[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    }
+    PS_UNROLL16 for (int i = 0; i < 2; ++i) {
+        const F a = x[i], b = x[i + 2];
+        x[i] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+    const F a = x[0], b = x[1];
+    return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
 PS_INLINE F broadcast(float x) { return F{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 PS_INLINE F load(const float* at) {
     F x;
@@ -153,6 +175,13 @@ PS_INLINE void set_cut(const CellTask& t, const Entry& entry, Run<C>& run) {
     run.cut = bits < 100.f ? std::exp2(bits) / entry.factor : INFINITY;
 }
 
+// Which window of the cell the scan meets as number `i`: cells are read from a rotating start on.
+PS_INLINE int64_t window_at(const CellTask& t, int64_t i) {
+    i += t.start;
+    if (i >= t.competing) i -= t.competing;
+    return t.order ? t.order[i] : i;
+}
+
 // Windows from w on, V vectors of a block, against Q queries from `entry` on.
 template <int C, int Q, int V>
 PS_INLINE void scan_tile(const CellTask& t, Run<C>* runs, int entry, int first, int w) {
@@ -213,7 +242,8 @@ PS_INLINE void scan_tile(const CellTask& t, Run<C>* runs, int entry, int first, 
                 const float log_size = log_weight + std::log2(taken.factor * (t.counts ? t.block_counts[at + j] : 1.f));
                 Samples& samples = t.samples[taken.query];
                 const float threshold = samples.threshold;
-                samples.add({log_size - std::log2(u[j]), log_size, log_weight, t.cell, t.block_at[at + j]}, t.recheck);
+                samples.add({log_size - std::log2(u[j]), log_size, log_weight, t.cell,
+                             int32_t(window_at(t, first + at + j))}, t.recheck);
                 if (samples.threshold > threshold) set_cut(t, taken, run);
             }
         }
@@ -222,27 +252,70 @@ PS_INLINE void scan_tile(const CellTask& t, Run<C>* runs, int entry, int first, 
 
 constexpr int AHEAD = 48;  // windows between the one that is read and the one that is fetched into the cache
 
-// Windows first .. first + count of the cell, from its rotating start on: turned to float, sixteen beside each other.
+// Sixteen values of each of C channels, from bytes side by side.
+template <int C>
+PS_INLINE void split_values(const uint8_t* from, float* to) {
+    if (C == 1) {
+        store(to, F(bytes_to_float(from)) * (1 / 127.5f) - 1.f);
+        return;
+    }
+    alignas(64) uint8_t apart[C][LANES];
+    if (C == 3) {
+        typedef uint8_t B __attribute__((vector_size(16)));
+        B x[3];
+        __builtin_memcpy(x, from, sizeof x);
+        const B red = __builtin_shufflevector(x[0], x[1], 0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 0, 0, 0, 0, 0);
+        const B green = __builtin_shufflevector(x[0], x[1], 1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 0, 0, 0, 0, 0);
+        const B blue = __builtin_shufflevector(x[0], x[1], 2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 0, 0, 0, 0, 0, 0);
+        const B all[3] = {
+            __builtin_shufflevector(red, x[2], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 17, 20, 23, 26, 29),
+            __builtin_shufflevector(green, x[2], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 18, 21, 24, 27, 30),
+            __builtin_shufflevector(blue, x[2], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19, 22, 25, 28, 31)};
+        __builtin_memcpy(apart, all, sizeof apart);
+    } else {
+        for (int i = 0; i < LANES; ++i)
+            for (int c = 0; c < C; ++c) apart[c][i] = from[i * C + c];
+    }
+    for (int c = 0; c < C; ++c) store(to + c * BLOCK, F(bytes_to_float(apart[c])) * (1 / 127.5f) - 1.f);
+}
+
+// Windows first .. first + count of the cell: turned to float, sixteen beside each other.
 template <int C>
 PS_INLINE void unpack(const CellTask& t, int first, int count) {
     const int r = t.rank;
+    U lanes;
+    for (int i = 0; i < LANES; ++i) lanes[i] = uint32_t(i);
     for (int w = 0; w < count; w += LANES) {
         const uint16_t* rows[LANES];
-        for (int i = 0; i < LANES; ++i) {
-            int64_t turn = t.start + first + (w + i < count ? w + i : count - 1);
-            if (turn >= t.competing) turn -= t.competing;
-            const int64_t at = t.order ? t.order[turn] : turn;
-            rows[i] = t.features + at * t.stored_rank;
-            for (int d = 0; d < r; d += 32) __builtin_prefetch(rows[i] + AHEAD * t.stored_rank + d);
-            if (t.counts) t.block_counts[w + i] = t.repeats[t.counts[at]];
-            for (int c = 0; c < C; ++c)
-                t.block_values[c * BLOCK + w + i] =
-                    t.value_bytes ? float(t.value_bytes[at * C + c]) * (1 / 127.5f) - 1.f : t.value_floats[at * C + c];
-            uint32_t luck = uint32_t(t.first_window + at) * 0xC2B2AE3Du;
-            luck = (luck ^ (luck >> 15)) * 0x27D4EB2Fu;
-            t.block_luck[w + i] = luck ^ (luck >> 13);
-            t.block_at[w + i] = int32_t(at);
+        U number;
+        const int64_t turn = t.start + first + w - (t.start + first + w >= t.competing ? t.competing : 0);
+        if (!t.order && turn + LANES <= t.competing) {
+            for (int i = 0; i < LANES; ++i) rows[i] = t.features + (turn + i) * t.stored_rank;
+            number = lanes + uint32_t(t.first_window + turn);
+            if (t.value_bytes) {
+                split_values<C>(t.value_bytes + turn * C, t.block_values + w);
+            } else {
+                for (int i = 0; i < LANES; ++i)
+                    for (int c = 0; c < C; ++c) t.block_values[c * BLOCK + w + i] = t.value_floats[(turn + i) * C + c];
+            }
+            for (int i = 0; t.counts && i < LANES; ++i) t.block_counts[w + i] = t.repeats[t.counts[turn + i]];
+        } else {
+            for (int i = 0; i < LANES; ++i) {
+                const int64_t at = window_at(t, first + (w + i < count ? w + i : count - 1));
+                rows[i] = t.features + at * t.stored_rank;
+                number[i] = uint32_t(t.first_window + at);
+                for (int c = 0; c < C; ++c)
+                    t.block_values[c * BLOCK + w + i] =
+                        t.value_bytes ? float(t.value_bytes[at * C + c]) * (1 / 127.5f) - 1.f : t.value_floats[at * C + c];
+                if (t.counts) t.block_counts[w + i] = t.repeats[t.counts[at]];
+            }
         }
+        U luck = number * 0xC2B2AE3Du;
+        luck = (luck ^ (luck >> 15)) * 0x27D4EB2Fu;
+        luck ^= luck >> 13;
+        __builtin_memcpy(t.block_luck + w, &luck, sizeof luck);
+        const uint16_t* const later = rows[0] + AHEAD * t.stored_rank;
+        for (int d = 0; d < LANES * t.stored_rank; d += 32) __builtin_prefetch(later + d);
         float* const to = t.block + int64_t(w) * r;
         F square = F{};
         for (int d = 0; d < r; d += LANES) {
@@ -311,9 +384,7 @@ static void scan_cell(const CellTask& t) {
             parts[3 + c] = run.y[1 + c];
             parts[3 + C + c] = run.y[0] * run.y[1 + c], parts[3 + 2 * C + c] = run.y[1 + c] * run.y[1 + c];
         }
-        transpose(parts);
-        F x = parts[0];
-        PS_UNROLL16 for (int i = 1; i < LANES; ++i) x += parts[i];
+        F x = sums_of(parts);
         float foreseen = 0;
         if (entry.foreseen > 0) {
             float bits = t.calibration[entry.query] - run.m * t.scale;
@@ -387,6 +458,7 @@ static int64_t choose_parents(ParentsTask& t, int32_t* chosen) {
     int64_t count = 0;
     F far[1 + MOST_CHANNELS];
     for (F& x : far) x = F{};
+    for (double& x : t.far) x = 0;
     for (int64_t p = 0; p < t.parents; p += LANES) {
         const F mass = load(t.share + p) * load(t.competing + p), none = mass > t.least ? F{} : mass;
         far[0] += none;
@@ -401,8 +473,9 @@ static int64_t choose_parents(ParentsTask& t, int32_t* chosen) {
     return count;
 }
 
-// log E[w] and log E[w^2] of a family's cells for features q; by axis two weights of each.
-static void foresee(const float* q, int rank, const float* weights, float* expected, float* expected2) {
+// log E[w] and log E[w^2] of a family's cells for features q; by axis two weights of each. Neyman's allocation goes by
+// sqrt(E[w^2]), which a normal cell's far tail inflates: the score is its geometric mean with E[w].
+static void foresee(const float* q, int rank, const float* weights, float* expected, float* expected2, float* score) {
     F a = load(weights), b = load(weights + LANES);
     weights += 2 * LANES;
     for (int d = 0; d < rank; ++d, weights += 4 * LANES) {
@@ -410,7 +483,7 @@ static void foresee(const float* q, int rank, const float* weights, float* expec
         a += (load(weights) + load(weights + LANES) * x) * x;
         b += (load(weights + 2 * LANES) + load(weights + 3 * LANES) * x) * x;
     }
-    store(expected, a), store(expected2, b);
+    store(expected, a), store(expected2, b), store(score, a * 0.5f + b * 0.25f);
 }
 
 // Which cells a query looks into, and how many windows of each: whole groups, the last of them by luck. Entries get

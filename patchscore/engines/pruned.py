@@ -27,7 +27,7 @@ from .sliding import _native
 DROPPED = 0.02
 """Variance of the axes left out, in units of sigma^2; a log-weight moves by about its root, before the recheck."""
 
-EXPECTED_DROPPED = 0.1
+EXPECTED_DROPPED = 0.5
 """The same where only the weight of whole cells is foreseen."""
 
 RECHECK = 64
