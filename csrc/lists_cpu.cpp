@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -47,6 +48,7 @@ constexpr int MOST_QUERIES = 8192;   // of a thread's block
 constexpr int RUN_FLOATS = (3 + MOST_CHANNELS) * LANES;
 constexpr int STRIDE = 8;            // one family in so many gives a first idea of all shares
 constexpr float LEAST_PARENT = 1e-4f;  // share of a query's foreseen weight below which a parent is not looked into,
+constexpr double LEAST_FAMILIES = 0.08;  // share of the parents that is looked into in any case
 constexpr float MOST_SKIPPED = 0.02f;  // as long as all that are not have no more than this share
 static_assert(SIBLINGS == LANES, "a family is a vector");
 constexpr int PARTS = 3 + 3 * MOST_CHANNELS;  // s, s2, ss, then v, vs, vv by channel: of a query's sums, in a row of LANES
@@ -70,7 +72,7 @@ struct Planned {
 // A priority sample (Duffield, Lund, Thorup 2007): of windows with weights p and luck u, uniform in (0, 1), those of the
 // largest p / u; a kept window stands for max(p, threshold). All in bits.
 struct Sample {
-    float priority, log_size, log_weight;
+    float priority, log_size, log_weight, log_count;
     int32_t cell, at;
 };
 
@@ -183,7 +185,7 @@ struct ListLevel {
 #pragma GCC target("avx512f,avx512dq,avx2,fma,f16c")
 #endif
 namespace avx512 {
-constexpr int QT = 4, VT = 3;
+constexpr int QT = 4, VT = 3, SPLIT = 2;
 PS_INLINE Vector half_to_float(const uint16_t* from) {
     return Vector(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 }
@@ -204,7 +206,7 @@ PS_INLINE Vector bytes_to_float(const uint8_t* from) {
 #pragma GCC target("avx2,fma,f16c")
 #endif
 namespace avx2 {
-constexpr int QT = 2, VT = 2;
+constexpr int QT = 2, VT = 2, SPLIT = 1;
 PS_INLINE Vector half_to_float(const uint16_t* from) {
     const __m256 x[2] = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))),
                          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8)))};
@@ -232,7 +234,7 @@ PS_INLINE Vector bytes_to_float(const uint8_t* from) {
 #endif  // x86-64
 
 namespace plain {
-constexpr int QT = 2, VT = 1;
+constexpr int QT = 2, VT = 1, SPLIT = 1;
 // Half floats without hardware: the exponent moves over, subnormals come out of a product.
 PS_INLINE Vector half_to_float(const uint16_t* from) {
     float to[LANES];
@@ -294,10 +296,10 @@ public:
     T* get() const { return memory; }
 };
 
-// A window met by a query that is compared pixel by pixel: what the scan weighed it, alone and with all that it stands
-// for, in bits; its squared distance; where its first pixel lies; the value of its centre.
+// A window met by a query that is compared pixel by pixel: what the scan weighed it, with all that it stands for and
+// alone, and how many equal ones there are, in bits; its squared distance; where its first pixel lies; its centre's value.
 struct Heavy {
-    float log_size, log_weight, distance;
+    float log_size, log_weight, log_count, distance;
     int32_t image, row, col;
     float value[MOST_CHANNELS];
     bool certain;                    // proposed by a neighbour: then it stands for itself alone
@@ -310,6 +312,14 @@ struct State {
     float threshold = -INFINITY;     // of the sample: windows of a larger size are in it for certain
     std::vector<Heavy> heavy;
     std::vector<Heavy> best[2];      // the heaviest, for neighbours: before and after a round
+
+    // Makes m at least so many bits.
+    void refer_to(double least) {
+        if (least <= m) return;
+        const double f = std::exp2(m - least);
+        m = least, s *= f, s2 *= f * f, ss *= f * f;
+        for (int c = 0; c < MOST_CHANNELS; ++c) v[c] *= f, vs[c] *= f * f, vv[c] *= f * f;
+    }
 };
 
 // What all blocks of one scan share.
@@ -520,7 +530,7 @@ struct Families {
 
 // A thread's scratch, for regions of any size.
 struct Workspace {
-    std::vector<float> flat, squares, parents, parent_share, share;
+    std::vector<float> flat, squares, parents, parent_share, ranked, share;
     std::array<Families, AT_ONCE> foreseen;
     std::vector<float> few, few_competing, block, runs;
     std::vector<int32_t> order, active;
@@ -653,6 +663,16 @@ private:
             parents.least = MOST_SKIPPED / float(region.parents) * float(all);
             families.count = level.choose_parents(parents, families.parents.data());
         }
+        const int64_t enough = std::max<int64_t>(1, int64_t(LEAST_FAMILIES * double(region.parents)));
+        if (families.count < enough) {
+            // At low noise weights are foreseen badly: so many at least.
+            float* const ranked = room(space.ranked, region.parent_row);
+            for (int64_t p = 0; p < region.parent_row; ++p)
+                ranked[p] = parent_share[p] * region.parent_competing[size_t(p)];
+            std::nth_element(ranked, ranked + enough - 1, ranked + region.parents, std::greater<float>());
+            parents.least = std::nextafter(ranked[enough - 1], 0.f);
+            families.count = level.choose_parents(parents, families.parents.data());
+        }
         families.top = parent_top;
         std::copy_n(parents.far, 1 + MOST_CHANNELS, families.far);
         families.windows = 0;
@@ -745,6 +765,7 @@ private:
         return t;
     }
 
+    static constexpr double MOST_FORESEEN = 4;  // weight foreseen of other cells, in units of what sure ones hold
     static constexpr double DOUBT_BITS = 1.5;  // by how much a first guess of a query's sum may be too large
 
     // Foreseen weights, in the scan's units: by what was found in cells of which `expected` had been foreseen.
@@ -753,8 +774,10 @@ private:
             Foreseen& f = foreseen[size_t(i)];
             const double found = double(sums.get()[int64_t(i) * LANES]), expected = f.glanced ? f.sure : f.pilot_weight;
             f.glanced = true;
-            if (found > 0 && expected > 0)
-                calibration[size_t(i)] = float(std::log2(found / expected) + double(m[size_t(i)]) * bits);
+            // Where most is foreseen in cells that are not surely looked into, foresight is no guide.
+            const double leading = std::max(expected, f.far[0] / MOST_FORESEEN);
+            if (found > 0 && leading > 0)
+                calibration[size_t(i)] = float(std::log2(found / leading) + double(m[size_t(i)]) * bits);
         }
     }
 
@@ -810,8 +833,13 @@ private:
             if (n + 1 < space.active.size() && !lists.allowed) {
                 // The first windows of the next cell, meanwhile.
                 const int64_t next = space.active[n + 1], row = lists.rank * 2;
-                const uint8_t* const from = lists.data + lists.offsets[next] + start_of(next, lists.sizes[next]) * row;
+                const int64_t start = start_of(next, lists.sizes[next]), size = lists.values_are_bytes ? 1 : 4;
+                const uint8_t* const from = lists.data + lists.offsets[next] + start * row;
                 for (int64_t at = 0; at < 2 * LANES * row; at += 64) __builtin_prefetch(from + at);
+                const char* const values = static_cast<const char*>(lists.values);
+                for (int64_t at = 0; at < LANES * channels * size + 64; at += 64)
+                    __builtin_prefetch(values + (lists.starts[next] + start) * channels * size + at);
+                if (lists.counts) __builtin_prefetch(lists.counts + lists.starts[next] + start);
             }
             std::sort(entries.begin() + begin, entries.begin() + end, [](const Entry& a, const Entry& b) {
                 return a.take != b.take ? a.take > b.take : a.query < b.query;
@@ -861,7 +889,8 @@ private:
         const double unit = std::exp2(std::min(100., double(calibration[size_t(i)]) - state.m));
         state.s += unit * f.far[0];
         for (int c = 0; c < channels; ++c) state.v[c] += unit * f.far[1 + c];
-        const double guard = EXPECTED_SHARE * unit * unit;
+        double guard = EXPECTED_SHARE * unit * unit;
+        if (guard * f.unseen[0] > 4 * state.s * state.s) guard = 4 * state.s * state.s / f.unseen[0];  // values' range is 2
         state.ss += guard * f.unseen[0];
         for (int c = 0; c < channels; ++c) {
             state.vs[c] += guard * f.unseen[1 + c];
@@ -880,7 +909,7 @@ private:
             int64_t id;
             std::memcpy(&id, region.ids(sample.cell) + int64_t(sample.at) * 8, 8);
             if (region.image_of(id) >= scan.image_count) throw std::runtime_error("index: a window lies outside the bank");
-            state.heavy.push_back({sample.log_size, sample.log_weight, 0, int32_t(id / per_image),
+            state.heavy.push_back({sample.log_size, sample.log_weight, sample.log_count, 0, int32_t(id / per_image),
                                    int32_t(id % per_image / lists.cols) + lists.row0 - r,
                                    int32_t(id % lists.cols) + lists.col0 - r, {}, false});
         }
@@ -980,7 +1009,7 @@ public:
                 }
                 region.look(query, heavy);
                 if (!may_matter(state, heavy)) continue;
-                heavy.log_weight = heavy.log_size = rough_weight(query, heavy);
+                heavy.log_weight = heavy.log_size = rough_weight(query, heavy), heavy.log_count = 0;
                 if (heavy.log_weight < state.threshold) continue;
                 // Equal windows are stored once: one of the same distance is the same window.
                 const auto equal = [&](const Heavy& other) {
@@ -990,6 +1019,7 @@ public:
                 heavy.certain = true;
                 state.heavy.push_back(heavy);
                 // Not scanned, it was not in the sums.
+                state.refer_to(double(heavy.log_weight));
                 const double weight = std::exp2(double(heavy.log_weight) - state.m);
                 state.s += weight, state.s2 += weight * weight;
                 for (int c = 0; c < scan.channels; ++c) state.v[c] += weight * double(heavy.value[c]);
@@ -1001,11 +1031,12 @@ public:
         State& state = region.states[size_t(query)];
         const int channels = scan.channels;
         for (Heavy& heavy : state.heavy) {
-            if (!heavy.certain || heavy.log_size <= heavy.log_weight) continue;
-            const double excess = std::exp2(double(heavy.log_size) - state.m) - std::exp2(double(heavy.log_weight) - state.m);
+            const float alone = heavy.log_weight + heavy.log_count;
+            if (!heavy.certain || heavy.log_size <= alone) continue;
+            const double excess = std::exp2(double(heavy.log_size) - state.m) - std::exp2(double(alone) - state.m);
             state.s -= excess;
             for (int c = 0; c < channels; ++c) state.v[c] -= excess * double(heavy.value[c]);
-            heavy.log_size = heavy.log_weight;
+            heavy.log_size = alone;
         }
         double norm = 0;
         for (int d = 0; d < scan.used_rank; ++d) norm += std::pow(double(region.q[size_t(query * region.pitch + d)]), 2);
@@ -1022,6 +1053,24 @@ public:
     }
 
 private:
+    // Where features put windows in quite another order than pixels do (at low noise, far from everything), one that is not
+    // in the sample may be the heaviest: the variance of the sample's values, as far as the lead over those falls short.
+    double in_doubt(const State& state, int channel) const {
+        if (!(state.threshold > -INFINITY) || state.heavy.size() < 2) return 0;
+        double offset = 0, squares = 0, best = -INFINITY, mean = 0, variance = 0;
+        const double size = double(state.heavy.size());
+        for (const Heavy& heavy : state.heavy) {
+            const double exact = -double(heavy.distance) * bits / 2, apart = exact - double(heavy.log_weight);
+            offset += apart / size, squares += apart * apart / size, best = std::max(best, exact);
+            mean += double(heavy.value[channel]) / size, variance += std::pow(double(heavy.value[channel]), 2) / size;
+        }
+        const double deviation = std::sqrt(std::max(0., squares - offset * offset));
+        const double lead = best - offset - double(state.threshold);
+        if (deviation * exact_bits * 2 / bits < DISORDER) return 0;
+        return std::min(1., std::max(0., 1 - lead / (4 * deviation))) * std::max(0., variance - mean * mean);
+    }
+
+    static constexpr double DISORDER = 3;  // bits by which weights may be off before their order is doubted
     static constexpr size_t MOST_PROPOSED = 8;
     static constexpr double FEW_DRAWN = 4;  // so many sampled windows of the rest count as much as all sure ones together
 
@@ -1057,7 +1106,7 @@ private:
 
     // Puts right what the features leave out. Windows of the sample that are sure to be in it get their exact weights;
     // the rest keeps the scan's sums, times what the sampled ones of it weigh more, and its mean moves by what their exact
-    // weights change, as far as that stands out from the sample's own error (James & Stein).
+    // weights change, in proportion to how well the sample knows that.
     void correct(State& total, double& log_shift) const {
         const auto& kept = total.heavy;
         if (kept.empty()) return;
@@ -1102,13 +1151,17 @@ private:
         }
         const double whole = guided ? sure.exact + ratio * rest : found;
         if (!(whole > 0)) return;
+        // Relative variance of the ratio, by how ratios scatter.
+        double spread = 0;
+        for (size_t j = 0; guided && j < size; ++j) spread += std::pow(exact[j] / (ratio * rough[j]) - 1, 2) / double(size);
+        spread = std::min(1., spread) / (drawn_part.size + FEW_DRAWN);
         const double rest_share = guided ? ratio * rest / whole : drawn_part.exact / whole;
         for (int c = 0; c < channels; ++c) {
-            double mean, error = 0;
+            double mean, error = in_doubt(total, c);
             if (guided) {
                 const double rest_v = total.v[c] - sure.rough_v[c];
                 double rest_mean = rest > 1e-6 * total.s ? std::min(1., std::max(-1., rest_v / rest)) : 0;
-                double bias_variance = 0, change = 0, noise = 0, spread = 0;
+                double bias_variance = 0, change = 0, noise = 0;
                 if (drawn_part.exact > 0 && rest > 0) {
                     const double exact_mean = drawn_part.exact_v[c] / drawn_part.exact;
                     const double rough_mean = drawn_part.rough_v[c] / drawn_part.rough;
@@ -1121,18 +1174,19 @@ private:
                         bias_variance += (1 - chance[j]) * d * d;
                         const double excess = (exact[j] - ratio * rough[j]) / whole;
                         noise += excess * excess / chance[j] * (value - rest_mean) * (value - rest_mean);
-                        const double relative = exact[j] / chance[j] / drawn_part.exact * drawn_part.size - 1;
-                        spread += relative * relative;
                     }
-                    spread /= std::max(1., drawn_part.size - 1) * (drawn_part.size + FEW_DRAWN);
                 }
-                const double kept_share = change * change > bias_variance ? 1 - bias_variance / (change * change) : 0;
+                // The change is measured with `measured` variance; before that, independent excesses of the rest's
+                // windows let expect `noise`, and what stands out from both tells that they were not independent.
+                const double measured = rest_share * rest_share * bias_variance;
+                const double seen = rest_share * rest_share * change * change;
+                const double expected = std::max(noise, seen - 9 * measured);
+                const double kept_share = expected > 0 ? expected / (expected + measured) : 0;
                 rest_mean += kept_share * change;
                 const double sure_mean = sure.exact > 0 ? sure.exact_v[c] / sure.exact : rest_mean;
                 mean = (1 - rest_share) * sure_mean + rest_share * rest_mean;
                 const double apart = rest_share * (1 - rest_share) * (rest_mean - sure_mean);
-                error = kept_share * rest_share * rest_share * bias_variance + (1 - kept_share) * noise +
-                        apart * apart * spread;
+                error += 4 * kept_share * measured + noise + apart * apart * spread;
             } else {
                 mean = (sure.exact_v[c] + drawn_part.exact_v[c]) / found;
                 for (size_t j = 0; j < size; ++j) {

@@ -1,5 +1,5 @@
 // The scan of one cell, compiled once per instruction set: included inside namespace PS_SIMD, which brings
-// half_to_float, bytes_to_float, QT and VT: queries and vectors of windows at a time.
+// half_to_float, bytes_to_float, QT and VT, queries and vectors of windows at a time, and SPLIT.
 //
 // A lane is a window. A cell's windows are turned to float once for all of its queries, sixteen beside each other, and
 // queries' features broadcast against them. They lie in random order, so a lane of a query's sums is a random group of
@@ -188,19 +188,30 @@ PS_INLINE void scan_tile(const CellTask& t, Run<C>* runs, int entry, int first, 
     const int r = t.rank;
     const float* p = t.block + int64_t(w) * r;
     const F scale = broadcast(t.scale);
-    F dot[Q][V];
+    // Each sum in SPLIT parts, so that even few of them keep the multiply-add units busy.
+    F dot[Q][V], odd[Q][V];
     PS_UNROLL16 for (int v = 0; v < V; ++v)
-        for (int i = 0; i < Q; ++i) dot[i][v] = -load(t.block_squares + w + v * LANES);
+        for (int i = 0; i < Q; ++i) dot[i][v] = -load(t.block_squares + w + v * LANES), odd[i][v] = F{};
     const float* q[Q];
     PS_UNROLL16 for (int i = 0; i < Q; ++i) q[i] = runs[entry + i].q;
-    for (int64_t d = 0; d < r; ++d) {
-        F x[V];
-        PS_UNROLL16 for (int v = 0; v < V; ++v) x[v] = load(p + (int64_t(v) * r + d) * LANES);
-        PS_UNROLL16 for (int i = 0; i < Q; ++i) {
-            const F y = broadcast(q[i][d]);
-            for (int v = 0; v < V; ++v) dot[i][v] += x[v] * y;
+    for (int64_t d = 0; d + SPLIT <= r; d += SPLIT) {
+        F x[V], z[V];
+        PS_UNROLL16 for (int v = 0; v < V; ++v) {
+            x[v] = load(p + (int64_t(v) * r + d) * LANES);
+            if (SPLIT > 1) z[v] = load(p + (int64_t(v) * r + d + 1) * LANES);
         }
+        PS_UNROLL16 for (int i = 0; i < Q; ++i)
+            for (int v = 0; v < V; ++v) {
+                dot[i][v] += x[v] * q[i][d];
+                if (SPLIT > 1) odd[i][v] += z[v] * q[i][d + 1];
+            }
     }
+    if (SPLIT > 1)
+        PS_UNROLL16 for (int i = 0; i < Q; ++i)
+            for (int v = 0; v < V; ++v) {
+                if (r % 2) dot[i][v] += load(p + (int64_t(v) * r + r - 1) * LANES) * q[i][r - 1];
+                dot[i][v] += odd[i][v];
+            }
 
     F lanes;
     for (int i = 0; i < LANES; ++i) lanes[i] = float(i);
@@ -239,10 +250,11 @@ PS_INLINE void scan_tile(const CellTask& t, Run<C>* runs, int entry, int first, 
                 kept &= kept - 1;
                 const Entry& taken = t.entries[entry + i];
                 const float log_weight = dot[i][v][j] * t.scale;
-                const float log_size = log_weight + std::log2(taken.factor * (t.counts ? t.block_counts[at + j] : 1.f));
+                const float log_count = t.counts ? std::log2(t.block_counts[at + j]) : 0.f;
+                const float log_size = log_weight + log_count + std::log2(taken.factor);
                 Samples& samples = t.samples[taken.query];
                 const float threshold = samples.threshold;
-                samples.add({log_size - std::log2(u[j]), log_size, log_weight, t.cell,
+                samples.add({log_size - std::log2(u[j]), log_size, log_weight, log_count, t.cell,
                              int32_t(window_at(t, first + at + j))}, t.recheck);
                 if (samples.threshold > threshold) set_cut(t, taken, run);
             }
@@ -373,7 +385,11 @@ static void scan_cell(const CellTask& t) {
 
     // Into the queries' sums; of a cell taken by chance, what it differs by from what was foreseen.
     F linear;  // 1 where a part grows with the weights, 0 where with their squares
-    for (int part = 0; part < LANES; ++part) linear[part] = part == 0 || (part >= 3 && part < 3 + C) ? 1.f : 0.f;
+    I sums;    // which parts are sums, not second moments
+    for (int part = 0; part < LANES; ++part) {
+        linear[part] = part == 0 || (part >= 3 && part < 3 + C) ? 1.f : 0.f;
+        sums[part] = part == 1 || linear[part] > 0 ? -1 : 0;
+    }
     for (int e = 0; e < t.entry_count; ++e) {
         const Entry& entry = t.entries[e];
         const Run<C>& run = runs[e];
@@ -385,27 +401,36 @@ static void scan_cell(const CellTask& t) {
             parts[3 + C + c] = run.y[0] * run.y[1 + c], parts[3 + 2 * C + c] = run.y[1 + c] * run.y[1 + c];
         }
         F x = sums_of(parts);
-        float foreseen = 0;
-        if (entry.foreseen > 0) {
-            float bits = t.calibration[entry.query] - run.m * t.scale;
-            bits = bits < 100.f ? bits : 100.f;
-            foreseen = entry.foreseen * std::exp2(bits) / entry.chance;
+        alignas(64) float was[LANES], more[LANES] = {};
+        store(was, x);
+        x *= sums ? broadcast(entry.factor) : broadcast(entry.scatter);
+        if (entry.scatter > 0 || entry.chance < 1) {
+            float foreseen = 0;
+            if (entry.foreseen > 0) {
+                float bits = t.calibration[entry.query] - run.m * t.scale;
+                bits = bits < 100.f ? bits : 100.f;
+                foreseen = entry.foreseen * std::exp2(bits) / entry.chance;
+            }
+            const float luck = 1.f - entry.chance, each = entry.scatter / LANES;
+            const float sum = was[0], beside = sum * entry.factor - foreseen;
+            more[0] = -foreseen, more[2] = luck * beside * beside - each * sum * sum;
+            for (int c = 0; c < C; ++c) {
+                const float sum_v = was[3 + c], foreseen_v = foreseen * t.moments[c];
+                const float beside_v = sum_v * entry.factor - foreseen_v;
+                more[3 + c] = -foreseen_v;
+                more[3 + C + c] = luck * beside * beside_v - each * sum * sum_v;
+                more[3 + 2 * C + c] = luck * beside_v * beside_v - each * sum_v * sum_v;
+            }
+            x += load(more);
         }
-        const float luck = 1.f - entry.chance;
-        constexpr float EACH = 1.f / LANES;
-        const float sum = x[0], beside = sum * entry.factor - foreseen;
-        x[0] = beside, x[1] *= entry.factor;
-        x[2] = entry.scatter * (x[2] - EACH * sum * sum) + luck * beside * beside;
-        for (int c = 0; c < C; ++c) {
-            const float sum_v = x[3 + c], beside_v = sum_v * entry.factor - foreseen * t.moments[c];
-            x[3 + c] = beside_v;
-            x[3 + C + c] = entry.scatter * (x[3 + C + c] - EACH * sum * sum_v) + luck * beside * beside_v;
-            x[3 + 2 * C + c] = entry.scatter * (x[3 + 2 * C + c] - EACH * sum_v * sum_v) + luck * beside_v * beside_v;
-        }
-        const float f = std::exp2((t.m[entry.query] - run.m) * t.scale);
         float* const to = t.sums + int64_t(entry.query) * LANES;
-        store(to, load(to) * (f * f + linear * (f - f * f)) + x);
-        t.m[entry.query] = run.m;
+        F before = load(to);
+        if (t.m[entry.query] != run.m) {
+            const float f = std::exp2((t.m[entry.query] - run.m) * t.scale);
+            before *= f * f + linear * (f - f * f);
+            t.m[entry.query] = run.m;
+        }
+        store(to, before + x);
     }
 }
 

@@ -459,7 +459,7 @@ def native_arguments(indexed, monkeypatch):
     bank, index = indexed()
     found = {}
     monkeypatch.setattr(
-        "patchscore.engines.pruned._native", SimpleNamespace(scan_lists=lambda **given: found.update(given))
+        "patchscore.engines.pruned._native", SimpleNamespace(scan_lists=lambda scans, *_: found.update(scans[0]))
     )
     machine = pruned(bank, index, padding_mode="circular", budget=0.1)
     with contextlib.suppress(Exception):
@@ -480,17 +480,31 @@ SPOILT = {
     "sizes of int32": {"sizes": lambda x: x.astype(np.int32)},
     "too few data": {"data": lambda x: np.asarray(x[: len(x) // 2])},
     "data of floats": {"data": lambda x: np.zeros(len(x), np.float32)},
-    "features of float64": {"q": lambda x: x.astype(np.float64)},
-    "features of another rank": {"q": lambda x: x[:, :-1].copy()},
-    "strided features": {"q": lambda x: x[:, ::-1]},
-    "windows of two axes": {"windows": lambda x: x.reshape(len(x), -1)},
-    "too few windows": {"windows": lambda x: x[:-1].copy()},
-    "wide windows": {"windows": lambda x: np.zeros((*x.shape[:2], 3, 5), np.float32)},
+    "half a family of cells": {"sizes": lambda x: x[:-8].copy(), "offsets": lambda x: x[:-8].copy()},
+    "a repeat table too short": {"repeats": lambda x: np.ones(3, np.float32), "counts": lambda x: "given"},
+    "images of float64": {"z": lambda x: x.astype(np.float64)},
+    "images that are not padded": {"z": lambda x: x[:, :, 1:-1, 1:-1].copy()},
+    "strided images": {"z": lambda x: x[..., ::-1]},
+    "images of three axes to denoise": {"z": lambda x: x[0]},
+    "an item too many": {"items": lambda x: x + 1},
+    "a negative item": {"items": lambda x: x - 1},
+    "a pixel beyond the image": {"numbers": lambda x: x + 10},
+    "pixels beyond the image": {"pixels": lambda x: (0, 0, 99, 12)},
+    "an even patch size": {"patch_size": lambda x: 4},
+    "a patch size of other windows": {"patch_size": lambda x: x + 2},
+    "axes of other windows": {"axes": lambda x: x[:-1].copy()},
+    "a centre of other windows": {"centre": lambda x: x[:-1].copy()},
+    "nothing foreseen": {"foreseen_rank": lambda x: 0},
+    "more foreseen than compared": {"foreseen_rank": lambda x: 10**6},
     "values of other images": {"values": lambda x: np.asarray(x[:-1])},
     "images of one channel": {"images": lambda x: x[:, :1].copy()},
     "images of three axes": {"images": lambda x: x[0]},
-    "expectations of other cells": {"expected": lambda x: x[:, :-1].copy()},
-    "means of other cells": {"mean": lambda x: x[:-1].copy()},
+    "cells beyond the moments": {"first_cell": lambda x: 16 * 10**6},
+    "cells that split a family": {"first_cell": lambda x: 3},
+    "means of fewer cells": {"mean": lambda x: x[:, :-16].copy()},
+    "variances of other axes": {"variance": lambda x: x[:-1].copy()},
+    "parents of other cells": {"parent_mean": lambda x: x[:, :-1].copy()},
+    "something missing": {"seed": lambda x: None},
     "moments of one channel": {"moments": lambda x: x[:, :2].copy()},
     "a place outside": {"place": lambda x: (1, 1, 14, 10)},
     "no axis": {"used_rank": lambda x: 0},
@@ -504,19 +518,27 @@ SPOILT = {
     "no room for pairs": {"pairs": lambda x: x[:0].copy()},
     "numbers of another batch": {"numbers": lambda x: x[:-1].copy()},
     "images allowed of another bank": {"allowed": lambda x: np.ones(3, np.uint8)},
-    "another instruction set": {"simd": lambda x: "mmx"},
 }
 
 
 @pytest.mark.parametrize("spoilt", SPOILT)
 def test_the_native_scan_refuses_what_does_not_fit(native_arguments, spoilt):
     changed = {name: change(native_arguments[name]) for name, change in SPOILT[spoilt].items()}
+    if changed.get("counts") == "given":
+        changed["counts"] = np.zeros(native_arguments["sizes"].sum(), np.uint16)
     with pytest.raises(ValueError):
-        sliding._native.scan_lists(**{**native_arguments, **changed})
+        sliding._native.scan_lists([{**native_arguments, **changed}], 1, "")
+
+
+def test_the_native_scan_writes_where_it_may_and_knows_its_instruction_sets(native_arguments):
     read_only = np.zeros_like(native_arguments["s"])
     read_only.flags.writeable = False
     with pytest.raises((ValueError, BufferError)):
-        sliding._native.scan_lists(**{**native_arguments, "s": read_only})
+        sliding._native.scan_lists([{**native_arguments, "s": read_only}], 1, "")
+    with pytest.raises(ValueError, match="mmx"):
+        sliding._native.scan_lists([native_arguments], 1, "mmx")
+    sliding._native.scan_lists([native_arguments], 1, "")
+    assert native_arguments["pairs"][0] > 0
 
 
 # What is written about it.
