@@ -446,12 +446,13 @@ static float greatest(const float* x, const float* competing, int64_t cells) {
     return most;
 }
 
-// share = e^(expected - top), at least e^-80.
+// share = e^(expected - top), at least e^-80, at most 1: what is expected of an empty cell means nothing.
 static void exponentials(const float* expected, int64_t cells, float top, float* share) {
     constexpr float BITS = 1.44269504f;
     for (int64_t c = 0; c < cells; c += LANES) {
         F x = (load(expected + c) - top) * BITS;
         x = x > -115.f ? x : broadcast(-115.f);
+        x = x < 0.f ? x : F{};
         store(share + c, exp2f_(x));
     }
 }
