@@ -201,6 +201,7 @@ public:
 constexpr int64_t STATE_BYTES = int64_t(4) << 20;   // state of one panel: wider groups are cut into strips
 constexpr int64_t LANE_BYTES = int64_t(12) << 20;   // accumulators kept from block to block; larger ones are flushed
 constexpr int64_t THREAD_BYTES = int64_t(32) << 20;  // of a thread, where several noisy images would pass it
+constexpr int64_t KEPT_BYTES = int64_t(16) << 20;    // of all noisy images of a unit: beyond it caches fail, measured
 constexpr int CHUNKS = 32;                          // a bank is cut into about so many
 
 int round_up(int64_t x, int64_t to) { return int((x + to - 1) / to * to); }
@@ -327,7 +328,7 @@ struct Pass {
         if (whole) items = std::min(problem.batch, 16);
         else if (most_windows < 64) items = std::min(problem.batch, 8);
         const int64_t share = std::min(THREAD_BYTES, problem.memory_limit / std::max(1, problem.threads));
-        while (items > 1 && bytes_per_thread() > share) items /= 2;
+        while (items > 1 && (bytes_per_thread() > share || items * kept_bytes() > KEPT_BYTES)) items /= 2;
         while (items > 1 && int64_t(chunks) * ((problem.batch + items - 1) / items) < 4 * problem.threads) items /= 2;
     }
 
@@ -338,8 +339,13 @@ struct Pass {
             const int64_t values = int64_t(problem.channels) * problem.height * problem.width;
             return items * (whole_padded() * 4 + values * 16) + chunk * (whole_padded() * 4 + 16);
         }
-        int64_t bytes = (block_floats + state_floats + scratch_floats) * 4;
-        for (const WindowPlan& plan : windows) bytes += items * plan.item_bytes();
+        return (block_floats + state_floats + scratch_floats) * 4 + items * kept_bytes();
+    }
+
+    // Of one noisy image, in all competitions by windows.
+    int64_t kept_bytes() const {
+        int64_t bytes = 0;
+        for (const WindowPlan& plan : windows) bytes += plan.item_bytes();
         return bytes;
     }
 
