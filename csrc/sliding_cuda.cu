@@ -484,6 +484,131 @@ __global__ void __launch_bounds__(THREADS) row_kernel(const Norms t) {
     }
 }
 
+// Whole images. Every noisy image meets every training image once, so q.p is one matrix product, of bytes as above, and
+// |q - p|^2 exact. Bytes are read from the bank as it lies there.
+constexpr int STEP = 64;                    // values that a product of a warp takes at a time, 16 a lane
+constexpr int AVERAGED = 8;                 // noisy images that share a training pixel once it is loaded
+constexpr int ADDED = 256;                  // images that are added up in float32
+
+// The digits of noisy images times training bytes. ctypes mirrors it.
+struct Products {
+    int images, values;         // values: of an image
+    int groups, slice;          // of QUERIES noisy images; values of a block, so many that sums fit an int
+    int digits_of_floats;       // bytes are signed digits; otherwise pixels u, which stand for u - 128
+    const uint8_t* bytes;       // [.., values]
+    const int64_t* indices;     // [images] positions in `bytes`, or null
+    const int8_t* digits;       // [groups][3][QUERIES][values, rounded up to STEP]
+    int* products;              // [slices][images][groups][3][QUERIES]
+    int* norms;                 // [slices][images][4]: sums of squares of the bytes
+};
+
+// 16 bytes of an image from `at` on, signed; 0 beyond its end. Nothing is assumed of addresses unless ALIGNED.
+template <bool ALIGNED>
+__device__ __forceinline__ int4 sixteen(const Products& t, const uint8_t* image, int at) {
+    int words[4] = {0, 0, 0, 0};
+    if (at >= t.values) return {0, 0, 0, 0};
+    const int sign = t.digits_of_floats ? 0 : 0x80;
+    if (ALIGNED) {
+        const int4 four = *reinterpret_cast<const int4*>(image + at);
+        const int signs = sign * 0x01010101;
+        return {four.x ^ signs, four.y ^ signs, four.z ^ signs, four.w ^ signs};
+    }
+    for (int i = 0; i < at_most(16, t.values - at); ++i) words[i / 4] |= (image[at + i] ^ sign) << (8 * (i % 4));
+    return {words[0], words[1], words[2], words[3]};
+}
+
+// A warp holds TILES x TILE training images; which values a lane takes is all the same to a sum, so it takes 16 that lie
+// together, of training and noisy images alike.
+template <bool ALIGNED>
+__global__ void __launch_bounds__(THREADS) products_kernel(const Products t) {
+    const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
+    const int first = (int(blockIdx.x) * WARPS + int(threadIdx.x >> 5)) * TILES * TILE;
+    if (first >= t.images) return;
+    const int from = int(blockIdx.y) * t.slice, to = at_most(from + t.slice, t.values), group = int(blockIdx.z);
+    const int64_t padded = (int64_t(t.values) + STEP - 1) / STEP * STEP;
+    const int8_t* const digits = t.digits + (int64_t(group) * 3 * QUERIES + row) * padded + 16 * quad;
+    const uint8_t* images[TILES];
+    int products[3][TILES][4], norms[TILES];
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+        const int image = at_most(first + n * TILE + row, t.images - 1);
+        images[n] = t.bytes + (t.indices ? t.indices[image] : image) * int64_t(t.values);
+        norms[n] = 0;
+#pragma unroll
+        for (int digit = 0; digit < 3; ++digit)
+            for (int x = 0; x < 4; ++x) products[digit][n][x] = 0;
+    }
+    for (int x = from; x < to; x += STEP) {
+        int4 p[TILES];
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+            p[n] = sixteen<ALIGNED>(t, images[n], x + 16 * quad);
+            norms[n] = dot4(p[n].x, p[n].x, dot4(p[n].y, p[n].y, norms[n]));
+            norms[n] = dot4(p[n].z, p[n].z, dot4(p[n].w, p[n].w, norms[n]));
+        }
+#pragma unroll
+        for (int digit = 0; digit < 3; ++digit) {
+            const int8_t* const at = digits + digit * QUERIES * padded + x;
+            const int4 upper = *reinterpret_cast<const int4*>(at);
+            const int4 lower = *reinterpret_cast<const int4*>(at + 8 * padded);
+#pragma unroll
+            for (int n = 0; n < TILES; ++n) {
+                multiply(products[digit][n], upper.x, lower.x, upper.y, lower.y, p[n].x, p[n].y);
+                multiply(products[digit][n], upper.z, lower.z, upper.w, lower.w, p[n].z, p[n].w);
+            }
+        }
+    }
+    const int64_t of_slice = int64_t(blockIdx.y) * t.images;
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+        if (group == 0 && first + n * TILE + row < t.images)
+            t.norms[(of_slice + first + n * TILE + row) * 4 + quad] = norms[n];
+#pragma unroll
+        for (int x = 0; x < 4; ++x) {
+            const int image = first + n * TILE + 2 * quad + x % 2, item = row + 8 * (x / 2);
+            if (image < t.images)
+                for (int digit = 0; digit < 3; ++digit)
+                    t.products[(((of_slice + image) * t.groups + group) * 3 + digit) * QUERIES + item] =
+                        products[digit][n][x];
+        }
+    }
+}
+
+// Sums of training images by weight. ctypes mirrors it.
+struct Average {
+    int images, values, groups, bytes;  // groups of AVERAGED noisy images; bytes as of Pack
+    const void* raw;            // [.., values]
+    const int64_t* indices;     // [images] positions in `raw`, or null
+    const float* weights;       // [images][groups][AVERAGED]
+    float* sums;                // [ADDED images each][groups][AVERAGED][values]
+};
+
+__device__ __forceinline__ float value_of(uint8_t raw) { return float(raw) * (1.f / 127.5f) - 1.f; }
+__device__ __forceinline__ float value_of(float raw) { return raw; }
+
+template <typename Raw>
+__global__ void __launch_bounds__(THREADS) average_kernel(const Average t) {
+    const int x = int(blockIdx.y) * THREADS + int(threadIdx.x), group = int(blockIdx.z);
+    if (x >= t.values) return;
+    const Raw* const raw = static_cast<const Raw*>(t.raw) + x;
+    float sums[AVERAGED];
+#pragma unroll
+    for (int item = 0; item < AVERAGED; ++item) sums[item] = 0.f;
+    const int first = int(blockIdx.x) * ADDED, last = at_most(first + ADDED, t.images);
+    for (int image = first; image < last; ++image) {
+        const float4* const w = reinterpret_cast<const float4*>(t.weights + (int64_t(image) * t.groups + group) * AVERAGED);
+        const float4 a = w[0], b = w[1];
+        if (a.x + a.y + a.z + a.w + b.x + b.y + b.z + b.w == 0.f) continue;  // most images, where noise is low
+        const float value = value_of(raw[(t.indices ? t.indices[image] : image) * int64_t(t.values)]);
+        const float weights[AVERAGED] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int item = 0; item < AVERAGED; ++item) sums[item] += weights[item] * value;
+    }
+    float* const to = t.sums + (int64_t(blockIdx.x) * t.groups + group) * AVERAGED * t.values + x;
+#pragma unroll
+    for (int item = 0; item < AVERAGED; ++item) to[int64_t(item) * t.values] = sums[item];
+}
+
 // What went wrong, with the kernel's name, for Python to raise; null if nothing did.
 static const char* told(const char* kernel, cudaError_t error) {
     static thread_local char text[256];
@@ -512,7 +637,12 @@ using namespace patchscore;
 #define PS_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Sizes of the structures ctypes mirrors: a build that does not fit the Python beside it is not used.
-PS_EXPORT int patchscore_layout() { return int(sizeof(Windows) + 1000 * sizeof(Pack) + 1000000 * sizeof(Norms)); }
+PS_EXPORT int64_t patchscore_layout() {
+    int64_t layout = 0;
+    for (const size_t size : {sizeof(Average), sizeof(Products), sizeof(Norms), sizeof(Pack), sizeof(Windows)})
+        layout = 1000 * layout + int64_t(size);
+    return layout;
+}
 
 // Why no device can serve, or null.
 PS_EXPORT const char* patchscore_unavailable() {
@@ -558,4 +688,25 @@ PS_EXPORT const char* patchscore_norms(const Norms* task, int device, void* stre
     if (error != cudaSuccess) return told("column_kernel", error);
     error = launch(row_kernel, dim3(blocks_for(rows)), THREADS, 0, stream, *task);
     return told("row_kernel", error);
+}
+
+PS_EXPORT const char* patchscore_products(const Products* task, int device, void* stream) {
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess) {
+        const bool aligned = task->values % 16 == 0 && reinterpret_cast<uintptr_t>(task->bytes) % 16 == 0;
+        const dim3 blocks(unsigned((task->images + WARPS * TILES * TILE - 1) / (WARPS * TILES * TILE)),
+                          unsigned((task->values + task->slice - 1) / task->slice), unsigned(task->groups));
+        error = launch(aligned ? products_kernel<true> : products_kernel<false>, blocks, THREADS, 0, stream, *task);
+    }
+    return told("products_kernel", error);
+}
+
+PS_EXPORT const char* patchscore_average(const Average* task, int device, void* stream) {
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess) {
+        const dim3 blocks(unsigned((task->images + ADDED - 1) / ADDED), unsigned(blocks_for(task->values)),
+                          unsigned(task->groups));
+        error = launch(task->bytes ? average_kernel<uint8_t> : average_kernel<float>, blocks, THREADS, 0, stream, *task);
+    }
+    return told("average_kernel", error);
 }

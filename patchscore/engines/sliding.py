@@ -71,8 +71,8 @@ def posterior_sums(
     """
     if z.device.type != "cuda":
         return _on_cpu(z, sigma, bank, competitions, memory_limit)
-    # Whole images, and patches beyond the kernels' integers, are a plain matrix product.
-    served = [competition for competition in competitions if sliding_cuda.serves(bank, competition)]
+    # Patches beyond the kernels' shared memory or integers are a plain matrix product.
+    served = [competition for competition in competitions if sliding_cuda.serves(bank, competition, z.device)]
     sums = iter(sliding_cuda.posterior_sums(z, sigma, bank, served, memory_limit))
     return [
         next(sums) if competition in served else reference.posterior_sum(z, sigma, bank, competition, memory_limit)
