@@ -281,13 +281,14 @@ def test_whole_images_do_not_depend_on_slabs_or_batch(kernels, monkeypatch):
 
 
 class _Stream:
-    """Does what it is given at once, or (`late`) not before somebody waits for it."""
+    """Does what it is given at once, or (`late`) not before somebody needs it."""
 
     late = False
     current: "_Stream | None" = None
 
     def __init__(self, device=None):
         self.queue = []
+        self.done = 0
 
     def put(self, work):
         self.queue.append(work)
@@ -295,16 +296,17 @@ class _Stream:
             self.run(len(self.queue))
 
     def run(self, count):
-        for i in range(count):
-            if self.queue[i]:
-                self.queue[i]()
-                self.queue[i] = None
+        while self.done < count:
+            self.done += 1
+            self.queue[self.done - 1]()
 
     def wait_stream(self, other):
-        other.run(len(other.queue))
+        count = len(other.queue)
+        self.put(lambda: other.run(count))
 
     def wait_event(self, event):
-        event.synchronize()
+        stream, place = event.stream, event.place
+        self.put(lambda: stream.run(place))
 
     def __enter__(self):
         _Stream.current = self
@@ -327,7 +329,7 @@ class _Event:
 
 @pytest.fixture(params=["at once", "late"])
 def streams(request, monkeypatch):
-    """CUDA streams on the CPU: computing is the CPU's own work, copies wait as long as they may."""
+    """CUDA streams on the CPU, and the one that computes; its work and copies wait as long as they may."""
     copy, empty = torch.Tensor.copy_, torch.empty
 
     def copy_(self, source, non_blocking=False):
@@ -347,6 +349,7 @@ def streams(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
     monkeypatch.setattr(sliding_cuda, "_on_device", lambda images, device: None)
+    return computing
 
 
 @pytest.mark.parametrize("per_slab", [1, 3, 7, 50, 64])
@@ -356,7 +359,8 @@ def test_slabs_arrive_whole_and_in_order(streams, per_slab):
         arrived = []
         for raw, indices, count in sliding_cuda._slabs(images, torch.device("cpu"), per_slab):
             assert indices is None
-            arrived.append(raw[:count].clone())
+            streams.put(lambda raw=raw, count=count: arrived.append(raw[:count].clone()))
+        streams.run(len(streams.queue))
         own = images.images if images.indices is None else images.images[images.indices]
         assert len(arrived) == -(-len(own) // per_slab)
         assert torch.equal(torch.cat(arrived), own)
@@ -365,6 +369,14 @@ def test_slabs_arrive_whole_and_in_order(streams, per_slab):
 def test_a_streamed_bank_gives_the_references_sums(kernels, streams, monkeypatch):
     bank = ps.PatchBank(smooth_images(300, 1, 6, 6), torch.arange(300) % 2).select(1)
     monkeypatch.setattr(sliding_cuda, "SLAB_BYTES", 64 * 60 * 36)
+    slabs = sliding_cuda._slabs
+
+    def computed_on_at_once(*arguments):
+        for slab in slabs(*arguments):
+            streams.run(len(streams.queue))
+            yield slab
+
+    monkeypatch.setattr(sliding_cuda, "_slabs", computed_on_at_once)
     compare(bank, circular(3, 6, 6), [0.05, 3.0])
     compare(bank, WHOLE_IMAGE, [0.05, 3.0])
 
