@@ -7,6 +7,7 @@
 // A quad is four channels of one pixel as four signed bytes, the unit of all operands (channels beyond the last are 0).
 #include <cstdint>
 #include <cstdio>
+#include <type_traits>
 
 #include "cuda_device.h"
 
@@ -64,7 +65,7 @@ struct Layout {
     int q_rows, q_pitch;        // in noisy pixels
     int p_rows, p_pitch;        // in columns
     int window_rows;
-    int negative, zeros, values, sums, windows, norms, fractions, end;
+    int negative, zeros, values, pairs, sums, windows, norms, fractions, end;
 
     __host__ __device__ explicit Layout(const Windows& t) {
         const int k = t.patch_size;
@@ -77,7 +78,8 @@ struct Layout {
         negative = t.channel_quads * q_rows * q_pitch * Q_QUADS * 4;
         zeros = 2 * negative;
         values = zeros + 9 * Q_QUADS * 4;
-        sums = (values + TILES * 4 + 15) / 16 * 16;
+        pairs = values + TILES * 4;
+        sums = (pairs + 32 * 4 + 15) / 16 * 16;
         windows = sums + t.strip * 32 * 8 * (4 + t.values_per_pixel);
         norms = (windows + t.planes * t.channel_quads * p_rows * p_pitch * P_QUADS * 4 + 15) / 16 * 16;
         fractions = norms + TILES * window_rows * TILE * 4;
@@ -145,6 +147,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
     int* const q_minus = reinterpret_cast<int*>(memory + layout.negative);
     int* const zeros = reinterpret_cast<int*>(memory + layout.zeros);
     int* const values_of_tile = reinterpret_cast<int*>(memory + layout.values);
+    unsigned* const pairs_of_lane = reinterpret_cast<unsigned*>(memory + layout.pairs);
     float2* const sums = reinterpret_cast<float2*>(memory + layout.sums);  // [strip][4 + CV][lanes]
     int* const p = reinterpret_cast<int*>(memory + layout.windows);        // [planes][channel_quads][rows][pitch][P_QUADS]
     int* const norms = reinterpret_cast<int*>(memory + layout.norms);      // [window rows][TILES][TILE]
@@ -204,7 +207,8 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
             norms[x] = inside ? t.norms[from] : 0;
             if (PLANES > 1) fractions[x] = inside ? t.fractions[from] : 0.f;
         }
-        // Which of a thread's pairs (two queries, TILES tiles, two columns) exist, and where values are.
+        // Which of a thread's pairs (two queries, TILES tiles, two columns) exist, and where values are. Warps agree; most
+        // tiles are whole, so the bits of those that are not need no register.
         unsigned exist = 0;
 #pragma unroll
         for (int n = 0; n < TILES; ++n) {
@@ -218,6 +222,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
             if (threadIdx.x == 0 && tile < all_tiles)
                 values_of_tile[n] = tile / tiles_per_image * H * W + first_column + b;
         }
+        if (warp == 0) pairs_of_lane[lane] = exist;
         const bool all_exist = !any_lane(exist != 0xffffu);
         __syncthreads();
 
@@ -301,7 +306,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
                                 __syncwarp();  // keeps this a branch: most tiles are whole
 #pragma unroll
                                 for (int x = 0; x < 2 * TILES; ++x)
-                                    if (!(exist >> (8 * jj + x) & 1)) w[jj][x] = 0.f;
+                                    if (!(pairs_of_lane[lane] >> (8 * jj + x) & 1)) w[jj][x] = 0.f;
                             }
                             total[jj] = 0.f;
 #pragma unroll
@@ -313,7 +318,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
 #pragma unroll
                             for (int x = 0; x < 2 * TILES; ++x) {
                                 const float one = bits(x / 2, x % 2, high(x / 2, x % 2), low(x / 2, x % 2));
-                                if ((exist >> (8 * jj + x) & 1) && one > most)
+                                if ((pairs_of_lane[lane] >> (8 * jj + x) & 1) && one > most)
                                     most = one, new_coarse = high(x / 2, x % 2), new_fine = low(x / 2, x % 2);
                             }
                             const float fade = power_of_two(-most);
@@ -330,13 +335,15 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
                     const float2 s = mine[2 * 32];
                     if (any_lane(total[0] > NEGLIGIBLE * s.x || total[1] > NEGLIGIBLE * s.y)) {
                         mine[2 * 32] = {s.x + total[0], s.y + total[1]};
+                        // Half an instruction a pair more, but on an sm_80 four channels lack a register otherwise.
+                        using Index = std::conditional_t<CV == 4, unsigned, int>;
                         float2 s2 = mine[3 * 32];
                         float v[CV][2];
 #pragma unroll
                         for (int c = 0; c < CV; ++c) v[c][0] = v[c][1] = 0.f;
 #pragma unroll
                         for (int x = 0; x < 2 * TILES; ++x) {
-                            const int at = values_of_tile[x / 2] + a * W + 2 * quad + x % 2;
+                            const Index at = values_of_tile[x / 2] + a * W + 2 * quad + x % 2;
                             float value[4];
                             if (CV == 1) {
                                 value[0] = t.values[at];
