@@ -359,7 +359,7 @@ def test_slabs_arrive_whole_and_in_order(streams, per_slab):
         arrived = []
         for raw, indices, count in sliding_cuda._slabs(images, torch.device("cpu"), per_slab):
             assert indices is None
-            streams.put(lambda raw=raw, count=count: arrived.append(raw[:count].clone()))
+            streams.put(lambda raw=raw, count=count, to=arrived: to.append(raw[:count].clone()))
         streams.run(len(streams.queue))
         own = images.images if images.indices is None else images.images[images.indices]
         assert len(arrived) == -(-len(own) // per_slab)
