@@ -512,16 +512,17 @@ struct Products {
 // 16 bytes of an image from `at` on, signed; 0 beyond its end. Nothing is assumed of addresses unless ALIGNED.
 template <bool ALIGNED>
 __device__ __forceinline__ int4 sixteen(const Products& t, const uint8_t* image, int at) {
-    int words[4] = {0, 0, 0, 0};
     if (at >= t.values) return {0, 0, 0, 0};
     const int sign = t.digits_of_floats ? 0 : 0x80;
-    if (ALIGNED) {
+    if constexpr (ALIGNED) {
         const int4 four = *reinterpret_cast<const int4*>(image + at);
         const int signs = sign * 0x01010101;
         return {four.x ^ signs, four.y ^ signs, four.z ^ signs, four.w ^ signs};
+    } else {
+        int words[4] = {0, 0, 0, 0};
+        for (int i = 0; i < at_most(16, t.values - at); ++i) words[i / 4] |= (image[at + i] ^ sign) << (8 * (i % 4));
+        return {words[0], words[1], words[2], words[3]};
     }
-    for (int i = 0; i < at_most(16, t.values - at); ++i) words[i / 4] |= (image[at + i] ^ sign) << (8 * (i % 4));
-    return {words[0], words[1], words[2], words[3]};
 }
 
 // A warp holds TILES x TILE training images; which values a lane takes is all the same to a sum, so it takes 16 that lie
@@ -529,9 +530,10 @@ __device__ __forceinline__ int4 sixteen(const Products& t, const uint8_t* image,
 template <bool ALIGNED>
 __global__ void __launch_bounds__(THREADS) products_kernel(const Products t) {
     const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
-    const int first = (int(blockIdx.x) * WARPS + int(threadIdx.x >> 5)) * TILES * TILE;
+    const int group = int(blockIdx.x) % t.groups;  // groups of the same images side by side, to read them from memory once
+    const int first = (int(blockIdx.x) / t.groups * WARPS + int(threadIdx.x >> 5)) * TILES * TILE;
     if (first >= t.images) return;
-    const int from = int(blockIdx.y) * t.slice, to = at_most(from + t.slice, t.values), group = int(blockIdx.z);
+    const int from = int(blockIdx.y) * t.slice, to = at_most(from + t.slice, t.values);
     const int64_t padded = (int64_t(t.values) + STEP - 1) / STEP * STEP;
     const int8_t* const digits = t.digits + (int64_t(group) * 3 * QUERIES + row) * padded + 16 * quad;
     const uint8_t* images[TILES];
@@ -590,30 +592,61 @@ struct Average {
     float* sums;                // [ADDED images each][groups][AVERAGED][values]
 };
 
-__device__ __forceinline__ float value_of(uint8_t raw) { return float(raw) * (1.f / 127.5f) - 1.f; }
-__device__ __forceinline__ float value_of(float raw) { return raw; }
+__device__ __forceinline__ float value_of(unsigned byte) { return float(byte) * (1.f / 127.5f) - 1.f; }
 
-template <typename Raw>
+// COUNT values, 4 of them in one aligned word or a single one.
+template <int COUNT>
+__device__ __forceinline__ void read_values(float (&values)[COUNT], const uint8_t* raw) {
+    if constexpr (COUNT == 1) {
+        values[0] = value_of(*raw);
+    } else {
+        const unsigned word = *reinterpret_cast<const unsigned*>(raw);
+#pragma unroll
+        for (int x = 0; x < COUNT; ++x) values[x] = value_of(word >> (8 * x) & 255);
+    }
+}
+
+template <int COUNT>
+__device__ __forceinline__ void read_values(float (&values)[COUNT], const float* raw) {
+    if constexpr (COUNT == 1) {
+        values[0] = *raw;
+    } else {
+        const float4 four = *reinterpret_cast<const float4*>(raw);
+        const float all[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int x = 0; x < COUNT; ++x) values[x] = all[x];
+    }
+}
+
+// A thread adds up COUNT neighbouring values of ADDED images for AVERAGED noisy ones.
+template <typename Raw, int COUNT>
 __global__ void __launch_bounds__(THREADS) average_kernel(const Average t) {
-    const int x = int(blockIdx.y) * THREADS + int(threadIdx.x), group = int(blockIdx.z);
+    const int x = (int(blockIdx.y) * THREADS + int(threadIdx.x)) * COUNT;
+    const int group = int(blockIdx.x) % t.groups, part = int(blockIdx.x) / t.groups;
     if (x >= t.values) return;
     const Raw* const raw = static_cast<const Raw*>(t.raw) + x;
-    float sums[AVERAGED];
+    float sums[AVERAGED][COUNT];
 #pragma unroll
-    for (int item = 0; item < AVERAGED; ++item) sums[item] = 0.f;
-    const int first = int(blockIdx.x) * ADDED, last = at_most(first + ADDED, t.images);
+    for (int item = 0; item < AVERAGED; ++item)
+        for (int i = 0; i < COUNT; ++i) sums[item][i] = 0.f;
+    const int first = part * ADDED, last = at_most(first + ADDED, t.images);
     for (int image = first; image < last; ++image) {
         const float4* const w = reinterpret_cast<const float4*>(t.weights + (int64_t(image) * t.groups + group) * AVERAGED);
         const float4 a = w[0], b = w[1];
         if (a.x + a.y + a.z + a.w + b.x + b.y + b.z + b.w == 0.f) continue;  // most images, where noise is low
-        const float value = value_of(raw[(t.indices ? t.indices[image] : image) * int64_t(t.values)]);
         const float weights[AVERAGED] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        float values[COUNT];
+        read_values(values, raw + (t.indices ? t.indices[image] : image) * int64_t(t.values));
 #pragma unroll
-        for (int item = 0; item < AVERAGED; ++item) sums[item] += weights[item] * value;
+        for (int item = 0; item < AVERAGED; ++item)
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) sums[item][i] += weights[item] * values[i];
     }
-    float* const to = t.sums + (int64_t(blockIdx.x) * t.groups + group) * AVERAGED * t.values + x;
+    float* const to = t.sums + (int64_t(part) * t.groups + group) * AVERAGED * t.values + x;
 #pragma unroll
-    for (int item = 0; item < AVERAGED; ++item) to[int64_t(item) * t.values] = sums[item];
+    for (int item = 0; item < AVERAGED; ++item)
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) to[int64_t(item) * t.values + i] = sums[item][i];
 }
 
 // What went wrong, with the kernel's name, for Python to raise; null if nothing did.
@@ -701,8 +734,9 @@ PS_EXPORT const char* patchscore_products(const Products* task, int device, void
     cudaError_t error = cudaSetDevice(device);
     if (error == cudaSuccess) {
         const bool aligned = task->values % 16 == 0 && reinterpret_cast<uintptr_t>(task->bytes) % 16 == 0;
-        const dim3 blocks(unsigned((task->images + WARPS * TILES * TILE - 1) / (WARPS * TILES * TILE)),
-                          unsigned((task->values + task->slice - 1) / task->slice), unsigned(task->groups));
+        const int images = WARPS * TILES * TILE;
+        const dim3 blocks(unsigned((task->images + images - 1) / images * task->groups),
+                          unsigned((task->values + task->slice - 1) / task->slice));
         error = launch(aligned ? products_kernel<true> : products_kernel<false>, blocks, THREADS, 0, stream, *task);
     }
     return told("products_kernel", error);
@@ -711,9 +745,12 @@ PS_EXPORT const char* patchscore_products(const Products* task, int device, void
 PS_EXPORT const char* patchscore_average(const Average* task, int device, void* stream) {
     cudaError_t error = cudaSetDevice(device);
     if (error == cudaSuccess) {
-        const dim3 blocks(unsigned((task->images + ADDED - 1) / ADDED), unsigned(blocks_for(task->values)),
-                          unsigned(task->groups));
-        error = launch(task->bytes ? average_kernel<uint8_t> : average_kernel<float>, blocks, THREADS, 0, stream, *task);
+        const bool aligned = task->values % 4 == 0 && reinterpret_cast<uintptr_t>(task->raw) % (task->bytes ? 4 : 16) == 0;
+        const dim3 blocks(unsigned((task->images + ADDED - 1) / ADDED * task->groups),
+                          unsigned(blocks_for(aligned ? task->values / 4 : task->values)));
+        const auto kernel = aligned ? (task->bytes ? average_kernel<uint8_t, 4> : average_kernel<float, 4>)
+                                    : (task->bytes ? average_kernel<uint8_t, 1> : average_kernel<float, 1>);
+        error = launch(kernel, blocks, THREADS, 0, stream, *task);
     }
     return told("average_kernel", error);
 }
