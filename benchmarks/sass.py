@@ -1,9 +1,8 @@
 """Instructions a pair takes in the CUDA kernel, counted in its machine code, and the rate an H200 could reach by them.
 
 Needs no GPU: nvcc compiles csrc/sliding_cuda.cu for sm_90, nvdisasm (of the CUDA toolkit, or triton's) lists it, and
-the basic blocks of the loop over windows are told apart by what is in them. Circular, 32 x 32, every window weighed; and the
-kernels of whole images.
-Writes benchmarks/results/sliding_cuda_sass.json.
+the basic blocks of the loop over windows are told apart by what is in them. Circular, 32 x 32, every
+window weighed; then the kernels of whole images. Writes benchmarks/results/sliding_cuda_sass.json.
 """
 
 from __future__ import annotations
