@@ -435,10 +435,15 @@ def test_gpu_extreme_noise_is_held(kind):
 def test_gpu_machines_are_served():
     bank = ps.PatchBank(smooth_images(100, 3, 32, 32), torch.arange(100) % 3)
     z = bank.chunk(0, 2) + 0.3 * torch.randn(2, 3, 32, 32)
-    for machine in (ps.EquivariantLocalScore(bank, 5), ps.LocalScore(bank, 5), ps.IdealScore(bank)):
+    for machine in (
+        ps.EquivariantLocalScore(bank, 5, engine="sliding"),
+        ps.LocalScore(bank, 5, engine="sliding"),
+        ps.IdealScore(bank, engine="sliding"),
+    ):
         est = machine.estimate(z.cuda(), 0.3, labels=[0, 2])
         assert est.engine == "sliding"
-        assert (est.mean.cpu() - machine.denoise(z.double(), 0.3, labels=[0, 2])).abs().max() < 1e-4
+        exact = type(machine)(bank, *((5,) if machine.patch_size else ()), engine="reference")
+        assert (est.mean.cpu() - exact.denoise(z.double(), 0.3, labels=[0, 2])).abs().max() < 1e-4
 
 
 @gpu
