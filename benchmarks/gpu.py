@@ -1,4 +1,4 @@
-"""What the GPU does: ceilings, engines beside peers, patch sizes, banks, batches, and whole samples.
+"""What the GPU does: ceilings, engines beside peers, several sizes at once, whole images, banks, batches, and samples.
 
 A pair is a query pixel and a competing window. Every section is written as soon as it is done, to
 benchmarks/results/gpu-<device>.json, so that a run cut short leaves what it has. `--dry` goes through all of it on tiny
@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import fused, reference
+from patchscore.engines import fused, reference, sliding, sliding_cuda
 from patchscore.engines.features import choose_plan, spectrum_of
 
 TABLE = "cifar10-resnet-zeros"
@@ -69,21 +69,26 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def seconds(self, work: Callable[[], object], repeats: int | None = None) -> dict[str, float]:
-        """Median, least and most of several runs, after one to warm up; peak memory of all of them."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+    def once(self, work: Callable[[], object]) -> float:
         self.synchronize()
         start = time.perf_counter()
         work()
         self.synchronize()
-        first = time.perf_counter() - start
-        times = []
-        for _ in range(repeats or self.repeats):
-            start = time.perf_counter()
-            work()
-            self.synchronize()
-            times.append(time.perf_counter() - start)
+        return time.perf_counter() - start
+
+    def interleaved(self, works: dict[str, Callable[[], object]]) -> dict[str, float]:
+        """Median seconds of each, in turns, after one to warm up: for ratios."""
+        for work in works.values():
+            self.once(work)
+        rounds = [{name: self.once(work) for name, work in works.items()} for _ in range(self.repeats)]
+        return {name: statistics.median(times[name] for times in rounds) for name in works}
+
+    def seconds(self, work: Callable[[], object], repeats: int | None = None) -> dict[str, float]:
+        """Median, least and most of several runs, after one to warm up; peak memory of all of them."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        first = self.once(work)
+        times = [self.once(work) for _ in range(repeats or self.repeats)]
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         return {
             "seconds_median": statistics.median(times),
@@ -289,6 +294,68 @@ def rates(bench: Bench, bank: ps.PatchBank, what: str, cases: list[tuple[int, fl
         bench.flush()
 
 
+def several_sizes(bench: Bench, bank: ps.PatchBank) -> None:
+    """`sliding` at each patch size alone, and at all of them in one pass over the bank, circular padding."""
+    if bench.out_of_time("several sizes"):
+        return
+    sigma, sizes = 1.0, ((3, 5) if bench.dry else tuple(range(3, 18, 2)))
+    part = ps.PatchBank(bank.images[:10_000])
+    z, sigmas = noisy(bank, sigma, 1, bench.device), torch.full((1,), sigma, dtype=torch.float64)
+    machines = [ps.EquivariantLocalScore(part, k, padding_mode="circular") for k in sizes]
+    competitions = [machine.competition(machine.patch_size) for machine in machines]
+    together = "all in one pass"
+    works = {str(k): by_engine(sliding, z, sigma, part, machine) for k, machine in zip(sizes, machines, strict=True)}
+    works[together] = lambda: sliding.posterior_sums(z, sigmas, part, competitions, MEMORY)
+    seconds = bench.interleaved(works)
+    common = {"engine": "sliding", "sigma": sigma, "channels": bank.shape[0], "size": bank.shape[2], "batch": 1}
+    pairs = {str(c.patch_size): len(part) * c.pairs_per_image for c in competitions}
+    pairs[together] = sum(pairs.values())
+    for name, median in seconds.items():
+        row = {"section": "sizes", "k": name, "pairs": pairs[name], "seconds_median": median}
+        bench.add(**common, **row, pairs_per_second=pairs[name] / median)
+    alone = [seconds[str(k)] for k in sizes]
+    bench.content["sizes together"] = {
+        "over_slowest": seconds[together] / max(alone),
+        "over_separate_calls": seconds[together] / sum(alone),
+    }
+    print(bench.content["sizes together"], flush=True)
+
+
+def whole_images(bench: Bench, bank: ps.PatchBank) -> None:
+    """`sliding` beside the float64 product of `reference` where whole images compete, by batch."""
+    for batch in (1,) if bench.dry else (1, 16, 64):
+        if bench.out_of_time(f"whole images, batch {batch}"):
+            return
+        z, machine = noisy(bank, 1.0, min(batch, len(bank)), bench.device), ps.IdealScore(bank)
+        ours = {"sliding": sliding, "reference": reference}
+        seconds = bench.interleaved({name: by_engine(engine, z, 1.0, bank, machine) for name, engine in ours.items()})
+        for name, median in seconds.items():
+            row = {"section": "whole images", "engine": name, "k": "whole", "sigma": 1.0, "batch": batch}
+            bench.add(**row, images=len(bank), seconds_median=median, pixels_per_second=bank.images.numel() / median)
+
+
+def streamed(bench: Bench, bank: ps.PatchBank) -> None:
+    """`sliding` on a bank that lies in the device's memory, and on the same streamed through pinned memory."""
+    if bench.device.type != "cuda" or bench.out_of_time("streaming"):
+        return
+    z, sigmas = noisy(bank, 1.0, 1, bench.device), torch.full((1,), 1.0).double()
+    competition = ps.EquivariantLocalScore(bank, 7, padding_mode="circular").competition(7)
+
+    def work(share: float) -> object:
+        sliding_cuda.RESIDENT_SHARE = share
+        if share == 0.0:
+            sliding_cuda._resident.clear()
+        return sliding.posterior_sum(z, sigmas, bank, competition, MEMORY)
+
+    share = sliding_cuda.RESIDENT_SHARE
+    pairs = len(bank) * competition.pairs_per_image
+    for where, used in (("resident", share), ("streamed", 0.0)):
+        times = bench.seconds(lambda used=used: work(used))
+        row = {"section": where, "engine": "sliding", "k": 7, "sigma": 1.0, "batch": 1, "pairs": pairs}
+        bench.add(**row, **times, pairs_per_second=pairs / times["seconds_median"])
+    sliding_cuda.RESIDENT_SHARE = share
+
+
 def samples(bench: Bench, bank: ps.PatchBank) -> None:
     """20 steps of DDIM with the published table, 16 images at once, over the whole bank; compiled before."""
     if bench.out_of_time("samples"):
@@ -323,7 +390,7 @@ def table(rows: list[dict]) -> str:
         cells.append("" if rate is None else f"{rate / 1e12:.3f}")
         cells.append("" if "error" not in row else f"{row['error']:.1e}")
         cells.append(f"{1e3 * row['seconds_median'] / row['batch']:.2f}")
-        cells.append(f"{row['peak_gib']:.1f}")
+        cells.append(f"{row['peak_gib']:.1f}" if "peak_gib" in row else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -360,7 +427,16 @@ def main() -> None:
 
     ceilings(bench)
     bench.flush()
+    # Peers in float32 compute in float32.
+    torch.backends.cudnn.allow_tf32 = False
     beside_peers(bench, bank)
+    if reason := sliding.unavailable(bench.device):
+        print(f"sliding: skipped, {reason}")
+    else:
+        several_sizes(bench, bank)
+        whole_images(bench, bank)
+        streamed(bench, bank)
+        bench.flush()
     if options.dry:
         rates(bench, bank, "sizes", [(3, 0.5, 4, 1)])
         rates(bench, bank, "banks", [(3, 2.0, 2, 2)])

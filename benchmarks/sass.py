@@ -1,8 +1,8 @@
 """Instructions a pair takes in the CUDA kernel, counted in its machine code, and the rate an H200 could reach by them.
 
 Needs no GPU: nvcc compiles csrc/sliding_cuda.cu for sm_90, nvdisasm (of the CUDA toolkit, or triton's) lists it, and
-the basic blocks of the loop over windows are told apart by what is in them. Circular, 32 x 32, every window weighed.
-Writes benchmarks/results/sliding_cuda_sass.json.
+the basic blocks of the loop over windows are told apart by what is in them. Circular, 32 x 32, every
+window weighed; then the kernels of whole images. Writes benchmarks/results/sliding_cuda_sass.json.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ CLOCK, SMS = 1.98e9, 132  # an H200 at its boost clock
 ISSUE = 4 * 32 * SMS * CLOCK  # lanes of instructions a second
 SHARED = 32 * SMS * CLOCK  # lanes of 4-byte shared memory accesses
 EXPONENTIALS = 16 * SMS * CLOCK
+MEMORY = 4.8e12  # bytes a second
 PRODUCTS = 4 * SMS * CLOCK / 4  # products of 16 x 8 x 32 bytes at the full rate; mma.sync may reach less
 
 
@@ -100,6 +101,22 @@ def rates(part: dict[str, Counter], k: int, channels: int) -> dict[str, float]:
     }
 
 
+def whole_images(sass: str) -> dict[str, float]:
+    """Values of training images a second in the kernels of whole images, by instruction issue; memory gives MEMORY."""
+    counts = [names(block) for _, block in blocks(sass, "products_kernelILb1")]
+    step = next(count.total() for count in counts if count["IMMA"])
+    counts = [names(block) for _, block in blocks(sass, "average_kernelIhLi4")]
+    image = max(count.total() for count in counts if count["FFMA"] >= 32)
+    return {
+        "instructions_per_value_of_products": step / (32 * 64 / 32),  # a warp: 32 images, 64 values each, of 16 items
+        "instructions_per_value_of_averages": image / 4,  # a lane: 4 values of an image, for 8 items
+        "limit_products": ISSUE / (step / 64),
+        "limit_averages": ISSUE / (image / 4),
+        "limit_memory": MEMORY,
+        "measured_values_per_second": "not measured",
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nvdisasm", default="nvdisasm", help="the disassembler of the CUDA toolkit")
@@ -118,6 +135,7 @@ def main() -> None:
         for name, spilled, registers in compiled
     ]
     rows = [rates(parts(sass, channels), k, channels) for channels in (1, 3, 4) for k in range(3, 18, 2)]
+    print(whole_images(sass))
     for row in rows:
         print(f"C={row['channels']} k={row['k']:2}: {row['instructions_per_pair']:.1f} instructions,"
               f" {row['shared_accesses_per_pair']:.1f} shared, {row['products_per_pair']:.2f} products a pair;"
@@ -127,6 +145,7 @@ def main() -> None:
         "instructions a pair, counted in the machine code for sm_90; rates are predictions for an H200, not measured",
         kernels=kernels,
         rows=rows,
+        whole_images=whole_images(sass),
     )
 
 

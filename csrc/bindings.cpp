@@ -8,6 +8,7 @@
 #include <limits>
 #include <list>
 #include <optional>
+#include <tuple>
 
 #include "lists.h"
 #include "sliding.h"
@@ -60,17 +61,37 @@ bool interrupted() {
     return PyErr_CheckSignals() != 0;
 }
 
-void sliding(const py::buffer& z, const py::buffer& sigma, const py::buffer& images,
-             const std::optional<py::buffer>& indices, int patch_size, bool circular, const py::buffer& groups,
-             const py::buffer& m, const py::buffer& s, const py::buffer& s2, const py::buffer& v, int threads,
-             int64_t memory_limit, const std::string& simd) {
-    const py::buffer_info z_info = z.request(), images_info = images.request(), sigma_info = sigma.request();
+// patch_size, circular, groups, and m, s, s2, v to add to.
+using CompetitionArguments =
+    std::tuple<int, bool, py::buffer, py::buffer, py::buffer, py::buffer, py::buffer>;
+
+patchscore::Competition competition_of(const CompetitionArguments& arguments, const std::vector<py::ssize_t>& shape) {
+    const auto& [patch_size, circular, groups, m, s, s2, v] = arguments;
+    if (patch_size < 0) throw py::value_error("patch_size: got " + std::to_string(patch_size));
+    patchscore::Competition competition{};
+    competition.patch_size = patch_size, competition.circular = circular;
     const py::buffer_info groups_info = groups.request();
+    if (groups_info.ndim != 2)
+        throw py::value_error("groups: got shape " + shape_text(groups_info.shape) + ", takes [G, 8]");
+    const int64_t* group = data_of<int64_t>("groups", groups_info, {groups_info.shape[0], 8}, false);
+    for (py::ssize_t g = 0; g < groups_info.shape[0]; ++g, group += 8)
+        competition.groups.push_back({axis_of(group), axis_of(group + 4)});
+    const bool whole = patch_size == 0;
+    const std::vector<py::ssize_t> one = {shape[0], 1, whole ? 1 : shape[2], whole ? 1 : shape[3]};
+    competition.m = data_of<double>("m", m.request(true), one, true);
+    competition.s = data_of<double>("s", s.request(true), one, true);
+    competition.s2 = data_of<double>("s2", s2.request(true), one, true);
+    competition.v = data_of<double>("v", v.request(true), shape, true);
+    return competition;
+}
+
+void sliding(const py::buffer& z, const py::buffer& sigma, const py::buffer& images,
+             const std::optional<py::buffer>& indices, const std::vector<CompetitionArguments>& competitions,
+             int threads, int64_t memory_limit, const std::string& simd) {
+    const py::buffer_info z_info = z.request(), images_info = images.request(), sigma_info = sigma.request();
     if (z_info.ndim != 4) throw py::value_error("z: got shape " + shape_text(z_info.shape) + ", takes [B, C, H, W]");
     if (images_info.ndim != 4)
         throw py::value_error("images: got shape " + shape_text(images_info.shape) + ", takes [N, C, H, W]");
-    if (groups_info.ndim != 2)
-        throw py::value_error("groups: got shape " + shape_text(groups_info.shape) + ", takes [G, 8]");
     const auto &shape = z_info.shape, &bank = images_info.shape;
 
     patchscore::Problem problem{};
@@ -95,25 +116,14 @@ void sliding(const py::buffer& z, const py::buffer& sigma, const py::buffer& ima
                 throw py::value_error("indices: got " + std::to_string(problem.indices[i]) + " for a bank of " +
                                       std::to_string(bank[0]) + " images");
     }
-    problem.patch_size = patch_size, problem.circular = circular;
-    const int64_t* group = data_of<int64_t>("groups", groups_info, {groups_info.shape[0], 8}, false);
-    for (py::ssize_t g = 0; g < groups_info.shape[0]; ++g, group += 8)
-        problem.groups.push_back({axis_of(group), axis_of(group + 4)});
-    if (patch_size < 0) throw py::value_error("patch_size: got " + std::to_string(patch_size));
-    const bool whole = patch_size == 0;
-    const std::vector<py::ssize_t> one = {shape[0], 1, whole ? 1 : shape[2], whole ? 1 : shape[3]};
-    const py::buffer_info m_info = m.request(true), s_info = s.request(true), s2_info = s2.request(true);
-    const py::buffer_info v_info = v.request(true);
-    problem.m = data_of<double>("m", m_info, one, true);
-    problem.s = data_of<double>("s", s_info, one, true);
-    problem.s2 = data_of<double>("s2", s2_info, one, true);
-    problem.v = data_of<double>("v", v_info, shape, true);
+    for (const CompetitionArguments& arguments : competitions)
+        problem.competitions.push_back(competition_of(arguments, shape));
     problem.threads = threads, problem.memory_limit = memory_limit;
 
     bool finished;
     {
         const py::gil_scoped_release release;
-        finished = patchscore::sliding_posterior_sum(problem, simd, interrupted);
+        finished = patchscore::sliding_posterior_sums(problem, simd, interrupted);
     }
     // The poll that asked to stop has left KeyboardInterrupt, or what else a signal handler raised, behind.
     if (!finished) throw py::error_already_set();
@@ -273,10 +283,10 @@ PYBIND11_MODULE(_native, module) {
     module.doc() = "The engines of patchscore in C++.";
     module.def("simd_levels", &patchscore::simd_levels, "Instruction sets that can serve here, the widest first.");
     module.def("sliding", &sliding, py::arg("z"), py::arg("sigma"), py::arg("images"), py::arg("indices"),
-               py::arg("patch_size"), py::arg("circular"), py::arg("groups"), py::arg("m"), py::arg("s"),
-               py::arg("s2"), py::arg("v"), py::arg("threads"), py::arg("memory_limit"), py::arg("simd"),
-               "Adds the posterior sums of z [B, C, H, W] over images [N, C, H, W] to m, s, s2 [B, 1, H, W] and v "
-               "[B, C, H, W]; groups [G, 8] are rows and columns as (first query, end, first window, end), -1 locks.");
+               py::arg("competitions"), py::arg("threads"), py::arg("memory_limit"), py::arg("simd"),
+               "Adds the posterior sums of z [B, C, H, W] over images [N, C, H, W] to those of competitions, a list of "
+               "(patch_size, circular, groups, m, s, s2, v): m, s, s2 [B, 1, H, W], v [B, C, H, W]; groups [G, 8] are "
+               "rows and columns as (first query, end, first window, end), -1 locks.");
     module.def("scan_lists", &scan_lists, py::arg("scans"), py::arg("threads"), py::arg("simd"),
                "Estimates the posterior sums of windows from a share of the cells; a scan is a dictionary of what struct "
                "Scan in csrc/lists.h holds.");

@@ -13,6 +13,9 @@ __device__ __forceinline__ void multiply(int (&d)[4], int a0, int a1, int a2, in
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// sum + a b over four signed bytes each.
+__device__ __forceinline__ int dot4(int a, int b, int sum) { return __dp4a(a, b, sum); }
+
 // 2^x in one instruction, good to 2^-22; results below 2^-126 are 0.
 __device__ __forceinline__ float power_of_two(float x) {
     float y;

@@ -1,7 +1,7 @@
 // The border between Python and the sliding-window engine: plain pointers and sizes, no tensors.
 //
-// A Problem says which noisy images meet which training images and which windows compete; `sliding_posterior_sum`
-// fills in the posterior sums. Coordinates and groups mean what patchscore/windows.py says they mean.
+// A Problem says which noisy images meet which training images and which windows compete, at one patch size or several;
+// `sliding_posterior_sums` fills in the posterior sums. Coordinates and groups mean what patchscore/windows.py says.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +23,15 @@ struct Group {
     Axis rows, cols;
 };
 
+// Which windows compete, and their sums.
+struct Competition {
+    int patch_size;           // odd, or 0 for whole images
+    bool circular;            // how z goes on beyond its border; otherwise zeros
+    std::vector<Group> groups;
+    double *m, *s, *s2;       // [batch, height, width], or [batch] for whole images; preset to -inf, 0, 0
+    double* v;                // [batch, channels, height, width], preset to 0
+};
+
 struct Problem {
     int batch, channels, height, width;
     const float* z;           // [batch, channels, height, width]
@@ -31,11 +40,7 @@ struct Problem {
     bool images_are_bytes;
     const int64_t* indices;   // [count] positions in `images`, or null for 0 .. count - 1
     int64_t count;
-    int patch_size;           // odd, or 0 for whole images
-    bool circular;            // how z goes on beyond its border; otherwise zeros
-    std::vector<Group> groups;
-    double *m, *s, *s2;       // [batch, height, width], or [batch] for whole images; preset to -inf, 0, 0
-    double* v;                // [batch, channels, height, width], preset to 0
+    std::vector<Competition> competitions;
     int threads;
     int64_t memory_limit;     // bytes beyond z, the bank and the result
 };
@@ -45,7 +50,7 @@ using Poll = bool (*)();
 
 // False if `poll` asked to stop; the result is then incomplete. Throws std::invalid_argument where the problem or the
 // instruction set named by `simd` ("" takes the widest) cannot be served.
-bool sliding_posterior_sum(const Problem& problem, const std::string& simd, Poll poll);
+bool sliding_posterior_sums(const Problem& problem, const std::string& simd, Poll poll);
 
 // Instruction sets that this build and this machine have, the widest first.
 std::vector<std::string> simd_levels();

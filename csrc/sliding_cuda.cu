@@ -7,6 +7,7 @@
 // A quad is four channels of one pixel as four signed bytes, the unit of all operands (channels beyond the last are 0).
 #include <cstdint>
 #include <cstdio>
+#include <type_traits>
 
 #include "cuda_device.h"
 
@@ -64,7 +65,7 @@ struct Layout {
     int q_rows, q_pitch;        // in noisy pixels
     int p_rows, p_pitch;        // in columns
     int window_rows;
-    int negative, zeros, values, sums, windows, norms, fractions, end;
+    int negative, zeros, values, pairs, sums, windows, norms, fractions, end;
 
     __host__ __device__ explicit Layout(const Windows& t) {
         const int k = t.patch_size;
@@ -77,7 +78,8 @@ struct Layout {
         negative = t.channel_quads * q_rows * q_pitch * Q_QUADS * 4;
         zeros = 2 * negative;
         values = zeros + 9 * Q_QUADS * 4;
-        sums = (values + TILES * 4 + 15) / 16 * 16;
+        pairs = values + TILES * 4;
+        sums = (pairs + 32 * 4 + 15) / 16 * 16;
         windows = sums + t.strip * 32 * 8 * (4 + t.values_per_pixel);
         norms = (windows + t.planes * t.channel_quads * p_rows * p_pitch * P_QUADS * 4 + 15) / 16 * 16;
         fractions = norms + TILES * window_rows * TILE * 4;
@@ -145,6 +147,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
     int* const q_minus = reinterpret_cast<int*>(memory + layout.negative);
     int* const zeros = reinterpret_cast<int*>(memory + layout.zeros);
     int* const values_of_tile = reinterpret_cast<int*>(memory + layout.values);
+    unsigned* const pairs_of_lane = reinterpret_cast<unsigned*>(memory + layout.pairs);
     float2* const sums = reinterpret_cast<float2*>(memory + layout.sums);  // [strip][4 + CV][lanes]
     int* const p = reinterpret_cast<int*>(memory + layout.windows);        // [planes][channel_quads][rows][pitch][P_QUADS]
     int* const norms = reinterpret_cast<int*>(memory + layout.norms);      // [window rows][TILES][TILE]
@@ -204,7 +207,8 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
             norms[x] = inside ? t.norms[from] : 0;
             if (PLANES > 1) fractions[x] = inside ? t.fractions[from] : 0.f;
         }
-        // Which of a thread's pairs (two queries, TILES tiles, two columns) exist, and where values are.
+        // Which of a thread's pairs (two queries, TILES tiles, two columns) exist, and where values are. Warps agree; most
+        // tiles are whole, so the bits of those that are not need no register.
         unsigned exist = 0;
 #pragma unroll
         for (int n = 0; n < TILES; ++n) {
@@ -218,6 +222,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
             if (threadIdx.x == 0 && tile < all_tiles)
                 values_of_tile[n] = tile / tiles_per_image * H * W + first_column + b;
         }
+        if (warp == 0) pairs_of_lane[lane] = exist;
         const bool all_exist = !any_lane(exist != 0xffffu);
         __syncthreads();
 
@@ -301,7 +306,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
                                 __syncwarp();  // keeps this a branch: most tiles are whole
 #pragma unroll
                                 for (int x = 0; x < 2 * TILES; ++x)
-                                    if (!(exist >> (8 * jj + x) & 1)) w[jj][x] = 0.f;
+                                    if (!(pairs_of_lane[lane] >> (8 * jj + x) & 1)) w[jj][x] = 0.f;
                             }
                             total[jj] = 0.f;
 #pragma unroll
@@ -313,7 +318,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
 #pragma unroll
                             for (int x = 0; x < 2 * TILES; ++x) {
                                 const float one = bits(x / 2, x % 2, high(x / 2, x % 2), low(x / 2, x % 2));
-                                if ((exist >> (8 * jj + x) & 1) && one > most)
+                                if ((pairs_of_lane[lane] >> (8 * jj + x) & 1) && one > most)
                                     most = one, new_coarse = high(x / 2, x % 2), new_fine = low(x / 2, x % 2);
                             }
                             const float fade = power_of_two(-most);
@@ -330,13 +335,15 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
                     const float2 s = mine[2 * 32];
                     if (any_lane(total[0] > NEGLIGIBLE * s.x || total[1] > NEGLIGIBLE * s.y)) {
                         mine[2 * 32] = {s.x + total[0], s.y + total[1]};
+                        // Half an instruction a pair more, but on an sm_80 four channels lack a register otherwise.
+                        using Index = std::conditional_t<CV == 4, unsigned, int>;
                         float2 s2 = mine[3 * 32];
                         float v[CV][2];
 #pragma unroll
                         for (int c = 0; c < CV; ++c) v[c][0] = v[c][1] = 0.f;
 #pragma unroll
                         for (int x = 0; x < 2 * TILES; ++x) {
-                            const int at = values_of_tile[x / 2] + a * W + 2 * quad + x % 2;
+                            const Index at = values_of_tile[x / 2] + a * W + 2 * quad + x % 2;
                             float value[4];
                             if (CV == 1) {
                                 value[0] = t.values[at];
@@ -484,6 +491,164 @@ __global__ void __launch_bounds__(THREADS) row_kernel(const Norms t) {
     }
 }
 
+// Whole images. Every noisy image meets every training image once, so q.p is one matrix product, of bytes as above, and
+// |q - p|^2 exact. Bytes are read from the bank as it lies there.
+constexpr int STEP = 64;                    // values that a product of a warp takes at a time, 16 a lane
+constexpr int AVERAGED = 8;                 // noisy images that share a training pixel once it is loaded
+constexpr int ADDED = 256;                  // images that are added up in float32
+
+// The digits of noisy images times training bytes. ctypes mirrors it.
+struct Products {
+    int images, values;         // values: of an image
+    int groups, slice;          // of QUERIES noisy images; values of a block, so many that sums fit an int
+    int digits_of_floats;       // bytes are signed digits; otherwise pixels u, which stand for u - 128
+    const uint8_t* bytes;       // [.., values]
+    const int64_t* indices;     // [images] positions in `bytes`, or null
+    const int8_t* digits;       // [groups][3][QUERIES][values, rounded up to STEP]
+    int* products;              // [slices][images][groups][3][QUERIES]
+    int* norms;                 // [slices][images][4]: sums of squares of the bytes
+};
+
+// 16 bytes of an image from `at` on, signed; 0 beyond its end. Nothing is assumed of addresses unless ALIGNED.
+template <bool ALIGNED>
+__device__ __forceinline__ int4 sixteen(const Products& t, const uint8_t* image, int at) {
+    if (at >= t.values) return {0, 0, 0, 0};
+    const int sign = t.digits_of_floats ? 0 : 0x80;
+    if constexpr (ALIGNED) {
+        const int4 four = *reinterpret_cast<const int4*>(image + at);
+        const int signs = sign * 0x01010101;
+        return {four.x ^ signs, four.y ^ signs, four.z ^ signs, four.w ^ signs};
+    } else {
+        int words[4] = {0, 0, 0, 0};
+        for (int i = 0; i < at_most(16, t.values - at); ++i) words[i / 4] |= (image[at + i] ^ sign) << (8 * (i % 4));
+        return {words[0], words[1], words[2], words[3]};
+    }
+}
+
+// A warp holds TILES x TILE training images; which values a lane takes is all the same to a sum, so it takes 16 that lie
+// together, of training and noisy images alike.
+template <bool ALIGNED>
+__global__ void __launch_bounds__(THREADS) products_kernel(const Products t) {
+    const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
+    const int group = int(blockIdx.x) % t.groups;  // groups of the same images side by side, to read them from memory once
+    const int first = (int(blockIdx.x) / t.groups * WARPS + int(threadIdx.x >> 5)) * TILES * TILE;
+    if (first >= t.images) return;
+    const int from = int(blockIdx.y) * t.slice, to = at_most(from + t.slice, t.values);
+    const int64_t padded = (int64_t(t.values) + STEP - 1) / STEP * STEP;
+    const int8_t* const digits = t.digits + (int64_t(group) * 3 * QUERIES + row) * padded + 16 * quad;
+    const uint8_t* images[TILES];
+    int products[3][TILES][4], norms[TILES];
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+        const int image = at_most(first + n * TILE + row, t.images - 1);
+        images[n] = t.bytes + (t.indices ? t.indices[image] : image) * int64_t(t.values);
+        norms[n] = 0;
+#pragma unroll
+        for (int digit = 0; digit < 3; ++digit)
+            for (int x = 0; x < 4; ++x) products[digit][n][x] = 0;
+    }
+    for (int x = from; x < to; x += STEP) {
+        int4 p[TILES];
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+            p[n] = sixteen<ALIGNED>(t, images[n], x + 16 * quad);
+            norms[n] = dot4(p[n].x, p[n].x, dot4(p[n].y, p[n].y, norms[n]));
+            norms[n] = dot4(p[n].z, p[n].z, dot4(p[n].w, p[n].w, norms[n]));
+        }
+#pragma unroll
+        for (int digit = 0; digit < 3; ++digit) {
+            const int8_t* const at = digits + digit * QUERIES * padded + x;
+            const int4 upper = *reinterpret_cast<const int4*>(at);
+            const int4 lower = *reinterpret_cast<const int4*>(at + 8 * padded);
+#pragma unroll
+            for (int n = 0; n < TILES; ++n) {
+                multiply(products[digit][n], upper.x, lower.x, upper.y, lower.y, p[n].x, p[n].y);
+                multiply(products[digit][n], upper.z, lower.z, upper.w, lower.w, p[n].z, p[n].w);
+            }
+        }
+    }
+    const int64_t of_slice = int64_t(blockIdx.y) * t.images;
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+        if (group == 0 && first + n * TILE + row < t.images)
+            t.norms[(of_slice + first + n * TILE + row) * 4 + quad] = norms[n];
+#pragma unroll
+        for (int x = 0; x < 4; ++x) {
+            const int image = first + n * TILE + 2 * quad + x % 2, item = row + 8 * (x / 2);
+            if (image < t.images)
+                for (int digit = 0; digit < 3; ++digit)
+                    t.products[(((of_slice + image) * t.groups + group) * 3 + digit) * QUERIES + item] =
+                        products[digit][n][x];
+        }
+    }
+}
+
+// Sums of training images by weight. ctypes mirrors it.
+struct Average {
+    int images, values, groups, bytes;  // groups of AVERAGED noisy images; bytes as of Pack
+    const void* raw;            // [.., values]
+    const int64_t* indices;     // [images] positions in `raw`, or null
+    const float* weights;       // [images][groups][AVERAGED]
+    float* sums;                // [ADDED images each][groups][AVERAGED][values]
+};
+
+__device__ __forceinline__ float value_of(unsigned byte) { return float(byte) * (1.f / 127.5f) - 1.f; }
+
+// COUNT values, 4 of them in one aligned word or a single one.
+template <int COUNT>
+__device__ __forceinline__ void read_values(float (&values)[COUNT], const uint8_t* raw) {
+    if constexpr (COUNT == 1) {
+        values[0] = value_of(*raw);
+    } else {
+        const unsigned word = *reinterpret_cast<const unsigned*>(raw);
+#pragma unroll
+        for (int x = 0; x < COUNT; ++x) values[x] = value_of(word >> (8 * x) & 255);
+    }
+}
+
+template <int COUNT>
+__device__ __forceinline__ void read_values(float (&values)[COUNT], const float* raw) {
+    if constexpr (COUNT == 1) {
+        values[0] = *raw;
+    } else {
+        const float4 four = *reinterpret_cast<const float4*>(raw);
+        const float all[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int x = 0; x < COUNT; ++x) values[x] = all[x];
+    }
+}
+
+// A thread adds up COUNT neighbouring values of ADDED images for AVERAGED noisy ones.
+template <typename Raw, int COUNT>
+__global__ void __launch_bounds__(THREADS) average_kernel(const Average t) {
+    const int x = (int(blockIdx.y) * THREADS + int(threadIdx.x)) * COUNT;
+    const int group = int(blockIdx.x) % t.groups, part = int(blockIdx.x) / t.groups;
+    if (x >= t.values) return;
+    const Raw* const raw = static_cast<const Raw*>(t.raw) + x;
+    float sums[AVERAGED][COUNT];
+#pragma unroll
+    for (int item = 0; item < AVERAGED; ++item)
+        for (int i = 0; i < COUNT; ++i) sums[item][i] = 0.f;
+    const int first = part * ADDED, last = at_most(first + ADDED, t.images);
+    for (int image = first; image < last; ++image) {
+        const float4* const w = reinterpret_cast<const float4*>(t.weights + (int64_t(image) * t.groups + group) * AVERAGED);
+        const float4 a = w[0], b = w[1];
+        if (a.x + a.y + a.z + a.w + b.x + b.y + b.z + b.w == 0.f) continue;  // most images, where noise is low
+        const float weights[AVERAGED] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        float values[COUNT];
+        read_values(values, raw + (t.indices ? t.indices[image] : image) * int64_t(t.values));
+#pragma unroll
+        for (int item = 0; item < AVERAGED; ++item)
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) sums[item][i] += weights[item] * values[i];
+    }
+    float* const to = t.sums + (int64_t(part) * t.groups + group) * AVERAGED * t.values + x;
+#pragma unroll
+    for (int item = 0; item < AVERAGED; ++item)
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) to[int64_t(item) * t.values + i] = sums[item][i];
+}
+
 // What went wrong, with the kernel's name, for Python to raise; null if nothing did.
 static const char* told(const char* kernel, cudaError_t error) {
     static thread_local char text[256];
@@ -512,7 +677,12 @@ using namespace patchscore;
 #define PS_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Sizes of the structures ctypes mirrors: a build that does not fit the Python beside it is not used.
-PS_EXPORT int patchscore_layout() { return int(sizeof(Windows) + 1000 * sizeof(Pack) + 1000000 * sizeof(Norms)); }
+PS_EXPORT int64_t patchscore_layout() {
+    int64_t layout = 0;
+    for (const size_t size : {sizeof(Average), sizeof(Products), sizeof(Norms), sizeof(Pack), sizeof(Windows)})
+        layout = 1000 * layout + int64_t(size);
+    return layout;
+}
 
 // Why no device can serve, or null.
 PS_EXPORT const char* patchscore_unavailable() {
@@ -558,4 +728,29 @@ PS_EXPORT const char* patchscore_norms(const Norms* task, int device, void* stre
     if (error != cudaSuccess) return told("column_kernel", error);
     error = launch(row_kernel, dim3(blocks_for(rows)), THREADS, 0, stream, *task);
     return told("row_kernel", error);
+}
+
+PS_EXPORT const char* patchscore_products(const Products* task, int device, void* stream) {
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess) {
+        const bool aligned = task->values % 16 == 0 && reinterpret_cast<uintptr_t>(task->bytes) % 16 == 0;
+        const int images = WARPS * TILES * TILE;
+        const dim3 blocks(unsigned((task->images + images - 1) / images * task->groups),
+                          unsigned((task->values + task->slice - 1) / task->slice));
+        error = launch(aligned ? products_kernel<true> : products_kernel<false>, blocks, THREADS, 0, stream, *task);
+    }
+    return told("products_kernel", error);
+}
+
+PS_EXPORT const char* patchscore_average(const Average* task, int device, void* stream) {
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess) {
+        const bool aligned = task->values % 4 == 0 && reinterpret_cast<uintptr_t>(task->raw) % (task->bytes ? 4 : 16) == 0;
+        const dim3 blocks(unsigned((task->images + ADDED - 1) / ADDED * task->groups),
+                          unsigned(blocks_for(aligned ? task->values / 4 : task->values)));
+        const auto kernel = aligned ? (task->bytes ? average_kernel<uint8_t, 4> : average_kernel<float, 4>)
+                                    : (task->bytes ? average_kernel<uint8_t, 1> : average_kernel<float, 1>);
+        error = launch(kernel, blocks, THREADS, 0, stream, *task);
+    }
+    return told("average_kernel", error);
 }

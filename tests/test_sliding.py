@@ -200,6 +200,45 @@ def test_numbers_do_not_depend_on_threads_batch_or_memory(simd, threads, competi
             assert torch.equal(a, b[items])
 
 
+def assert_each_is_alone(z, sigma, bank, competitions, limit=LIMIT):
+    together = sliding.posterior_sums(z, sigma, bank, competitions, limit)
+    assert len(together) == len(competitions)
+    for got, competition in zip(together, competitions, strict=True):
+        alone = sliding.posterior_sum(z, sigma, bank, competition, LIMIT)
+        for a, b in ((got.m, alone.m), (got.s, alone.s), (got.v, alone.v), (got.s2, alone.s2)):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+@pytest.mark.parametrize("kind", [circular, broken, local])
+def test_several_sizes_at_once_are_those_alone(simd, threads, kind, channels):
+    threads(2)
+    height, width = (13, 11) if channels % 2 else (11, 14)
+    bank = ps.PatchBank(smooth_images(75, channels, height, width), torch.arange(75) % 2).select(1)
+    sigma = torch.tensor([0.05, 0.4, 3.0], dtype=torch.float64)
+    z = bank.chunk(0, 3) + sigma.float()[:, None, None, None] * torch.randn(3, channels, height, width)
+    assert_each_is_alone(z, sigma, bank, [kind(k, height, width) for k in (7, 1, 3, 11, 5, 3)])
+
+
+def test_several_sizes_may_be_of_different_machines():
+    bank = ps.PatchBank(smooth_images(40, 3, 12, 10))
+    z, sigma = bank.chunk(0, 2) + 0.3, torch.tensor([0.2, 1.0], dtype=torch.float64)
+    assert_each_is_alone(
+        z, sigma, bank, [circular(3, 12, 10), WHOLE_IMAGE, local(21, 12, 10), broken(5, 12, 10), WHOLE_IMAGE]
+    )
+    assert sliding.posterior_sums(z, sigma, bank, [], LIMIT) == []
+
+
+def test_several_sizes_that_do_not_fit_together_take_turns():
+    bank = ps.PatchBank(smooth_images(40, 3, 24, 24))
+    z, sigma = bank.chunk(0, 1) + 0.3, torch.tensor([0.5], dtype=torch.float64)
+    competitions = [circular(k, 24, 24) for k in (3, 5, 7, 9)]
+    for limit in (2**20, 2 * 2**20, 4 * 2**20):
+        assert_each_is_alone(z, sigma, bank, competitions, limit)
+    with pytest.raises(ValueError, match="memory_limit"):
+        sliding.posterior_sums(z, sigma, bank, competitions, 2**18)
+
+
 def test_float64_input_is_taken():
     bank = ps.PatchBank(smooth_images(5, 1, 8, 8))
     z = bank.chunk(0, 1, torch.float64)
@@ -235,7 +274,7 @@ def test_other_devices_are_declined():
 
 
 def native_arguments(**changes):
-    """Arguments the native module takes, but for `changes`."""
+    """Arguments the native module takes for one competition, but for `changes`."""
     shape = (1, 3, 6, 5)
     arguments = {
         "z": np.zeros(shape, np.float32),
@@ -252,8 +291,9 @@ def native_arguments(**changes):
         "threads": 1,
         "memory_limit": LIMIT,
         "simd": "",
-    }
-    return arguments | changes
+    } | changes
+    of_competition = ("patch_size", "circular", "groups", "m", "s", "s2", "v")
+    return arguments | {"competitions": [tuple(arguments.pop(name) for name in of_competition)]}
 
 
 def read_only(array):

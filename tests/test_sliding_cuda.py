@@ -180,7 +180,7 @@ def test_numbers_do_not_depend_on_slabs_or_batch(kernels, monkeypatch):
 
 def test_several_sizes_at_once_are_those_alone(kernels):
     bank = ps.PatchBank(smooth_images(6, 3, 9, 8))
-    competitions = [circular(k, 9, 8) for k in (1, 3, 7)]
+    competitions = [circular(1, 9, 8), WHOLE_IMAGE, circular(3, 9, 8), circular(7, 9, 8)]
     z, sigma = noisy_batch(bank, [0.2, 1.0])
     together = sliding_cuda.posterior_sums(z, sigma, bank, competitions, LIMIT)
     for got, competition in zip(together, competitions, strict=True):
@@ -198,8 +198,9 @@ def test_a_refused_kernel_is_named(kernels, monkeypatch):
 def test_too_little_memory_is_refused(kernels):
     bank = ps.PatchBank(smooth_images(2, 3, 32, 32))
     z, sigma = noisy_batch(bank, [1.0])
-    with pytest.raises(ValueError, match="memory_limit"):
-        sliding_cuda.posterior_sums(z, sigma, bank, [circular(3, 32, 32)], 10_000)
+    for competition in (circular(3, 32, 32), WHOLE_IMAGE):
+        with pytest.raises(ValueError, match="memory_limit"):
+            sliding_cuda.posterior_sums(z, sigma, bank, [competition], 10_000)
 
 
 def test_without_the_library_the_engine_says_so(monkeypatch):
@@ -208,25 +209,189 @@ def test_without_the_library_the_engine_says_so(monkeypatch):
     assert "not built" in (sliding.unavailable(torch.device("cuda")) or "")
 
 
-def test_whole_images_are_not_for_the_kernels():
-    bank = ps.PatchBank(smooth_images(2, 3, 8, 8))
-    assert not sliding_cuda.serves(bank, WHOLE_IMAGE)
-    assert sliding_cuda.serves(bank, local(15, 8, 8))
+def test_what_the_kernels_have_no_room_for_is_not_served(kernels, monkeypatch):
+    cpu = torch.device("cpu")
+    bank = ps.PatchBank(smooth_images(2, 3, 24, 24))
+    assert sliding_cuda.serves(bank, local(47, 24, 24), cpu)
+    assert sliding_cuda.serves(bank, WHOLE_IMAGE, cpu)
+    monkeypatch.setattr(sliding_cuda, "SHARED_BYTES", 20 * 1024)
+    assert sliding_cuda.serves(bank, WHOLE_IMAGE, cpu)
+    served = [k for k in range(3, 48, 2) if sliding_cuda.serves(bank, local(k, 24, 24), cpu)]
+    assert served == list(range(3, served[-1] + 1, 2))
+    assert served[-1] < 47
+    compare(bank, local(served[-1], 24, 24), [0.3])  # and what is said to fit does
+    monkeypatch.undo()
+    large = ps.PatchBank(torch.zeros(1, 3, 300, 300, dtype=torch.uint8))
+    assert not sliding_cuda.serves(large, local(599, 300, 300), cpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(
+    ("images", "channels", "height", "width"),
+    [(1, 3, 8, 8), (3, 1, 1, 1), (33, 3, 9, 7), (130, 4, 4, 4), (300, 1, 5, 13), (520, 2, 3, 8)],
+)
+def test_whole_images_are_the_references(kernels, dtype, images, channels, height, width):
+    bank = ps.PatchBank(smooth_images(images, channels, height, width, dtype=dtype))
+    compare(bank, WHOLE_IMAGE, [0.05, 0.3, 2.0, 50.0])
+
+
+def test_whole_images_are_the_references_for_a_batch_of_different_noise(kernels):
+    bank = ps.PatchBank(smooth_images(70, 3, 8, 7), torch.arange(70) % 3).select(1)
+    compare(bank, WHOLE_IMAGE, [0.05 * 1.3**i for i in range(19)])
+    z, sigma = noisy_batch(bank, [0.005, 0.01])
+    (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [WHOLE_IMAGE], LIMIT)
+    expected = reference.posterior_sum(z.double(), sigma, bank, WHOLE_IMAGE, LIMIT)
+    assert (got.mean - expected.mean).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("size", [150, 151])
+def test_whole_images_of_more_values_than_a_sum_of_products_holds(kernels, size):
+    images = torch.tensor([0, 255], dtype=torch.uint8).repeat(3)[:, None, None, None].expand(6, 3, size, size)
+    bank = ps.PatchBank(images.contiguous())
+    assert bank.images[0].numel() > sliding_cuda.LARGEST_SLICE
+    for level in (-1.99, 1.99, 30.0):
+        z, sigma = torch.full((1, 3, size, size), level), torch.tensor([50.0], dtype=torch.float64)
+        (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [WHOLE_IMAGE], LIMIT)
+        assert_same(got, reference.posterior_sum(z.double(), sigma, bank, WHOLE_IMAGE, LIMIT), 1e-4)
+
+
+def test_mean_is_nearest_image_as_sigma_vanishes(kernels):
+    bank = ps.PatchBank(smooth_images(300, 3, 6, 5))
+    z = bank.chunk(290, 291) + 0.01
+    (got,) = sliding_cuda.posterior_sums(z, torch.tensor([1e-9], dtype=torch.float64), bank, [WHOLE_IMAGE], LIMIT)
+    assert (got.mean - bank.chunk(290, 291)).abs().max() < 1e-6
+    assert (got.ess - 1).abs().max() < 1e-6
+
+
+def test_whole_images_do_not_depend_on_slabs_or_batch(kernels, monkeypatch):
+    bank = ps.PatchBank(smooth_images(900, 1, 6, 6))
+    z, sigma = noisy_batch(bank, [0.05, 3.0, 0.4])
+    (expected,) = sliding_cuda.posterior_sums(z, sigma, bank, [WHOLE_IMAGE], LIMIT)
+    counted = []
+    monkeypatch.setattr(sliding_cuda, "_weighed", lambda *a, run=sliding_cuda._weighed: counted.append(a) or run(*a))
+    monkeypatch.setattr(sliding_cuda, "SLAB_BYTES", 700 * 2**10)
+    (slabs,) = sliding_cuda.posterior_sums(z, sigma, bank, [WHOLE_IMAGE], LIMIT)
+    assert len(counted) > 2
+    (alone,) = sliding_cuda.posterior_sums(z[1:2], sigma[1:2], bank, [WHOLE_IMAGE], 2**17)
+    assert (slabs.mean - expected.mean).abs().max() < 1e-12
+    assert (alone.mean - expected.mean[1:2]).abs().max() < 1e-6
+
+
+# A bank larger than the device's memory, on streams that stand in for CUDA's.
+
+
+class _Stream:
+    """Does what it is given at once, or (`late`) not before somebody needs it."""
+
+    late = False
+    current: "_Stream | None" = None
+
+    def __init__(self, device=None):
+        self.queue = []
+        self.done = 0
+
+    def put(self, work):
+        self.queue.append(work)
+        if not self.late:
+            self.run(len(self.queue))
+
+    def run(self, count):
+        while self.done < count:
+            self.done += 1
+            self.queue[self.done - 1]()
+
+    def wait_stream(self, other):
+        count = len(other.queue)
+        self.put(lambda: other.run(count))
+
+    def wait_event(self, event):
+        stream, place = event.stream, event.place
+        self.put(lambda: stream.run(place))
+
+    def __enter__(self):
+        _Stream.current = self
+
+    def __exit__(self, *error):
+        _Stream.current = None
+
+
+class _Event:
+    def __init__(self):
+        self.stream, self.place = None, 0
+
+    def record(self, stream):
+        self.stream, self.place = stream, len(stream.queue)
+
+    def synchronize(self):
+        if self.stream:
+            self.stream.run(self.place)
+
+
+@pytest.fixture(params=["at once", "late"])
+def streams(request, monkeypatch):
+    """CUDA streams on the CPU, and the one that computes; its work and copies wait as long as they may."""
+    copy, empty = torch.Tensor.copy_, torch.empty
+
+    def copy_(self, source, non_blocking=False):
+        if _Stream.current is None:
+            return copy(self, source)
+        assert non_blocking
+        _Stream.current.put(lambda: copy(self, source))
+        return self
+
+    computing = _Stream()
+    monkeypatch.setattr(_Stream, "late", request.param == "late")
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
+    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(sliding_cuda, "_on_device", lambda images, device: None)
+    return computing
+
+
+@pytest.mark.parametrize("per_slab", [1, 3, 7, 50, 64])
+def test_slabs_arrive_whole_and_in_order(streams, per_slab):
+    bank = ps.PatchBank(smooth_images(50, 1, 4, 3), torch.arange(50) % 3)
+    for images in (bank, bank.select(2)):
+        arrived = []
+        for raw, indices, count in sliding_cuda._slabs(images, torch.device("cpu"), per_slab):
+            assert indices is None
+            streams.put(lambda raw=raw, count=count, to=arrived: to.append(raw[:count].clone()))
+        streams.run(len(streams.queue))
+        own = images.images if images.indices is None else images.images[images.indices]
+        assert len(arrived) == -(-len(own) // per_slab)
+        assert torch.equal(torch.cat(arrived), own)
+
+
+def test_a_streamed_bank_gives_the_references_sums(kernels, streams, monkeypatch):
+    bank = ps.PatchBank(smooth_images(300, 1, 6, 6), torch.arange(300) % 2).select(1)
+    monkeypatch.setattr(sliding_cuda, "SLAB_BYTES", 64 * 60 * 36)
+    slabs = sliding_cuda._slabs
+
+    def computed_on_at_once(*arguments):
+        for slab in slabs(*arguments):
+            streams.run(len(streams.queue))
+            yield slab
+
+    monkeypatch.setattr(sliding_cuda, "_slabs", computed_on_at_once)
+    compare(bank, circular(3, 6, 6), [0.05, 3.0])
+    compare(bank, WHOLE_IMAGE, [0.05, 3.0])
 
 
 # The compiler's report.
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_kernels_keep_everything_in_registers(tmp_path):
-    # On an sm_80 one kernel keeps a few words of its cold parts in memory.
-    for target, most in (("sm_80", 32), ("sm_90", 0)):
-        command = ["nvcc", "-std=c++17", "-O3", f"-arch={target}", "-cubin", "-Xptxas", "-v", "-o", tmp_path / target]
-        source = emulated.ROOT / "csrc" / "sliding_cuda.cu"
-        report = subprocess.run([*command, source], capture_output=True, text=True, check=True).stderr
-        spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-        assert len(spilled) >= 9
-        assert max(int(stored) for stored, _ in spilled) <= most
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_kernels_keep_everything_in_registers(tmp_path, target):
+    command = ["nvcc", "-std=c++17", "-O3", f"-arch={target}", "-cubin", "-Xptxas", "-v", "-o", tmp_path / target]
+    source = emulated.ROOT / "csrc" / "sliding_cuda.cu"
+    report = subprocess.run([*command, source], capture_output=True, text=True, check=True).stderr
+    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert spilled == [("0", "0")] * 15  # six kernels of windows, two of products, four of averages, three that prepare
 
 
 # On a GPU.
@@ -245,6 +410,17 @@ def test_gpu_sums_are_the_references(kind, k, channels, height, width):
 
 @gpu
 @needs_gpu
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(
+    ("images", "channels", "height", "width"), [(700, 3, 32, 32), (300, 1, 27, 29), (5, 3, 150, 151)]
+)
+def test_gpu_whole_images_are_the_references(dtype, images, channels, height, width):
+    bank = ps.PatchBank(smooth_images(images, channels, height, width, dtype=dtype))
+    compare(bank, WHOLE_IMAGE, [0.05 * 1.5**i for i in range(18)], device="cuda")
+
+
+@gpu
+@needs_gpu
 @pytest.mark.parametrize("kind", [circular, local])
 def test_gpu_extreme_noise_is_held(kind):
     bank = ps.PatchBank(smooth_images(300, 3, 32, 32))
@@ -259,25 +435,32 @@ def test_gpu_extreme_noise_is_held(kind):
 def test_gpu_machines_are_served():
     bank = ps.PatchBank(smooth_images(100, 3, 32, 32), torch.arange(100) % 3)
     z = bank.chunk(0, 2) + 0.3 * torch.randn(2, 3, 32, 32)
-    for machine in (ps.EquivariantLocalScore(bank, 5), ps.LocalScore(bank, 5), ps.IdealScore(bank)):
+    for machine in (
+        ps.EquivariantLocalScore(bank, 5, engine="sliding"),
+        ps.LocalScore(bank, 5, engine="sliding"),
+        ps.IdealScore(bank, engine="sliding"),
+    ):
         est = machine.estimate(z.cuda(), 0.3, labels=[0, 2])
         assert est.engine == "sliding"
-        assert (est.mean.cpu() - machine.denoise(z.double(), 0.3, labels=[0, 2])).abs().max() < 1e-4
+        exact = type(machine)(bank, *((5,) if machine.patch_size else ()), engine="reference")
+        assert (est.mean.cpu() - exact.denoise(z.double(), 0.3, labels=[0, 2])).abs().max() < 1e-4
 
 
 @gpu
 @needs_gpu
 def test_gpu_streams_the_bank_as_it_holds_it(monkeypatch):
     bank = ps.PatchBank(smooth_images(1000, 3, 16, 16), torch.arange(1000) % 2)
+    competitions = [circular(5, 16, 16), WHOLE_IMAGE]
     for images in (bank, bank.select(1)):
         z, sigma = noisy_batch(images, [0.2, 1.0], "cuda")
-        (expected,) = sliding_cuda.posterior_sums(z, sigma, images, [circular(5, 16, 16)], LIMIT)
+        resident = sliding_cuda.posterior_sums(z, sigma, images, competitions, LIMIT)
         with monkeypatch.context() as patch:
             patch.setattr(sliding_cuda, "RESIDENT_SHARE", 0.0)
             patch.setattr(sliding_cuda, "SLAB_BYTES", 128 * 256 * 70)
             sliding_cuda._resident.clear()
-            (got,) = sliding_cuda.posterior_sums(z, sigma, images, [circular(5, 16, 16)], LIMIT)
-        assert (got.mean - expected.mean).abs().max() < 1e-12
+            streamed = sliding_cuda.posterior_sums(z, sigma, images, competitions, LIMIT)
+        for got, expected in zip(streamed, resident, strict=True):
+            assert (got.mean - expected.mean).abs().max() < 1e-12
 
 
 @gpu
@@ -334,3 +517,5 @@ def test_gpu_errors_name_the_kernel():
     task = sliding_cuda._Windows(planes=1, values_per_pixel=9)
     with pytest.raises(RuntimeError, match="windows_kernel"):
         sliding_cuda._run("patchscore_windows", task, torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="average_kernel"):
+        sliding_cuda._run("patchscore_average", sliding_cuda._Average(), torch.device("cuda"))

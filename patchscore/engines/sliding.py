@@ -66,12 +66,13 @@ def posterior_sums(
 ) -> list[PosteriorSum]:
     """`posterior_sum` for several competitions, as calibration asks for several patch sizes at one noise level.
 
-    On a GPU one pass over the bank serves them all.
+    One pass over the bank serves them all, where `memory_limit` and, on the CPU, 32 MiB a thread have room for their
+    sums; otherwise a few passes do. The numbers are those of separate calls.
     """
     if z.device.type != "cuda":
-        return [_on_cpu(z, sigma, bank, competition, memory_limit) for competition in competitions]
-    # Whole images, and patches beyond the kernels' integers, are a plain matrix product.
-    served = [competition for competition in competitions if sliding_cuda.serves(bank, competition)]
+        return _on_cpu(z, sigma, bank, competitions, memory_limit)
+    # Patches beyond the kernels' shared memory or integers are a plain matrix product.
+    served = [competition for competition in competitions if sliding_cuda.serves(bank, competition, z.device)]
     sums = iter(sliding_cuda.posterior_sums(z, sigma, bank, served, memory_limit))
     return [
         next(sums) if competition in served else reference.posterior_sum(z, sigma, bank, competition, memory_limit)
@@ -79,31 +80,42 @@ def posterior_sums(
     ]
 
 
-def _on_cpu(z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int) -> PosteriorSum:
+def _on_cpu(
+    z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
+) -> list[PosteriorSum]:
     assert _native is not None, "unavailable() says when this engine cannot serve"
-    noisy = z.detach().to("cpu", torch.float32).contiguous()
-    batch, _, height, width = z.shape
-    pixels = (height, width) if competition.patch_size else (1, 1)
-    m = torch.full((batch, 1, *pixels), -torch.inf, dtype=torch.float64)
-    s, s2, v = torch.zeros_like(m), torch.zeros_like(m), torch.zeros(z.shape, dtype=torch.float64)
-    groups = [[*_axis(group.rows), *_axis(group.cols)] for group in competition.groups]
+    totals = [_empty(z, competition) for competition in competitions]
     _native.sliding(
-        z=noisy.numpy(),
+        z=z.detach().to("cpu", torch.float32).contiguous().numpy(),
         sigma=sigma.detach().to("cpu", torch.float64).contiguous().numpy(),
         images=bank.images.numpy(),
         indices=None if bank.indices is None else bank.indices.to(torch.int64).contiguous().numpy(),
-        patch_size=competition.patch_size or 0,
-        circular=competition.padding_mode == "circular",
-        groups=torch.tensor(groups, dtype=torch.int64).reshape(-1, 8).numpy(),
-        m=m.numpy(),
-        s=s.numpy(),
-        s2=s2.numpy(),
-        v=v.numpy(),
+        competitions=[
+            (
+                competition.patch_size or 0,
+                competition.padding_mode == "circular",
+                _groups(competition).numpy(),
+                *(part.numpy() for part in (total.m, total.s, total.s2, total.v)),
+            )
+            for competition, total in zip(competitions, totals, strict=True)
+        ],
         threads=torch.get_num_threads(),
         memory_limit=memory_limit,
         simd=os.environ.get("PATCHSCORE_SIMD", ""),
     )
-    return PosteriorSum(m=m, s=s, v=v, s2=s2)
+    return totals
+
+
+def _empty(z: Tensor, competition: Competition) -> PosteriorSum:
+    pixels = z.shape[2:] if competition.patch_size else (1, 1)
+    m = torch.full((len(z), 1, *pixels), -torch.inf, dtype=torch.float64)
+    return PosteriorSum(m=m, s=torch.zeros_like(m), v=torch.zeros(z.shape, dtype=torch.float64), s2=torch.zeros_like(m))
+
+
+def _groups(competition: Competition) -> Tensor:
+    """[G, 8] rows and columns of every group."""
+    groups = [[*_axis(group.rows), *_axis(group.cols)] for group in competition.groups]
+    return torch.tensor(groups, dtype=torch.int64).reshape(-1, 8)
 
 
 def _axis(axis: Axis) -> tuple[int, int, int, int]:

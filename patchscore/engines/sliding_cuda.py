@@ -30,6 +30,13 @@ TILE, TILES = 8, 4  # window columns of a tile, tiles of a group; as in the kern
 LARGEST_CHUNK = 16  # groups a block adds up in float32 before float64 takes over
 CHUNKS = 512  # a bank is cut into about so many, if it has as many groups
 ALIGNED = LARGEST_CHUNK * TILES  # slabs of whole chunks, so that sums do not depend on where slabs end
+STEP, AVERAGED, ADDED, GROUP = 64, 8, 256, 16  # whole images: as in the kernels; items that products take together
+LARGEST_SLICE = 2**16  # values of a product, whose sum is then an int
+SMALLEST_BASE = 8  # of noisy digits: below, too little is left of the noisy image
+DIGIT_BASE = 254  # of noisy pixels, where sums are combined in float64
+BLOCKS = 1024  # a product is cut into about so many, if it has as many values
+ITEMS = 64  # of whole images, in one pass
+SMALLEST_WEIGHT_BITS = 66  # below the largest of a slab: a lighter image is left out
 SLAB_BYTES = 2**29  # larger slabs were not found to be of use
 RESIDENT_SHARE = 0.5  # of the device's free memory: a larger bank is streamed
 SHARED_BYTES = 227 * 1024  # of a block, where torch does not say
@@ -68,14 +75,30 @@ class _Norms(ctypes.Structure):
     ]
 
 
+class _Products(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("images", "values", "groups", "slice", "digits_of_floats")),
+        *((name, ctypes.c_void_p) for name in ("bytes", "indices", "digits", "products", "norms")),
+    ]
+
+
+class _Average(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("images", "values", "groups", "bytes")),
+        *((name, ctypes.c_void_p) for name in ("raw", "indices", "weights", "sums")),
+    ]
+
+
 def load(path: str) -> ctypes.CDLL:
     """The kernels' library at `path`; OSError if it cannot be loaded or was built from other sources."""
     library = ctypes.CDLL(path)
+    library.patchscore_layout.restype = ctypes.c_int64
     if library.patchscore_layout() != sum(
-        ctypes.sizeof(structure) * 1000**i for i, structure in enumerate((_Windows, _Pack, _Norms))
+        ctypes.sizeof(structure) * 1000**i for i, structure in enumerate((_Windows, _Pack, _Norms, _Products, _Average))
     ):
         raise OSError(f"{path} was built from other sources; build it again")
-    for name in ("patchscore_windows", "patchscore_pack", "patchscore_norms"):
+    for name in ("windows", "pack", "norms", "products", "average"):
+        name = f"patchscore_{name}"
         getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
         getattr(library, name).restype = ctypes.c_char_p
     library.patchscore_unavailable.restype = ctypes.c_char_p
@@ -105,22 +128,35 @@ def unavailable() -> str | None:
     return f"CUDA: {reason.decode()}" if reason else None
 
 
-def serves(bank: PatchBank, competition: Competition) -> bool:
-    """Whether the kernels have room for its numbers: not whole images, nor patches of more than some 60,000 values."""
-    return competition.patch_size is not None and _base(_values(bank, competition), _planes(bank)) >= 8
+def serves(bank: PatchBank, competition: Competition, device: torch.device) -> bool:
+    """Whether the kernels have room for its patches: for their sums in integers, and for a block in shared memory."""
+    if competition.patch_size is None:
+        return True
+    if _base(_values(bank, competition), _planes(bank)) < SMALLEST_BASE:
+        return False
+    return all(_smallest_block(bank, competition, group) <= _shared_limit(device) for group in competition.groups)
 
 
 def posterior_sums(
     z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
 ) -> list[PosteriorSum]:
-    """The sums of every competition in one pass over the bank; arguments as of `sliding.posterior_sums`.
+    """The sums of every competition, of windows in one pass over the bank; arguments as of `sliding.posterior_sums`.
 
     Every competition must be one that `serves`. Work is queued on the current stream of z's device.
     """
-    if not competitions:
-        return []
+    windows = [competition for competition in competitions if competition.patch_size is not None]
     with torch.cuda.device(z.device) if z.device.type == "cuda" else nullcontext():
-        parts = [_some_channels(z, sigma, bank, competitions, memory_limit, first) for first in range(0, z.shape[1], 4)]
+        sums = iter(_windows(z, sigma, bank, windows, memory_limit) if windows else [])
+        return [
+            _whole_images(z, sigma, bank, memory_limit) if competition.patch_size is None else next(sums)
+            for competition in competitions
+        ]
+
+
+def _windows(
+    z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
+) -> list[PosteriorSum]:
+    parts = [_some_channels(z, sigma, bank, competitions, memory_limit, first) for first in range(0, z.shape[1], 4)]
     # Weights are the same whichever channels are averaged.
     return [
         PosteriorSum(same[0].m, same[0].s, torch.cat([x.v for x in same], 1), same[0].s2)
@@ -160,7 +196,10 @@ def _some_channels(
     base = min(_base(_values(bank, competition), _planes(bank)) for competition in competitions)
     batches = _noisy(z, sigma, base)
     totals = [[PosteriorSum.empty((len(b.items), *shape[1:]), z.device) for b in batches] for _ in competitions]
-    per_slab = _images_per_slab(bank, memory_limit)
+    channels, height, width = bank.shape
+    per_pixel = 4 * _planes(bank) * -(-channels // 4) + 16 + 8 + 8 + 4 + 4
+    per_slab = _images_per_slab(bank, height * width * per_pixel, ALIGNED, memory_limit)
+    per_slab = min(per_slab, (2**31 - 1) // (height * width) - 1)
     for raw, indices, images in _slabs(bank, z.device, per_slab):
         slab = _packed(raw, indices, images, base, first, count)
         for competition, parts in zip(competitions, totals, strict=True):
@@ -231,9 +270,9 @@ def _largest(q: Tensor) -> list[float]:
     return q.abs().flatten(1).amax(1).clamp(min=0.5).tolist()
 
 
-def _digits(q: Tensor, top: int, base: int) -> tuple[list[Tensor], Tensor]:
+def _digits(q: Tensor, top: int | Tensor, base: int) -> tuple[list[Tensor], Tensor]:
     """q as three digits (the first in -127 .. 127, the others in -b/2 .. b/2), and q as they give it back."""
-    rest, value, weight, digits = q / top, torch.zeros_like(q), float(top), []
+    rest, value, weight, digits = q / top, torch.zeros_like(q), 1.0 * top, []
     for _ in range(3):
         digit = rest.round()
         digits.append(digit)
@@ -255,16 +294,13 @@ _resident: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Copies of a bank's images by device, as long as the bank's own live."""
 
 
-def _images_per_slab(bank: PatchBank, memory_limit: int) -> int:
-    """Images whose operands fit in a share of the working memory."""
-    channels, height, width = bank.shape
-    per_pixel = 4 * _planes(bank) * -(-channels // 4) + 16 + 8 + 8 + 4 + 4
-    raw = 2 * bank.images[0].nbytes  # of streamed slabs
-    images = min(SLAB_BYTES, memory_limit // 2) // (height * width * per_pixel + raw)
+def _images_per_slab(bank: PatchBank, per_image: int, aligned: int, memory_limit: int) -> int:
+    """Images whose operands, `per_image` bytes each, fit in a share of the working memory; if many, of whole chunks."""
+    per_image += 2 * bank.images[0].nbytes  # of streamed slabs
+    images = min(SLAB_BYTES, memory_limit // 2) // per_image
     if images < 1:
-        raise ValueError(f"memory_limit: got {memory_limit} bytes, one image takes {2 * height * width * per_pixel}")
-    images = min(images, (2**31 - 1) // (height * width) - 1)
-    return images // ALIGNED * ALIGNED if images >= ALIGNED else images
+        raise ValueError(f"memory_limit: got {memory_limit} bytes, one image takes {2 * per_image}")
+    return images // aligned * aligned if images >= aligned else images
 
 
 def _slabs(bank: PatchBank, device: torch.device, per_slab: int) -> Iterator[tuple[Tensor, Tensor | None, int]]:
@@ -446,9 +482,7 @@ def _add(
 def _pieces(task: _Windows, rows: Axis, device: torch.device) -> list[Axis]:
     """Sets the strip of query rows, and cuts the window rows, so that a block's shared memory holds them."""
     assert library is not None
-    limit = SHARED_BYTES
-    if device.type == "cuda":
-        limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 96 * 1024)
+    limit = _shared_limit(device)
     task.strip, windows = min(STRIP, len(rows.queries)), rows.windows
     while library.patchscore_shared_bytes(ctypes.byref(task)) > limit:
         if windows is not None and len(windows) > 2 * task.strip:
@@ -458,12 +492,33 @@ def _pieces(task: _Windows, rows: Axis, device: torch.device) -> list[Axis]:
         elif windows is not None and len(windows) > 1:
             windows = windows[: -(-len(windows) // 2)]
         else:
-            raise ValueError(f"patch_size: {task.patch_size} needs more shared memory than the device has")
+            raise AssertionError("serves() says when nothing fits")
         task.rows = _axis(Axis(rows.queries, windows))
     if rows.windows is None or windows is None:
         return [rows]
     starts = range(0, len(rows.windows), len(windows))
     return [Axis(rows.queries, rows.windows[start : start + len(windows)]) for start in starts]
+
+
+def _shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have."""
+    if device.type != "cuda":
+        return SHARED_BYTES
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 96 * 1024)
+
+
+def _smallest_block(bank: PatchBank, competition: Competition, group: Group) -> int:
+    """Bytes of shared memory for one query row and one row of windows."""
+    assert library is not None
+    channels, height, width = bank.shape
+    row, centre = group.rows.queries.start, group.rows.centres.start
+    rows = Axis(range(row, row + 1), None if group.rows.locked else range(centre, centre + 1))
+    task = _Windows(
+        channel_quads=-(-channels // 4), planes=_planes(bank), values_per_pixel=min(4, channels), height=height,
+        width=width, patch_size=competition.patch_size, circular=competition.padding_mode == "circular",
+        rows=_axis(rows), cols=_axis(group.cols), strip=1,
+    )  # fmt: skip
+    return library.patchscore_shared_bytes(ctypes.byref(task))
 
 
 def _axis(axis: Axis) -> _Axis:
@@ -482,3 +537,102 @@ def _query_norms(squares: Tensor, channels: int, competition: Competition, group
         else:
             squares = F.pad(squares, padding, value=0.0 if locked else 0.25 * channels)
     return squares.unfold(2, k, 1).sum(-1).unfold(3, k, 1).sum(-1)
+
+
+# Whole images: distances from one product of bytes, then sums of the bank's images by weight.
+
+
+def _whole_images(z: Tensor, sigma: Tensor, bank: PatchBank, memory_limit: int) -> PosteriorSum:
+    values, device = z[0].numel(), z.device
+    items = max(1, min(ITEMS, len(z), memory_limit // 4 // (64 * values)))
+    padded_items = -(-items // GROUP) * GROUP
+    # Products, what float64 makes of them, float32 sums of ADDED images; float images as digits.
+    per_image = padded_items * (12 * _slices(values, 1, 1)[1] + 96) + 4 * values * padded_items // ADDED
+    per_image += 48 * values if _planes(bank) > 1 else 0
+    per_slab = _images_per_slab(bank, per_image, ADDED, memory_limit)
+    total = PosteriorSum.empty((len(z), values, 1, 1), device)
+    for first in range(0, len(z), items):
+        chosen = slice(first, min(first + items, len(z)))
+        noisy = _FlatNoisy(z[chosen], sigma[chosen])
+        for raw, indices, images in _slabs(bank, device, per_slab):
+            distance = _whole_distances(noisy, raw, indices, images)
+            total.add_(_weighed(noisy, distance, raw, indices), chosen, slice(None), slice(None))
+    return PosteriorSum(total.m, total.s, total.v.reshape(z.shape), total.s2)
+
+
+class _FlatNoisy:
+    """Noisy images in digits, value by value; each item has a first digit of its own worth."""
+
+    def __init__(self, z: Tensor, sigma: Tensor):
+        q = z.detach().flatten(1).to(torch.float32).to(torch.float64) * STEPS - 0.5
+        self.items, values = q.shape
+        self.top = torch.exp2((q.abs().amax(1).clamp(min=0.5) / 126.5).log2().ceil().clamp(min=0.0))  # [B]
+        self.sigma = sigma.to(z.device, torch.float64) * STEPS
+        planes, rounded = _digits(q, self.top[:, None], DIGIT_BASE)
+        self.squares = rounded.square().sum(1)  # [B]
+        digits = torch.stack(planes, 1).to(torch.int8)
+        digits = F.pad(digits, (0, -values % STEP, 0, 0, 0, -self.items % GROUP))
+        self.groups = len(digits) // GROUP
+        self.digits = digits.reshape(self.groups, GROUP, 3, -1).transpose(1, 2).contiguous()
+
+
+def _slices(values: int, images: int, groups: int) -> tuple[int, int]:
+    """Values of a slice, and how many there are: enough blocks, and sums that fit an int."""
+    blocks = -(-images // 256) * groups
+    wanted = max(1, min(BLOCKS // blocks, values // 256), -(-values // LARGEST_SLICE))
+    size = -(-values // wanted // STEP) * STEP if wanted > 1 else -(-values // STEP) * STEP
+    return size, -(-values // size)
+
+
+def _whole_distances(noisy: _FlatNoisy, raw: Tensor, indices: Tensor | None, images: int) -> Tensor:
+    """[B, images] squared distances in steps, float64."""
+    if raw.dtype == torch.uint8:
+        planes, squares = [raw], None
+    else:
+        own = raw[:images] if indices is None else raw[indices]
+        planes, rounded = _digits(own.flatten(1).to(torch.float64) * STEPS - 0.5, 1, DIGIT_BASE)
+        planes, squares, indices = [plane.to(torch.int8) for plane in planes], rounded.square().sum(1), None
+    product = torch.zeros(images, noisy.groups * GROUP, dtype=torch.float64, device=raw.device)
+    for place, plane in enumerate(planes):
+        digits, norms = _products(noisy, plane, indices, images)
+        squares = norms if squares is None else squares
+        for digit in range(3):
+            product += digits[:, :, digit].flatten(1).to(torch.float64) * DIGIT_BASE ** -float(place + digit)
+    assert squares is not None
+    return squares + noisy.squares[:, None] - 2 * noisy.top[:, None] * product.T[: noisy.items]
+
+
+def _products(noisy: _FlatNoisy, plane: Tensor, indices: Tensor | None, images: int) -> tuple[Tensor, Tensor]:
+    """[images, groups, 3, 16] products of bytes and digits, and [images] sums of squared bytes: whole numbers."""
+    values = plane[0].numel()
+    size, slices = _slices(values, images, noisy.groups)
+    products = torch.empty(slices, images, noisy.groups, 3, GROUP, dtype=torch.int32, device=plane.device)
+    norms = torch.empty(slices, images, 4, dtype=torch.int32, device=plane.device)
+    task = _Products(
+        images=images, values=values, groups=noisy.groups, slice=size, digits_of_floats=plane.dtype == torch.int8,
+        bytes=plane.data_ptr(), indices=None if indices is None else indices.data_ptr(),
+        digits=noisy.digits.data_ptr(), products=products.data_ptr(), norms=norms.data_ptr(),
+    )  # fmt: skip
+    _run("patchscore_products", task, plane.device)
+    return products.sum(0), norms.sum((0, 2))
+
+
+def _weighed(noisy: _FlatNoisy, distance: Tensor, raw: Tensor, indices: Tensor | None) -> PosteriorSum:
+    """The sums of a slab's images, by their distances from each item."""
+    images, values = distance.shape[1], raw[0].numel()
+    bits = distance * (-0.5 * math.log2(math.e) / noisy.sigma.square())[:, None]  # log2 weights
+    # Relative to a multiple of 16 bits: what float32 rounds does not depend on where slabs end.
+    m = (bits.amax(1, keepdim=True) / 16).ceil() * 16
+    w = torch.exp2(bits - m)
+    w = torch.where(w < 2.0**-SMALLEST_WEIGHT_BITS, 0.0, w)
+    groups, parts = -(-noisy.items // AVERAGED), -(-images // ADDED)
+    weights = F.pad(w.T.to(torch.float32), (0, -noisy.items % AVERAGED)).contiguous()
+    sums = torch.empty(parts, groups * AVERAGED, values, device=raw.device)
+    task = _Average(
+        images=images, values=values, groups=groups, bytes=raw.dtype == torch.uint8, raw=raw.data_ptr(),
+        indices=None if indices is None else indices.data_ptr(), weights=weights.data_ptr(), sums=sums.data_ptr(),
+    )  # fmt: skip
+    _run("patchscore_average", task, raw.device)
+    v = sums[:, : noisy.items].sum(0, dtype=torch.float64)
+    s, s2 = w.sum(1, keepdim=True), w.square().sum(1, keepdim=True)
+    return PosteriorSum(*(x[:, :, None, None] for x in (m * math.log(2), s, v, s2)))

@@ -161,6 +161,11 @@ inline void multiply(int (&d)[4], int a0, int a1, int a2, int a3, int b0, int b1
     std::memcpy(d, warp.d[lane], sizeof d);
 }
 
+inline int dot4(int a, int b, int sum) {
+    for (int i = 0; i < 4; ++i) sum += emulation::byte(a, i) * emulation::byte(b, i);
+    return sum;
+}
+
 inline float power_of_two(float x) {
     const float y = std::exp2(x);
     return y < 0x1p-126f ? 0.f : y;
