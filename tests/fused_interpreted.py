@@ -5,6 +5,7 @@ Not collected by name: TRITON_INTERPRET has to be set before Triton is imported,
 
 import warnings
 
+import interpreted  # noqa: F401
 import pytest
 import torch
 from conftest import MACHINES, machine_named, smooth_images

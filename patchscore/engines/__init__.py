@@ -16,7 +16,8 @@ import torch
 
 from ..windows import Competition
 from . import fused, reference, sliding
-from .pruned import TIED, Pruned
+from .pruned import TIED
+from .pruned_cuda import PrunedOnDevice as Pruned
 
 ENGINES: dict[str, Any] = {"fused": fused, "sliding": sliding, "reference": reference}
 """The exact engines by name, the fastest first: "auto" takes the first that can serve."""

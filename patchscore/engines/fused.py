@@ -11,10 +11,10 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -287,6 +287,8 @@ def _all_patches(
 SMALLEST_TUNED = 2**30
 """Pairs of a launch that is worth timing."""
 
+Result = TypeVar("Result")
+
 _chosen: dict[tuple, Configuration] = {}
 """The configuration that served a plan, by device and plan."""
 
@@ -304,19 +306,29 @@ def launch(queries: Queries, patches: Patches, plan: Plan, channels: int) -> tup
     pairs = queries.rows.shape[0] * queries.rows.shape[1] * patches.rows.shape[1]
     tune = os.environ.get("PATCHSCORE_AUTOTUNE") != "0" and pairs >= SMALLEST_TUNED and device.type == "cuda"
     key = (name, plan, channels)
-    known = _chosen.get((*key, True)) or (None if tune else _chosen.get((*key, False)))
-    if known is not None:
-        return run(queries, patches, plan, channels, known)
     candidates = configurations(plan, capability)
     if device.type != "cuda":
         # Small arrays are what an interpreter likes.
         candidates = [Configuration(32, 32, 4, 1, block=64 if plan.columns > 320 else 0)]
+    return first_that_serves(key, candidates, lambda candidate: run(queries, patches, plan, channels, candidate), tune)
 
+
+def first_that_serves(
+    key: tuple, candidates: list[Configuration], work: Callable[[Configuration], Result], tune: bool
+) -> Result:
+    """`work` done in the configuration known for `key`, else in the first that compiles, or with `tune` the fastest.
+
+    Raises:
+        KernelError: no configuration could be compiled and started.
+    """
+    known = _chosen.get((*key, True)) or (None if tune else _chosen.get((*key, False)))
+    if known is not None:
+        return work(known)
     best, fastest, failure = None, float("inf"), None
     for candidate in candidates:
         try:
-            result = run(queries, patches, plan, channels, candidate)
-            seconds = _timed(queries, patches, plan, channels, candidate) if tune else 0.0
+            result = work(candidate)
+            seconds = _timed(work, candidate) if tune else 0.0
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # Triton raises what its compiler, ptxas or the driver raised
@@ -328,16 +340,15 @@ def launch(queries: Queries, patches: Patches, plan: Plan, channels: int) -> tup
             break
     if best is None:
         raise KernelError(str(failure).splitlines()[0] if str(failure) else repr(failure)) from failure
-    served = (*key, tune)
-    _chosen[served] = best[0]
+    _chosen[(*key, tune)] = best[0]
     return best[1]
 
 
-def _timed(queries: Queries, patches: Patches, plan: Plan, channels: int, configuration: Configuration) -> float:
-    """Seconds of one launch, which was compiled before."""
+def _timed(work: Callable[[Configuration], object], configuration: Configuration) -> float:
+    """Seconds of one run, which was compiled before."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    run(queries, patches, plan, channels, configuration)
+    work(configuration)
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
