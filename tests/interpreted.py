@@ -1,6 +1,6 @@
 """Triton's interpreter, made to run with NumPy 2.4: import it before the first kernel is started.
 
-Triton up to 3.6 asks NumPy for the number in an array of one element, which NumPy 2.4 gives for arrays without axes only.
+Triton 3.6 asks NumPy for the number in an array of one element, which NumPy 2.4 gives for arrays without axes only.
 """
 
 from triton.runtime import interpreter

@@ -207,17 +207,29 @@ def _posterior_sum(
         plan = choose_plan(spectrum, d, smallest, tolerance, uint8, axes=not locked)
         # A query's row and its sums of every split take far less than a patch row's share of the limit.
         per_item = group.pixels * (8 * d + 4 * plan.columns + 64 * value_columns(z.shape[1]))
-        items = max(1, memory_limit // 4 // per_item)
-        for first in range(0, len(z), items):
+        items = min(len(z), max(1, memory_limit // 4 // per_item))
+        limit, keep, first = memory_limit, True, 0
+        while first < len(z):
             some = slice(first, first + items)
-            queries = query_rows(z[some], sigma[some], competition, group, plan, spectrum, unit)
-            parts: list[tuple[Tensor, Tensor]] = []
-            for patches in _all_patches(bank, k, group, plan, spectrum, unit, device, memory_limit):
-                parts.append(launch(queries, patches, plan, z.shape[1]))
-            sums = _merged(parts, queries, z.shape[1], unit)
-            m, s, v, s2 = (_pixels(x, len(z[some]), group) for x in sums)
-            block = PosteriorSum(m, s, v, s2)
-            total.add_(block, some, _span(group.rows.queries), _span(group.cols.queries))
+            try:
+                queries = query_rows(z[some], sigma[some], competition, group, plan, spectrum, unit)
+                parts: list[tuple[Tensor, Tensor]] = []
+                for patches in _all_patches(bank, k, group, plan, spectrum, unit, device, limit, keep):
+                    parts.append(launch(queries, patches, plan, z.shape[1]))
+                sums = _merged(parts, queries, z.shape[1], unit)
+                m, s, v, s2 = (_pixels(x, len(z[some]), group) for x in sums)
+            except torch.OutOfMemoryError:
+                # Give back what is kept; then fewer images at a time, then fewer patches.
+                if items == 1 and not keep:
+                    limit //= 2
+                if limit < 2 * image_bytes(bank, k, group, plan):
+                    raise
+                items, keep = max(1, items // 2), False
+                cache.clear()
+                torch.cuda.empty_cache()
+                continue
+            total.add_(PosteriorSum(m, s, v, s2), some, _span(group.rows.queries), _span(group.cols.queries))
+            first += items
     return total
 
 
@@ -244,8 +256,9 @@ def _all_patches(
     unit: float,
     device: torch.device,
     memory_limit: int,
+    keep: bool,
 ) -> Iterator[Patches]:
-    """Patch rows of the whole bank in chunks: kept ones, or made now and kept if there is room for all."""
+    """Patch rows of the whole bank in chunks: kept ones, or made now and with `keep` kept if there is room for all."""
     # Only what the patches' own columns depend on.
     where = group.rows.centres, group.cols.centres, group.rows.locked, group.cols.locked
     key = (device, k, where, plan.size, plan.axes, plan.q_lo, plan.p_lo)
@@ -259,7 +272,7 @@ def _all_patches(
         if per_image > memory_limit:
             raise ValueError(f"memory_limit: got {memory_limit} bytes, the rows of one image take {per_image}")
         count = 1
-    keep = per_image * len(bank) <= cache_limit(device)
+    keep = keep and per_image * len(bank) <= cache_limit(device)
     made: list[Patches] = []
     start = 0
     while start < len(bank):
@@ -340,7 +353,8 @@ def first_that_serves(
             break
     if best is None:
         raise KernelError(str(failure).splitlines()[0] if str(failure) else repr(failure)) from failure
-    _chosen[(*key, tune)] = best[0]
+    served = (*key, tune)
+    _chosen[served] = best[0]
     return best[1]
 
 

@@ -1,8 +1,8 @@
 """The GPU half of engine `pruned`, in Triton (patchscore/kernels/lists.py).
 
-The same estimate as on the CPU: a query takes a share of every cell, as large as the cell's moments let expect, and what
-it takes stands for the rest. Here one program plans a query, takers are sorted by cell so that a block of queries reads
-a tile of windows once, and every number of items, tiles or picks stays on the device but one: the length of the list.
+The same estimate as on the CPU: a query takes a share of every cell, as large as the cell's moments let expect, and
+what it takes stands for the rest. Here one program plans a query, takers are sorted by cell so that a block of queries
+reads a tile of windows once, and the host waits once a part of the call, for the length of the list.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..posterior import PosteriorSum, accumulator_dtype
 from ..windows import Competition, Group
 from . import fused, reference
 from .features import cache, cache_limit
-from .fused import KernelError, first_that_serves
+from .fused import Configuration, KernelError, first_that_serves
 from .pruned import (
     DROPPED,
     EDGES,
@@ -44,7 +44,10 @@ from .pruned import (
 )
 
 AXES = (16, 32, 48, 64, 80, 96, 128, 144, 160, 192, 256)
-"""Numbers of leading axes that a scan can use: a power of two, or two of them. The second look sees what is left out."""
+"""Numbers of leading axes that a scan can use: a power of two, or two. The second look sees what is left out."""
+
+FREE_AXES = 64
+"""Up to so many axes the matrix units are sooner done than the exponentials: leaving some out would gain nothing."""
 
 TILE = 64
 """Windows of a tile."""
@@ -199,7 +202,8 @@ class Cells:
     """What is known of the cells without looking into them.
 
     sizes, first: [cells] int64, windows and where they begin; mean, variance: [cells, rank]; log_repeats: [cells];
-    moments: [cells, NM] 1, mean of the values, mean of their squares, zeros.
+    moments: [cells, NM] 1, mean of the values, mean of their squares, zeros. Of the regions: centre [regions, C k^2],
+    axes [regions, C k^2, rank].
     """
 
     sizes: Tensor
@@ -208,13 +212,15 @@ class Cells:
     variance: Tensor
     log_repeats: Tensor
     moments: Tensor
+    centre: Tensor
+    axes: Tensor
 
     @classmethod
     def of(cls, part: IndexedSize, device: torch.device) -> Cells:
         moments = torch.cat([torch.ones(len(part.moments), 1), part.moments], 1)
         moments = functional.pad(moments, (0, moment_columns(part.moments.shape[1] // 2) - moments.shape[1]))
-        tables = part.sizes, part.starts, part.mean, part.variance, part.stand_for.log(), moments
-        return cls(*(table.contiguous().to(device) for table in tables))
+        cells = part.sizes, part.starts, part.mean, part.variance, part.stand_for.log(), moments
+        return cls(*(table.contiguous().to(device) for table in (*cells, part.centre, part.axes)))
 
 
 def moment_columns(channels: int) -> int:
@@ -334,8 +340,8 @@ def _load(part: IndexedSize, cells: range, device: torch.device) -> Rows:
         place = torch.arange(windows, device=device) - before.repeat_interleave(some, output_size=windows)
         start = (before * (words + 1)).repeat_interleave(some, output_size=windows)
         size = some.repeat_interleave(some, output_size=windows)
-        block = raw[(start + place * words)[:, None] + torch.arange(words, device=device)]
-        features[done : done + windows, :rank] = block.view(torch.float16)[:, :rank]
+        read = raw[(start + place * words)[:, None] + torch.arange(words, device=device)]
+        features[done : done + windows, :rank] = read.view(torch.float16)[:, :rank]
         ids[done : done + windows] = raw[start + size * words + place]
         done += windows
 
@@ -344,39 +350,43 @@ def _load(part: IndexedSize, cells: range, device: torch.device) -> Rows:
     repeats = None if part.counts is None else torch.from_numpy(part.counts[first : first + count].copy()).to(device)
     values = torch.zeros(count, value_columns(channels), dtype=torch.float16, device=device)
     biases = torch.empty(sum(size <= width for size in AXES), count, device=device)
-    step = 1 << 20
-    for start in range(0, count, step):
-        block = slice(start, start + step)
-        v = (pixels[block].float() - 127.5) / 128 if bytes_ else pixels[block]
-        values[block, 0] = 1
-        values[block, 1] = _kernels().COUNT_UNIT.value / (1 if repeats is None else repeats[block])
-        values[block, 2 : 2 + channels] = v
-        values[block, 2 + channels : 2 + 2 * channels] = v - v.half()
-        values[block, 2 + 2 * channels : 2 + 3 * channels] = v * v
-        squares = features[block].float().square()
-        for level, size in enumerate(s for s in AXES if s <= width):
-            biases[level, block] = -0.5 * squares[:, :size].sum(1)
+    for low in range(0, count, 1 << 20):
+        some_rows = slice(low, low + (1 << 20))
+        v = (pixels[some_rows].float() - 127.5) / 128 if bytes_ else pixels[some_rows]
+        values[some_rows, 0] = 1
+        values[some_rows, 1] = _kernels().COUNT_UNIT.value / (1 if repeats is None else repeats[some_rows])
+        values[some_rows, 2 : 2 + channels] = v
+        values[some_rows, 2 + channels : 2 + 2 * channels] = v - v.half()
+        values[some_rows, 2 + 2 * channels : 2 + 3 * channels] = v * v
+        squares = features[some_rows].float().square()
+        for level, size_used in enumerate(s for s in AXES if s <= width):
+            biases[level, some_rows] = -0.5 * squares[:, :size_used].sum(1)
     log_counts = None if repeats is None else repeats.log2()
     return Rows(cells, sizes.to(device), features, biases, values, ids, log_counts)
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """Queries of a block, and how the scan is compiled."""
-
-    queries: int
-    warps: int
-    stages: int
+def started(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launches a kernel; KernelError where it does not compile."""
+    try:
+        kernel[grid](*arguments, **constants)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton raises what its compiler, ptxas or the driver raised
+        raise KernelError(str(error).splitlines()[0] if str(error) else repr(error)) from error
 
 
 def configurations(axes: int, capability: tuple[int, int]) -> list[Configuration]:
-    """What the scan is compiled as, the likeliest first; none spills, all fit in shared memory.
+    """Tiles of the scan and how it is compiled, the likeliest first; none spills, all fit in shared memory.
 
     benchmarks/compile_report.py checks that and counts instructions.
     """
     if capability < (9, 0):
-        return [Configuration(64, 4, 2)]
-    return [Configuration(128, 4, 2), Configuration(64, 4, 3)]
+        return [Configuration(64, TILE, 4, 2)]
+    return (
+        [Configuration(128, TILE, 4, 2), Configuration(64, TILE, 4, 3)]
+        if axes <= 128
+        else [Configuration(64, TILE, 4, 3)]
+    )
 
 
 # A scan.
@@ -467,7 +477,7 @@ class Scan:
         self.sharp, self.sigma = sigma, max(sigma, min(0.1, SHARPEST * math.sqrt(d)))
         self.bits = math.log2(math.e) / self.sigma**2
         regions = {place.region for place in places}
-        needed = max(part.rank_at(region, self.sigma, DROPPED) for region in regions)
+        needed = max(FREE_AXES, *(part.rank_at(region, self.sigma, DROPPED) for region in regions))
         self.axes = min(axes_for(needed), axes_for(part.rank))
         self.used = min(self.axes, part.rank)
         # The more variance is left out, in units of sigma^2, the more windows are compared again.
@@ -483,7 +493,7 @@ class Scan:
         self.turn = (turns * self.selection.counts).to(torch.int32)
         r = part.k // 2
         self.padded = functional.pad(z, (r, r, r, r), mode="circular" if padding_mode == "circular" else "constant")
-        self.expectations = {region: self._expectation(region) for region in regions}
+        self.factors, self.constant = self._expectation()
         self.pairs = 0
 
     def run(self) -> list[PosteriorSum]:
@@ -497,6 +507,7 @@ class Scan:
             for of, place in zip(budget, self.places, strict=True)
         ]
         whole = self._sum(replace(queries, budget=torch.cat(spread).to(self.device)))
+        self.pairs = whole.pairs or 0
         parts = []
         for number, first, last in queries.spans:
             place = self.places[number]
@@ -523,8 +534,7 @@ class Scan:
                 windows, luck = windows[:, some], luck[:, some]
             luck = luck.repeat(1, len(windows))
             windows = windows.flatten(0, 1)  # [B P, C k^2]
-            centre, axes = (x[place.region].to(self.device) for x in (self.part.centre, self.part.axes))
-            q = (windows - centre) @ axes[:, : self.used]
+            q = (windows - self.cells.centre[place.region]) @ self.cells.axes[place.region, :, : self.used]
             # Queries of absurd size are brought nearer, so that half floats hold them in bits.
             reach = 3e4 / self.bits / q.abs().amax(1, keepdim=True).clamp(min=1e-30)
             q = functional.pad(q * reach.clamp(max=1.0), (0, self.axes - self.used))
@@ -564,20 +574,18 @@ class Scan:
             share = torch.where(short, (share * 2**raised).clamp(max=1.0).float(), share)
         return share.unflatten(0, (len(self.places), batch))
 
-    def _expectation(self, region: int) -> tuple[Tensor, Tensor]:
-        """What `_expected` multiplies: [2 K, cells] and [cells]."""
-        place = self.part.regions[region]
-        here = slice(place.first_cell, place.first_cell + place.cells)
+    def _expectation(self) -> tuple[Tensor, Tensor]:
+        """What `_expected` multiplies, of all cells: [2 K, cells] and [cells]."""
         half = 0.5 * self.sigma**2
         mean, variance = (
-            functional.pad(x[here, : self.used], (0, self.axes - self.used))
+            functional.pad(x[:, : self.used], (0, self.axes - self.used))
             for x in (self.cells.mean, self.cells.variance)
         )
         precision = 1 / (half + variance)
         constant = torch.log1p(variance / half).sum(1) + (precision * mean.square()).sum(1)
         factors = torch.cat([0.5 * precision * mean, variance * precision / (4 * half)], 1)
         scale = math.log2(math.e)
-        return scale * factors.T, scale * (self.cells.log_repeats[here] - 0.25 * constant)
+        return scale * factors.T, scale * (self.cells.log_repeats - 0.25 * constant)
 
     def _expected(self, queries: Queries) -> tuple[Tensor, Tensor]:
         """Per query the expected log-weights of its region's cells, in bits, and [Q] where they begin.
@@ -587,18 +595,14 @@ class Scan:
         windows a stored one stands for.
         """
         row = queries.n_cells.long().cumsum(0) - queries.n_cells
-        spans = [(self.places[number].region, first, last) for number, first, last in queries.spans]
-        sizes = [self.part.regions[region].cells for region, _, _ in spans]
-        flat = torch.empty(
-            sum(cells * (last - first) for cells, (_, first, last) in zip(sizes, spans, strict=True)),
-            device=self.device,
-        )
+        spans = [(self.part.regions[self.places[number].region], first, last) for number, first, last in queries.spans]
+        flat = torch.empty(sum(region.cells * (last - first) for region, first, last in spans), device=self.device)
         at = 0
-        for cells, (region, first, last) in zip(sizes, spans, strict=True):
-            q = queries.q[first:last]
-            factors, constant = self.expectations[region]
-            out = flat[at : at + cells * (last - first)].view(last - first, cells)
-            torch.addmm(constant, torch.cat([q, q.square()], 1), factors, out=out)
+        for region, first, last in spans:
+            here = slice(region.first_cell, region.first_cell + region.cells)
+            q = torch.cat([queries.q[first:last], queries.q[first:last].square()], 1)
+            out = flat[at : at + region.cells * (last - first)].view(last - first, region.cells)
+            torch.addmm(self.constant[here], q, self.factors[:, here], out=out)
             at += out.numel()
         return flat, row
 
@@ -625,15 +629,19 @@ class Scan:
                 continue
             parts.append(part)
             start += step
-        self.pairs += sum(part.pairs or 0 for part in parts)
-        columns = zip(*(_tensors(part).items() for part in parts), strict=True)
-        return PosteriorSum(**{same[0][0]: torch.cat([x for _, x in same]) for same in columns})
+        names = _tensors(parts[0])
+        pairs = sum(part.pairs or 0 for part in parts)
+        return PosteriorSum(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names}, pairs=pairs)
 
     def _part(self, queries: Queries, memory_limit: int | None) -> PosteriorSum | None:
         """`_sum` in one go, or None where the list is too long for half of the limit."""
         items = self._items(queries, memory_limit)
         if items is None:
             return None
+        if len(items) == 0:
+            nothing = torch.zeros(len(queries), 1 + 3 * self.channels, dtype=torch.float64, device=self.device)
+            s, v, vv, vs = nothing.split([1] + [self.channels] * 3, 1)
+            return PosteriorSum(torch.full_like(s, -torch.inf), s, v, s, vv=vv, vs=vs, ss=s, pairs=0)
         q = (queries.q * self.bits).half()
         # The most promising cell of every query first: tiles far below what it holds need no exponentials.
         least = torch.full((len(queries),), float(_kernels().LEAST.value), device=self.device)
@@ -649,12 +657,13 @@ class Scan:
         counts, level = torch.empty(3, n_queries, **integers), torch.empty(2, n_queries, **numbers)
         floor = torch.where(queries.budget < 1, FLOOR * queries.budget, 1.0)
         n = self.selection.counts.float()
-        constants = {"QUANTUM": QUANTUM, "BC": 32 if self.device.type == "cpu" else 512}
+        constants = {"QUANTUM": QUANTUM, "BC": 64 if self.device.type == "cpu" else 512}
         cells = flat, n, queries.first_cell, queries.n_cells, row
         lists = _kernels()
-        lists.allocate_kernel[n_queries,](
-            *cells, queries.budget, floor, queries.luck[0], level, counts, n_queries, BP=TILE, **constants
-        )
+        started(
+            lists.allocate_kernel, (n_queries,), *cells, queries.budget, floor, queries.luck[0], level, counts,
+            n_queries, BP=TILE, **constants,
+        )  # fmt: skip
         first_item = functional.pad(counts[0].long().cumsum(0), (1, 0))
         # All that the host waits for.
         total, tiles, pairs = counts.sum(1).tolist()
@@ -666,9 +675,9 @@ class Scan:
         columns = self.cells.moments.shape[1]
         unseen = torch.empty(n_queries, columns, **numbers)
         found = cell, take, factor, chance
-        lists.list_kernel[n_queries,](
-            *cells, floor, queries.luck[0], level, self.cells.moments, first_item, *found, promising, unseen,
-            n_queries, NM=columns, **constants,
+        started(
+            lists.list_kernel, (n_queries,), *cells, floor, queries.luck[0], level, self.cells.moments, first_item,
+            *found, promising, unseen, n_queries, NM=columns, **constants,
         )  # fmt: skip
         query = torch.arange(n_queries, **integers).repeat_interleave(counts[0], output_size=total)
         per_item = (take.long() + TILE - 1) // TILE
@@ -677,8 +686,6 @@ class Scan:
 
     def _pilot(self, q: Tensor, items: Items, least: Tensor) -> Tensor:
         """[Q] a log-weight known to be there, of the cell of which most is expected."""
-        if len(items) == 0:
-            return least
         some = items.promising.clamp(max=len(items) - 1)
         out = Sums(least, least, torch.empty(len(items), device=self.device), least)
         self._launch(q, items, some, least, out, pilot=True)
@@ -689,14 +696,13 @@ class Scan:
         columns = value_columns(self.channels)
         sizes = (len(items), columns), (len(items), columns), (len(items),), (items.tiles,)
         out = Sums(*(torch.empty(size, device=self.device) for size in sizes))
-        if len(items):
-            self._launch(q, items, torch.arange(len(items), device=self.device), reference, out, pilot=False)
+        self._launch(q, items, torch.arange(len(items), device=self.device), reference, out, pilot=False)
         return out
 
     def _launch(self, q: Tensor, items: Items, some: Tensor, reference: Tensor, out: Sums, pilot: bool) -> None:
         # By cell, and inside by falling take, so that the queries of a block go about as far.
-        key, order = torch.sort((items.cell[some].long() << 32) - items.take[some], stable=True)
-        item, cell = some[order], (key + (1 << 31)) >> 32
+        by_cell, order = torch.sort((items.cell[some].long() << 32) - items.take[some], stable=True)
+        item, cell = some[order], (by_cell + (1 << 31)) >> 32
         first = torch.searchsorted(cell, torch.arange(len(self.turn) + 1, device=self.device))
 
         def run(configuration: Configuration) -> None:
@@ -720,11 +726,14 @@ class Scan:
         cuda = self.device.type == "cuda"
         resident = cache.get(self.part, (self.device,)) is not None
         pairs = items.tiles * TILE
-        tune = cuda and resident and not pilot and pairs >= SMALLEST_TUNED and os.environ.get("PATCHSCORE_AUTOTUNE") != "0"
+        wanted = os.environ.get("PATCHSCORE_AUTOTUNE") != "0" and pairs >= SMALLEST_TUNED
+        tune = cuda and resident and not pilot and wanted
         capability = torch.cuda.get_device_capability(self.device) if cuda else (9, 0)
         name = torch.cuda.get_device_name(self.device) if cuda else "interpreter"
-        candidates = configurations(self.axes, capability) if cuda else [Configuration(16, 4, 1)]
-        first_that_serves((name, "lists", self.axes, self.channels, pilot), candidates, run, tune)
+        candidates = configurations(self.axes, capability) if cuda else [Configuration(16, TILE, 4, 1)]
+        flags = self.part.counts is not None, self.selection.images is not None
+        key = (name, "lists", self.axes, axes_for(self.part.rank), self.channels, pilot, *flags)
+        first_that_serves(key, candidates, run, tune)
 
     def _windows(self, rows: Rows) -> tuple[Tensor, ...]:
         """The arguments of kernels that say where a piece's windows are."""
@@ -757,9 +766,10 @@ class Scan:
         n, c = len(queries), self.channels
         reference = torch.empty(n, device=self.device)
         total = torch.empty(n, 1 + c, 3, dtype=torch.float64, device=self.device)
-        _kernels().sum_kernel[n, 1 + c](
-            found.sums, found.squares, found.top, items.take, items.factor, items.chance, items.first_item, reference,
-            total, C=c, NV=value_columns(c), BI=32 if self.device.type == "cpu" else 128, num_warps=1,
+        started(
+            _kernels().sum_kernel, (n, 1 + c), found.sums, found.squares, found.top, items.take, items.factor,
+            items.chance, items.first_item, reference, total, C=c, NV=value_columns(c),
+            BI=128, num_warps=1,
         )  # fmt: skip
         m = reference.double()
         s, s2, ss = (x[:, None] for x in total[:, 0].unbind(1))
@@ -769,7 +779,7 @@ class Scan:
         unseen = unseen * EXPECTED_SHARE * torch.exp2((2 * (items.expected_top.double() - m)).clamp(max=115))[:, None]
         ss, vs, vv = ss + unseen[:, :1], vs + unseen[:, 1 : 1 + c], vv + unseen[:, 1 + c :]
         sums = PosteriorSum(m[:, None], s, v, s2, vv=vv, vs=vs, ss=ss, pairs=items.pairs)
-        return self._look_again(queries, sums, q, items, found) if len(items) else sums
+        return self._look_again(queries, sums, q, items, found)
 
     def _look_again(self, queries: Queries, sums: PosteriorSum, q: Tensor, items: Items, found: Sums) -> PosteriorSum:
         """Puts right what features leave out, on windows drawn by their weights and compared pixel by pixel.
@@ -779,7 +789,9 @@ class Scan:
         min(1, w picks / s), once or more.
         """
         n, picks = len(queries), self.picks
-        assert sums.vv is not None and sums.vs is not None and sums.ss is not None
+        assert sums.vv is not None
+        assert sums.vs is not None
+        assert sums.ss is not None
         # Running sums in whole numbers, whose order of addition does not matter: a mark is 2^32.
         share = found.sums[:, 0].double() * torch.exp2(found.top.double() - sums.m[items.query, 0]) * items.factor
         mark = (share / sums.s[items.query, 0] * picks * 2.0**32).nan_to_num(0.0).round().long()
@@ -799,18 +811,18 @@ class Scan:
         lists = _kernels()
         for rows in pieces(self.part, self.device):
             features, bias, counted, _, order, *cells = self._windows(rows)
-            lists.pick_kernel[n * picks,](
-                q, features, bias, counted, order, *cells, picked.contiguous(), inside, items.query, items.cell,
-                items.take, items.first_tile, found.tile_sums, rows.ids, window, weight, repeats, rows.cells.start,
-                rows.cells.stop, self.bits, BT=32, **self._constants(rows), num_warps=1,
+            started(
+                lists.pick_kernel, (n * picks,), q, features, bias, counted, order, *cells, picked, inside,
+                items.query, items.cell, items.take, items.first_tile, found.tile_sums, rows.ids, window, weight,
+                repeats, rows.cells.start, rows.cells.stop, self.bits, BT=32, **self._constants(rows), num_warps=1,
             )  # fmt: skip
         distance = torch.empty(n, picks, dtype=torch.float64, device=self.device)
         values = torch.empty(n, picks, self.channels, device=self.device)
         images = self.engine.images(self.device)
-        constants = {"R": picks, "C": self.channels, "H": images.shape[2], "W": images.shape[3], "SIZE": self.part.k}
-        lists.distance_kernel[n, -(-picks // 16)](
-            queries.windows, images, window, queries.geometry, distance, values, BYTES=self.bytes, BR=16, BD=64,
-            num_warps=4, **constants,
+        sizes = {"R": picks, "C": self.channels, "H": images.shape[2], "W": images.shape[3], "SIZE": self.part.k}
+        started(
+            lists.distance_kernel, (n, -(-picks // 16)), queries.windows, images, window, queries.geometry, distance,
+            values, BYTES=self.bytes, BR=16, BD=64, num_warps=4, **sizes,
         )  # fmt: skip
 
         # In bits: what a window stands for by the scan's weight and by its exact one, and its chance to be met.

@@ -45,7 +45,7 @@ def _prefixes(b_l, b_n, t, floor, carry, QUANTUM: tl.constexpr):
     return b_take, b_chance, carry - tl.floor(carry)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_queries"])
 def allocate_kernel(
     log_share,  # fp32, per query its cells: log-weights to expect
     n,  # [cells] fp32, competing windows
@@ -123,7 +123,7 @@ def allocate_kernel(
     tl.store(counts + 2 * n_queries + query, tl.sum(b_windows))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_queries"])
 def list_kernel(
     log_share,
     n,
@@ -318,7 +318,7 @@ def sum_kernel(
     chance,  # [items] fp32
     first_item,  # [Q + 1] int64
     reference,  # [Q] fp32, out: the log-weight that the totals are relative to
-    total,  # [Q, 1 + C, 3] fp64, out: s, s2, variance of s; then of every channel v, its covariance with s, its variance
+    total,  # [Q, 1 + C, 3] fp64, out: s, s2, variance of s; then by channel v, its covariance with s, its variance
     C: tl.constexpr,
     NV: tl.constexpr,
     BI: tl.constexpr,
