@@ -26,10 +26,9 @@ from ..index import IndexedSize
 from ..posterior import PosteriorSum, accumulator_dtype
 from ..windows import Competition, Group
 from . import fused, reference
-from .features import cache, cache_limit
+from .features import BIAS_COLUMNS, cache, cache_limit
 from .fused import Configuration, KernelError, first_that_serves
 from .pruned import (
-    DROPPED,
     EDGES,
     FLOOR,
     MOST_CHANNELS,
@@ -43,11 +42,9 @@ from .pruned import (
     _tensors,
 )
 
-AXES = (16, 32, 48, 64, 80, 96, 128, 144, 160, 192, 256)
-"""Numbers of leading axes that a scan can use: a power of two, or two. The second look sees what is left out."""
-
-FREE_AXES = 64
-"""Up to so many axes the matrix units are sooner done than the exponentials: leaving some out would gain nothing."""
+COLUMNS = (16, 32, 48, 64, 80, 96, 128, 144, 160, 192, 256)
+"""Numbers of a row: a power of two, or two. A row is a window's leading axes and its bias -|p|^2 / 2 in three parts,
+which a query meets with ones. Axes that find no room are left to the second look."""
 
 TILE = 64
 """Windows of a tile."""
@@ -233,9 +230,9 @@ def value_columns(channels: int) -> int:
     return max(16, 1 << (1 + 3 * channels).bit_length())
 
 
-def axes_for(rank: int) -> int:
-    """The least number of AXES that holds so many, or all."""
-    return next((size for size in AXES if size >= rank), AXES[-1])
+def columns_for(part: IndexedSize) -> int:
+    """K: the least number of COLUMNS that holds all axes and the bias, or the most."""
+    return next((size for size in COLUMNS if size >= part.rank + BIAS_COLUMNS), COLUMNS[-1])
 
 
 # Windows on the device.
@@ -243,15 +240,11 @@ def axes_for(rank: int) -> int:
 
 @dataclass
 class Rows:
-    """The windows of consecutive cells: features [n, KD] and values [n, NV] in fp16; ids [n] int64.
-
-    biases: [levels, n] fp32, -|p|^2 / 2 over the leading AXES[level] axes; log_counts: [n] fp32, bits.
-    """
+    """The windows of consecutive cells: rows [n, K] and values [n, NV] in fp16; ids [n] int64; log_counts [n], bits."""
 
     cells: range
     sizes: Tensor  # [cells] int64
-    features: Tensor
-    biases: Tensor
+    rows: Tensor
     values: Tensor
     ids: Tensor
     log_counts: Tensor | None
@@ -259,7 +252,7 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        tensors = self.features, self.biases, self.values, self.ids, self.log_counts
+        tensors = self.rows, self.values, self.ids, self.log_counts
         return sum(0 if x is None else x.nbytes for x in tensors)
 
     def ordered(self, images: Tensor, part: IndexedSize) -> tuple[Tensor, Tensor]:
@@ -280,10 +273,8 @@ class Rows:
 
 def row_bytes(part: IndexedSize) -> int:
     """Of one window on the device."""
-    width = axes_for(part.rank)
-    levels = sum(size <= width for size in AXES)
     counted = 0 if part.counts is None else 4
-    return 2 * width + 4 * levels + 2 * value_columns(part.values.shape[1]) + 8 + counted
+    return 2 * columns_for(part) + 2 * value_columns(part.values.shape[1]) + 8 + counted
 
 
 def pieces(part: IndexedSize, device: torch.device) -> Iterator[Rows]:
@@ -319,9 +310,9 @@ UPLOADED = 64 * 2**20
 def _load(part: IndexedSize, cells: range, device: torch.device) -> Rows:
     sizes = part.sizes[cells.start : cells.stop]
     count, first = int(sizes.sum()), int(part.starts[cells.start])
-    width, channels = axes_for(part.rank), part.values.shape[1]
-    rank = min(part.rank, width)
-    features = torch.zeros(count, width, dtype=torch.float16, device=device)
+    columns, channels = columns_for(part), part.values.shape[1]
+    axes = min(part.rank, columns - BIAS_COLUMNS)
+    rows = torch.zeros(count, columns, dtype=torch.float16, device=device)
     ids = torch.empty(count, dtype=torch.int64, device=device)
     # In the file a cell is its windows' features, then their ids; both are whole numbers of eight bytes.
     words = part.rank // 4
@@ -341,7 +332,7 @@ def _load(part: IndexedSize, cells: range, device: torch.device) -> Rows:
         start = (before * (words + 1)).repeat_interleave(some, output_size=windows)
         size = some.repeat_interleave(some, output_size=windows)
         read = raw[(start + place * words)[:, None] + torch.arange(words, device=device)]
-        features[done : done + windows, :rank] = read.view(torch.float16)[:, :rank]
+        rows[done : done + windows, :axes] = read.view(torch.float16)[:, :axes]
         ids[done : done + windows] = raw[start + size * words + place]
         done += windows
 
@@ -349,7 +340,6 @@ def _load(part: IndexedSize, cells: range, device: torch.device) -> Rows:
     pixels = torch.from_numpy(part.values[first : first + count].copy()).to(device)
     repeats = None if part.counts is None else torch.from_numpy(part.counts[first : first + count].copy()).to(device)
     values = torch.zeros(count, value_columns(channels), dtype=torch.float16, device=device)
-    biases = torch.empty(sum(size <= width for size in AXES), count, device=device)
     for low in range(0, count, 1 << 20):
         some_rows = slice(low, low + (1 << 20))
         v = (pixels[some_rows].float() - 127.5) / 128 if bytes_ else pixels[some_rows]
@@ -358,11 +348,12 @@ def _load(part: IndexedSize, cells: range, device: torch.device) -> Rows:
         values[some_rows, 2 : 2 + channels] = v
         values[some_rows, 2 + channels : 2 + 2 * channels] = v - v.half()
         values[some_rows, 2 + 2 * channels : 2 + 3 * channels] = v * v
-        squares = features[some_rows].float().square()
-        for level, size_used in enumerate(s for s in AXES if s <= width):
-            biases[level, some_rows] = -0.5 * squares[:, :size_used].sum(1)
+        bias = -0.5 * rows[some_rows, :axes].float().square().sum(1)
+        for column in range(axes, axes + BIAS_COLUMNS):
+            rows[some_rows, column] = bias
+            bias = bias - rows[some_rows, column]
     log_counts = None if repeats is None else repeats.log2()
-    return Rows(cells, sizes.to(device), features, biases, values, ids, log_counts)
+    return Rows(cells, sizes.to(device), rows, values, ids, log_counts)
 
 
 def started(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -375,18 +366,16 @@ def started(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: An
         raise KernelError(str(error).splitlines()[0] if str(error) else repr(error)) from error
 
 
-def configurations(axes: int, capability: tuple[int, int]) -> list[Configuration]:
+def configurations(columns: int, capability: tuple[int, int]) -> list[Configuration]:
     """Tiles of the scan and how it is compiled, the likeliest first; none spills, all fit in shared memory.
 
     benchmarks/compile_report.py checks that and counts instructions.
     """
     if capability < (9, 0):
         return [Configuration(64, TILE, 4, 2)]
-    return (
-        [Configuration(128, TILE, 4, 2), Configuration(64, TILE, 4, 3)]
-        if axes <= 128
-        else [Configuration(64, TILE, 4, 3)]
-    )
+    if columns <= 128:
+        return [Configuration(128, TILE, 4, 2), Configuration(64, TILE, 4, 3)]
+    return [Configuration(64, TILE, 4, 3)]
 
 
 # A scan.
@@ -396,8 +385,8 @@ def configurations(axes: int, capability: tuple[int, int]) -> list[Configuration
 class Queries:
     """Noisy windows, place by place and item by item.
 
-    windows: [Q, C k^2] fp32; q: [Q, K] fp32 features; spans: (place, first query, last + 1); first_cell, n_cells: [Q]
-    int32 of the query's region; geometry: [Q, 4] int32, as `distance_kernel` takes it; luck: [2, Q] fp32 in (0, 1);
+    windows: [Q, C k^2] fp32; q: [Q, axes] fp32 features; spans: (place, first query, last + 1); first_cell, n_cells:
+    [Q] int32 of the query's region; geometry: [Q, 4] int32, as `distance_kernel` takes it; luck: [2, Q] fp32 in (0, 1);
     budget: [Q] fp32, share of the windows to take.
     """
 
@@ -476,12 +465,9 @@ class Scan:
         d = z.shape[1] * part.k**2
         self.sharp, self.sigma = sigma, max(sigma, min(0.1, SHARPEST * math.sqrt(d)))
         self.bits = math.log2(math.e) / self.sigma**2
-        regions = {place.region for place in places}
-        needed = max(FREE_AXES, *(part.rank_at(region, self.sigma, DROPPED) for region in regions))
-        self.axes = min(axes_for(needed), axes_for(part.rank))
-        self.used = min(self.axes, part.rank)
+        self.axes = min(part.rank, columns_for(part) - BIAS_COLUMNS)
         # The more variance is left out, in units of sigma^2, the more windows are compared again.
-        left = max(float(part.tail[region][self.used]) for region in regions) / self.sigma**2
+        left = max((float(part.tail[place.region][self.axes]) for place in places), default=0.0) / self.sigma**2
         self.picks = RECHECK * round(min(8.0, max(4.0 if self.sharp < self.sigma else 1.0, left / 0.05)))
         self.cells = engine.cells(part, self.device)
         self.selection = engine.selection(bank, part, self.device)
@@ -534,10 +520,12 @@ class Scan:
                 windows, luck = windows[:, some], luck[:, some]
             luck = luck.repeat(1, len(windows))
             windows = windows.flatten(0, 1)  # [B P, C k^2]
-            q = (windows - self.cells.centre[place.region]) @ self.cells.axes[place.region, :, : self.used]
-            # Queries of absurd size are brought nearer, so that half floats hold them in bits.
-            reach = 3e4 / self.bits / q.abs().amax(1, keepdim=True).clamp(min=1e-30)
-            q = functional.pad(q * reach.clamp(max=1.0), (0, self.axes - self.used))
+            q = (windows - self.cells.centre[place.region]) @ self.cells.axes[place.region, :, : self.axes]
+            # Queries of absurd size are brought nearer: half floats must hold them, and float32 their logits.
+            reach = torch.minimum(
+                3e4 / q.abs().amax(1, keepdim=True), 2.0**21 / self.bits / q.abs().sum(1, keepdim=True)
+            )
+            q = q * reach.clamp(max=1.0)
             shape = region.rows.start, region.cols.start, len(region.cols), len(region.rows) * len(region.cols)
             whole = torch.tensor([[region.first_cell, region.cells, *shape]], dtype=torch.int32).to(self.device)
             whole = whole.expand(len(q), -1)
@@ -575,12 +563,9 @@ class Scan:
         return share.unflatten(0, (len(self.places), batch))
 
     def _expectation(self) -> tuple[Tensor, Tensor]:
-        """What `_expected` multiplies, of all cells: [2 K, cells] and [cells]."""
+        """What `_expected` multiplies, of all cells: [2 axes, cells] and [cells]."""
         half = 0.5 * self.sigma**2
-        mean, variance = (
-            functional.pad(x[:, : self.used], (0, self.axes - self.used))
-            for x in (self.cells.mean, self.cells.variance)
-        )
+        mean, variance = self.cells.mean[:, : self.axes], self.cells.variance[:, : self.axes]
         precision = 1 / (half + variance)
         constant = torch.log1p(variance / half).sum(1) + (precision * mean.square()).sum(1)
         factors = torch.cat([0.5 * precision * mean, variance * precision / (4 * half)], 1)
@@ -642,7 +627,8 @@ class Scan:
             nothing = torch.zeros(len(queries), 1 + 3 * self.channels, dtype=torch.float64, device=self.device)
             s, v, vv, vs = nothing.split([1] + [self.channels] * 3, 1)
             return PosteriorSum(torch.full_like(s, -torch.inf), s, v, s, vv=vv, vs=vs, ss=s, pairs=0)
-        q = (queries.q * self.bits).half()
+        q = functional.pad(queries.q.half(), (0, BIAS_COLUMNS), value=1.0)
+        q = functional.pad(q, (0, columns_for(self.part) - q.shape[1]))
         # The most promising cell of every query first: tiles far below what it holds need no exponentials.
         least = torch.full((len(queries),), float(_kernels().LEAST.value), device=self.device)
         found = self._scan(q, items, self._pilot(q, items, least))
@@ -730,9 +716,9 @@ class Scan:
         tune = cuda and resident and not pilot and wanted
         capability = torch.cuda.get_device_capability(self.device) if cuda else (9, 0)
         name = torch.cuda.get_device_name(self.device) if cuda else "interpreter"
-        candidates = configurations(self.axes, capability) if cuda else [Configuration(16, TILE, 4, 1)]
+        candidates = configurations(q.shape[1], capability) if cuda else [Configuration(16, TILE, 4, 1)]
         flags = self.part.counts is not None, self.selection.images is not None
-        key = (name, "lists", self.axes, axes_for(self.part.rank), self.channels, pilot, *flags)
+        key = (name, "lists", q.shape[1], self.channels, pilot, *flags)
         first_that_serves(key, candidates, run, tune)
 
     def _windows(self, rows: Rows) -> tuple[Tensor, ...]:
@@ -744,16 +730,15 @@ class Scan:
             order, _ = rows.ordered(self.selection.images, self.part)
             first = counts.long().cumsum(0) - counts
             first = first - first[rows.cells.start]
-        bias = rows.biases[AXES.index(self.axes)]
-        counted = bias if rows.log_counts is None else rows.log_counts
-        return rows.features, bias, counted, rows.values, order, first, counts, self.turn
+        counted = self.constant if rows.log_counts is None else rows.log_counts  # else never read
+        return rows.rows, counted, rows.values, order, first, counts, self.turn
 
     def _constants(self, rows: Rows) -> dict[str, Any]:
-        larger = 1 << (self.axes.bit_length() - 1)
+        columns = rows.rows.shape[1]
+        larger = 1 << (columns.bit_length() - 1)
         return {
-            "KD": rows.features.shape[1],
             "KA": larger,
-            "KB": self.axes - larger,
+            "KB": columns - larger,
             "BP": TILE,
             "COUNTED": rows.log_counts is not None,
             "ORDERED": self.selection.images is not None,
@@ -810,9 +795,9 @@ class Scan:
         repeats = torch.zeros(n, picks, device=self.device)
         lists = _kernels()
         for rows in pieces(self.part, self.device):
-            features, bias, counted, _, order, *cells = self._windows(rows)
+            windows, counted, _, order, *cells = self._windows(rows)
             started(
-                lists.pick_kernel, (n * picks,), q, features, bias, counted, order, *cells, picked, inside,
+                lists.pick_kernel, (n * picks,), q, windows, counted, order, *cells, picked, inside,
                 items.query, items.cell, items.take, items.first_tile, found.tile_sums, rows.ids, window, weight,
                 repeats, rows.cells.start, rows.cells.stop, self.bits, BT=32, **self._constants(rows), num_warps=1,
             )  # fmt: skip

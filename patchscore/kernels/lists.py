@@ -189,33 +189,30 @@ def list_kernel(
 
 
 @triton.jit
-def _products(b_qa, b_qb, p_p, b_o, KD: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr):
-    """[BQ, BP] query rows times window rows, the leading KA + KB axes of KD."""
-    b_pa = tl.load(p_p + b_o[None, :] * KD + tl.arange(0, KA)[:, None])  # [KA, BP]
+def _products(b_qa, b_qb, p, b_o, KA: tl.constexpr, KB: tl.constexpr):
+    """[BQ, BP] query rows times window rows; the columns come in two blocks, as sizes of blocks are powers of two."""
+    b_pa = tl.load(p + b_o[None, :] * (KA + KB) + tl.arange(0, KA)[:, None])  # [KA, BP]
     b_l = tl.dot(b_qa, b_pa)  # [BQ, BP]
     if KB:
-        b_pb = tl.load(p_p + b_o[None, :] * KD + (KA + tl.arange(0, KB))[:, None])  # [KB, BP]
+        b_pb = tl.load(p + b_o[None, :] * (KA + KB) + (KA + tl.arange(0, KB))[:, None])  # [KB, BP]
         b_l = tl.dot(b_qb, b_pb, b_l)
     return b_l
 
 
 @triton.jit
 def _windows(i, count, size, turn, first, order, BP: tl.constexpr, ORDERED: tl.constexpr):
-    """[BP] rows of the windows i .. i + BP of a prefix, which begins at `turn` and wraps around its cell."""
-    o_p = i + tl.arange(0, BP)
-    m_p = o_p < count
-    o_p = turn + tl.where(m_p, o_p, 0)
+    """[BP] rows of the windows i .. i + BP of a prefix of `count`, which begins at `turn` and wraps around its cell."""
+    o_p = turn + tl.minimum(i + tl.arange(0, BP), count - 1)
     b_o = first + tl.where(o_p >= size, o_p - size, o_p)
     if ORDERED:
         b_o = tl.load(order + b_o)
-    return b_o.to(tl.int64), m_p
+    return b_o.to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["first_cell", "end_cell"])
 def scan_kernel(
-    q,  # [Q, K] fp16, features times bits a unit of product
-    p,  # [windows, KD] fp16, features
-    bias,  # [windows] fp32, -|p|^2 / 2 over the K axes in use
+    q,  # [Q, K] fp16, features, then ones where p has its bias
+    p,  # [windows, K] fp16, features, then -|p|^2 / 2 in three parts
     log_count,  # [windows] fp32, bits of how many windows one stands for; only where COUNTED
     v,  # [windows, NV] fp16: 1, COUNT_UNIT / count, values, their low halves, their squares, zeros
     order,  # int32, the competing windows cell by cell; only where ORDERED
@@ -234,11 +231,10 @@ def scan_kernel(
     squares,  # [items, NV] fp32, out: sums of squared weights times v, in units of SQUARES^-2
     top,  # [items] fp32, out: the log-weight that both are relative to
     tile_sums,  # [tiles] fp32, out: bits of the weights of each tile of windows
-    first_cell,  # the cells whose windows p, bias, v hold
+    first_cell,  # the cells whose windows p and v hold
     end_cell,
     bits,  # log2(e) / sigma^2, bits a unit of product
     floor,  # bits above the reference under which a weight cannot be seen
-    KD: tl.constexpr,
     KA: tl.constexpr,
     KB: tl.constexpr,
     NV: tl.constexpr,
@@ -275,15 +271,13 @@ def scan_kernel(
     b_sums = tl.zeros([BQ, NV], tl.float32)
     b_squares = tl.zeros([BQ, NV], tl.float32)
     for i in range(0, most, BP):
-        b_o, m_p = _windows(i, most, size, turn, first, order, BP, ORDERED)  # [BP]
-        b_l = _products(b_qa, b_qb, p, b_o, KD, KA, KB)  # [BQ, BP]
-        b_bias = tl.load(bias + b_o) * bits
+        b_o = _windows(i, most, size, turn, first, order, BP, ORDERED)  # [BP]
+        b_l = _products(b_qa, b_qb, p, b_o, KA, KB)  # [BQ, BP], in units of sigma^2
         if COUNTED:
-            b_bias += tl.load(log_count + b_o)
-        b_l += tl.where(m_p, b_bias, float("-inf"))[None, :]
+            b_l += (tl.load(log_count + b_o) / bits)[None, :]
         if i + BP > least:
             b_l = tl.where((i + tl.arange(0, BP))[None, :] < b_take[:, None], b_l, float("-inf"))
-        b_top = tl.max(b_l, 1)  # [BQ]
+        b_top = tl.max(b_l, 1) * bits  # [BQ]
         if PILOT:
             b_m = tl.maximum(b_m, b_top - HEADROOM)
         else:
@@ -293,13 +287,13 @@ def scan_kernel(
                 b_new = tl.maximum(b_m, b_top - HEADROOM)
                 b_fade = tl.exp2(b_m - b_new)
                 b_m = b_new
-                b_w = tl.exp2(tl.minimum(b_l - b_m[:, None], HEADROOM))  # [BQ, BP]
+                b_w = tl.exp2(b_l * bits - b_m[:, None]).to(tl.float16)  # [BQ, BP]
                 b_v = tl.load(v + b_o[:, None] * NV + o_v[None, :])  # [BP, NV]
                 # Matrix units truncate what they accumulate: a tile's sum starts at zero and is added in float32.
-                b_part = tl.dot(b_w.to(tl.float16), b_v)  # [BQ, NV]
+                b_part = tl.dot(b_w, b_v)  # [BQ, NV]
                 b_sums = b_sums * b_fade[:, None] + b_part
-                b_w *= SQUARES
-                b_squares = b_squares * (b_fade * b_fade)[:, None] + tl.dot((b_w * b_w).to(tl.float16), b_v)
+                b_w = b_w * SQUARES  # stays in half floats
+                b_squares = b_squares * (b_fade * b_fade)[:, None] + tl.dot(b_w * b_w, b_v)
                 b_weight = b_m + tl.log2(tl.sum(tl.where(o_v[None, :] == 0, b_part, 0.0), 1))
             tl.store(tile_sums + b_tile + i // BP, b_weight, mask=m_i & (i < b_take))
     if not PILOT:
@@ -380,7 +374,6 @@ def sum_kernel(
 def pick_kernel(
     q,
     p,
-    bias,
     log_count,
     order,
     cell_first,
@@ -400,7 +393,6 @@ def pick_kernel(
     first_cell,
     end_cell,
     bits,
-    KD: tl.constexpr,
     KA: tl.constexpr,
     KB: tl.constexpr,
     BP: tl.constexpr,
@@ -446,19 +438,19 @@ def pick_kernel(
 
     # The window, likewise, by weights computed again.
     o_p = tl.arange(0, BP)
-    b_o, _ = _windows(
+    b_o = _windows(
         tile * BP, count, tl.load(cell_size + of), tl.load(cell_turn + of), tl.load(cell_first + of), order, BP, ORDERED
     )
     m_p = tile * BP + o_p < count
     p_q = q + o_q
     b_qa = tl.load(p_q + tl.arange(0, KA)).to(tl.float32)  # [KA]
-    b_pa = tl.load(p + b_o[:, None] * KD + tl.arange(0, KA)[None, :]).to(tl.float32)  # [BP, KA]
+    b_pa = tl.load(p + b_o[:, None] * (KA + KB) + tl.arange(0, KA)[None, :]).to(tl.float32)  # [BP, KA]
     b_l = tl.sum(b_pa * b_qa[None, :], 1)  # [BP]
     if KB:
         b_qb = tl.load(p_q + KA + tl.arange(0, KB)).to(tl.float32)
-        b_pb = tl.load(p + b_o[:, None] * KD + KA + tl.arange(0, KB)[None, :]).to(tl.float32)
+        b_pb = tl.load(p + b_o[:, None] * (KA + KB) + KA + tl.arange(0, KB)[None, :]).to(tl.float32)
         b_l += tl.sum(b_pb * b_qb[None, :], 1)
-    b_l += tl.load(bias + b_o) * bits
+    b_l *= bits
     if COUNTED:
         b_l += tl.load(log_count + b_o)
     b_l = tl.where(m_p, b_l, LEAST)
