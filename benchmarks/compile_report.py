@@ -90,8 +90,8 @@ def _compiled(kernel, types: dict[str, str], constants: dict, capability: int, w
 
 # Kernels of the pruned engine, with the constants of an index of colour images at k = 7 unless said.
 LISTS = {
-    "allocate": {"QUANTUM": pruned_cuda.QUANTUM, "BP": pruned_cuda.TILE, "BC": 512},
-    "list": {"QUANTUM": pruned_cuda.QUANTUM, "NM": 8, "BC": 512},
+    "allocate": {"QUANTUM": pruned_cuda.QUANTUM, "BP": pruned_cuda.TILE, "BC": 256},
+    "list": {"QUANTUM": pruned_cuda.QUANTUM, "NM": 8, "BC": 256},
     "sum": {"C": 3, "NV": 16, "BI": 128},
     "pick": {"KA": 64, "KB": 0, "BP": pruned_cuda.TILE, "BT": 32, "COUNTED": True, "ORDERED": True},
     "distance": {"R": 64, "C": 3, "H": 32, "W": 32, "SIZE": 7, "BYTES": True, "BR": 16, "BD": 64},

@@ -371,11 +371,8 @@ def configurations(columns: int, capability: tuple[int, int]) -> list[Configurat
 
     benchmarks/compile_report.py checks that and counts instructions.
     """
-    if capability < (9, 0):
-        return [Configuration(64, TILE, 4, 2)]
-    if columns <= 128:
-        return [Configuration(128, TILE, 4, 2), Configuration(64, TILE, 4, 3)]
-    return [Configuration(64, TILE, 4, 3)]
+    served = [Configuration(128, TILE, 8, 2), Configuration(64, TILE, 4, 3)]
+    return [Configuration(128, TILE, 4, 2), *served] if capability >= (9, 0) and columns <= 128 else served
 
 
 # A scan.
@@ -643,7 +640,7 @@ class Scan:
         counts, level = torch.empty(3, n_queries, **integers), torch.empty(2, n_queries, **numbers)
         floor = torch.where(queries.budget < 1, FLOOR * queries.budget, 1.0)
         n = self.selection.counts.float()
-        constants = {"QUANTUM": QUANTUM, "BC": 64 if self.device.type == "cpu" else 512}
+        constants = {"QUANTUM": QUANTUM, "BC": 64 if self.device.type == "cpu" else 256}
         cells = flat, n, queries.first_cell, queries.n_cells, row
         lists = _kernels()
         started(
