@@ -220,6 +220,34 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(monkeypatch):
     assert sizes == [20, 10, 5, 5, 5, 5]
 
 
+def test_out_of_memory_in_a_launch_takes_fewer_images_then_fewer_patches(monkeypatch):
+    bank = ps.PatchBank(smooth_images(20, 1, 6, 6))
+    rule = competition("els-circular", bank, 3)
+    sizes = []
+    launch = fused.launch
+
+    def short(queries, patches, *rest):
+        sizes.append((queries.rows.shape[1] // 36, patches.rows.shape[1]))
+        if sizes[-1][0] > 1 or sizes[-1][1] > 256:
+            raise torch.OutOfMemoryError("so it goes")
+        return launch(queries, patches, *rest)
+
+    monkeypatch.setattr(fused, "launch", short)
+    compare(bank, rule, [0.7, 0.9, 1.1, 1.3], limit=2**20)
+    items, patches = zip(*sizes, strict=True)
+    assert items[:3] == (4, 2, 1)
+    assert set(items[3:]) == {1}
+    assert patches[-1] <= 256 < patches[0]
+    assert features.cache.nbytes == 0  # kept rows would be what there is no room for
+    monkeypatch.setattr(fused, "launch", _no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        compare(bank, rule, [0.7])
+
+
+def _no_memory(*arguments):
+    raise torch.OutOfMemoryError("none at all")
+
+
 def test_memory_limit_too_small_is_refused():
     bank = ps.PatchBank(smooth_images(5, 3, 9, 9))
     with pytest.raises(ValueError, match="memory_limit"):
