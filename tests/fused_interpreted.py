@@ -181,6 +181,22 @@ def test_tolerance_is_met():
     assert (tight.mean - expected.mean).abs().max() < 1e-4
 
 
+def test_a_machine_without_an_index_passes_its_tolerance_on(monkeypatch):
+    bank = ps.PatchBank(smooth_images(9, 1, 6, 6))
+    asked = []
+    choose_plan = fused.choose_plan
+
+    def watched(spectrum, d, sigma, tolerance, *rest, **options):
+        asked.append(tolerance)
+        return choose_plan(spectrum, d, sigma, tolerance, *rest, **options)
+
+    monkeypatch.setattr(fused, "choose_plan", watched)
+    for tolerance in (None, 1e-4):
+        machine = ps.EquivariantLocalScore(bank, 3, "circular", engine="fused", tolerance=tolerance)
+        assert machine.estimate(bank.chunk(0, 1), 0.5).engine == "fused"
+    assert asked == [fused.TOLERANCE, 1e-4]
+
+
 def test_chunks_and_kept_rows_give_the_same_numbers(monkeypatch):
     bank = ps.PatchBank(smooth_images(40, 1, 6, 6))
     rule = competition("els-zeros", bank, 3)

@@ -184,6 +184,21 @@ def posterior_sum(
         return reference.posterior_sum(z, sigma, bank, competition, memory_limit)
 
 
+@dataclass(frozen=True)
+class Fused:
+    """The engine bound to a tolerance of its own."""
+
+    tolerance: float
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return unavailable(device)
+
+    def posterior_sum(
+        self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    ) -> PosteriorSum:
+        return posterior_sum(z, sigma, bank, competition, memory_limit, self.tolerance)
+
+
 class KernelError(RuntimeError):
     """No configuration of the kernel could be compiled and started."""
 
