@@ -326,11 +326,14 @@ def test_a_memory_limit_and_running_out_of_memory_decide_nothing(indexed, monkey
     assert (whole.mean - again.mean).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("sigma", "scale"), [(1e-6, 1.0), (1e4, 1.0), (0.1, 1e6)])
-def test_nothing_is_ever_nan(indexed, sigma, scale):
+@pytest.mark.parametrize(
+    ("sigma", "scale", "budget"),
+    [(1e-6, 1.0, 0.2), (1e4, 1.0, 0.2), (0.1, 1e6, 0.2), (1.0, 1.0, 1e-5), (0.05, 1.0, 1e-5)],
+)
+def test_nothing_is_ever_nan(indexed, sigma, scale, budget):
     bank, index = indexed(1)
     z = noisy(bank, min(sigma, 1.0), dtype=torch.float32) * scale
-    found = sums(pruned(bank, index, budget=0.2), z, sigma)
+    found = sums(pruned(bank, index, budget=budget), z, sigma)
     for part in (found.mean, found.stderr, found.ess):
         assert torch.isfinite(part).all()
     assert found.mean.abs().max() < 1.001

@@ -78,7 +78,8 @@ def allocate_kernel(
         b_top = tl.maximum(b_top, tl.where(b_n > 0, b_l, LEAST))
         b_all += b_n
     top = tl.max(b_top)
-    wanted = tl.sum(b_all) * tl.load(budget + query)
+    # At least two groups, so that there is something to go by.
+    wanted = tl.maximum(tl.sum(b_all) * tl.load(budget + query), tl.minimum(tl.sum(b_all), 2.0 * QUANTUM))
 
     # Newton's steps on t, or the middle of the bracket where they leave it.
     t = top * 0.0
