@@ -42,7 +42,7 @@ from .pruned import (
     _tensors,
 )
 
-COLUMNS = (16, 32, 48, 64, 80, 96, 128, 144, 160, 192, 256)
+COLUMNS = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256)
 """Numbers of a row: a power of two, or two. A row is a window's leading axes and its bias -|p|^2 / 2 in three parts,
 which a query meets with ones. Axes that find no room are left to the second look."""
 

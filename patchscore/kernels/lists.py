@@ -268,6 +268,7 @@ def scan_kernel(
     turn = tl.load(cell_turn + cell)
     first = tl.load(cell_first + cell)
     o_v = tl.arange(0, NV)
+    unit = 1.0 / bits
     b_m = tl.load(reference + b_query)  # [BQ]
     b_sums = tl.zeros([BQ, NV], tl.float32)
     b_squares = tl.zeros([BQ, NV], tl.float32)
@@ -275,7 +276,7 @@ def scan_kernel(
         b_o = _windows(i, most, size, turn, first, order, BP, ORDERED)  # [BP]
         b_l = _products(b_qa, b_qb, p, b_o, KA, KB)  # [BQ, BP], in units of sigma^2
         if COUNTED:
-            b_l += (tl.load(log_count + b_o) / bits)[None, :]
+            b_l += (tl.load(log_count + b_o) * unit)[None, :]
         if i + BP > least:
             b_l = tl.where((i + tl.arange(0, BP))[None, :] < b_take[:, None], b_l, float("-inf"))
         b_top = tl.max(b_l, 1) * bits  # [BQ]
