@@ -269,6 +269,25 @@ def test_what_does_not_fit_on_the_device_is_streamed(indexed, monkeypatch):
         monkeypatch.setattr(pruned_cuda, "RECHECK", 4)
 
 
+def test_an_index_that_finds_no_memory_is_streamed(indexed, monkeypatch):
+    bank, index = indexed(1)
+    z = noisy(bank, 1.0, dtype=torch.float32)
+    machine = pruned(bank, index, budget=0.3)
+    kept = sums(machine, z, 1.0)
+    features.cache.clear()
+    load, loaded = pruned_cuda._load, []
+
+    def short(part, cells, device):
+        loaded.append(len(cells))
+        if len(cells) == len(part.sizes):
+            raise torch.OutOfMemoryError("so it goes")
+        return load(part, cells, device)
+
+    monkeypatch.setattr(pruned_cuda, "_load", short)
+    assert torch.equal(sums(machine, z, 1.0).mean, kept.mean)
+    assert len(loaded) > 6
+
+
 def test_windows_on_the_device_are_those_of_the_index(indexed, monkeypatch):
     bank, index = indexed()
     part = index.at(3)

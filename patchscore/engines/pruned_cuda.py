@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from ..bank import PatchBank
 from ..index import IndexedSize
-from ..posterior import PosteriorSum, accumulator_dtype
+from ..posterior import PosteriorSum
 from ..windows import Competition, Group
 from . import fused, reference
 from .features import BIAS_COLUMNS, cache, cache_limit
@@ -58,10 +58,10 @@ EXPECTED_SHARE = 0.1
 NEGLIGIBLE_BITS = 42.0
 """Tiles whose weights all lie so far below the largest known are skipped, however many windows they stand for."""
 
-ITEM_BYTES = 256
+ITEM_BYTES = 320
 """Of one (cell, query) pair: where and how much, its sums, and the sorting."""
 
-PICK_BYTES = 160
+PICK_BYTES = 256
 """Of one window that is looked at a second time."""
 
 SMALLEST_TUNED = 2**28
@@ -200,7 +200,8 @@ class Cells:
 
     sizes, first: [cells] int64, windows and where they begin; mean, variance: [cells, rank]; log_repeats: [cells];
     moments: [cells, NM] 1, mean of the values, mean of their squares, zeros. Of the regions: centre [regions, C k^2],
-    axes [regions, C k^2, rank].
+    axes [regions, C k^2, rank]; places [regions, 6] int32, first cell, cells, first row and column, columns, windows in
+    an image.
     """
 
     sizes: Tensor
@@ -211,13 +212,19 @@ class Cells:
     moments: Tensor
     centre: Tensor
     axes: Tensor
+    places: Tensor
 
     @classmethod
     def of(cls, part: IndexedSize, device: torch.device) -> Cells:
         moments = torch.cat([torch.ones(len(part.moments), 1), part.moments], 1)
         moments = functional.pad(moments, (0, moment_columns(part.moments.shape[1] // 2) - moments.shape[1]))
         cells = part.sizes, part.starts, part.mean, part.variance, part.stand_for.log(), moments
-        return cls(*(table.contiguous().to(device) for table in (*cells, part.centre, part.axes)))
+        places = [
+            [of.first_cell, of.cells, of.rows.start, of.cols.start, len(of.cols), len(of.rows) * len(of.cols)]
+            for of in part.regions
+        ]
+        tables = *cells, part.centre, part.axes, torch.tensor(places, dtype=torch.int32)
+        return cls(*(table.contiguous().to(device) for table in tables))
 
 
 def moment_columns(channels: int) -> int:
@@ -280,7 +287,8 @@ def row_bytes(part: IndexedSize) -> int:
 def pieces(part: IndexedSize, device: torch.device) -> Iterator[Rows]:
     """All windows of an index at one patch size: kept on the device where they fit, else piece by piece, every time.
 
-    CACHE_SHARE of the GPU's memory is for these and the rows of `fused` together; a piece takes a quarter of that.
+    CACHE_SHARE of the GPU's memory is for these and the rows of `fused` together; a piece takes a quarter of that, or
+    of what there was no memory for.
     """
     kept = cache.get(part, (device,))
     if kept is not None:
@@ -290,10 +298,16 @@ def pieces(part: IndexedSize, device: torch.device) -> Iterator[Rows]:
     each = row_bytes(part)
     sizes = part.sizes.tolist()
     if each * sum(sizes) <= limit:
-        made = [_load(part, range(len(sizes)), device)]
-        cache.put(part, (device,), made, limit)
-        yield from made
-        return
+        try:
+            made = [_load(part, range(len(sizes)), device)]
+        except torch.OutOfMemoryError:
+            cache.clear()
+            torch.cuda.empty_cache()
+            limit = each * sum(sizes)
+        else:
+            cache.put(part, (device,), made, limit)
+            yield from made
+            return
     start = held = 0
     for cell, size in enumerate(sizes):
         if held and (held + size) * each > limit // 4:
@@ -454,7 +468,7 @@ class Scan:
         memory_limit: int,
     ):
         self.engine, self.part, self.places, self.memory_limit = engine, part, list(places), memory_limit
-        self.device, self.exact = z.device, accumulator_dtype(z.device)
+        self.device = z.device
         self.shape = z.shape
         self.channels = z.shape[1]
         self.bytes = part.index.bank.images.dtype == torch.uint8
@@ -507,7 +521,6 @@ class Scan:
         names = ("windows", "q", "first_cell", "n_cells", "geometry", "luck")
         spans, first = [], 0
         for number, (place, some) in enumerate(zip(self.places, pixels, strict=True)):
-            region = self.part.regions[place.region]
             around = self.padded[
                 :, :, place.rows.start : place.rows.stop + k - 1, place.cols.start : place.cols.stop + k - 1
             ]
@@ -523,10 +536,8 @@ class Scan:
                 3e4 / q.abs().amax(1, keepdim=True), 2.0**21 / self.bits / q.abs().sum(1, keepdim=True)
             )
             q = q * reach.clamp(max=1.0)
-            shape = region.rows.start, region.cols.start, len(region.cols), len(region.rows) * len(region.cols)
-            whole = torch.tensor([[region.first_cell, region.cells, *shape]], dtype=torch.int32).to(self.device)
-            whole = whole.expand(len(q), -1)
-            made.append((windows, q, whole[:, 0], whole[:, 1], whole[:, 2:], luck.T))
+            where = self.cells.places[place.region].expand(len(q), -1)
+            made.append((windows, q, where[:, 0], where[:, 1], where[:, 2:], luck.T))
             spans.append((number, first, first + len(q)))
             first += len(q)
         joined = {name: torch.cat(list(x)).contiguous() for name, x in zip(names, zip(*made, strict=True), strict=True)}
