@@ -98,15 +98,16 @@ LISTS = {
 }
 
 
+def list_types(name: str, arguments: list[str]) -> dict[str, str]:
+    types = {argument: LISTS_TYPES.get(argument, "*fp32") for argument in arguments}
+    if name in ("scan", "pick"):
+        return types | {"first_cell": "i32", "floor": "fp32"}  # numbers there, tables where cells are chosen
+    return types | {"first_cell": "*i32"}
+
+
 def compiled_list(name: str, constants: dict, capability: int, warps: int = 4, stages: int = 3):
     kernel = getattr(lists, f"{name}_kernel")
-    types = {argument: LISTS_TYPES.get(argument, "*fp32") for argument in kernel.arg_names}
-    if name in ("scan", "pick"):
-        types["first_cell"] = "i32"  # a number there, a table where cells are chosen
-    else:
-        types["first_cell"] = "*i32"
-    if name == "scan":
-        types["floor"] = "fp32"
+    types = list_types(name, kernel.arg_names)
     return _compiled(kernel, types, constants, capability, warps, stages)
 
 

@@ -8,6 +8,7 @@ import gc
 import itertools
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import interpreted  # noqa: F401
 import pytest
@@ -418,6 +419,46 @@ def planned(log_share, n, budget, luck, quantum=16):
         QUANTUM=quantum, NM=4, BC=64,
     )  # fmt: skip
     return first, counts, cell, take, factor, chance, promising
+
+
+def test_kernels_are_called_with_the_types_they_are_compiled_for(indexed, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import compile_report
+
+    bank, index = indexed()
+    of_tensors = {
+        torch.float16: "*fp16",
+        torch.float32: "*fp32",
+        torch.float64: "*fp64",
+        torch.int32: "*i32",
+        torch.int64: "*i64",
+        torch.uint8: "*u8",
+    }
+    seen = {}
+
+    class Watched:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(lists, f"{name}_kernel")
+
+        def __getitem__(self, grid):
+            def start(*arguments, **constants):
+                seen[self.name] = dict(zip(self.kernel.arg_names, arguments, strict=False))
+                self.kernel[grid](*arguments, **constants)
+                assert {*seen[self.name], *constants} - {"num_warps", "num_stages"} == {*self.kernel.arg_names}
+
+            return start
+
+    names = ("scan", *compile_report.LISTS)
+    for watched in [Watched(name) for name in names]:
+        monkeypatch.setattr(lists, f"{watched.name}_kernel", watched)
+    sums(pruned(bank, index, budget=0.3), noisy(bank, 1.0, dtype=torch.float32), 1.0, bank.select([0, 1]))
+    assert set(seen) == set(names)
+    for name, arguments in seen.items():
+        types = compile_report.list_types(name, list(arguments))
+        for argument, value in arguments.items():
+            number = "fp32" if isinstance(value, float) else "i32"
+            found = of_tensors[value.dtype] if isinstance(value, torch.Tensor) else number
+            assert found == types[argument], (name, argument)
 
 
 def test_prefixes_cost_the_budget_and_stand_for_every_window():
