@@ -1,8 +1,8 @@
-"""Every configuration of the dense kernel compiled ahead of time for sm_80 and sm_90, and what the compiler made of it.
+"""Every kernel and configuration compiled ahead of time for sm_80 and sm_90, and what the compiler made of it.
 
 No GPU is needed: Triton's own ptxas, cuobjdump and nvdisasm do it. For each: registers, spills, shared memory, matrix
-instructions, and the instructions of the loop over patches counted per (query, patch) pair and lane, from which the
-ceilings follow. Writes benchmarks/results/fused_compile.json.
+instructions, and of the two that multiply the instructions of the loop over patches counted per (query, patch) pair and
+lane, from which the ceilings follow. Writes benchmarks/results/fused_compile.json and pruned_compile.json.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from patchscore.engines import pruned_cuda
 from patchscore.engines.features import Plan
 from patchscore.engines.fused import Configuration, configurations, kernel_constants
+from patchscore.kernels import lists
 from patchscore.kernels.dense import dense_kernel
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -34,7 +36,18 @@ TYPES = {
     **dict.fromkeys(("scale", "sums", "other"), "*fp32"),
     "floor": "fp32",
 }
-POINTERS = ("q", "p", "v", "scale", "sums", "other")
+LISTS_TYPES = {
+    **dict.fromkeys(("q", "p", "v"), "*fp16"),
+    **dict.fromkeys(("cell_first", "block_first", "block_end", "item", "first_tile", "first_item"), "*i64"),
+    **dict.fromkeys(("row", "promising", "picked", "ids", "window"), "*i64"),
+    **dict.fromkeys(("order", "cell_size", "cell_turn", "block_cell", "query", "take", "cell", "counts"), "*i32"),
+    **dict.fromkeys(("n_cells", "geometry"), "*i32"),
+    **dict.fromkeys(("total", "distance"), "*fp64"),
+    **dict.fromkeys(("end_cell", "n_queries"), "i32"),
+    "bits": "fp32",
+    "images": "*u8",
+}
+"""Of the arguments of kernels/lists.py; all others are *fp32."""
 
 # Per cycle and multiprocessor of an H200 (CUDA programming guide, throughput of arithmetic instructions; matrix units
 # from the data sheet's dense fp16 rate), its clock under load and its number of multiprocessors.
@@ -61,12 +74,87 @@ PLANS = {
 
 def compiled(plan: Plan, channels: int, configuration: Configuration, capability: int):
     constants = kernel_constants(plan, channels, configuration)
-    names = dense_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in POINTERS}
-    source = ASTSource(dense_kernel, signature, {(names.index(n),): x for n, x in constants.items()}, attributes)
-    options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    types = {name: TYPES.get(name, "i32") for name in dense_kernel.arg_names}
+    return _compiled(dense_kernel, types, constants, capability, configuration.warps, configuration.stages)
+
+
+def _compiled(kernel, types: dict[str, str], constants: dict, capability: int, warps: int, stages: int):
+    """The kernel as the engine calls it: aligned pointers, sizes that are not specialised."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(kernel, signature, {(names.index(n),): x for n, x in constants.items()}, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+
+
+# Kernels of the pruned engine, with the constants of an index of colour images at k = 7 unless said.
+LISTS = {
+    "allocate": {"QUANTUM": pruned_cuda.QUANTUM, "BP": pruned_cuda.TILE, "BC": 256},
+    "list": {"QUANTUM": pruned_cuda.QUANTUM, "NM": 8, "BC": 256},
+    "sum": {"C": 3, "NV": 16, "BI": 128},
+    "pick": {"KA": 64, "KB": 0, "BP": pruned_cuda.TILE, "BT": 32, "COUNTED": True, "ORDERED": True},
+    "distance": {"R": 64, "C": 3, "H": 32, "W": 32, "SIZE": 7, "BYTES": True, "BR": 16, "BD": 64},
+}
+
+
+def list_types(name: str, arguments: list[str]) -> dict[str, str]:
+    types = {argument: LISTS_TYPES.get(argument, "*fp32") for argument in arguments}
+    if name in ("scan", "pick"):
+        return types | {"first_cell": "i32", "floor": "fp32"}  # numbers there, tables where cells are chosen
+    return types | {"first_cell": "*i32"}
+
+
+def compiled_list(name: str, constants: dict, capability: int, warps: int = 4, stages: int = 3):
+    kernel = getattr(lists, f"{name}_kernel")
+    types = list_types(name, kernel.arg_names)
+    return _compiled(kernel, types, constants, capability, warps, stages)
+
+
+def scan_constants(columns: int, configuration: Configuration, **variant: bool) -> dict:
+    larger = 1 << (columns.bit_length() - 1)
+    flags = {"COUNTED": False, "ORDERED": False, "PILOT": False} | variant
+    return {
+        "KA": larger,
+        "KB": columns - larger,
+        "NV": pruned_cuda.value_columns(3),
+        "BQ": configuration.queries,
+        "BP": configuration.patches,
+        **flags,
+    }
+
+
+def report_list(name: str, capability: int) -> dict:
+    """Of a kernel without a matrix product."""
+    kernel = compiled_list(name, LISTS[name], capability, warps=1 if name in ("sum", "pick") else 4)
+    return {"kernel": name, "capability": capability} | resources(kernel)[0]
+
+
+def report_scan(columns: int, configuration: Configuration, capability: int, variant: str = "") -> dict:
+    """Of the pruned engine's scan; `variant` COUNTED, ORDERED or PILOT."""
+    flags = {variant: True} if variant else {}
+    constants = scan_constants(columns, configuration, **flags)
+    kernel = compiled_list("scan", constants, capability, configuration.warps, configuration.stages)
+    used, sass = resources(kernel)
+    row = {"kernel": "scan", "variant": variant, "columns": columns, "capability": capability}
+    row |= {"tile": f"{configuration.queries} x {configuration.patches}", "warps": configuration.warps}
+    row |= {"stages": configuration.stages} | used
+    if variant == "PILOT":  # no exponentials to tell its loop by
+        return row
+    row |= per_pair(sass, configuration, 1)
+    # Both sums read the same values.
+    return row | ceilings(row, configuration, 2 * max(constants["NV"], 32))
+
+
+def resources(kernel) -> tuple[dict, str]:
+    usage, sass = disassembled(kernel.asm["cubin"])
+    return {
+        "registers": usage["REG"],
+        "spilled_bytes": usage["STACK"] + usage["LOCAL"],
+        "shared_bytes": kernel.metadata.shared,
+        "wgmma": sum(m.startswith("HGMMA") for _, m, _ in instructions(sass)),
+        "mma": sum(m.startswith("HMMA") for _, m, _ in instructions(sass)),
+    }, sass
 
 
 def disassembled(cubin: bytes) -> tuple[dict[str, int], str]:
@@ -139,16 +227,27 @@ def loop_over_patches(sass: str, blocks: int) -> tuple[collections.Counter[str],
     return counts, skipped
 
 
-def report(title: str, plan: Plan, configuration: Configuration, capability: int, channels: int = 3) -> dict:
-    kernel = compiled(plan, channels, configuration, capability)
-    usage, sass = disassembled(kernel.asm["cubin"])
-    counts, skipped = loop_over_patches(sass, plan.columns // configuration.block if configuration.block else 1)
+def per_pair(sass: str, configuration: Configuration, blocks: int) -> dict[str, float]:
+    """Instructions of the loop over patches, of one lane and pair."""
+    counts, skipped = loop_over_patches(sass, blocks)
 
     def total(*prefixes: str) -> int:
         return sum(count for mnemonic, count in counts.items() if mnemonic.startswith(prefixes))
 
     pairs = configuration.queries * configuration.patches / (32 * configuration.warps)  # of one lane and tile
-    matrix = {name: sum(m.startswith(name) for _, m, _ in instructions(sass)) for name in ("HGMMA", "HMMA")}
+    return {
+        "per_pair": sum(counts.values()) / pairs,
+        "per_pair_of_a_skipped_tile": skipped / pairs,
+        "exponentials_per_pair": total("MUFU.EX2") / pairs,
+        "multiply_adds_per_pair": total("FFMA", "FMUL", "FADD") / pairs,
+        "maxima_per_pair": total("FMNMX") / pairs,
+        "conversions_per_pair": total("F2F") / pairs,
+    }
+
+
+def report(title: str, plan: Plan, configuration: Configuration, capability: int, channels: int = 3) -> dict:
+    """Of the dense kernel."""
+    used, sass = resources(compiled(plan, channels, configuration, capability))
     row = {
         "plan": title,
         "columns": plan.columns,
@@ -157,19 +256,12 @@ def report(title: str, plan: Plan, configuration: Configuration, capability: int
         "warps": configuration.warps,
         "stages": configuration.stages,
         "block": configuration.block,
-        "registers": usage["REG"],
-        "spilled_bytes": usage["STACK"] + usage["LOCAL"],
-        "shared_bytes": kernel.metadata.shared,
-        "wgmma": matrix["HGMMA"],
-        "mma": matrix["HMMA"],
-        "per_pair": sum(counts.values()) / pairs,
-        "per_pair_of_a_skipped_tile": skipped / pairs if plan.skip else None,
-        "exponentials_per_pair": total("MUFU.EX2") / pairs,
-        "multiply_adds_per_pair": total("FFMA", "FMUL", "FADD") / pairs,
-        "maxima_per_pair": total("FMNMX") / pairs,
-        "conversions_per_pair": total("F2F") / pairs,
+        **used,
+        **per_pair(sass, configuration, plan.columns // configuration.block if configuration.block else 1),
     }
-    return row | (ceilings(row, configuration, kernel_constants(plan, channels, configuration)["NV"]))
+    if not plan.skip:
+        row["per_pair_of_a_skipped_tile"] = None
+    return row | ceilings(row, configuration, kernel_constants(plan, channels, configuration)["NV"])
 
 
 def ceilings(row: dict, configuration: Configuration, values: int) -> dict[str, float]:
@@ -191,27 +283,51 @@ def jobs() -> list[tuple[str, Plan, Configuration, int]]:
     ]
 
 
+def scan_jobs() -> list[tuple[int, Configuration, int, str]]:
+    return [
+        (columns, configuration, capability, variant)
+        for capability in (90, 80)
+        for columns in pruned_cuda.COLUMNS
+        for configuration in pruned_cuda.configurations(columns, divmod(capability, 10))
+        for variant in ("", "COUNTED", "ORDERED", "PILOT")
+        if not variant or columns == 64
+    ]
+
+
+def show(row: dict) -> None:
+    fits = row["shared_bytes"] <= SHARED_LIMIT[row["capability"]]
+    what = row.get("plan") or f"{row['kernel']} {row.get('variant', '')}"
+    tile = f"{row['tile']:>9} {row['warps']}w {row['stages']}st" if "tile" in row else ""
+    loop = f"instr/pair={row['per_pair']:.2f} exp/pair={row['exponentials_per_pair']:.2f}" if "per_pair" in row else ""
+    print(
+        f"sm_{row['capability']} {what:64} K={row.get('columns', ''):4} {tile} regs={row['registers']} "
+        f"spilled={row['spilled_bytes']} shared={row['shared_bytes']}{'' if fits else ' TOO MUCH'} "
+        f"wgmma={row['wgmma']} mma={row['mma']} {loop}",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--only", default="", help="plans whose title contains this")
-    parser.add_argument("--name", default="fused_compile", help="of the file in benchmarks/results")
+    parser.add_argument("--only", choices=["fused", "pruned"], help="kernels of one engine")
+    parser.add_argument("--suffix", default="", help="of the files in benchmarks/results")
     parser.add_argument("--no-json", action="store_true", help="print only")
     options = parser.parse_args()
-    with concurrent.futures.ProcessPoolExecutor(options.workers) as pool:
+    small = [(name, capability) for capability in (90, 80) for name in LISTS]
+    work = {"fused": [(report, jobs())], "pruned": [(report_scan, scan_jobs()), (report_list, small)]}
+    for engine, tasks in work.items():
+        if options.only not in (None, engine):
+            continue
         rows = []
-        for row in pool.map(report, *zip(*(job for job in jobs() if options.only in job[0]), strict=True)):
-            rows.append(row)
-            fits = row["shared_bytes"] <= SHARED_LIMIT[row["capability"]]
-            print(
-                f"sm_{row['capability']} {row['plan']:64} K={row['columns']:4} {row['tile']:>9} {row['warps']}w "
-                f"{row['stages']}st block={row['block']} regs={row['registers']} spilled={row['spilled_bytes']} "
-                f"shared={row['shared_bytes']}{'' if fits else ' TOO MUCH'} wgmma={row['wgmma']} mma={row['mma']} "
-                f"instr/pair={row['per_pair']:.2f} exp/pair={row['exponentials_per_pair']:.2f}",
-                flush=True,
-            )
-    if not options.no_json:
-        record.write(options.name, __doc__.splitlines()[0], triton=triton.__version__, h200=H200, rows=rows)
+        with concurrent.futures.ProcessPoolExecutor(options.workers) as pool:
+            for of, todo in tasks:
+                for row in pool.map(of, *zip(*todo, strict=True)):
+                    rows.append(row)
+                    show(row)
+        if not options.no_json:
+            name = f"{engine}_compile{options.suffix}"
+            record.write(name, __doc__.splitlines()[0], triton=triton.__version__, h200=H200, rows=rows)
 
 
 if __name__ == "__main__":

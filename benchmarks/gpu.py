@@ -3,16 +3,24 @@
 A pair is a query pixel and a competing window. Every section is written as soon as it is done, to
 benchmarks/results/gpu-<device>.json, so that a run cut short leaves what it has. `--dry` goes through all of it on tiny
 data, on the CPU under Triton's interpreter where there is no GPU, and writes nothing.
+
+The rows of `pruned` need FAISS, to build an index (on the CPU). Without `--indexes` that is one of 2,000 images, built
+in a temporary folder; with it, the index of the whole bank is opened there, or built, which takes long:
+
+    python benchmarks/gpu.py --images cifar10.tar --indexes /somewhere/large --index-only   (once)
+    python benchmarks/gpu.py --images cifar10.tar --indexes /somewhere/large
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +29,10 @@ if "--dry" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import record
+
+if "--dry" in sys.argv:
+    sys.path.append(str(record.ROOT / "tests"))
+    import interpreted  # noqa: F401
 import torch
 import torch.nn.functional as F
 from exact_cpu import online_softmax, query_rows, smooth, window_rows
@@ -28,12 +40,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import fused, reference, sliding, sliding_cuda
+from patchscore.engines import fused, pruned_cuda, reference, sliding, sliding_cuda
 from patchscore.engines.features import choose_plan, spectrum_of
 
 TABLE = "cifar10-resnet-zeros"
 CASES = ((3, 0.02), (3, 0.16), (5, 0.1), (5, 0.5), (7, 0.99), (11, 1.92), (17, 3.98), (7, 30.0))
 """(k, sigma) where engines and peers meet: low noise, and the noise each patch size is calibrated to, high noise."""
+PRUNED_CASES = ((3, 0.16), (7, 0.99), (11, 1.92), (17, 3.98))
+BUDGETS = (0.001, 0.003, 0.01, 0.03)
 MEMORY = 8 * 2**30
 
 
@@ -205,7 +219,6 @@ def served(bench: Bench) -> dict:
         else:
             bench.content["skipped"].append(f"{name}: {reason}")
             print(f"{name}: skipped, {reason}")
-    bench.content["skipped"].append("pruned: its GPU half is not built yet")
     return found
 
 
@@ -356,13 +369,83 @@ def streamed(bench: Bench, bank: ps.PatchBank) -> None:
     sliding_cuda.RESIDENT_SHARE = share
 
 
-def samples(bench: Bench, bank: ps.PatchBank) -> None:
+def index_of(bank: ps.PatchBank, sizes: list[int], folder: Path) -> ps.PatchIndex:
+    """The index of these images in `folder`, built or completed where it has to be."""
+    return ps.PatchIndex.build(bank, sizes, folder / f"{bank.fingerprint[:16]}.index")
+
+
+def shares(bench: Bench, index: ps.PatchIndex, cases: tuple[tuple[int, float], ...], batch: int) -> None:
+    """`pruned` at several budgets beside `fused` on the same queries, zeros padding: time, error and stated error."""
+    bank = index.bank
+    for k, sigma in cases:
+        if bench.out_of_time(f"pruned at k = {k}"):
+            return
+        z = noisy(bank, sigma, batch, bench.device)
+        machine = ps.EquivariantLocalScore(bank, k, engine="fused")
+        whole = by_engine(fused, z, sigma, bank, machine)
+        exact, times = whole().mean, bench.seconds(whole, repeats=1 if bench.dry else 3)
+        pairs = batch * len(bank) * machine.competition(k).pairs_per_image
+        common = {"section": "pruned", "k": k, "sigma": sigma, "channels": bank.shape[0], "size": bank.shape[2]}
+        common |= {"batch": batch, "windows": len(bank) * max(1, bank.shape[2] - k + 1) ** 2}
+        rate = {"pairs": pairs, "pairs_per_second": pairs / times["seconds_median"]}
+        each = {"seconds_per_image": times["seconds_median"] / batch}
+        bench.add(**common, engine="fused", **rate, **times, **each, **described(k, sigma, bank, bench.device))
+        for budget in BUDGETS[-1:] if bench.dry else BUDGETS:
+            part = ps.EquivariantLocalScore(bank, k, index=index, budget=budget)
+            work = by_engine(part.pruned, z, sigma, bank, part)
+            found = work()
+            times = bench.seconds(work)
+            error = found.mean - exact
+            bench.add(
+                **common,
+                engine="pruned",
+                budget=budget,
+                rank=index.at(k).rank,
+                columns=pruned_cuda.columns_for(index.at(k)),
+                precision="fp16",
+                pairs=found.pairs,
+                pairs_per_second=found.pairs / times["seconds_median"],
+                pairs_share=found.pairs / pairs,
+                error=error.abs().max().item(),
+                rms=error.square().mean().sqrt().item(),
+                stderr_rms=found.stderr.square().mean().sqrt().item(),
+                within_2_stderr=(error.abs() <= 2 * found.stderr + 1e-3).double().mean().item(),
+                seconds_per_image=times["seconds_median"] / batch,
+                **times,
+            )
+        bench.flush()
+
+
+def pruned(bench: Bench, bank: ps.PatchBank, folder: Path | None) -> ps.PatchIndex | None:
+    """The rows of engine `pruned`; the index of the whole bank where there is one."""
+    if importlib.util.find_spec("faiss") is None:
+        bench.content["skipped"].append("pruned: FAISS is not installed")
+        print("pruned: skipped, FAISS is not installed", flush=True)
+        return None
+    if bench.out_of_time("pruned"):
+        return None
+    if folder is not None and not bench.dry:
+        index = index_of(bank, sorted(set(ps.ScaleTable.published(TABLE).sizes[1:])), folder)
+        shares(bench, index, PRUNED_CASES, 16)
+        return index
+    if bench.dry:
+        pruned_cuda.RECHECK = 4  # the interpreter takes milliseconds for each
+    with tempfile.TemporaryDirectory() as there:
+        small = ps.PatchBank(bank.images[: 4 if bench.dry else 2000])
+        cases = ((3, 0.5),) if bench.dry else PRUNED_CASES[:2]
+        shares(bench, index_of(small, [k for k, _ in cases], Path(there)), cases, 1 if bench.dry else 16)
+    return None
+
+
+def samples(bench: Bench, bank: ps.PatchBank, index: ps.PatchIndex | None = None) -> None:
     """20 steps of DDIM with the published table, 16 images at once, over the whole bank; compiled before."""
-    if bench.out_of_time("samples"):
+    name = "fused" if index is None else "pruned"
+    if bench.out_of_time(f"samples of {name}"):
         return
     n, steps = (1, 2) if bench.dry else (16, 20)
     table = ps.ScaleTable.constant(3) if bench.dry else ps.ScaleTable.published(TABLE)
-    machine = ps.EquivariantLocalScore(bank, table, engine="fused", memory_limit=MEMORY)
+    options = {} if index is None else {"index": index, "tolerance": 0.01}
+    machine = ps.EquivariantLocalScore(bank, table, engine=name, memory_limit=MEMORY, **options)
 
     def work():
         return ps.sample(machine, n=n, steps=steps, schedule="cosine", seed=0, device=bench.device, progress=False)
@@ -370,7 +453,7 @@ def samples(bench: Bench, bank: ps.PatchBank) -> None:
     times = bench.seconds(work, repeats=1)
     bench.add(
         section="samples",
-        engine="fused",
+        engine=name,
         table=TABLE,
         steps=steps,
         batch=n,
@@ -381,14 +464,14 @@ def samples(bench: Bench, bank: ps.PatchBank) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    names = ("section", "engine", "k", "sigma", "batch", "windows", "columns", "precision")
-    lines = ["| " + " | ".join([*names, "1e12 pairs/s", "error", "ms an image", "peak GiB"]) + " |"]
-    lines.append("| --- " * (len(names) + 4) + "|")
+    names = ("section", "engine", "k", "sigma", "batch", "windows", "columns", "precision", "budget")
+    lines = ["| " + " | ".join([*names, "1e12 pairs/s", "error", "rms", "ms an image", "peak GiB"]) + " |"]
+    lines.append("| --- " * (len(names) + 5) + "|")
     for row in rows:
         cells = [str(row.get(name, "")) for name in names]
         rate = row.get("pairs_per_second")
         cells.append("" if rate is None else f"{rate / 1e12:.3f}")
-        cells.append("" if "error" not in row else f"{row['error']:.1e}")
+        cells += ["" if name not in row else f"{row[name]:.1e}" for name in ("error", "rms")]
         cells.append(f"{1e3 * row['seconds_median'] / row['batch']:.2f}")
         cells.append(f"{row['peak_gib']:.1f}" if "peak_gib" in row else "")
         lines.append("| " + " | ".join(cells) + " |")
@@ -408,8 +491,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, help="folder, or tar of train/<class>/<number>.jpg; else smooth random")
     parser.add_argument("--seconds", type=float, default=440, help="start nothing after so many")
+    parser.add_argument("--indexes", type=Path, help="folder of indexes of the whole bank, some 40 GB with all sizes")
+    parser.add_argument("--index-only", action="store_true", help="build the index in --indexes and stop")
     parser.add_argument("--dry", action="store_true", help="tiny data, no result")
     options = parser.parse_args()
+    if options.index_only:
+        whole = ps.PatchBank(images_of(options.images, False))
+        index_of(whole, sorted(set(ps.ScaleTable.published(TABLE).sizes[1:])), options.indexes)
+        return
     bench = Bench(options)
     if reason := fused.unavailable(bench.device):
         sys.exit(f"engine fused: {reason}")
@@ -448,8 +537,12 @@ def main() -> None:
         os.environ["PATCHSCORE_AUTOTUNE"] = "0"
         samples(bench, bank)
         bench.flush()
+        index = pruned(bench, bank, options.indexes)
+        if index is not None:
+            samples(bench, bank, index)
         rates(bench, bank, "sizes", [(scale(sigma), sigma, 10_000, 4) for sigma in levels])
     if options.dry:
+        pruned(bench, bank, None)
         samples(bench, bank)
     bench.flush()
     print(table(bench.content["rows"]))

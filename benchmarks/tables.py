@@ -161,9 +161,41 @@ def fused_compiled() -> str:
     return f"Triton {record['triton']}, sm_90 ({record['commit']}, {record['date']}):\n\n{table(header, rows)}"
 
 
-def fused_everywhere() -> str:
+def pruned_compiled() -> str:
+    record = result("pruned_compile-triton-3.6")
     rows = []
-    for name in ("fused_compile-triton-3.6", "fused_compile"):
+    for row in record["rows"]:
+        if row["capability"] != 90:
+            continue
+        cells = [f"{row['kernel']} {row.get('variant', '').lower()}".strip(), str(row.get("columns", ""))]
+        cells.append(f"{row['tile']}, {row['warps']}w, {row['stages']}st" if "tile" in row else "")
+        cells += [str(row[key]) for key in ("registers", "spilled_bytes")]
+        cells += [f"{row['shared_bytes'] / 1024:.0f}", str(row["wgmma"])]
+        if "per_pair" in row:
+            rest = min(row["exponential_ceiling"], row["issue_ceiling"])
+            one_after_other = 1 / (1 / row["matrix_ceiling"] + 1 / rest)
+            cells += [f"{row['per_pair']:.1f}", f"{row['exponentials_per_pair']:.2f}"]
+            cells += [f"{row[key] / 1e12:.1f}" for key in ("exponential_ceiling", "issue_ceiling", "matrix_ceiling")]
+            cells.append(f"{one_after_other / 1e12:.1f} to {min(rest, row['matrix_ceiling']) / 1e12:.1f}")
+        else:
+            cells += [""] * 6
+        rows.append(cells)
+    header = ["kernel", "K", "tile", "regs", "spilled", "KiB shared", "wgmma", "instr / pair", "exp / pair"]
+    header += ["exp", "issue", "matrix", "expected"]
+    return f"Triton {record['triton']}, sm_90 ({record['commit']}, {record['date']}):\n\n{table(header, rows)}"
+
+
+def fused_everywhere() -> str:
+    return _everywhere("fused_compile")
+
+
+def pruned_everywhere() -> str:
+    return _everywhere("pruned_compile")
+
+
+def _everywhere(report: str) -> str:
+    rows = []
+    for name in (f"{report}-triton-3.6", report):
         record = result(name)
         for capability, kind in ((90, "wgmma"), (80, "mma")):
             found = [row for row in record["rows"] if row["capability"] == capability]
@@ -171,7 +203,8 @@ def fused_everywhere() -> str:
             cells += [f"{min(r['registers'] for r in found)} to {max(r['registers'] for r in found)}"]
             cells += [str(max(r["spilled_bytes"] for r in found))]
             cells += [f"{max(r['shared_bytes'] for r in found) / 1024:.0f}"]
-            cells += [f"{sum(r[kind] > 0 for r in found)} with {kind}"]
+            multiply = [r for r in found if r.get("kernel", "scan") == "scan"]
+            cells += [f"{sum(r[kind] > 0 for r in multiply)} of {len(multiply)} with {kind}"]
             rows.append(cells)
     header = [
         "Triton",
@@ -299,6 +332,8 @@ BLOCKS = (
     training,
     fused_compiled,
     fused_everywhere,
+    pruned_compiled,
+    pruned_everywhere,
     fused_precision,
     fused_columns,
 )

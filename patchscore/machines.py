@@ -100,6 +100,9 @@ class ScoreMachine(Denoiser):
     pruned: engines.Pruned | None = None
     """The engine that samples from an index, where the machine was given one."""
 
+    tolerance: float | None = None
+    """What an exact engine that rounds may add to the error of a pixel, where the machine was told."""
+
     def __init__(self, bank: PatchBank, patch_size: int | ScaleTable | None, engine: str, memory_limit: int):
         if not isinstance(bank, PatchBank):
             raise TypeError(f"bank: got {type(bank).__name__}, takes a PatchBank")
@@ -143,7 +146,7 @@ class ScoreMachine(Denoiser):
         for (label, k), items in parts.items():
             bank = self.bank if label is None else self.bank.select(label)
             competition = self.competition(k)
-            name, engine = engines.choose(self.engine, z.device, z.dtype, self.pruned, competition)
+            name, engine = engines.choose(self.engine, z.device, z.dtype, self.pruned, competition, self.tolerance)
             total: PosteriorSum = engine.posterior_sum(z[items], sigmas[items], bank, competition, self.memory_limit)
             mean[items] = total.mean.to(z.device, z.dtype)
             stderr[items] = total.stderr.to(z.device, z.dtype)
@@ -228,7 +231,9 @@ class EquivariantLocalScore(ScoreMachine):
         index: a PatchIndex of `bank`. With `budget` or `tolerance` the engine `pruned` then evaluates a part of the
             windows and says how wrong it may be (`Estimate.stderr`); sizes it lacks are served exactly.
         budget: the share of (pixel, window) pairs to evaluate, in (0, 1], such as 0.01.
-        tolerance: instead of a budget, the rms standard error that pixels may have; a pilot finds the budget for it.
+        tolerance: with an index, instead of a budget: the rms standard error that pixels may have; a pilot finds the
+            budget for it. Without an index: how far a pixel may be from float64's where the engine `fused` serves, 1e-3
+            by default; the other exact engines are closer than that anyway.
         seed: of the sample of windows; the same seed gives the same numbers.
     """
 
@@ -245,6 +250,7 @@ class EquivariantLocalScore(ScoreMachine):
         seed: int = 0,
     ):
         self.pruned = _check_pruned(bank, index, budget, tolerance, seed)
+        self.tolerance = tolerance if index is None else None
         super().__init__(bank, _check_patch_size(patch_size), engine, memory_limit)
         self.padding_mode = checks.one_of("padding_mode", padding_mode, ("zeros", "circular"))
         _, height, width = self.shape
@@ -295,9 +301,11 @@ def _check_patch_size(patch_size: int | ScaleTable) -> int | ScaleTable:
 def _check_pruned(
     bank: PatchBank, index: PatchIndex | None, budget: float | None, tolerance: float | None, seed: int
 ) -> engines.Pruned | None:
+    if tolerance is not None and not 0 < checks.number("tolerance", tolerance) < math.inf:
+        raise ValueError(f"tolerance: got {tolerance}, takes a positive error of pixels in [-1, 1]")
     if index is None:
-        if budget is not None or tolerance is not None:
-            raise ValueError("budget, tolerance: take an index; PatchIndex.build makes one")
+        if budget is not None:
+            raise ValueError("budget: takes an index; PatchIndex.build makes one")
         return None
     if not isinstance(index, PatchIndex):
         raise TypeError(f"index: got {type(index).__name__}, takes a PatchIndex")
@@ -307,8 +315,6 @@ def _check_pruned(
         raise ValueError("budget, tolerance: an index takes one of the two")
     if budget is not None and not 0 < checks.number("budget", budget) <= 1:
         raise ValueError(f"budget: got {budget}, takes a share of pairs in (0, 1]")
-    if tolerance is not None and not 0 < checks.number("tolerance", tolerance) < math.inf:
-        raise ValueError(f"tolerance: got {tolerance}, takes a positive rms error of pixels in [-1, 1]")
     if index.bank is not bank:
         # The same images, held otherwise: selections are lists of places in the bank they are from.
         index = PatchIndex(index.path, bank, index.meta)

@@ -5,6 +5,7 @@ Not collected by name: TRITON_INTERPRET has to be set before Triton is imported,
 
 import warnings
 
+import interpreted  # noqa: F401
 import pytest
 import torch
 from conftest import MACHINES, machine_named, smooth_images
@@ -180,6 +181,22 @@ def test_tolerance_is_met():
     assert (tight.mean - expected.mean).abs().max() < 1e-4
 
 
+def test_a_machine_without_an_index_passes_its_tolerance_on(monkeypatch):
+    bank = ps.PatchBank(smooth_images(9, 1, 6, 6))
+    asked = []
+    choose_plan = fused.choose_plan
+
+    def watched(spectrum, d, sigma, tolerance, *rest, **options):
+        asked.append(tolerance)
+        return choose_plan(spectrum, d, sigma, tolerance, *rest, **options)
+
+    monkeypatch.setattr(fused, "choose_plan", watched)
+    for tolerance in (None, 1e-4):
+        machine = ps.EquivariantLocalScore(bank, 3, "circular", engine="fused", tolerance=tolerance)
+        assert machine.estimate(bank.chunk(0, 1), 0.5).engine == "fused"
+    assert asked == [fused.TOLERANCE, 1e-4]
+
+
 def test_chunks_and_kept_rows_give_the_same_numbers(monkeypatch):
     bank = ps.PatchBank(smooth_images(40, 1, 6, 6))
     rule = competition("els-zeros", bank, 3)
@@ -217,6 +234,34 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(monkeypatch):
     monkeypatch.setattr(fused, "patch_rows", patch_rows)
     compare(bank, competition("els-circular", bank, 3), [0.7])
     assert sizes == [20, 10, 5, 5, 5, 5]
+
+
+def test_out_of_memory_in_a_launch_takes_fewer_images_then_fewer_patches(monkeypatch):
+    bank = ps.PatchBank(smooth_images(20, 1, 6, 6))
+    rule = competition("els-circular", bank, 3)
+    sizes = []
+    launch = fused.launch
+
+    def short(queries, patches, *rest):
+        sizes.append((queries.rows.shape[1] // 36, patches.rows.shape[1]))
+        if sizes[-1][0] > 1 or sizes[-1][1] > 256:
+            raise torch.OutOfMemoryError("so it goes")
+        return launch(queries, patches, *rest)
+
+    monkeypatch.setattr(fused, "launch", short)
+    compare(bank, rule, [0.7, 0.9, 1.1, 1.3], limit=2**20)
+    items, patches = zip(*sizes, strict=True)
+    assert items[:3] == (4, 2, 1)
+    assert set(items[3:]) == {1}
+    assert patches[-1] <= 256 < patches[0]
+    assert features.cache.nbytes == 0  # kept rows would be what there is no room for
+    monkeypatch.setattr(fused, "launch", _no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        compare(bank, rule, [0.7])
+
+
+def _no_memory(*arguments):
+    raise torch.OutOfMemoryError("none at all")
 
 
 def test_memory_limit_too_small_is_refused():

@@ -418,7 +418,8 @@ def test_an_index_without_edges_leaves_them_to_the_exact_engine(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": 0.1}, "budget, tolerance: take an index"),
+        ({"budget": 0.1}, "budget: takes an index"),
+        ({"tolerance": -1.0}, "tolerance: got -1.0"),
         ({"index": True}, "budget, tolerance: an index takes one of the two"),
         ({"index": True, "budget": 0.1, "tolerance": 0.1}, "an index takes one of the two"),
         ({"index": True, "budget": 0.0}, "budget: got 0.0"),

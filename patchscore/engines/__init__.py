@@ -16,7 +16,8 @@ import torch
 
 from ..windows import Competition
 from . import fused, reference, sliding
-from .pruned import TIED, Pruned
+from .pruned import TIED
+from .pruned_cuda import PrunedOnDevice as Pruned
 
 ENGINES: dict[str, Any] = {"fused": fused, "sliding": sliding, "reference": reference}
 """The exact engines by name, the fastest first: "auto" takes the first that can serve."""
@@ -34,13 +35,14 @@ def choose(
     dtype: torch.dtype = torch.float32,
     pruned: Pruned | None = None,
     competition: Competition | None = None,
+    tolerance: float | None = None,
 ) -> tuple[str, Any]:
     """The engine that serves: the one named, or the fastest that can. One warning says when a faster one is missing.
 
     float64 images ask for float64 digits, which only `reference` gives; "auto" takes it for them. `pruned`, where there
-    is an index, comes first.
+    is an index, comes first. `tolerance` is what `fused`, which rounds, may add to the error of a denoised pixel.
     """
-    for name, found, reason in _reasons(engine, device, dtype, pruned, competition):
+    for name, found, reason in _reasons(engine, device, dtype, pruned, competition, tolerance):
         if reason is None:
             return name, found
         expected = reason in (FLOAT32_ONLY, TIED) or (name != engine and reason.startswith(ELSEWHERE))
@@ -55,7 +57,7 @@ def explain_choice(
 ) -> str:
     """One line an engine: which one `choose` takes, and why not those before it."""
     lines: list[str] = []
-    for name, _, reason in _reasons(engine, device, dtype, pruned, None):
+    for name, _, reason in _reasons(engine, device, dtype, pruned, None, None):
         if reason is None:
             why = "named" if name == engine else "the fastest that can"
             return "\n".join([*lines, f"{name}: serves {str(dtype).removeprefix('torch.')} on {device} ({why})"])
@@ -64,10 +66,17 @@ def explain_choice(
 
 
 def _reasons(
-    engine: str, device: torch.device, dtype: torch.dtype, pruned: Pruned | None, competition: Competition | None
+    engine: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    pruned: Pruned | None,
+    competition: Competition | None,
+    tolerance: float | None,
 ) -> Iterator[tuple[str, Any, str | None]]:
     """The named engine, then the others by speed, each with why it cannot serve, or None."""
     known: dict[str, Any] = ENGINES if pruned is None else {"pruned": pruned, **ENGINES}
+    if tolerance is not None and known.get("fused") is fused:
+        known = {**known, "fused": fused.Fused(tolerance)}
     for name in [engine] * (engine != "auto") + [name for name in known if name != engine]:
         found = known[name]
         float32_only = name != "reference" and name != engine and dtype == torch.float64

@@ -10,6 +10,7 @@ import math
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -351,29 +352,32 @@ def image_bytes(bank: PatchBank, k: int, group: Group, plan: Plan) -> int:
 
 
 class Cache:
-    """Patch rows by bank and purpose, the least recently used given up first; those of a bank die with it."""
+    """Rows by their owner (a bank, or a part of an index) and purpose, the least recently used given up first.
+
+    Those of an owner die with it.
+    """
 
     def __init__(self) -> None:
-        self.entries: OrderedDict[tuple, list[Patches]] = OrderedDict()
+        self.entries: OrderedDict[tuple, list[Any]] = OrderedDict()
         self.finalizers: dict[int, weakref.finalize] = {}
 
-    def get(self, bank: PatchBank, key: tuple) -> list[Patches] | None:
-        full = (id(bank), *key)
+    def get(self, owner: object, key: tuple) -> list[Any] | None:
+        full = (id(owner), *key)
         if full in self.entries:
             self.entries.move_to_end(full)
         return self.entries.get(full)
 
-    def put(self, bank: PatchBank, key: tuple, patches: list[Patches], limit: int) -> None:
-        while self.entries and self.nbytes + sum(part.nbytes for part in patches) > limit:
+    def put(self, owner: object, key: tuple, rows: list[Any], limit: int) -> None:
+        while self.entries and self.nbytes + sum(part.nbytes for part in rows) > limit:
             self.entries.popitem(last=False)
-        full = (id(bank), *key)
-        self.entries[full] = patches
-        if id(bank) not in self.finalizers:
-            self.finalizers[id(bank)] = weakref.finalize(bank, self.forget, id(bank))
+        full = (id(owner), *key)
+        self.entries[full] = rows
+        if id(owner) not in self.finalizers:
+            self.finalizers[id(owner)] = weakref.finalize(owner, self.forget, id(owner))
 
-    def forget(self, bank_id: int) -> None:
-        self.finalizers.pop(bank_id, None)
-        for key in [key for key in self.entries if key[0] == bank_id]:
+    def forget(self, owner_id: int) -> None:
+        self.finalizers.pop(owner_id, None)
+        for key in [key for key in self.entries if key[0] == owner_id]:
             del self.entries[key]
 
     def clear(self) -> None:
@@ -381,7 +385,7 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for patches in self.entries.values() for part in patches)
+        return sum(part.nbytes for rows in self.entries.values() for part in rows)
 
 
 cache = Cache()

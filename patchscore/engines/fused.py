@@ -11,10 +11,10 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..bank import PatchBank
 from ..posterior import PosteriorSum, accumulator_dtype
 from ..windows import Competition, Group
-from . import reference
+from . import reference, sliding
 from .features import (
     Patches,
     Plan,
@@ -173,7 +173,8 @@ def posterior_sum(
         ValueError: `memory_limit` cannot hold the rows of one image.
     """
     if competition.patch_size is None:
-        return reference.posterior_sum(z, sigma, bank, competition, memory_limit)
+        exact = reference if sliding.unavailable(z.device) else sliding
+        return exact.posterior_sum(z, sigma, bank, competition, memory_limit)
     try:
         with torch.cuda.device(z.device) if z.device.type == "cuda" else contextlib.nullcontext():
             return _posterior_sum(z, sigma, bank, competition, memory_limit, tolerance)
@@ -182,6 +183,21 @@ def posterior_sum(
         _broken = f"its kernel failed to compile ({error})"
         warnings.warn(f"engine 'fused' cannot serve: {_broken}; 'reference' does", RuntimeWarning, stacklevel=3)
         return reference.posterior_sum(z, sigma, bank, competition, memory_limit)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The engine bound to a tolerance of its own."""
+
+    tolerance: float
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return unavailable(device)
+
+    def posterior_sum(
+        self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    ) -> PosteriorSum:
+        return posterior_sum(z, sigma, bank, competition, memory_limit, self.tolerance)
 
 
 class KernelError(RuntimeError):
@@ -207,17 +223,29 @@ def _posterior_sum(
         plan = choose_plan(spectrum, d, smallest, tolerance, uint8, axes=not locked)
         # A query's row and its sums of every split take far less than a patch row's share of the limit.
         per_item = group.pixels * (8 * d + 4 * plan.columns + 64 * value_columns(z.shape[1]))
-        items = max(1, memory_limit // 4 // per_item)
-        for first in range(0, len(z), items):
+        items = min(len(z), max(1, memory_limit // 4 // per_item))
+        limit, keep, first = memory_limit, True, 0
+        while first < len(z):
             some = slice(first, first + items)
-            queries = query_rows(z[some], sigma[some], competition, group, plan, spectrum, unit)
-            parts: list[tuple[Tensor, Tensor]] = []
-            for patches in _all_patches(bank, k, group, plan, spectrum, unit, device, memory_limit):
-                parts.append(launch(queries, patches, plan, z.shape[1]))
-            sums = _merged(parts, queries, z.shape[1], unit)
-            m, s, v, s2 = (_pixels(x, len(z[some]), group) for x in sums)
-            block = PosteriorSum(m, s, v, s2)
-            total.add_(block, some, _span(group.rows.queries), _span(group.cols.queries))
+            try:
+                queries = query_rows(z[some], sigma[some], competition, group, plan, spectrum, unit)
+                parts: list[tuple[Tensor, Tensor]] = []
+                for patches in _all_patches(bank, k, group, plan, spectrum, unit, device, limit, keep):
+                    parts.append(launch(queries, patches, plan, z.shape[1]))
+                sums = _merged(parts, queries, z.shape[1], unit)
+                m, s, v, s2 = (_pixels(x, len(z[some]), group) for x in sums)
+            except torch.OutOfMemoryError:
+                # Give back what is kept; then fewer images at a time, then fewer patches.
+                if items == 1 and not keep:
+                    limit //= 2
+                if limit < 2 * image_bytes(bank, k, group, plan):
+                    raise
+                items, keep = max(1, items // 2), False
+                cache.clear()
+                torch.cuda.empty_cache()
+                continue
+            total.add_(PosteriorSum(m, s, v, s2), some, _span(group.rows.queries), _span(group.cols.queries))
+            first += items
     return total
 
 
@@ -244,8 +272,9 @@ def _all_patches(
     unit: float,
     device: torch.device,
     memory_limit: int,
+    keep: bool,
 ) -> Iterator[Patches]:
-    """Patch rows of the whole bank in chunks: kept ones, or made now and kept if there is room for all."""
+    """Patch rows of the whole bank in chunks: kept ones, or made now and with `keep` kept if there is room for all."""
     # Only what the patches' own columns depend on.
     where = group.rows.centres, group.cols.centres, group.rows.locked, group.cols.locked
     key = (device, k, where, plan.size, plan.axes, plan.q_lo, plan.p_lo)
@@ -259,7 +288,7 @@ def _all_patches(
         if per_image > memory_limit:
             raise ValueError(f"memory_limit: got {memory_limit} bytes, the rows of one image take {per_image}")
         count = 1
-    keep = per_image * len(bank) <= cache_limit(device)
+    keep = keep and per_image * len(bank) <= cache_limit(device)
     made: list[Patches] = []
     start = 0
     while start < len(bank):
@@ -287,6 +316,8 @@ def _all_patches(
 SMALLEST_TUNED = 2**30
 """Pairs of a launch that is worth timing."""
 
+Result = TypeVar("Result")
+
 _chosen: dict[tuple, Configuration] = {}
 """The configuration that served a plan, by device and plan."""
 
@@ -304,19 +335,29 @@ def launch(queries: Queries, patches: Patches, plan: Plan, channels: int) -> tup
     pairs = queries.rows.shape[0] * queries.rows.shape[1] * patches.rows.shape[1]
     tune = os.environ.get("PATCHSCORE_AUTOTUNE") != "0" and pairs >= SMALLEST_TUNED and device.type == "cuda"
     key = (name, plan, channels)
-    known = _chosen.get((*key, True)) or (None if tune else _chosen.get((*key, False)))
-    if known is not None:
-        return run(queries, patches, plan, channels, known)
     candidates = configurations(plan, capability)
     if device.type != "cuda":
         # Small arrays are what an interpreter likes.
         candidates = [Configuration(32, 32, 4, 1, block=64 if plan.columns > 320 else 0)]
+    return first_that_serves(key, candidates, lambda candidate: run(queries, patches, plan, channels, candidate), tune)
 
+
+def first_that_serves(
+    key: tuple, candidates: list[Configuration], work: Callable[[Configuration], Result], tune: bool
+) -> Result:
+    """`work` done in the configuration known for `key`, else in the first that compiles, or with `tune` the fastest.
+
+    Raises:
+        KernelError: no configuration could be compiled and started.
+    """
+    known = _chosen.get((*key, True)) or (None if tune else _chosen.get((*key, False)))
+    if known is not None:
+        return work(known)
     best, fastest, failure = None, float("inf"), None
     for candidate in candidates:
         try:
-            result = run(queries, patches, plan, channels, candidate)
-            seconds = _timed(queries, patches, plan, channels, candidate) if tune else 0.0
+            result = work(candidate)
+            seconds = _timed(work, candidate) if tune else 0.0
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # Triton raises what its compiler, ptxas or the driver raised
@@ -333,11 +374,11 @@ def launch(queries: Queries, patches: Patches, plan: Plan, channels: int) -> tup
     return best[1]
 
 
-def _timed(queries: Queries, patches: Patches, plan: Plan, channels: int, configuration: Configuration) -> float:
-    """Seconds of one launch, which was compiled before."""
+def _timed(work: Callable[[Configuration], object], configuration: Configuration) -> float:
+    """Seconds of one run, which was compiled before."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    run(queries, patches, plan, channels, configuration)
+    work(configuration)
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3

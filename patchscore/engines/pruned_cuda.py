@@ -1,0 +1,861 @@
+"""The GPU half of engine `pruned`, in Triton (patchscore/kernels/lists.py).
+
+The same estimate as on the CPU: a query takes a share of every cell, as large as the cell's moments let expect, and
+what it takes stands for the rest. Here one program plans a query, takers are sorted by cell so that a block of queries
+reads a tile of windows once, and the host waits once a part of the call, for the length of the list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..bank import PatchBank
+from ..index import IndexedSize
+from ..posterior import PosteriorSum
+from ..windows import Competition, Group
+from . import fused, reference
+from .features import BIAS_COLUMNS, cache, cache_limit
+from .fused import Configuration, KernelError, first_that_serves
+from .pruned import (
+    EDGES,
+    FLOOR,
+    MOST_CHANNELS,
+    PILOT_PIXELS,
+    RECHECK,
+    SHARPEST,
+    Pruned,
+    _pixels,
+    _put,
+    _regions,
+    _tensors,
+)
+
+COLUMNS = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256)
+"""Numbers of a row: a power of two, or two. A row is a window's leading axes and its bias -|p|^2 / 2 in three parts,
+which a query meets with ones. Axes that find no room are left to the second look."""
+
+TILE = 64
+"""Windows of a tile."""
+
+QUANTUM = 16
+"""A prefix is a multiple of so many windows, or the whole cell: fewer would leave most of a tile idle."""
+
+EXPECTED_SHARE = 0.1
+"""The part of the variance expected of windows not taken that is added to the variance seen."""
+
+NEGLIGIBLE_BITS = 42.0
+"""Tiles whose weights all lie so far below the largest known are skipped, however many windows they stand for."""
+
+ITEM_BYTES = 320
+"""Of one (cell, query) pair: where and how much, its sums, and the sorting."""
+
+PICK_BYTES = 256
+"""Of one window that is looked at a second time."""
+
+SMALLEST_TUNED = 2**28
+"""Pairs of a scan that is worth timing."""
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    from ..kernels import lists
+
+    return lists
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the GPU half cannot serve on `device`, or None. As of `fused`, whose requirements are its own."""
+    return fused.unavailable(device) or _broken
+
+
+_broken: str | None = None
+"""Why no kernel could be compiled, once that happened."""
+
+
+class PrunedOnDevice(Pruned):
+    """Engine `pruned`, on the GPU where z is there, else on the CPU."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._images: dict[torch.device, Tensor] = {}
+        self._tables: dict[tuple[int, torch.device], Cells] = {}
+        self._selections: dict[tuple[int, int, torch.device], tuple[PatchBank, Selection]] = {}
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type == "cuda" and self.index.bank.shape[0] <= MOST_CHANNELS:
+            return unavailable(device)
+        return super().unavailable(device)
+
+    def posterior_sum(
+        self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    ) -> PosteriorSum:
+        if unavailable(z.device) is not None:
+            return super().posterior_sum(z, sigma, bank, competition, memory_limit)
+        try:
+            with torch.cuda.device(z.device) if z.device.type == "cuda" else contextlib.nullcontext():
+                return self._on_device(z, sigma, bank, competition, memory_limit)
+        except KernelError as error:
+            global _broken
+            _broken = f"its kernel failed to compile ({error})"
+            warnings.warn(f"engine 'pruned' cannot serve: {_broken}; 'reference' does", RuntimeWarning, stacklevel=3)
+            return reference.posterior_sum(z, sigma, bank, competition, memory_limit)
+
+    def _on_device(
+        self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    ) -> PosteriorSum:
+        assert competition.patch_size is not None
+        part = self.index.at(competition.patch_size)
+        noisy = z.detach().to(torch.float32)
+        total = PosteriorSum.empty(z.shape, z.device, sampled=True)
+        places: list[Place] = []
+        exact: list[Group] = []
+        for group in competition.groups:
+            regions = list(_regions(part, group))
+            places += [Place(*place) for place in regions]
+            if not regions:
+                exact.append(group)
+        pairs = 0
+        for level in sigma.unique().tolist():
+            items = (sigma == level).nonzero().flatten().to(z.device)
+            scan = Scan(self, part, bank, level, noisy[items], places, competition.padding_mode, memory_limit)
+            for place, sums in zip(places, scan.run(), strict=True):
+                _put(total, items, place.rows, place.cols, sums)
+            pairs += scan.pairs
+        if exact:
+            rest = Competition(competition.patch_size, competition.padding_mode, tuple(exact))
+            sums = fused.posterior_sum(noisy, sigma, bank, rest, memory_limit)
+            for group in exact:
+                pairs += len(z) * len(bank) * group.pixels * group.windows_per_image
+                rows, cols = group.rows.queries, group.cols.queries
+                _put(total, torch.arange(len(z), device=z.device), rows, cols, _pixels(sums, rows, cols))
+        return replace(total, pairs=pairs)
+
+    def images(self, device: torch.device) -> Tensor:
+        """The index's images as stored, kept on the device."""
+        if device not in self._images:
+            self._images[device] = self.index.images.contiguous().to(device)
+        return self._images[device]
+
+    def cells(self, part: IndexedSize, device: torch.device) -> Cells:
+        """The tables of all cells, kept on the device."""
+        key = part.k, device
+        if key not in self._tables:
+            self._tables[key] = Cells.of(part, device)
+        return self._tables[key]
+
+    def selection(self, bank: PatchBank, part: IndexedSize, device: torch.device) -> Selection:
+        """Which windows of the index compete."""
+        key = id(bank), part.k, device
+        if key not in self._selections:
+            self._selections[key] = bank, self._selected(bank, part, device)
+        return self._selections[key][1]
+
+    def _selected(self, bank: PatchBank, part: IndexedSize, device: torch.device) -> Selection:
+        sizes = self.cells(part, device).sizes
+        whole = self.index.bank
+        if len(bank) == len(whole):
+            return Selection(None, sizes.to(torch.int32))
+        # Indices count from the bank that both are selected from; images of the index count from its own first.
+        assert bank.indices is not None
+        held = torch.arange(len(whole.images)) if whole.indices is None else whole.indices
+        images = torch.isin(held, bank.indices).to(device)
+        counts = torch.empty(len(sizes), dtype=torch.int32, device=device)
+        for rows in pieces(part, device):
+            counts[rows.cells.start : rows.cells.stop] = rows.ordered(images, part)[1]
+        return Selection(images, counts)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Pixels that one region of the index serves."""
+
+    region: int
+    rows: range
+    cols: range
+
+
+@dataclass(frozen=True)
+class Selection:
+    """images: [N] whether an image of the index competes, None for all; counts: [cells] int32 competing windows."""
+
+    images: Tensor | None
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What is known of the cells without looking into them.
+
+    sizes, first: [cells] int64, windows and where they begin; mean, variance: [cells, rank]; log_repeats: [cells];
+    moments: [cells, NM] 1, mean of the values, mean of their squares, zeros. Of the regions: centre [regions, C k^2],
+    axes [regions, C k^2, rank]; places [regions, 6] int32, first cell, cells, first row and column, columns, windows in
+    an image.
+    """
+
+    sizes: Tensor
+    first: Tensor
+    mean: Tensor
+    variance: Tensor
+    log_repeats: Tensor
+    moments: Tensor
+    centre: Tensor
+    axes: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, part: IndexedSize, device: torch.device) -> Cells:
+        moments = torch.cat([torch.ones(len(part.moments), 1), part.moments], 1)
+        moments = functional.pad(moments, (0, moment_columns(part.moments.shape[1] // 2) - moments.shape[1]))
+        cells = part.sizes, part.starts, part.mean.T, part.variance.T, part.log_repeats, moments
+        places = [
+            [of.first_cell, of.cells, of.rows.start, of.cols.start, len(of.cols), len(of.rows) * len(of.cols)]
+            for of in part.regions
+        ]
+        tables = *cells, part.centre, part.axes, torch.tensor(places, dtype=torch.int32)
+        return cls(*(table.contiguous().to(device) for table in tables))
+
+
+def moment_columns(channels: int) -> int:
+    """NM: ones, values and squares, to a power of two."""
+    return 1 << (2 * channels).bit_length()
+
+
+def value_columns(channels: int) -> int:
+    """NV: ones, inverse counts, values, their low halves and squares, to a power of two of at least 16."""
+    return max(16, 1 << (1 + 3 * channels).bit_length())
+
+
+def columns_for(part: IndexedSize) -> int:
+    """K: the least number of COLUMNS that holds all axes and the bias, or the most."""
+    return next((size for size in COLUMNS if size >= part.rank + BIAS_COLUMNS), COLUMNS[-1])
+
+
+# Windows on the device.
+
+
+@dataclass
+class Rows:
+    """The windows of consecutive cells: rows [n, K] and values [n, NV] in fp16; ids [n] int64; log_counts [n], bits."""
+
+    cells: range
+    sizes: Tensor  # [cells] int64
+    rows: Tensor
+    values: Tensor
+    ids: Tensor
+    log_counts: Tensor | None
+    orders: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = self.rows, self.values, self.ids, self.log_counts
+        return sum(0 if x is None else x.nbytes for x in tensors)
+
+    def ordered(self, images: Tensor, part: IndexedSize) -> tuple[Tensor, Tensor]:
+        """Windows of the chosen images, cell by cell, as int32 rows; and how many each cell has."""
+        if id(images) not in self.orders:
+            per_image = torch.empty_like(self.sizes)
+            for region in part.regions:
+                first, last = region.first_cell - self.cells.start, region.first_cell + region.cells - self.cells.start
+                per_image[max(0, first) : max(0, last)] = len(region.rows) * len(region.cols)
+            image = self.ids // per_image.repeat_interleave(self.sizes, output_size=len(self.ids))
+            chosen = images[image]
+            before = functional.pad(chosen.cumsum(0), (1, 0))
+            ends = self.sizes.cumsum(0)
+            order = chosen.nonzero().flatten().to(torch.int32)
+            self.orders[id(images)] = images, order, (before[ends] - before[ends - self.sizes]).to(torch.int32)
+        return self.orders[id(images)][1:]
+
+
+def row_bytes(part: IndexedSize) -> int:
+    """Of one window on the device."""
+    counted = 0 if part.counts is None else 4
+    return 2 * columns_for(part) + 2 * value_columns(part.values.shape[1]) + 8 + counted
+
+
+def pieces(part: IndexedSize, device: torch.device) -> Iterator[Rows]:
+    """All windows of an index at one patch size: kept on the device where they fit, else piece by piece, every time.
+
+    CACHE_SHARE of the GPU's memory is for these and the rows of `fused` together; a piece takes a quarter of that, or
+    of what there was no memory for.
+    """
+    kept = cache.get(part, (device,))
+    if kept is not None:
+        yield from kept
+        return
+    limit = cache_limit(device)
+    each = row_bytes(part)
+    sizes = part.sizes.tolist()
+    if each * sum(sizes) <= limit:
+        try:
+            made = [_load(part, range(len(sizes)), device)]
+        except torch.OutOfMemoryError:
+            cache.clear()
+            torch.cuda.empty_cache()
+            limit = each * sum(sizes)
+        else:
+            cache.put(part, (device,), made, limit)
+            yield from made
+            return
+    start = held = 0
+    for cell, size in enumerate(sizes):
+        if held and (held + size) * each > limit // 4:
+            yield _load(part, range(start, cell), device)
+            start, held = cell, 0
+        held += size
+    yield _load(part, range(start, len(sizes)), device)
+
+
+UPLOADED = 64 * 2**20
+"""Bytes of the index that are unpacked at a time."""
+
+
+def _load(part: IndexedSize, cells: range, device: torch.device) -> Rows:
+    sizes = part.sizes[cells.start : cells.stop]
+    count, first = int(sizes.sum()), int(part.starts[cells.start])
+    columns, channels = columns_for(part), part.values.shape[1]
+    axes = min(part.rank, columns - BIAS_COLUMNS)
+    rows = torch.zeros(count, columns, dtype=torch.float16, device=device)
+    ids = torch.empty(count, dtype=torch.int64, device=device)
+    # In the file a cell is its windows' features, then their ids; both are whole numbers of eight bytes.
+    words = part.rank // 4
+    ends = sizes.cumsum(0)
+    done = 0
+    while done < count:
+        at = int(torch.searchsorted(ends, done, right=True))
+        upto = int(torch.searchsorted(ends, done + max(1, UPLOADED // (8 * words + 8)), right=True))
+        upto = max(upto, at + 1)
+        some = sizes[at:upto]
+        windows = int(some.sum())
+        offset = int(part.offsets[cells.start + at])
+        raw = torch.from_numpy(part.data[offset : offset + windows * 8 * (words + 1)].copy()).view(torch.int64)
+        raw, some = raw.to(device), some.to(device)
+        before = some.cumsum(0) - some
+        place = torch.arange(windows, device=device) - before.repeat_interleave(some, output_size=windows)
+        start = (before * (words + 1)).repeat_interleave(some, output_size=windows)
+        size = some.repeat_interleave(some, output_size=windows)
+        read = raw[(start + place * words)[:, None] + torch.arange(words, device=device)]
+        rows[done : done + windows, :axes] = read.view(torch.float16)[:, :axes]
+        ids[done : done + windows] = raw[start + size * words + place]
+        done += windows
+
+    bytes_ = part.index.bank.images.dtype == torch.uint8
+    pixels = torch.from_numpy(part.values[first : first + count].copy()).to(device)
+    repeats = None
+    if part.counts is not None and part.repeats is not None:
+        codes = torch.from_numpy(part.counts[first : first + count].astype("int32")).to(device)
+        repeats = part.repeats.to(device)[codes]
+    values = torch.zeros(count, value_columns(channels), dtype=torch.float16, device=device)
+    for low in range(0, count, 1 << 20):
+        some_rows = slice(low, low + (1 << 20))
+        v = (pixels[some_rows].float() - 127.5) / 128 if bytes_ else pixels[some_rows]
+        values[some_rows, 0] = 1
+        values[some_rows, 1] = _kernels().COUNT_UNIT.value / (1 if repeats is None else repeats[some_rows])
+        values[some_rows, 2 : 2 + channels] = v
+        values[some_rows, 2 + channels : 2 + 2 * channels] = v - v.half()
+        values[some_rows, 2 + 2 * channels : 2 + 3 * channels] = v * v
+        bias = -0.5 * rows[some_rows, :axes].float().square().sum(1)
+        for column in range(axes, axes + BIAS_COLUMNS):
+            rows[some_rows, column] = bias
+            bias = bias - rows[some_rows, column]
+    log_counts = None if repeats is None else repeats.log2()
+    return Rows(cells, sizes.to(device), rows, values, ids, log_counts)
+
+
+def started(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launches a kernel; KernelError where it does not compile."""
+    try:
+        kernel[grid](*arguments, **constants)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton raises what its compiler, ptxas or the driver raised
+        raise KernelError(str(error).splitlines()[0] if str(error) else repr(error)) from error
+
+
+def configurations(columns: int, capability: tuple[int, int]) -> list[Configuration]:
+    """Tiles of the scan and how it is compiled, the likeliest first; none spills, all fit in shared memory.
+
+    benchmarks/compile_report.py checks that and counts instructions.
+    """
+    served = [Configuration(128, TILE, 8, 2), Configuration(64, TILE, 4, 3)]
+    return [Configuration(128, TILE, 4, 2), *served] if capability >= (9, 0) and columns <= 128 else served
+
+
+# A scan.
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Noisy windows, place by place and item by item.
+
+    windows: [Q, C k^2] fp32; q: [Q, axes] fp32 features; spans: (place, first query, last + 1); first_cell, n_cells:
+    [Q] int32 of the query's region; geometry: [Q, 4] int32, as `distance_kernel` takes it; luck: [2, Q] fp32 in (0, 1);
+    budget: [Q] fp32, share of the windows to take.
+    """
+
+    windows: Tensor
+    q: Tensor
+    spans: list[tuple[int, int, int]]
+    first_cell: Tensor
+    n_cells: Tensor
+    geometry: Tensor
+    luck: Tensor
+    budget: Tensor
+
+    def __len__(self) -> int:
+        return len(self.q)
+
+    def __getitem__(self, some: slice) -> Queries:
+        start, stop = some.start, some.stop
+        spans = [(p, max(a, start) - start, min(b, stop) - start) for p, a, b in self.spans if a < stop and b > start]
+        names = ("windows", "q", "first_cell", "n_cells", "geometry", "budget")
+        return Queries(
+            spans=spans, luck=self.luck[:, some].contiguous(), **{name: getattr(self, name)[some] for name in names}
+        )
+
+
+@dataclass(frozen=True)
+class Items:
+    """(cell, query) pairs, query by query; names as in the kernels."""
+
+    first_item: Tensor  # [Q + 1] int64
+    query: Tensor
+    cell: Tensor
+    take: Tensor
+    factor: Tensor
+    chance: Tensor
+    first_tile: Tensor
+    tiles: int
+    pairs: int
+    promising: Tensor  # [Q] int64
+    unseen: Tensor  # [Q, NM]
+    expected_top: Tensor  # [Q] bits
+
+    def __len__(self) -> int:
+        return len(self.cell)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a scan leaves of each item; `sums` and `squares` [items, NV], `top` [items], `tile_sums` [tiles]."""
+
+    sums: Tensor
+    squares: Tensor
+    top: Tensor
+    tile_sums: Tensor
+
+
+class Scan:
+    """Posterior sums at one noise level, for pixels of some places."""
+
+    def __init__(
+        self,
+        engine: PrunedOnDevice,
+        part: IndexedSize,
+        bank: PatchBank,
+        sigma: float,
+        z: Tensor,
+        places: Sequence[Place],
+        padding_mode: str,
+        memory_limit: int,
+    ):
+        self.engine, self.part, self.places, self.memory_limit = engine, part, list(places), memory_limit
+        self.device = z.device
+        self.shape = z.shape
+        self.channels = z.shape[1]
+        self.bytes = part.index.bank.images.dtype == torch.uint8
+        self.unit = 127.5 / 128 if self.bytes else 1.0
+        d = z.shape[1] * part.k**2
+        self.sharp, self.sigma = sigma, max(sigma, min(0.1, SHARPEST * math.sqrt(d)))
+        self.bits = math.log2(math.e) / self.sigma**2
+        self.axes = min(part.rank, columns_for(part) - BIAS_COLUMNS)
+        # The more variance is left out, in units of sigma^2, the more windows are compared again.
+        left = max((float(part.tail[place.region][self.axes]) for place in places), default=0.0) / self.sigma**2
+        self.picks = RECHECK * round(min(8.0, max(4.0 if self.sharp < self.sigma else 1.0, left / 0.05)))
+        self.cells = engine.cells(part, self.device)
+        self.selection = engine.selection(bank, part, self.device)
+        # Draws follow the seed, the noise level and the pixel, not what else is in the call.
+        generator = torch.Generator().manual_seed(hash((engine.seed, part.k, sigma)) & 0x7FFFFFFFFFFFFFFF)
+        height, width = z.shape[2:]
+        self.luck = torch.rand(2, height, width, generator=generator).clamp(1e-6, 1 - 1e-6).to(self.device)
+        turns = torch.rand(len(self.cells.sizes), generator=generator, dtype=torch.float64).to(self.device)
+        self.turn = (turns * self.selection.counts).to(torch.int32)
+        r = part.k // 2
+        self.padded = functional.pad(z, (r, r, r, r), mode="circular" if padding_mode == "circular" else "constant")
+        self.factors, self.constant = self._expectation()
+        self.pairs = 0
+
+    def run(self) -> list[PosteriorSum]:
+        """The sums of every place, [B, 1 or C, rows, cols]."""
+        if not self.places:
+            return []
+        queries = self._queries([None] * len(self.places))
+        budget = self._budgets()  # [places, B]
+        spread = [
+            of.repeat_interleave(len(place.rows) * len(place.cols))
+            for of, place in zip(budget, self.places, strict=True)
+        ]
+        whole = self._sum(replace(queries, budget=torch.cat(spread).to(self.device)))
+        self.pairs = whole.pairs or 0
+        parts = []
+        for number, first, last in queries.spans:
+            place = self.places[number]
+            shape = (self.shape[0], len(place.rows), len(place.cols))
+            cut = {name: x[first:last].unflatten(0, shape).movedim(-1, 1) for name, x in _tensors(whole).items()}
+            parts.append(PosteriorSum(**cut))
+        return parts
+
+    # What is asked.
+
+    def _queries(self, pixels: Sequence[Tensor | None]) -> Queries:
+        """The pixels of every place, all or some, of every item; without a budget yet."""
+        k, made = self.part.k, []
+        names = ("windows", "q", "first_cell", "n_cells", "geometry", "luck")
+        spans, first = [], 0
+        for number, (place, some) in enumerate(zip(self.places, pixels, strict=True)):
+            around = self.padded[
+                :, :, place.rows.start : place.rows.stop + k - 1, place.cols.start : place.cols.stop + k - 1
+            ]
+            windows = around.unfold(2, k, 1).unfold(3, k, 1).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+            luck = self.luck[:, place.rows.start : place.rows.stop, place.cols.start : place.cols.stop].flatten(1)
+            if some is not None:
+                windows, luck = windows[:, some], luck[:, some]
+            luck = luck.repeat(1, len(windows))
+            windows = windows.flatten(0, 1)  # [B P, C k^2]
+            q = (windows - self.cells.centre[place.region]) @ self.cells.axes[place.region, :, : self.axes]
+            # Queries of absurd size are brought nearer: half floats must hold them, and float32 their logits.
+            reach = torch.minimum(
+                3e4 / q.abs().amax(1, keepdim=True), 2.0**21 / self.bits / q.abs().sum(1, keepdim=True)
+            )
+            q = q * reach.clamp(max=1.0)
+            where = self.cells.places[place.region].expand(len(q), -1)
+            made.append((windows, q, where[:, 0], where[:, 1], where[:, 2:], luck.T))
+            spans.append((number, first, first + len(q)))
+            first += len(q)
+        joined = {name: torch.cat(list(x)).contiguous() for name, x in zip(names, zip(*made, strict=True), strict=True)}
+        joined["luck"] = joined["luck"].T.contiguous()
+        return Queries(spans=spans, budget=joined["luck"][0], **joined)
+
+    def _budgets(self) -> Tensor:
+        """[places, B] the share of pairs to take: as asked for, or what brings pilots' errors down to the tolerance."""
+        batch = self.shape[0]
+        budget, tolerance = self.engine.budget, self.engine.tolerance
+        if budget is not None:
+            asked = [min(1.0, budget * (1.0 if place.region == 0 else EDGES)) for place in self.places]
+            return torch.tensor(asked)[:, None].expand(-1, batch)
+        assert tolerance is not None
+        counts = [len(place.rows) * len(place.cols) for place in self.places]
+        pixels = [torch.linspace(0, n - 1, min(PILOT_PIXELS, n)).round().long().unique() for n in counts]
+        pilots = self._queries(pixels)
+        owner = torch.cat([(n * batch + torch.arange(batch)).repeat_interleave(len(p)) for n, p in enumerate(pixels)])
+        share = torch.full((len(self.places) * batch,), 0.001)
+        short = torch.ones_like(share, dtype=torch.bool)
+        while short.any():
+            # All pilots again, though some are content: their shares stay, and launches are what costs.
+            sums = self._sum(replace(pilots, budget=share[owner].to(self.device)))
+            square = sums.stderr.square().mean(1).cpu()
+            error = torch.zeros_like(share, dtype=square.dtype).index_add_(0, owner, square)
+            error = (error / torch.bincount(owner, minlength=len(share))).sqrt()
+            short = (error > 0.8 * tolerance) & (share < 1)
+            # Errors fall a little faster than one over the root of the share; in steps, as on the CPU.
+            raised = (1.4 * (error / (0.8 * tolerance)).log2()).clamp(1.0, 3.0).ceil()
+            share = torch.where(short, (share * 2**raised).clamp(max=1.0).float(), share)
+        return share.unflatten(0, (len(self.places), batch))
+
+    def _expectation(self) -> tuple[Tensor, Tensor]:
+        """What `_expected` multiplies, of all cells: [2 axes, cells] and [cells]."""
+        half = 0.5 * self.sigma**2
+        mean, variance = self.cells.mean[:, : self.axes], self.cells.variance[:, : self.axes]
+        precision = 1 / (half + variance)
+        constant = torch.log1p(variance / half).sum(1) + (precision * mean.square()).sum(1)
+        factors = torch.cat([0.5 * precision * mean, variance * precision / (4 * half)], 1)
+        scale = math.log2(math.e)
+        return scale * factors.T, scale * (self.cells.log_repeats - 0.25 * constant)
+
+    def _expected(self, queries: Queries) -> tuple[Tensor, Tensor]:
+        """Per query the expected log-weights of its region's cells, in bits, and [Q] where they begin.
+
+        The root of E[w^2], w = exp((|q|^2 - |q - p|^2) / (2 sigma^2)), p normal with a cell's mean and variances: a
+        Gaussian kernel of half the variance over a Gaussian cell. Neyman's shares go as this root. Times how many
+        windows a stored one stands for.
+        """
+        row = queries.n_cells.long().cumsum(0) - queries.n_cells
+        spans = [(self.part.regions[self.places[number].region], first, last) for number, first, last in queries.spans]
+        flat = torch.empty(sum(region.cells * (last - first) for region, first, last in spans), device=self.device)
+        at = 0
+        for region, first, last in spans:
+            here = slice(region.first_cell, region.first_cell + region.cells)
+            q = torch.cat([queries.q[first:last], queries.q[first:last].square()], 1)
+            out = flat[at : at + region.cells * (last - first)].view(last - first, region.cells)
+            torch.addmm(self.constant[here], q, self.factors[:, here], out=out)
+            at += out.numel()
+        return flat, row
+
+    # The sums.
+
+    def _sum(self, queries: Queries) -> PosteriorSum:
+        """Sums [Q, 1 or C]; in halves where the memory does not hold all of it."""
+        per_query = 4 * max(len(self.turn), 1) + (PICK_BYTES + 8 * self.channels) * self.picks + 8192
+        step = max(1, self.memory_limit // 2 // per_query)
+        parts = []
+        start = 0
+        while start < len(queries):
+            step = min(step, len(queries) - start)
+            try:
+                part = self._part(queries[start : start + step], self.memory_limit if step > 1 else None)
+            except torch.OutOfMemoryError:
+                if step == 1:
+                    raise
+                cache.clear()
+                torch.cuda.empty_cache()
+                part = None
+            if part is None:
+                step = (step + 1) // 2
+                continue
+            parts.append(part)
+            start += step
+        names = _tensors(parts[0])
+        pairs = sum(part.pairs or 0 for part in parts)
+        return PosteriorSum(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names}, pairs=pairs)
+
+    def _part(self, queries: Queries, memory_limit: int | None) -> PosteriorSum | None:
+        """`_sum` in one go, or None where the list is too long for half of the limit."""
+        items = self._items(queries, memory_limit)
+        if items is None:
+            return None
+        if len(items) == 0:
+            nothing = torch.zeros(len(queries), 1 + 3 * self.channels, dtype=torch.float64, device=self.device)
+            s, v, vv, vs = nothing.split([1] + [self.channels] * 3, 1)
+            return PosteriorSum(torch.full_like(s, -torch.inf), s, v, s, vv=vv, vs=vs, ss=s, pairs=0)
+        q = functional.pad(queries.q.half(), (0, BIAS_COLUMNS), value=1.0)
+        q = functional.pad(q, (0, columns_for(self.part) - q.shape[1]))
+        # The most promising cell of every query first: tiles far below what it holds need no exponentials.
+        least = torch.full((len(queries),), float(_kernels().LEAST.value), device=self.device)
+        found = self._scan(q, items, self._pilot(q, items, least))
+        return self._finish(queries, q, items, found)
+
+    def _items(self, queries: Queries, memory_limit: int | None) -> Items | None:
+        """Which cells every query takes, and how much of them."""
+        n_queries = len(queries)
+        flat, row = self._expected(queries)
+        integers: dict[str, Any] = {"dtype": torch.int32, "device": self.device}
+        numbers: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
+        counts, level = torch.empty(3, n_queries, **integers), torch.empty(2, n_queries, **numbers)
+        floor = torch.where(queries.budget < 1, FLOOR * queries.budget, 1.0)
+        n = self.selection.counts.float()
+        constants = {"QUANTUM": QUANTUM, "BC": 64 if self.device.type == "cpu" else 256}
+        cells = flat, n, queries.first_cell, queries.n_cells, row
+        lists = _kernels()
+        started(
+            lists.allocate_kernel, (n_queries,), *cells, queries.budget, floor, queries.luck[0], level, counts,
+            n_queries, BP=TILE, **constants,
+        )  # fmt: skip
+        first_item = functional.pad(counts[0].long().cumsum(0), (1, 0))
+        # All that the host waits for.
+        total, tiles, pairs = counts.sum(1).tolist()
+        if memory_limit is not None and 2 * (total * ITEM_BYTES + 4 * tiles) > memory_limit:
+            return None
+        cell, take = torch.empty(total, **integers), torch.empty(total, **integers)
+        factor, chance = torch.empty(total, **numbers), torch.empty(total, **numbers)
+        promising = torch.empty(n_queries, dtype=torch.int64, device=self.device)
+        columns = self.cells.moments.shape[1]
+        unseen = torch.empty(n_queries, columns, **numbers)
+        found = cell, take, factor, chance
+        started(
+            lists.list_kernel, (n_queries,), *cells, floor, queries.luck[0], level, self.cells.moments, first_item,
+            *found, promising, unseen, n_queries, NM=columns, **constants,
+        )  # fmt: skip
+        query = torch.arange(n_queries, **integers).repeat_interleave(counts[0], output_size=total)
+        per_item = (take.long() + TILE - 1) // TILE
+        first_tile = per_item.cumsum(0) - per_item
+        return Items(first_item, query, *found, first_tile, tiles, pairs, promising, unseen, level[0])
+
+    def _pilot(self, q: Tensor, items: Items, least: Tensor) -> Tensor:
+        """[Q] a log-weight known to be there, of the cell of which most is expected."""
+        some = items.promising.clamp(max=len(items) - 1)
+        out = Sums(least, least, torch.empty(len(items), device=self.device), least)
+        self._launch(q, items, some, least, out, pilot=True)
+        return torch.where(items.first_item.diff() > 0, out.top[some], least)
+
+    def _scan(self, q: Tensor, items: Items, reference: Tensor) -> Sums:
+        """Sums of all items; `reference` [Q] holds log-weights that are known to be there."""
+        columns = value_columns(self.channels)
+        sizes = (len(items), columns), (len(items), columns), (len(items),), (items.tiles,)
+        out = Sums(*(torch.empty(size, device=self.device) for size in sizes))
+        self._launch(q, items, torch.arange(len(items), device=self.device), reference, out, pilot=False)
+        return out
+
+    def _launch(self, q: Tensor, items: Items, some: Tensor, reference: Tensor, out: Sums, pilot: bool) -> None:
+        # By cell, and inside by falling take, so that the queries of a block go about as far.
+        by_cell, order = torch.sort((items.cell[some].long() << 32) - items.take[some], stable=True)
+        item, cell = some[order], (by_cell + (1 << 31)) >> 32
+        first = torch.searchsorted(cell, torch.arange(len(self.turn) + 1, device=self.device))
+
+        def run(configuration: Configuration) -> None:
+            size = configuration.queries
+            ends = ((first.diff() + size - 1) // size).cumsum(0)
+            block = torch.arange(len(item) // size + min(len(first), len(item)), device=self.device)
+            owner = torch.searchsorted(ends, block, right=True)
+            before = functional.pad(ends, (1, 0))
+            start = first[owner] + (block - before[owner]) * size
+            end = first[(owner + 1).clamp(max=len(first) - 1)]
+            blocks = owner.to(torch.int32), start, end
+            for rows in pieces(self.part, self.device):
+                _kernels().scan_kernel[len(block),](
+                    q, *self._windows(rows), *blocks, item, items.query, items.take, items.first_tile, reference,
+                    out.sums, out.squares, out.top, out.tile_sums, rows.cells.start, rows.cells.stop, self.bits,
+                    float(_kernels().HEADROOM.value) - NEGLIGIBLE_BITS, **self._constants(rows),
+                    NV=value_columns(self.channels), BQ=size, PILOT=pilot, num_warps=configuration.warps,
+                    num_stages=configuration.stages,
+                )  # fmt: skip
+
+        cuda = self.device.type == "cuda"
+        resident = cache.get(self.part, (self.device,)) is not None
+        pairs = items.tiles * TILE
+        wanted = os.environ.get("PATCHSCORE_AUTOTUNE") != "0" and pairs >= SMALLEST_TUNED
+        tune = cuda and resident and not pilot and wanted
+        capability = torch.cuda.get_device_capability(self.device) if cuda else (9, 0)
+        name = torch.cuda.get_device_name(self.device) if cuda else "interpreter"
+        candidates = configurations(q.shape[1], capability) if cuda else [Configuration(16, TILE, 4, 1)]
+        flags = self.part.counts is not None, self.selection.images is not None
+        key = (name, "lists", q.shape[1], self.channels, pilot, *flags)
+        first_that_serves(key, candidates, run, tune)
+
+    def _windows(self, rows: Rows) -> tuple[Tensor, ...]:
+        """The arguments of kernels that say where a piece's windows are."""
+        counts = self.selection.counts
+        order = rows.ids  # never read
+        first = self.cells.first - self.cells.first[rows.cells.start]
+        if self.selection.images is not None:
+            order, _ = rows.ordered(self.selection.images, self.part)
+            first = counts.long().cumsum(0) - counts
+            first = first - first[rows.cells.start]
+        counted = self.constant if rows.log_counts is None else rows.log_counts  # else never read
+        return rows.rows, counted, rows.values, order, first, counts, self.turn
+
+    def _constants(self, rows: Rows) -> dict[str, Any]:
+        columns = rows.rows.shape[1]
+        larger = 1 << (columns.bit_length() - 1)
+        return {
+            "KA": larger,
+            "KB": columns - larger,
+            "BP": TILE,
+            "COUNTED": rows.log_counts is not None,
+            "ORDERED": self.selection.images is not None,
+        }
+
+    # The result.
+
+    def _finish(self, queries: Queries, q: Tensor, items: Items, found: Sums) -> PosteriorSum:
+        """Adds up items, what cells lead to expect of windows not taken, and the second look."""
+        n, c = len(queries), self.channels
+        reference = torch.empty(n, device=self.device)
+        total = torch.empty(n, 1 + c, 3, dtype=torch.float64, device=self.device)
+        started(
+            _kernels().sum_kernel, (n, 1 + c), found.sums, found.squares, found.top, items.take, items.factor,
+            items.chance, items.first_item, reference, total, C=c, NV=value_columns(c),
+            BI=128, num_warps=1,
+        )  # fmt: skip
+        m = reference.double()
+        s, s2, ss = (x[:, None] for x in total[:, 0].unbind(1))
+        v, vs, vv = total[:, 1:].unbind(2)
+        v, vs, vv = v / self.unit, vs / self.unit, vv / self.unit**2
+        unseen = items.unseen[:, : 1 + 2 * c].double()
+        unseen = unseen * EXPECTED_SHARE * torch.exp2((2 * (items.expected_top.double() - m)).clamp(max=115))[:, None]
+        ss, vs, vv = ss + unseen[:, :1], vs + unseen[:, 1 : 1 + c], vv + unseen[:, 1 + c :]
+        sums = PosteriorSum(m[:, None], s, v, s2, vv=vv, vs=vs, ss=ss, pairs=items.pairs)
+        return self._look_again(queries, sums, q, items, found)
+
+    def _look_again(self, queries: Queries, sums: PosteriorSum, q: Tensor, items: Items, found: Sums) -> PosteriorSum:
+        """Puts right what features leave out, on windows drawn by their weights and compared pixel by pixel.
+
+        The mean moves by what the sample's mean moves when exact weights take the place of the scan's. Systematic
+        sampling: `picks` marks evenly along a query's running sum; a window of weight w is met with the chance
+        min(1, w picks / s), once or more.
+        """
+        n, picks = len(queries), self.picks
+        assert sums.vv is not None
+        assert sums.vs is not None
+        assert sums.ss is not None
+        # Running sums in whole numbers, whose order of addition does not matter: a mark is 2^32.
+        share = found.sums[:, 0].double() * torch.exp2(found.top.double() - sums.m[items.query, 0]) * items.factor
+        mark = (share / sums.s[items.query, 0] * picks * 2.0**32).nan_to_num(0.0).round().long()
+        running = mark.cumsum(0)
+        before = running - mark
+        first, last = items.first_item[:-1], (items.first_item[1:] - 1).clamp(min=0)
+        base = before[first.clamp(max=len(items) - 1)]
+        steps = torch.arange(picks, device=self.device) + queries.luck[1].double()[:, None]
+        point = base[:, None] + (steps * 2.0**32).long()  # [Q, R]
+        picked = torch.searchsorted(running, point.flatten(), right=True).view_as(point)
+        picked = torch.minimum(torch.maximum(picked, first[:, None]), last[:, None]).clamp(max=len(items) - 1)
+        inside = ((point - before[picked]).double() / mark[picked].clamp(min=1)).clamp(0, 1 - 1e-7).float()
+
+        window = torch.zeros(n, picks, dtype=torch.int64, device=self.device)
+        weight = torch.zeros(n, picks, device=self.device)
+        repeats = torch.zeros(n, picks, device=self.device)
+        lists = _kernels()
+        for rows in pieces(self.part, self.device):
+            windows, counted, _, order, *cells = self._windows(rows)
+            started(
+                lists.pick_kernel, (n * picks,), q, windows, counted, order, *cells, picked, inside,
+                items.query, items.cell, items.take, items.first_tile, found.tile_sums, rows.ids, window, weight,
+                repeats, rows.cells.start, rows.cells.stop, self.bits, BT=32, **self._constants(rows), num_warps=1,
+            )  # fmt: skip
+        distance = torch.empty(n, picks, dtype=torch.float64, device=self.device)
+        values = torch.empty(n, picks, self.channels, device=self.device)
+        images = self.engine.images(self.device)
+        sizes = {"R": picks, "C": self.channels, "H": images.shape[2], "W": images.shape[3], "SIZE": self.part.k}
+        started(
+            lists.distance_kernel, (n, -(-picks // 16)), queries.windows, images, window, queries.geometry, distance,
+            values, BYTES=self.bytes, BR=16, BD=64, num_warps=4, **sizes,
+        )  # fmt: skip
+
+        # In bits: what a window stands for by the scan's weight and by its exact one, and its chance to be met.
+        counted_size = items.factor[picked].double().log2()
+        size = weight.double() + counted_size - sums.m
+        chance = torch.exp2((size - (sums.s / picks).log2()).clamp(max=0.0))
+        again = functional.pad(window[:, 1:] == window[:, :-1], (1, 0))
+        met = (1 / chance).masked_fill(again | ~(sums.s > 0), 0.0)
+        own = repeats.double() - distance * (math.log2(math.e) / (2 * self.sharp**2))
+        exact = own + counted_size
+        top = torch.where(met > 0, exact + met.log2(), -torch.inf).amax(1, keepdim=True)
+        rough_weight = torch.exp2(size) * met
+        exact_weight = torch.where(met > 0, torch.exp2(exact - top) * met, 0.0)
+        rough_sum, exact_sum = rough_weight.sum(1, keepdim=True), exact_weight.sum(1, keepdim=True)
+        value = values.double()
+        rough_share, exact_share = (rough_weight / rough_sum)[..., None], (exact_weight / exact_sum)[..., None]
+        rough_mean, exact_mean = (rough_share * value).sum(1), (exact_share * value).sum(1)
+        # Where the scan weighed by more noise than there is, its mean is no guide: the sample alone decides.
+        guided = self.sharp >= self.sigma
+        change = exact_share * (value - exact_mean[:, None])
+        if guided:
+            change = change - rough_share * (value - rough_mean[:, None])
+        error = ((1 - chance)[..., None] * change.square()).sum(1)
+        shift = exact_mean - (rough_mean if guided else sums.mean)
+        s2 = sums.s2
+        if not guided:
+            squares = exact_weight * torch.exp2(own - repeats.double() - top)
+            s2 = sums.s**2 * squares.sum(1, keepdim=True) / exact_sum**2
+        log_shift = top + exact_sum.log2() - sums.m - rough_sum.log2()
+        moved = PosteriorSum(
+            m=(sums.m + log_shift) * math.log(2),
+            s=sums.s,
+            v=sums.v + shift * sums.s,
+            s2=s2,
+            vv=sums.vv + 2 * shift * sums.vs + shift**2 * sums.ss + error * sums.s**2,
+            vs=sums.vs + shift * sums.ss,
+            ss=sums.ss,
+            pairs=sums.pairs,
+        )
+        return moved

@@ -1,0 +1,519 @@
+"""The kernels of engine `pruned` on the GPU: which windows a query takes, their sums, and a sample for a second look.
+
+A query takes a prefix of some cells. Takers are sorted by cell, so that a tile of windows is read once for a block of
+queries; each (cell, query) pair, an item, leaves its sums in a slot of its own, and a last kernel adds the items of a
+query in order: no atomics, the same numbers every time. Names: o_ offsets, p_ pointers, b_ blocks, m_ masks; a comment
+gives each block's shape, BQ queries, BP windows, BC cells, BI items, K axes. Log-weights are in bits (base 2).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .dense import HEADROOM
+
+LEAST = tl.constexpr(-1e30)
+"""A log-weight below all others, and finite."""
+BELOW = tl.constexpr(-120.0)
+"""Expected log-weights so far below the largest are taken for this: float32 ends soon after."""
+SQUARES = tl.constexpr(0.0078125)
+"""Weights are squared in units of 2^7: half floats then hold the square of 2^HEADROOM."""
+COUNT_UNIT = tl.constexpr(1024.0)
+"""The column of 1 / count is in units of this, so that half floats hold it for counts of millions."""
+
+
+@triton.jit
+def _prefixes(b_l, b_n, t, floor, carry, QUANTUM: tl.constexpr):
+    """[BC] windows taken of each cell, the chance that any are, and the running sum of chances modulo 1.
+
+    The share of a cell is 2^(l + t) between `floor` and 1. What it comes to in groups of QUANTUM windows is rounded up
+    or down by systematic sampling: a group more is drawn wherever the running sum passes an integer.
+    """
+    b_share = tl.minimum(tl.maximum(tl.exp2(b_l + t), floor), 1.0)
+    b_want = b_n * b_share
+    b_group = tl.maximum(tl.minimum(b_n, QUANTUM), 1.0)
+    m_whole = (b_share >= 1.0) | ((b_n > QUANTUM) & (b_want >= b_n - QUANTUM // 2))
+    b_groups = tl.where(m_whole, 0.0, b_want / b_group)
+    b_fraction = b_groups - tl.floor(b_groups)
+    b_sum = carry + tl.cumsum(b_fraction, 0)
+    m_drawn = b_sum - tl.floor(b_sum) < b_fraction
+    b_drawn = tl.minimum(b_n, (tl.floor(b_groups) + m_drawn.to(tl.float32)) * b_group)
+    b_take = tl.where(m_whole, b_n, b_drawn)
+    b_chance = tl.where(m_whole, 1.0, tl.minimum(b_groups, 1.0))
+    carry += tl.sum(b_fraction)
+    return b_take, b_chance, carry - tl.floor(carry)
+
+
+@triton.jit(do_not_specialize=["n_queries"])
+def allocate_kernel(
+    log_share,  # fp32, per query its cells: log-weights to expect
+    n,  # [cells] fp32, competing windows
+    first_cell,  # [Q] int32, where the cells of a query's region begin
+    n_cells,  # [Q] int32, and how many they are
+    row,  # [Q] int64, where its log_share begins
+    budget,  # [Q] fp32, share of the windows to take
+    floor,  # [Q] fp32, least share of any cell
+    luck,  # [Q] fp32 in (0, 1)
+    level,  # [2, Q] fp32, out: the largest log-weight expected; t
+    counts,  # [3, Q] int32, out: items, tiles of their windows, windows
+    n_queries,
+    QUANTUM: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Finds the t at which shares min(1, max(floor, 2^(l - top + t))) add up to the budget; counts what is drawn."""
+    query = tl.program_id(0)
+    o_c = tl.arange(0, BC)
+    p_n = n + tl.load(first_cell + query)
+    cells = tl.load(n_cells + query)
+    p_l = log_share + tl.load(row + query)
+    least = tl.load(floor + query)
+    b_top = tl.full([BC], LEAST, tl.float32)
+    b_all = tl.zeros([BC], tl.float32)
+    for c in range(0, cells, BC):
+        m_c = c + o_c < cells
+        b_n = tl.load(p_n + c + o_c, mask=m_c, other=0.0)
+        b_l = tl.load(p_l + c + o_c, mask=m_c, other=LEAST)
+        b_top = tl.maximum(b_top, tl.where(b_n > 0, b_l, LEAST))
+        b_all += b_n
+    top = tl.max(b_top)
+    # At least two groups, so that there is something to go by.
+    wanted = tl.maximum(tl.sum(b_all) * tl.load(budget + query), tl.minimum(tl.sum(b_all), 2.0 * QUANTUM))
+
+    # Newton's steps on t, or the middle of the bracket where they leave it.
+    t = top * 0.0
+    low, high = t - 128.0, t + 128.0
+    step = 0
+    going = True
+    while going:
+        b_taken = tl.zeros([BC], tl.float32)
+        b_rising = tl.zeros([BC], tl.float32)
+        for c in range(0, cells, BC):
+            m_c = c + o_c < cells
+            b_n = tl.load(p_n + c + o_c, mask=m_c, other=0.0)
+            b_l = tl.maximum(tl.load(p_l + c + o_c, mask=m_c, other=LEAST) - top, BELOW)
+            b_raw = tl.exp2(b_l + t)
+            b_taken += b_n * tl.minimum(tl.maximum(b_raw, least), 1.0)
+            b_rising += tl.where((b_raw > least) & (b_raw < 1.0), b_n * b_raw, 0.0)
+        missing = wanted - tl.sum(b_taken)
+        low = tl.where(missing > 0, t, low)
+        high = tl.where(missing > 0, high, t)
+        next_t = t + 1.4426950408889634 * missing / tl.maximum(tl.sum(b_rising), 1e-30)
+        next_t = tl.where((next_t > low) & (next_t < high), next_t, 0.5 * (low + high))
+        step += 1
+        going = (tl.abs(missing) > 2e-3 * wanted) & (step < 32)
+        t = tl.where(going, next_t, t)
+
+    carry = tl.load(luck + query)
+    b_items = tl.zeros([BC], tl.int32)
+    b_tiles = tl.zeros([BC], tl.int32)
+    b_windows = tl.zeros([BC], tl.int32)
+    for c in range(0, cells, BC):
+        m_c = c + o_c < cells
+        b_n = tl.load(p_n + c + o_c, mask=m_c, other=0.0)
+        b_l = tl.maximum(tl.load(p_l + c + o_c, mask=m_c, other=LEAST) - top, BELOW)
+        b_take, _, carry = _prefixes(b_l, b_n, t, least, carry, QUANTUM)
+        b_items += (b_take > 0).to(tl.int32)
+        b_tiles += (b_take.to(tl.int32) + BP - 1) // BP
+        b_windows += b_take.to(tl.int32)
+    tl.store(level + query, top)
+    tl.store(level + n_queries + query, t)
+    tl.store(counts + query, tl.sum(b_items))
+    tl.store(counts + n_queries + query, tl.sum(b_tiles))
+    tl.store(counts + 2 * n_queries + query, tl.sum(b_windows))
+
+
+@triton.jit(do_not_specialize=["n_queries"])
+def list_kernel(
+    log_share,
+    n,
+    first_cell,
+    n_cells,
+    row,
+    floor,
+    luck,
+    level,  # all as above
+    moments,  # [cells, NM] fp32: 1, mean of the values, mean of their squares, zeros
+    first_item,  # [Q] int64
+    cell,  # [items] int32, out
+    take,  # [items] int32, out: windows of the prefix
+    factor,  # [items] fp32, out: windows that a taken one stands for
+    chance,  # [items] fp32, out: that the cell was drawn at all
+    promising,  # [Q] int64, out: the item of which most is expected
+    unseen,  # [Q, NM] fp32, out: variance that the cells' moments expect of what is not taken, relative to 2^(2 top)
+    n_queries,
+    QUANTUM: tl.constexpr,
+    NM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Lists the items that `allocate_kernel` counted."""
+    query = tl.program_id(0)
+    o_c, o_m = tl.arange(0, BC), tl.arange(0, NM)
+    start = tl.load(first_cell + query)
+    cells = tl.load(n_cells + query)
+    p_l = log_share + tl.load(row + query)
+    least = tl.load(floor + query)
+    top = tl.load(level + query)
+    t = tl.load(level + n_queries + query)
+    carry = tl.load(luck + query)
+    at = tl.load(first_item + query)
+    best, best_at = top * 0.0 + 2 * LEAST, at
+    b_unseen = tl.zeros([NM], tl.float32)
+    for c in range(0, cells, BC):
+        m_c = c + o_c < cells
+        b_n = tl.load(n + start + c + o_c, mask=m_c, other=0.0)
+        b_l = tl.maximum(tl.load(p_l + c + o_c, mask=m_c, other=LEAST) - top, BELOW)
+        b_take, b_chance, carry = _prefixes(b_l, b_n, t, least, carry, QUANTUM)
+        m_taken = b_take > 0
+        b_at = at + tl.cumsum(m_taken.to(tl.int32), 0) - 1  # [BC]
+        tl.store(cell + b_at, start + c + o_c, mask=m_taken)
+        tl.store(take + b_at, b_take.to(tl.int32), mask=m_taken)
+        tl.store(factor + b_at, b_n / (tl.maximum(b_take, 1.0) * b_chance), mask=m_taken)
+        tl.store(chance + b_at, b_chance, mask=m_taken)
+        # The most promising: by its expected sum, cells that are sure to be taken before others.
+        b_mass = tl.where(m_taken, b_l + tl.log2(b_n) + tl.where(b_chance < 1, LEAST, 0.0), 2 * LEAST)
+        mass = tl.max(b_mass)
+        # Of several as good, the first.
+        mass_at = tl.min(tl.where(b_mass == mass, b_at, 2147483647))
+        best_at = tl.where(mass > best, mass_at, best_at)
+        best = tl.maximum(best, mass)
+        # N^2 (1 - f) / n E[w^2], and where cells are taken by chance as much again as their rarity.
+        b_seen = tl.maximum(tl.where(m_taken, b_take, tl.minimum(b_n, QUANTUM)), 1.0) * b_chance
+        b_missed = tl.where(b_n > 0, b_n * tl.maximum(b_n / tl.maximum(b_seen, 1e-30) - 1, 0.0), 0.0)
+        b_square = b_missed * tl.exp2(2 * b_l)  # [BC]
+        b_moments = tl.load(moments + (start + c + o_c)[:, None] * NM + o_m[None, :], mask=m_c[:, None], other=0.0)
+        b_unseen += tl.sum(b_square[:, None] * b_moments, 0)
+        at += tl.sum(m_taken.to(tl.int32))
+    tl.store(promising + query, best_at.to(tl.int64))
+    tl.store(unseen + query * NM + o_m, b_unseen)
+
+
+@triton.jit
+def _products(b_qa, b_qb, p, b_o, KA: tl.constexpr, KB: tl.constexpr):
+    """[BQ, BP] query rows times window rows; the columns come in two blocks, as sizes of blocks are powers of two."""
+    b_pa = tl.load(p + b_o[None, :] * (KA + KB) + tl.arange(0, KA)[:, None])  # [KA, BP]
+    b_l = tl.dot(b_qa, b_pa)  # [BQ, BP]
+    if KB:
+        b_pb = tl.load(p + b_o[None, :] * (KA + KB) + (KA + tl.arange(0, KB))[:, None])  # [KB, BP]
+        b_l = tl.dot(b_qb, b_pb, b_l)
+    return b_l
+
+
+@triton.jit
+def _windows(i, count, size, turn, first, order, BP: tl.constexpr, ORDERED: tl.constexpr):
+    """[BP] rows of the windows i .. i + BP of a prefix of `count`, which begins at `turn` and wraps around its cell."""
+    o_p = turn + tl.minimum(i + tl.arange(0, BP), count - 1)
+    b_o = first + tl.where(o_p >= size, o_p - size, o_p)
+    if ORDERED:
+        b_o = tl.load(order + b_o)
+    return b_o.to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["first_cell", "end_cell"])
+def scan_kernel(
+    q,  # [Q, K] fp16, features, then ones where p has its bias
+    p,  # [windows, K] fp16, features, then -|p|^2 / 2 in three parts
+    log_count,  # [windows] fp32, bits of how many windows one stands for; only where COUNTED
+    v,  # [windows, NV] fp16: 1, COUNT_UNIT / count, values, their low halves, their squares, zeros
+    order,  # int32, the competing windows cell by cell; only where ORDERED
+    cell_first,  # [cells] int64, where a cell's windows begin (in order, where ORDERED)
+    cell_size,  # [cells] int32, competing windows
+    cell_turn,  # [cells] int32, where prefixes begin
+    block_cell,  # [blocks] int32; blocks past the end have a cell past the last
+    block_first,  # [blocks] int64, of the sorted items
+    block_end,  # [blocks] int64, where the items of the cell end
+    item,  # [items] int64, items sorted by cell, and inside by falling take
+    query,  # [items] int32
+    take,  # [items] int32
+    first_tile,  # [items] int64
+    reference,  # [Q] fp32, log-weights to begin with
+    sums,  # [items, NV] fp32, out: sums of weights times v
+    squares,  # [items, NV] fp32, out: sums of squared weights times v, in units of SQUARES^-2
+    top,  # [items] fp32, out: the log-weight that both are relative to
+    tile_sums,  # [tiles] fp32, out: bits of the weights of each tile of windows
+    first_cell,  # the cells whose windows p and v hold
+    end_cell,
+    bits,  # log2(e) / sigma^2, bits a unit of product
+    floor,  # bits above the reference under which a weight cannot be seen
+    KA: tl.constexpr,
+    KB: tl.constexpr,
+    NV: tl.constexpr,
+    BQ: tl.constexpr,
+    BP: tl.constexpr,
+    COUNTED: tl.constexpr,
+    ORDERED: tl.constexpr,
+    PILOT: tl.constexpr,  # only `top` is wanted
+):
+    """Sums of a block of a cell's items over the prefixes of the cell's windows that they take."""
+    block = tl.program_id(0)
+    cell = tl.load(block_cell + block)
+    if (cell < first_cell) | (cell >= end_cell):
+        return
+    # Items past the last repeat it, and are not stored.
+    start = tl.load(block_first + block)
+    end = tl.load(block_end + block)
+    o_i = start + tl.arange(0, BQ)  # [BQ]
+    m_i = o_i < end
+    b_item = tl.load(item + tl.minimum(o_i, end - 1))  # [BQ]
+    b_take = tl.load(take + b_item)
+    most = tl.max(b_take)
+    least = tl.min(b_take)
+    b_query = tl.load(query + b_item).to(tl.int64)
+    b_tile = tl.load(first_tile + b_item)
+    p_q = q + b_query[:, None] * (KA + KB)
+    b_qa = tl.load(p_q + tl.arange(0, KA)[None, :])  # [BQ, KA]
+    b_qb = tl.load(p_q + KA + tl.arange(0, KB)[None, :]) if KB else b_qa  # [BQ, KB]
+    size = tl.load(cell_size + cell)
+    turn = tl.load(cell_turn + cell)
+    first = tl.load(cell_first + cell)
+    o_v = tl.arange(0, NV)
+    unit = 1.0 / bits
+    b_m = tl.load(reference + b_query)  # [BQ]
+    b_sums = tl.zeros([BQ, NV], tl.float32)
+    b_squares = tl.zeros([BQ, NV], tl.float32)
+    for i in range(0, most, BP):
+        b_o = _windows(i, most, size, turn, first, order, BP, ORDERED)  # [BP]
+        b_l = _products(b_qa, b_qb, p, b_o, KA, KB)  # [BQ, BP], in units of sigma^2
+        if COUNTED:
+            b_l += (tl.load(log_count + b_o) * unit)[None, :]
+        if i + BP > least:
+            b_l = tl.where((i + tl.arange(0, BP))[None, :] < b_take[:, None], b_l, float("-inf"))
+        b_top = tl.max(b_l, 1) * bits  # [BQ]
+        if PILOT:
+            b_m = tl.maximum(b_m, b_top - HEADROOM)
+        else:
+            b_weight = tl.full([BQ], float("-inf"), tl.float32)
+            # One answer for the whole tile: can any of its weights still be seen beside the largest so far?
+            if tl.max(b_top - b_m) > floor:
+                b_new = tl.maximum(b_m, b_top - HEADROOM)
+                b_fade = tl.exp2(b_m - b_new)
+                b_m = b_new
+                b_w = tl.exp2(b_l * bits - b_m[:, None]).to(tl.float16)  # [BQ, BP]
+                b_v = tl.load(v + b_o[:, None] * NV + o_v[None, :])  # [BP, NV]
+                # Matrix units truncate what they accumulate: a tile's sum starts at zero and is added in float32.
+                b_part = tl.dot(b_w, b_v)  # [BQ, NV]
+                b_sums = b_sums * b_fade[:, None] + b_part
+                b_w = b_w * SQUARES  # stays in half floats
+                b_squares = b_squares * (b_fade * b_fade)[:, None] + tl.dot(b_w * b_w, b_v)
+                b_weight = b_m + tl.log2(tl.sum(tl.where(o_v[None, :] == 0, b_part, 0.0), 1))
+            tl.store(tile_sums + b_tile + i // BP, b_weight, mask=m_i & (i < b_take))
+    if not PILOT:
+        tl.store(sums + b_item[:, None] * NV + o_v[None, :], b_sums, mask=m_i[:, None])
+        tl.store(squares + b_item[:, None] * NV + o_v[None, :], b_squares, mask=m_i[:, None])
+    tl.store(top + b_item, b_m, mask=m_i)
+
+
+@triton.jit
+def sum_kernel(
+    sums,  # [items, NV] fp32
+    squares,  # [items, NV] fp32
+    top,  # [items] fp32
+    take,  # [items] int32
+    factor,  # [items] fp32
+    chance,  # [items] fp32
+    first_item,  # [Q + 1] int64
+    reference,  # [Q] fp32, out: the log-weight that the totals are relative to
+    total,  # [Q, 1 + C, 3] fp64, out: s, s2, variance of s; then by channel v, its covariance with s, its variance
+    C: tl.constexpr,
+    NV: tl.constexpr,
+    BI: tl.constexpr,
+):
+    """Adds up a query's items: Horvitz & Thompson's estimate, and its variance; a program a query and part.
+
+    Of n of a cell's N windows, drawn with chance c, a sum Y stands for Y N / (n c). Its variance is estimated within
+    cells by the scatter S^2 of the n windows, N^2 (1 - n/N) S^2 / n / c, and between by (1 - c) (Y N / (n c))^2.
+    """
+    query = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    start = tl.load(first_item + query)
+    end = tl.load(first_item + query + 1)
+    o_i = tl.arange(0, BI)
+    b_m = tl.full([BI], LEAST, tl.float32)
+    for i in range(start, end, BI):
+        # Items without a weight that counts carry the reference they began with.
+        b_m = tl.maximum(b_m, tl.load(top + i + o_i, mask=i + o_i < end, other=LEAST))
+    m = tl.max(b_m)
+    b_a = tl.zeros([BI], tl.float64)
+    b_b = tl.zeros([BI], tl.float64)
+    b_c = tl.zeros([BI], tl.float64)
+    for i in range(start, end, BI):
+        m_i = i + o_i < end
+        b_fade = tl.exp2(tl.load(top + i + o_i, mask=m_i, other=LEAST) - m).to(tl.float64)
+        b_square = b_fade * b_fade / (SQUARES * SQUARES)
+        b_factor = tl.load(factor + i + o_i, mask=m_i, other=0.0).to(tl.float64)
+        b_chance = tl.load(chance + i + o_i, mask=m_i, other=1.0).to(tl.float64)
+        b_take = tl.load(take + i + o_i, mask=m_i, other=1).to(tl.float64)
+        # A cell taken whole has factor 1 and leaves no error.
+        b_within = tl.maximum(b_factor * b_chance - 1, 0.0) * b_factor * b_take / tl.maximum(b_take - 1, 1.0)
+        b_between = (1 - b_chance) * b_factor * b_factor
+        p_s, p_q = sums + (i + o_i) * NV, squares + (i + o_i) * NV
+        b_one = tl.load(p_s, mask=m_i, other=0.0).to(tl.float64) * b_fade
+        if part == 0:
+            b_ones = tl.load(p_q, mask=m_i, other=0.0).to(tl.float64) * b_square
+            b_a += b_factor * b_one
+            b_b += b_factor * tl.load(p_q + 1, mask=m_i, other=0.0).to(tl.float64) * b_square / COUNT_UNIT
+            b_c += b_within * tl.maximum(b_ones - b_one * b_one / b_take, 0.0) + b_between * b_one * b_one
+        else:
+            p_v, p_qv = p_s + 1 + part, p_q + 1 + part
+            b_v = tl.load(p_v, mask=m_i, other=0.0) + tl.load(p_v + C, mask=m_i, other=0.0)
+            b_qv = tl.load(p_qv, mask=m_i, other=0.0) + tl.load(p_qv + C, mask=m_i, other=0.0)
+            b_qvv = tl.load(p_qv + 2 * C, mask=m_i, other=0.0).to(tl.float64) * b_square
+            b_v = b_v.to(tl.float64) * b_fade
+            b_qv = b_qv.to(tl.float64) * b_square
+            b_a += b_factor * b_v
+            b_b += b_within * (b_qv - b_one * b_v / b_take) + b_between * b_one * b_v
+            b_c += b_within * tl.maximum(b_qvv - b_v * b_v / b_take, 0.0) + b_between * b_v * b_v
+    p_total = total + (query * (1 + C) + part) * 3
+    tl.store(p_total, tl.sum(b_a))
+    tl.store(p_total + 1, tl.sum(b_b))
+    tl.store(p_total + 2, tl.sum(b_c))
+    if part == 0:
+        tl.store(reference + query, m)
+
+
+@triton.jit(do_not_specialize=["first_cell", "end_cell"])
+def pick_kernel(
+    q,
+    p,
+    log_count,
+    order,
+    cell_first,
+    cell_size,
+    cell_turn,  # all as in scan_kernel
+    picked,  # [P] int64, items that hold a pick
+    place,  # [P] fp32 in [0, 1), where in the sum of the item's weights
+    query,  # [items] int32
+    cell,  # [items] int32
+    take,  # [items] int32
+    first_tile,  # [items] int64
+    tile_sums,  # [tiles] fp32, bits
+    ids,  # [windows] int64, image * windows of the region in an image + place in the region
+    window,  # [P] int64, out: the window's id
+    weight,  # [P] fp32, out: its log-weight
+    repeats,  # [P] fp32, out: bits of how many windows it stands for; only where COUNTED
+    first_cell,
+    end_cell,
+    bits,
+    KA: tl.constexpr,
+    KB: tl.constexpr,
+    BP: tl.constexpr,
+    BT: tl.constexpr,
+    COUNTED: tl.constexpr,
+    ORDERED: tl.constexpr,
+):
+    """Finds the window at a place of an item's running sum of weights: windows drawn in proportion to their weights."""
+    pick = tl.program_id(0).to(tl.int64)
+    at = tl.load(picked + pick)
+    of = tl.load(cell + at)
+    if (of < first_cell) | (of >= end_cell):
+        return
+    count = tl.load(take + at)
+    o_q = tl.load(query + at).to(tl.int64) * (KA + KB)
+    target = tl.load(place + pick)
+
+    # The tile: of those whose running sum stays below the target, the next.
+    tiles = (count + BP - 1) // BP
+    p_t = tile_sums + tl.load(first_tile + at)
+    o_t = tl.arange(0, BT)
+    b_top = tl.full([BT], LEAST, tl.float32)
+    for t in range(0, tiles, BT):
+        b_top = tl.maximum(b_top, tl.load(p_t + t + o_t, mask=t + o_t < tiles, other=LEAST))
+    top = tl.max(b_top)
+    b_all = tl.zeros([BT], tl.float32)
+    for t in range(0, tiles, BT):
+        b_all += tl.exp2(tl.load(p_t + t + o_t, mask=t + o_t < tiles, other=LEAST) - top)
+    target *= tl.sum(b_all)
+    tile = count * 0
+    before, own = top * 0.0, top * 0.0
+    running = top * 0.0
+    for t in range(0, tiles, BT):
+        b_t = tl.exp2(tl.load(p_t + t + o_t, mask=t + o_t < tiles, other=LEAST) - top)
+        b_sum = running + tl.cumsum(b_t, 0)
+        m_before = (b_sum <= target) & (t + o_t < tiles)
+        tile += tl.sum(m_before.to(tl.int32))
+        before = tl.maximum(before, tl.max(tl.where(m_before, b_sum, 0.0)))
+        running += tl.sum(b_t)
+    tile = tl.minimum(tile, tiles - 1)
+    own = tl.exp2(tl.load(p_t + tile) - top)
+    inside = tl.minimum((target - before) / tl.maximum(own, 1e-30), 1.0)
+
+    # The window, likewise, by weights computed again.
+    o_p = tl.arange(0, BP)
+    b_o = _windows(
+        tile * BP, count, tl.load(cell_size + of), tl.load(cell_turn + of), tl.load(cell_first + of), order, BP, ORDERED
+    )
+    m_p = tile * BP + o_p < count
+    p_q = q + o_q
+    b_qa = tl.load(p_q + tl.arange(0, KA)).to(tl.float32)  # [KA]
+    b_pa = tl.load(p + b_o[:, None] * (KA + KB) + tl.arange(0, KA)[None, :]).to(tl.float32)  # [BP, KA]
+    b_l = tl.sum(b_pa * b_qa[None, :], 1)  # [BP]
+    if KB:
+        b_qb = tl.load(p_q + KA + tl.arange(0, KB)).to(tl.float32)
+        b_pb = tl.load(p + b_o[:, None] * (KA + KB) + KA + tl.arange(0, KB)[None, :]).to(tl.float32)
+        b_l += tl.sum(b_pb * b_qb[None, :], 1)
+    b_l *= bits
+    if COUNTED:
+        b_l += tl.load(log_count + b_o)
+    b_l = tl.where(m_p, b_l, LEAST)
+    b_w = tl.exp2(b_l - tl.max(b_l))
+    b_sum = tl.cumsum(b_w, 0)
+    valid = tl.minimum(count - tile * BP, BP)
+    found = tl.minimum(tl.sum((b_sum <= inside * tl.sum(b_w)).to(tl.int32)), valid - 1)
+    m_found = o_p == found
+    row = tl.sum(tl.where(m_found, b_o, 0))
+    tl.store(window + pick, tl.load(ids + row))
+    tl.store(weight + pick, tl.sum(tl.where(m_found, b_l, 0.0)))
+    if COUNTED:
+        tl.store(repeats + pick, tl.load(log_count + row))
+
+
+@triton.jit
+def distance_kernel(
+    z,  # [Q, D] fp32, noisy windows, D = C k^2
+    images,  # [N, C, H, W] uint8 or fp32
+    window,  # [Q, R] int64, ids as in pick_kernel
+    geometry,  # [Q, 4] int32: first row and column of the query's region, its columns, its windows in an image
+    distance,  # [Q, R] fp64, out: |z - window|^2, zeros beyond the border
+    values,  # [Q, R, C] fp32, out: the centre pixel
+    R: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    SIZE: tl.constexpr,
+    BYTES: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """The second look: windows as they are in the images, pixel by pixel."""
+    query = tl.program_id(0).to(tl.int64)
+    o_r = tl.program_id(1) * BR + tl.arange(0, BR)  # [BR]
+    m_r = o_r < R
+    row0 = tl.load(geometry + 4 * query)
+    col0 = tl.load(geometry + 4 * query + 1)
+    cols = tl.load(geometry + 4 * query + 2)
+    per_image = tl.load(geometry + 4 * query + 3)
+    b_id = tl.load(window + query * R + o_r, mask=m_r, other=0)
+    b_place = (b_id % per_image).to(tl.int32)
+    b_row, b_col = row0 + b_place // cols, col0 + b_place % cols  # [BR]
+    p_image = images + (b_id // per_image) * (C * H * W)
+    o_d = tl.arange(0, BD)
+    b_sum = tl.zeros([BR, BD], tl.float32)
+    for d in range(0, C * SIZE * SIZE, BD):
+        m_d = d + o_d < C * SIZE * SIZE
+        b_c, b_in = (d + o_d) // (SIZE * SIZE), (d + o_d) % (SIZE * SIZE)
+        b_i, b_j = b_in // SIZE - SIZE // 2, b_in % SIZE - SIZE // 2  # [BD]
+        b_y, b_x = b_row[:, None] + b_i[None, :], b_col[:, None] + b_j[None, :]  # [BR, BD]
+        m_in = (b_y >= 0) & (b_y < H) & (b_x >= 0) & (b_x < W) & m_d[None, :]
+        b_p = tl.load(p_image[:, None] + b_c[None, :] * (H * W) + b_y * W + b_x, mask=m_in, other=0).to(tl.float32)
+        if BYTES:
+            b_p = tl.where(m_in, b_p / 127.5 - 1.0, 0.0)
+        b_z = tl.load(z + query * (C * SIZE * SIZE) + d + o_d, mask=m_d, other=0.0)
+        b_p = b_z[None, :] - b_p
+        b_sum += b_p * b_p
+    tl.store(distance + query * R + o_r, tl.sum(b_sum.to(tl.float64), 1), mask=m_r)
+    for c in range(C):
+        b_v = tl.load(p_image + (c * H + b_row) * W + b_col, mask=m_r, other=0).to(tl.float32)
+        if BYTES:
+            b_v = b_v / 127.5 - 1.0
+        tl.store(values + (query * R + o_r) * C + c, b_v, mask=m_r)

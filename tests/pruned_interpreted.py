@@ -1,0 +1,557 @@
+"""Numbers of the GPU half of `pruned` on the CPU, under Triton's interpreter; test_pruned_cuda.py runs this file.
+
+Not collected by name, as fused_interpreted.py is not. The interpreter takes milliseconds a program, so few pixels are
+asked for, and few windows looked at a second time.
+"""
+
+import gc
+import itertools
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import interpreted  # noqa: F401
+import pytest
+import torch
+from conftest import noisy, smooth_images
+
+import patchscore as ps
+from patchscore import engines
+from patchscore.engines import features, fused, pruned_cuda, reference, sliding
+from patchscore.engines.pruned import _pixels
+from patchscore.kernels import lists
+from patchscore.windows import Axis, Competition, Group
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    """No fallback in silence, and a second look at few windows."""
+    monkeypatch.setattr(pruned_cuda, "RECHECK", 4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="engine .*")
+        yield
+    features.cache.clear()
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory):
+    """Banks of every kind with their indices, built once."""
+    made = {}
+
+    def get(channels=3, dtype=torch.uint8, height=7, width=6, count=18, k=3):
+        key = channels, dtype, height, width, count, k
+        if key not in made:
+            images = smooth_images(count, channels, height, width, dtype=dtype)
+            bank = ps.PatchBank(images, torch.arange(count) % 3)
+            made[key] = bank, ps.PatchIndex.build(bank, k, tmp_path_factory.mktemp("index"), progress=False)
+        return made[key]
+
+    return get
+
+
+def pruned(bank, index, k=3, padding_mode="circular", **options):
+    if "tolerance" not in options:
+        options.setdefault("budget", 1.0)
+    return ps.EquivariantLocalScore(bank, k, padding_mode, engine="pruned", index=index, **options)
+
+
+SIX = range(1, 4), range(2, 4)
+"""Rows and columns of six pixels."""
+
+
+def some_pixels(machine, rows, cols):
+    """The competition of a circular machine at a few pixels, against all windows."""
+    (group,) = machine.competition(machine.patch_size).groups
+    inside = Group(Axis(rows, group.rows.windows), Axis(cols, group.cols.windows))
+    return Competition(machine.patch_size, "circular", (inside,))
+
+
+def definition(machine, z, sigma, bank=None, pixels=SIX):
+    sigmas = torch.full((len(z),), sigma, dtype=torch.float64)
+    found = reference.posterior_sum(z.double(), sigmas, bank or machine.bank, some_pixels(machine, *pixels), 2**30)
+    return _pixels(found, *pixels)
+
+
+def sums(machine, z, sigma, bank=None, limit=2**30, pixels=SIX):
+    sigmas = torch.full((len(z),), sigma, dtype=torch.float64)
+    competition = some_pixels(machine, *pixels)
+    found = machine.pruned.posterior_sum(z, sigmas, bank or machine.bank, competition, limit)
+    return replace(_pixels(found, *pixels), pairs=found.pairs)
+
+
+def every(machine, bank=None, pixels=6):
+    """Pairs of so many pixels."""
+    (group,) = machine.competition(machine.patch_size).groups
+    return pixels * len(bank or machine.bank) * group.windows_per_image
+
+
+def rms(x):
+    return x.square().mean().sqrt().item()
+
+
+def within(error, stderr, times=3.0):
+    """Share of pixels off by at most so many standard errors, or by what half floats round."""
+    return (error.abs() <= times * stderr + 5e-4).double().mean().item()
+
+
+def test_the_interpreted_half_serves_the_cpu(indexed):
+    bank, index = indexed()
+    assert pruned_cuda.unavailable(CPU) is None
+    machine = pruned(bank, index)
+    assert machine.engine_on("cpu") == "pruned"
+    sums(machine, noisy(bank, 1.0, dtype=torch.float32), 1.0)
+    assert features.cache.get(index.at(3), (CPU,)) is not None
+
+
+def test_every_machine_and_border_is_the_references(tmp_path):
+    bank = ps.PatchBank(smooth_images(10, 3, 5, 6))
+    index = ps.PatchIndex.build(bank, 3, tmp_path / "i", progress=False)
+    z = noisy(bank, 0.7, dtype=torch.float32)
+    for padding_mode in ("zeros", "circular"):
+        machine = pruned(bank, index, padding_mode=padding_mode)
+        found = machine.estimate(z, 0.7)
+        truth = ps.EquivariantLocalScore(bank, 3, padding_mode, engine="reference").estimate(z.double(), 0.7)
+        assert rms(found.mean - truth.mean) < 5e-4
+        assert within(found.mean - truth.mean, found.stderr) == 1
+        torch.testing.assert_close(found.ess, truth.ess.float(), rtol=0.03, atol=1e-2)
+        assert found.pairs == truth.pairs
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(1, torch.uint8), (3, torch.uint8), (4, torch.float32)])
+def test_the_whole_budget_gives_the_references_sums(indexed, channels, dtype):
+    bank, index = indexed(channels, dtype)
+    machine = pruned(bank, index)
+    for sigma in (0.2, 1.0, 5.0):
+        z = noisy(bank, sigma, dtype=torch.float32)
+        truth, found = definition(machine, z, sigma), sums(machine, z, sigma)
+        error = found.mean - truth.mean
+        assert rms(error) < 5e-4
+        assert within(error, found.stderr) == 1
+        torch.testing.assert_close(found.ess, truth.ess, rtol=0.03, atol=1e-2)
+        mass = (found.m + found.s.log()) - (truth.m + truth.s.log())
+        assert mass.abs().max() < 0.05
+        assert found.pairs == every(machine)
+
+
+@pytest.mark.parametrize("columns", [64, 48])
+def test_axes_left_out_are_put_right_by_the_second_look_which_says_its_error(indexed, monkeypatch, columns):
+    monkeypatch.setattr(pruned_cuda, "RECHECK", 8)
+    monkeypatch.setattr(pruned_cuda, "COLUMNS", (columns,))
+    bank, index = indexed(3, height=9, width=8, count=30, k=5)
+    assert index.at(5).rank == 48  # of 75
+    z = noisy(bank, 1.0, dtype=torch.float32)
+    truth = definition(pruned(bank, index, 5), z, 1.0)
+    found = [sums(pruned(bank, index, 5, seed=seed), z, 1.0) for seed in range(4)]
+    error = rms(torch.stack([x.mean - truth.mean for x in found]))
+    assert 0.6 < rms(torch.stack([x.stderr for x in found])) / error < 1.7
+    assert error < 0.02
+
+
+@pytest.mark.parametrize("sigma", [0.005, 0.05])
+def test_low_noise_is_decided_by_the_second_look(indexed, sigma):
+    bank, index = indexed()
+    machine = pruned(bank, index, budget=0.5)
+    z = noisy(bank, sigma, dtype=torch.float32)
+    truth, found = definition(machine, z, sigma), sums(machine, z, sigma)
+    assert (found.mean - truth.mean).abs().max() < 1e-3
+    torch.testing.assert_close(found.ess, truth.ess, rtol=1e-2, atol=1e-2)
+
+
+def test_more_windows_may_contribute_than_any_list_of_neighbours_holds(indexed):
+    bank, index = indexed(1, height=12, width=12, count=40)
+    machine = pruned(bank, index, budget=0.7)
+    z = noisy(bank, 30.0, dtype=torch.float32)
+    truth, found = definition(machine, z, 30.0), sums(machine, z, 30.0)
+    assert truth.ess.min() > 3000
+    assert (found.ess / truth.ess - 1).abs().max() < 0.1
+    assert within(found.mean - truth.mean, found.stderr) > 0.95
+
+
+@pytest.mark.parametrize("sigma", [0.5, 2.0])
+def test_a_part_of_the_windows_comes_with_its_error(indexed, sigma):
+    bank, index = indexed(1, height=12, width=12, count=40)
+    machine = pruned(bank, index, budget=0.1)
+    z = noisy(bank, sigma, dtype=torch.float32)
+    truth, found = definition(machine, z, sigma), sums(machine, z, sigma)
+    assert 0.08 * every(machine) < found.pairs < 0.12 * every(machine)
+    assert within(found.mean - truth.mean, found.stderr) > 0.9
+    assert 0.3 < rms(found.stderr) / rms(found.mean - truth.mean) < 10
+    assert rms(found.mean - truth.mean) < 0.1
+
+
+def test_many_samples_come_closer_than_one_and_scatter_as_they_say(indexed):
+    bank, index = indexed(1)
+    z = noisy(bank, 1.0, dtype=torch.float32)
+    machine = pruned(bank, index)
+    truth = definition(machine, z, 1.0).mean
+    found = [sums(pruned(bank, index, budget=0.1, seed=seed), z, 1.0) for seed in range(12)]
+    errors = torch.stack([x.mean - truth for x in found])
+    # Independent errors would leave 0.29 of it.
+    assert rms(errors.mean(0)) < 0.5 * rms(errors)
+    stated = torch.stack([x.stderr for x in found])
+    assert 0.5 < rms(stated) / rms(errors) < 3
+
+
+def test_a_tolerance_is_met_without_looking_everywhere(indexed):
+    bank, index = indexed(1, height=12, width=12, count=40)
+    machine = pruned(bank, index, tolerance=0.05)
+    z = noisy(bank, 0.3, dtype=torch.float32)
+    truth, found = definition(machine, z, 0.3), sums(machine, z, 0.3)
+    assert rms(found.mean - truth.mean) < 0.075
+    assert found.pairs < 0.9 * every(machine)
+
+
+def test_classes_compete_from_one_index(indexed):
+    bank, index = indexed()
+    machine = pruned(bank, index)
+    z = noisy(bank, 0.7, dtype=torch.float32)
+    for label in (0, 2):
+        chosen = bank.select(label)
+        truth, found = definition(machine, z, 0.7, chosen), sums(machine, z, 0.7, chosen)
+        assert rms(found.mean - truth.mean) < 5e-4
+        torch.testing.assert_close(found.ess, truth.ess, rtol=0.03, atol=1e-2)
+        assert found.pairs == every(machine, chosen)
+
+
+def test_repeated_windows_count_as_often_as_they_occur(tmp_path):
+    images = smooth_images(12, 1, 9, 9)
+    images[:, :, :5] = 0
+    bank = ps.PatchBank(images)
+    index = ps.PatchIndex.build(bank, 3, tmp_path / "i", progress=False)
+    assert index.at(3).counts is not None
+    machine = pruned(bank, index)
+    for sigma in (0.3, 3.0):
+        z = noisy(bank, sigma, dtype=torch.float32)
+        truth, found = definition(machine, z, sigma), sums(machine, z, sigma)
+        assert within(found.mean - truth.mean, found.stderr) > 0.95
+        torch.testing.assert_close(found.ess, truth.ess, rtol=0.05, atol=1e-2)
+        assert ((found.m + found.s.log()) - (truth.m + truth.s.log())).abs().max() < 0.05
+
+
+def test_mixed_noise_in_one_batch_and_an_item_alone(indexed):
+    bank, index = indexed()
+    z = noisy(bank, 0.5, 3, dtype=torch.float32)
+    machine = pruned(bank, index, budget=0.2, seed=3)
+    levels = torch.tensor([0.5, 1.0, 0.5], dtype=torch.float64)
+    together = machine.pruned.posterior_sum(z, levels, bank, some_pixels(machine, *SIX), 2**30)
+    for item, sigma in enumerate(levels.tolist()):
+        alone = sums(machine, z[item : item + 1], sigma)
+        for got, expected in ((together.mean, alone.mean), (together.stderr, alone.stderr)):
+            assert (got[item : item + 1, :, 1:4, 2:4] - expected).abs().max() < 1e-5
+
+
+def test_the_seed_decides_and_nothing_else(indexed):
+    bank, index = indexed(1)
+    z = noisy(bank, 1.0, dtype=torch.float32)
+    first, again, other = (sums(pruned(bank, index, budget=0.1, seed=seed), z, 1.0) for seed in (3, 3, 4))
+    for name in ("m", "s", "v", "s2", "vv", "vs", "ss"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    assert not torch.equal(first.mean, other.mean)
+
+
+def test_what_does_not_fit_on_the_device_is_streamed(indexed, monkeypatch):
+    bank, index = indexed()
+    for label in (None, 1):
+        z = noisy(bank, 1.0, dtype=torch.float32)
+        chosen = bank if label is None else bank.select(label)
+        machine = pruned(bank, index, budget=0.3)
+        kept = sums(machine, z, 1.0, chosen)
+        features.cache.clear()
+        monkeypatch.setattr(pruned_cuda, "cache_limit", lambda device: 40_000)
+        parts = list(pruned_cuda.pieces(index.at(3), CPU))
+        assert len(parts) > 3
+        assert [cell for part in parts for cell in part.cells] == list(range(len(index.at(3).sizes)))
+        streamed = sums(machine, z, 1.0, chosen)
+        for name in ("m", "s", "v", "s2", "vv", "vs", "ss"):
+            assert torch.equal(getattr(kept, name), getattr(streamed, name))
+        monkeypatch.undo()
+        monkeypatch.setattr(pruned_cuda, "RECHECK", 4)
+
+
+def test_an_index_that_finds_no_memory_is_streamed(indexed, monkeypatch):
+    bank, index = indexed(1)
+    z = noisy(bank, 1.0, dtype=torch.float32)
+    machine = pruned(bank, index, budget=0.3)
+    kept = sums(machine, z, 1.0)
+    features.cache.clear()
+    load, loaded = pruned_cuda._load, []
+
+    def short(part, cells, device):
+        loaded.append(len(cells))
+        if len(cells) == len(part.sizes):
+            raise torch.OutOfMemoryError("so it goes")
+        return load(part, cells, device)
+
+    monkeypatch.setattr(pruned_cuda, "_load", short)
+    assert torch.equal(sums(machine, z, 1.0).mean, kept.mean)
+    assert len(loaded) > 6
+
+
+def test_windows_on_the_device_are_those_of_the_index(indexed, monkeypatch):
+    bank, index = indexed()
+    part = index.at(3)
+    monkeypatch.setattr(pruned_cuda, "UPLOADED", 5000)  # many blocks of cells
+    (rows,) = pruned_cuda.pieces(part, CPU)
+    per_image = {
+        c: len(r.rows) * len(r.cols) for r in part.regions for c in range(r.first_cell, r.first_cell + r.cells)
+    }
+    for cell in (0, 7, len(part.sizes) - 1):
+        first, size = int(part.starts[cell]), int(part.sizes[cell])
+        assert torch.equal(rows.ids[first : first + size], torch.from_numpy(part.ids(cell).copy()))
+        region = next(r for r in part.regions if r.first_cell <= cell < r.first_cell + r.cells)
+        number = part.regions.index(region)
+        for at in range(first, first + size):
+            image, place = divmod(int(rows.ids[at]), per_image[cell])
+            row, col = region.rows[place // len(region.cols)], region.cols[place % len(region.cols)]
+            padded = torch.nn.functional.pad(bank.chunk(image, image + 1), (1, 1, 1, 1))
+            window = padded[:, :, row : row + 3, col : col + 3]
+            torch.testing.assert_close(rows.rows[at, : part.rank].float(), part.project(window, number)[0],
+                                       atol=2e-3, rtol=2e-3)  # fmt: skip
+            value = bank.chunk(image, image + 1)[0, :, row, col]
+            torch.testing.assert_close(rows.values[at, 2:5].float() * 128 / 127.5, value)
+    half = -0.5 * rows.rows[:, : part.rank].double().square().sum(1)
+    bias = rows.rows[:, part.rank : part.rank + 3].double().sum(1)
+    torch.testing.assert_close(bias, half, rtol=1e-6, atol=1e-6)
+
+
+def test_a_memory_limit_and_running_out_of_memory_decide_nothing(indexed, monkeypatch):
+    bank, index = indexed(1)
+    z = noisy(bank, 1.0, dtype=torch.float32)
+    machine = pruned(bank, index, budget=0.3)
+    whole = sums(machine, z, 1.0)
+    sizes = []
+    part = pruned_cuda.Scan._part
+
+    def watched(self, queries, memory_limit):
+        sizes.append(len(queries))
+        return part(self, queries, memory_limit)
+
+    monkeypatch.setattr(pruned_cuda.Scan, "_part", watched)
+    tight = sums(machine, z, 1.0, limit=50_000)
+    assert max(sizes) < 6
+    assert (whole.mean - tight.mean).abs().max() < 1e-5
+    sizes.clear()
+
+    def short(self, queries, memory_limit):
+        sizes.append(len(queries))
+        if len(queries) > 2:
+            raise torch.OutOfMemoryError("so it goes")
+        return part(self, queries, memory_limit)
+
+    monkeypatch.setattr(pruned_cuda.Scan, "_part", short)
+    again = sums(machine, z, 1.0)
+    assert sizes == [6, 3, 2, 2, 2]
+    assert (whole.mean - again.mean).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("sigma", "scale", "budget"),
+    [(1e-6, 1.0, 0.2), (1e4, 1.0, 0.2), (0.1, 1e6, 0.2), (1.0, 1.0, 1e-5), (0.05, 1.0, 1e-5)],
+)
+def test_nothing_is_ever_nan(indexed, sigma, scale, budget):
+    bank, index = indexed(1)
+    z = noisy(bank, min(sigma, 1.0), dtype=torch.float32) * scale
+    found = sums(pruned(bank, index, budget=budget), z, sigma)
+    for part in (found.mean, found.stderr, found.ess):
+        assert torch.isfinite(part).all()
+    assert found.mean.abs().max() < 1.001
+
+
+def test_rows_die_with_their_index(tmp_path):
+    bank = ps.PatchBank(smooth_images(8, 1, 6, 6))
+    index = ps.PatchIndex.build(bank, 3, tmp_path / "i", progress=False)
+    machine = pruned(bank, index, budget=0.5)
+    sums(machine, noisy(bank, 1.0, dtype=torch.float32), 1.0)
+    assert features.cache.nbytes > 0
+    del machine, index
+    gc.collect()  # an index and its parts know each other
+    assert features.cache.nbytes == 0
+
+
+def test_a_kernel_that_does_not_compile_falls_back_with_one_warning(indexed, monkeypatch):
+    bank, index = indexed(1)
+    monkeypatch.setattr(pruned_cuda, "_broken", None)
+    monkeypatch.setattr(engines, "_warned", set())
+
+    class Broken:
+        def __getitem__(self, grid):
+            def start(*arguments, **constants):
+                raise RuntimeError("ptxas died")
+
+            return start
+
+    monkeypatch.setattr(lists, "allocate_kernel", Broken())
+    machine = pruned(bank, index)
+    z = noisy(bank, 1.0, dtype=torch.float32)
+    with pytest.warns(RuntimeWarning, match="'pruned' cannot serve: its kernel failed to compile .ptxas died"):
+        found = machine.denoise(z, 1.0)
+    expected = ps.EquivariantLocalScore(bank, 3, "circular", engine="reference").denoise(z, 1.0)
+    assert (found - expected).abs().max() < 1e-6
+    assert "ptxas died" in (pruned_cuda.unavailable(CPU) or "")
+
+
+# The kernels one by one.
+
+
+def planned(log_share, n, budget, luck, quantum=16):
+    """`allocate_kernel` and `list_kernel` on cells of one region: items, and what they are to be unbiased for."""
+    queries, cells = log_share.shape
+    integers, device = {"dtype": torch.int32}, CPU
+    first_cell, n_cells = torch.zeros(queries, **integers), torch.full((queries,), cells, **integers)
+    row = torch.arange(queries) * cells
+    budgets, floor = torch.full((queries,), budget), torch.full((queries,), 0.02 * budget)
+    level, counts = torch.empty(2, queries), torch.empty(3, queries, **integers)
+    common = log_share.flatten().contiguous(), n, first_cell, n_cells, row
+    lists.allocate_kernel[queries,](
+        *common, budgets, floor, luck, level, counts, queries, QUANTUM=quantum, BP=64, BC=64
+    )
+    first = torch.nn.functional.pad(counts[0].long().cumsum(0), (1, 0))
+    total = int(first[-1])
+    cell, take = torch.empty(total, **integers), torch.empty(total, **integers)
+    factor, chance = torch.empty(total, device=device), torch.empty(total, device=device)
+    promising, unseen = torch.empty(queries, dtype=torch.int64), torch.empty(queries, 4)
+    moments = torch.zeros(cells, 4)
+    moments[:, 0] = 1
+    lists.list_kernel[queries,](
+        *common, floor, luck, level, moments, first, cell, take, factor, chance, promising, unseen, queries,
+        QUANTUM=quantum, NM=4, BC=64,
+    )  # fmt: skip
+    return first, counts, cell, take, factor, chance, promising
+
+
+def test_kernels_are_called_with_the_types_they_are_compiled_for(indexed, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import compile_report
+
+    bank, index = indexed()
+    of_tensors = {
+        torch.float16: "*fp16",
+        torch.float32: "*fp32",
+        torch.float64: "*fp64",
+        torch.int32: "*i32",
+        torch.int64: "*i64",
+        torch.uint8: "*u8",
+    }
+    seen = {}
+
+    class Watched:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(lists, f"{name}_kernel")
+
+        def __getitem__(self, grid):
+            def start(*arguments, **constants):
+                seen[self.name] = dict(zip(self.kernel.arg_names, arguments, strict=False))
+                self.kernel[grid](*arguments, **constants)
+                assert {*seen[self.name], *constants} - {"num_warps", "num_stages"} == {*self.kernel.arg_names}
+
+            return start
+
+    names = ("scan", *compile_report.LISTS)
+    for watched in [Watched(name) for name in names]:
+        monkeypatch.setattr(lists, f"{watched.name}_kernel", watched)
+    sums(pruned(bank, index, budget=0.3), noisy(bank, 1.0, dtype=torch.float32), 1.0, bank.select([0, 1]))
+    assert set(seen) == set(names)
+    for name, arguments in seen.items():
+        types = compile_report.list_types(name, list(arguments))
+        for argument, value in arguments.items():
+            number = "fp32" if isinstance(value, float) else "i32"
+            found = of_tensors[value.dtype] if isinstance(value, torch.Tensor) else number
+            assert found == types[argument], (name, argument)
+
+
+def test_prefixes_cost_the_budget_and_stand_for_every_window():
+    generator = torch.Generator().manual_seed(0)
+    cells, queries = 150, 24
+    n = torch.randint(0, 200, (cells,), generator=generator).float()
+    n[5] = 5000
+    log_share = (8 * torch.randn(cells, generator=generator)).expand(queries, cells)
+    for budget in (0.02, 0.3):
+        # Evenly spaced luck: on average over it, systematic sampling is exact.
+        luck = (torch.arange(queries) + 0.5) / queries
+        first, counts, cell, take, factor, chance, promising = planned(log_share, n, budget, luck)
+        assert counts[2].sum() == take.sum()
+        assert counts[1].sum() == ((take + 63) // 64).sum()
+        assert abs(take.sum() / queries / n.sum() / budget - 1) < 0.03
+        assert (take <= n[cell.long()]).all()
+        assert (take > 0).all()
+        for query in range(queries):
+            mine = cell[first[query] : first[query + 1]]
+            assert torch.equal(mine, mine.unique())
+            assert first[query] <= promising[query] < first[query + 1]
+        # The more is expected of a cell, the larger its share, and what is taken is whole, or a multiple of a quantum.
+        share = take / n[cell.long()]
+        assert ((share == 1) | (take % 16 == 0)).all()
+        assert share[log_share[0, cell.long()] == log_share[0][n > 0].max()].min() == 1
+        # Horvitz & Thompson: on average an item's windows stand for all of its cell.
+        stand_for = torch.zeros(cells).index_add_(0, cell.long(), take * factor) / queries
+        often = n * budget * 0.02 / 16 * queries > 1  # cells drawn by the floor alone once or more
+        taken = stand_for[often & (n > 0)] / n[often & (n > 0)]
+        assert abs(taken.mean() - 1) < 0.2
+        assert (chance <= 1).all()
+
+
+def test_picks_follow_the_weights():
+    # One query, one cell: windows of known weights are met as often as systematic sampling has it.
+    generator = torch.Generator().manual_seed(1)
+    count, picks = 150, 400
+    p = torch.zeros(count, 16, dtype=torch.float16)
+    p[:, 0] = torch.randn(count, generator=generator)
+    p[:, 1] = -0.5 * p[:, 0].float().square()
+    q = torch.zeros(1, 16, dtype=torch.float16)
+    q[0, 0], q[0, 1] = 1.5, 1.0
+    bits, turn = 0.7, 37
+    logs = bits * (p.float() @ q.float()[0])
+    place = torch.arange(count).roll(-turn)
+    tiles = torch.stack([logs[place[a : a + 64]].exp2().sum().log2() for a in range(0, count, 64)])
+    ones = torch.zeros(1, dtype=torch.int32)
+    window, weight = torch.empty(picks, dtype=torch.int64), torch.empty(picks)
+    ids = torch.arange(count) * 7
+    lists.pick_kernel[picks,](
+        q, p, logs, ids, torch.zeros(1, dtype=torch.int64), ones + count, ones + turn,
+        torch.zeros(picks, dtype=torch.int64), (torch.arange(picks) + 0.5) / picks, ones, ones, ones + count,
+        torch.zeros(1, dtype=torch.int64), tiles, ids, window, weight, weight, 0, 1, bits,
+        KA=16, KB=0, BP=64, BT=2, COUNTED=False, ORDERED=False,
+    )  # fmt: skip
+    met = torch.bincount(window // 7, minlength=count)
+    expected = picks * logs.exp2() / logs.exp2().sum()
+    assert (met - expected).abs().max() <= 1 + 1e-3
+    torch.testing.assert_close(weight, logs[window // 7])
+
+
+@pytest.mark.parametrize("bytes_", [True, False])
+def test_distances_are_those_of_padded_windows(bytes_):
+    generator = torch.Generator().manual_seed(2)
+    images = smooth_images(5, 2, 6, 7, dtype=torch.uint8 if bytes_ else torch.float32)
+    bank = ps.PatchBank(images)
+    k, picks = 5, 19
+    rows, cols = range(0, 1), range(2, 5)
+    z = torch.randn(3, 2 * k * k, generator=generator)
+    window = torch.randint(0, 5 * 3, (3, picks), generator=generator)
+    geometry = torch.tensor([[rows.start, cols.start, len(cols), len(rows) * len(cols)]], dtype=torch.int32).repeat(
+        3, 1
+    )
+    distance, values = torch.empty(3, picks, dtype=torch.float64), torch.empty(3, picks, 2)
+    lists.distance_kernel[3, 2](
+        z, images, window, geometry, distance, values,
+        R=picks, C=2, H=6, W=7, SIZE=k, BYTES=bytes_, BR=16, BD=32,
+    )  # fmt: skip
+    padded = torch.nn.functional.pad(bank.chunk(0, 5), (2, 2, 2, 2))
+    for query, pick in itertools.product(range(3), range(picks)):
+        image, place = divmod(int(window[query, pick]), 3)
+        row, col = rows.start + place // 3, cols.start + place % 3
+        there = padded[image, :, row : row + k, col : col + k]
+        assert abs(distance[query, pick] - (z[query] - there.flatten()).square().sum()) < 1e-4
+        torch.testing.assert_close(values[query, pick], there[:, 2, 2])
+
+
+def test_without_a_kernel_the_scan_on_the_cpu_serves(indexed, monkeypatch):
+    if sliding.unavailable(CPU):
+        pytest.skip("the C++ extension was not built")
+    bank, index = indexed()
+    monkeypatch.setattr(fused, "_broken", "on holiday")
+    z = noisy(bank, 0.5, dtype=torch.float32)
+    machine = pruned(bank, index)
+    assert machine.engine_on() == "pruned"
+    assert rms(sums(machine, z, 0.5).mean - definition(machine, z, 0.5).mean) < 1e-3
