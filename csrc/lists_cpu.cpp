@@ -663,14 +663,15 @@ private:
             parents.least = MOST_SKIPPED / float(region.parents) * float(all);
             families.count = level.choose_parents(parents, families.parents.data());
         }
-        const int64_t enough = std::max<int64_t>(1, int64_t(LEAST_FAMILIES * double(region.parents)));
-        if (families.count < enough) {
-            // At low noise weights are foreseen badly: so many at least.
-            float* const ranked = room(space.ranked, region.parent_row);
-            for (int64_t p = 0; p < region.parent_row; ++p)
-                ranked[p] = parent_share[p] * region.parent_competing[size_t(p)];
-            std::nth_element(ranked, ranked + enough - 1, ranked + region.parents, std::greater<float>());
-            parents.least = std::nextafter(ranked[enough - 1], 0.f);
+        if (double(families.count) < LEAST_FAMILIES * double(region.parents)) {
+            // At low noise weights are foreseen badly: about so many at least, by the rank among one parent in so many.
+            const int64_t step = 1 + region.parents / 1024, some = (region.parents + step - 1) / step;
+            const int64_t rank = std::min(some - 1, int64_t(LEAST_FAMILIES * double(some)));
+            float* const ranked = room(space.ranked, some);
+            for (int64_t i = 0; i < some; ++i)
+                ranked[i] = parent_share[i * step] * region.parent_competing[size_t(i * step)];
+            std::nth_element(ranked, ranked + rank, ranked + some, std::greater<float>());
+            parents.least = std::min(parents.least, std::nextafter(ranked[rank], 0.f));
             families.count = level.choose_parents(parents, families.parents.data());
         }
         families.top = parent_top;

@@ -225,7 +225,9 @@ class Pruned:
         last = first + int(part.sizes[cells].sum())
         counts = part.counts
         out = {name: torch.empty(len(items), dtype=torch.float64).numpy() for name in ("m", "s", "s2", "ss")}
-        out |= {name: torch.empty(len(items), padded.shape[1], dtype=torch.float64).numpy() for name in ("v", "vv", "vs")}
+        out |= {
+            name: torch.empty(len(items), padded.shape[1], dtype=torch.float64).numpy() for name in ("v", "vv", "vs")
+        }
         return {
             "data": part.data,
             "offsets": part.offsets[cells].numpy(),
