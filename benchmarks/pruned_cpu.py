@@ -67,7 +67,7 @@ def top_k(z, sigma, index, k, nprobe):
     found.nprobe = nprobe
     near, ids = found.search(part.project(windows, 0).numpy(), NEAREST)
     near, ids = torch.from_numpy(near), torch.from_numpy(ids)
-    weights = torch.softmax(torch.where(ids < 0, -torch.inf, -near / (2 * float(sigma[0]) ** 2)), 1)
+    weights = torch.softmax(torch.where(ids < 0, -torch.inf, -near / (2 * float(sigma[0]) ** 2)), 1).nan_to_num()
     rows, cols = len(place.rows), len(place.cols)
     image, at = ids.clamp(min=0) // (rows * cols), ids.clamp(min=0) % (rows * cols)
     values = index.images[image, :, r + at // cols, r + at % cols].float() / 127.5 - 1

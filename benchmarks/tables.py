@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = tuple(ROOT / "docs" / page for page in ("adapters.md", "notes-fused.md", "theory.md"))
+PAGES = tuple(ROOT / "docs" / page for page in ("adapters.md", "notes-fused.md", "notes-pruned.md", "theory.md"))
 MACHINES = {"els": "EquivariantLocalScore", "local": "LocalScore", "ideal": "IdealScore"}
 DATA = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 
@@ -319,6 +319,64 @@ def median(row: dict, figure: str) -> str:
     return f"{row[f'{figure}_median']:.3f} ({low:.2f} to {high:.2f})"
 
 
+def pruned_steps() -> str:
+    record = result("pruned_cpu")
+    header = ["k, sigma", "rms", "worst", "within 2 stderr", "> 0.1 unsaid", "sooner", "least budget: rms, sooner"]
+    header += ["interior, equal time: pruned", "FAISS top-k", "uniform subset", "screened"]
+    parts = []
+    for setting in dict.fromkeys(row["setting"] for row in record["rows"]):
+        rows = [
+            [
+                f"{row['k']}, {row['sigma']:.3g}",
+                f"{row['rms']:.4f}",
+                f"{row['worst']:.2f}",
+                f"{row['within_2_stderr']:.1%}",
+                str(row["silent"]),
+                f"{row['faster']:.1f}x",
+                f"{row['least_budget']:g}: {row['least_rms']:.4f}, {row['least_faster']:.1f}x",
+                *(f"{row[f'{name}_rms']:.4f}" for name in ("interior", "top_k", "subset", "screened")),
+            ]
+            for row in record["rows"]
+            if row["setting"] == setting
+        ]
+        images = next(row["images"] for row in record["rows"] if row["setting"] == setting)
+        parts.append(f"{setting}, {images} noisy images at a time:\n\n{table(header, rows)}")
+    return "\n\n".join([*parts, measured_on(record)])
+
+
+def pruned_indexes() -> str:
+    record = result("pruned_cpu")
+    rows = [
+        [
+            row["setting"],
+            f"{row['windows']:,}",
+            f"{row['bytes_a_window']:.1f}",
+            f"{row['build_seconds']:.0f} s" if "build_seconds" in row else "not measured",
+            f"{row['open_seconds']:.2f} s",
+        ]
+        for row in record["indexes"]
+    ]
+    return table(["index", "windows", "bytes a window", "built in", "opened in"], rows)
+
+
+def pruned_samples() -> str:
+    record = result("pruned_cpu")
+    rows = [
+        [
+            row["setting"],
+            str(row["images"]),
+            f"{row['r2_median']:.4f}",
+            f"{row['r2_least']:.4f}",
+            f"{row['exact_seconds']:.0f} s",
+            f"{row['pruned_seconds']:.0f} s",
+            f"{row['faster']:.1f}x",
+        ]
+        for row in record["samples"]
+    ]
+    header = ["20 steps, budget 0.01", "samples", "r^2 with exact, median", "least", "exact", "pruned", "sooner"]
+    return table(header, rows)
+
+
 BLOCKS = (
     agreement,
     flow,
@@ -330,6 +388,9 @@ BLOCKS = (
     theory,
     limits,
     training,
+    pruned_steps,
+    pruned_indexes,
+    pruned_samples,
     fused_compiled,
     fused_everywhere,
     pruned_compiled,

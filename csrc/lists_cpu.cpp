@@ -340,8 +340,6 @@ struct Region {
     std::vector<float> parent_weights, parent_constants, weights;
     std::vector<float> q;            // [queries, pitch] features
     std::vector<State> states;
-    std::vector<int32_t> query_at;   // [items, pixels] or -1
-    int64_t pixels;                  // of an item, that may be queries
 
     Region(const Scan& scan, const ListLevel& level)
         : scan(scan), lists(scan.lists), level(level), parents(lists.cells / SIBLINGS), parent_row(padded(parents)),
@@ -350,9 +348,6 @@ struct Region {
           columns(size_t(padded(scan.patch_size)), 0.f) {
         const int64_t images = 1 + *std::max_element(scan.items, scan.items + scan.queries);
         const int64_t size = images * scan.channels * plane();
-        pixels = 1 + *std::max_element(scan.numbers, scan.numbers + scan.queries);
-        query_at.assign(size_t(images * pixels), -1);
-        for (int i = 0; i < scan.queries; ++i) query_at[size_t(scan.items[i] * pixels + scan.numbers[i])] = i;
         q.resize(size_t(scan.queries * pitch)), states.resize(size_t(scan.queries));
         for (int i = 0; i < scan.queries; ++i) states[size_t(i)].window = window_of(i);
         z.reserve(size_t(size + LANES));
@@ -444,6 +439,11 @@ struct Region {
         const int64_t number = scan.numbers[query];
         return scan.items[query] * scan.channels * plane() + (scan.row0 + number / scan.cols) * wide() +
                scan.col0 + number % scan.cols;
+    }
+
+    std::pair<int, int> pixel_of(int query) const {
+        const int64_t number = scan.numbers[query];
+        return {scan.row0 + int(number / scan.cols), scan.col0 + int(number % scan.cols)};
     }
 
     int64_t image_of(int64_t id) const { return id < 0 ? scan.image_count : id / (int64_t(lists.rows) * lists.cols); }
@@ -948,19 +948,53 @@ private:
     }
 };
 
+// Which query of which region every pixel of the noisy images is.
+class Pixels {
+    struct At {
+        Region* region = nullptr;
+        int query = -1;
+    };
+    int height = 1, width = 1;
+    std::vector<At> at;              // [items, height, width]
+
+public:
+    explicit Pixels(const std::vector<std::unique_ptr<Region>>& regions) {
+        int64_t items = 0;
+        for (const auto& region : regions) {
+            const Scan& scan = region->scan;
+            height = std::max(height, scan.height), width = std::max(width, scan.width);
+            items = std::max(items, 1 + *std::max_element(scan.items, scan.items + scan.queries));
+        }
+        at.resize(size_t(items * height * width));
+        for (const auto& region : regions)
+            for (int i = 0; i < region->scan.queries; ++i) {
+                const auto [row, col] = region->pixel_of(i);
+                at[size_t((region->scan.items[i] * height + row) * width + col)] = {region.get(), i};
+            }
+    }
+
+    // Null where that pixel is not estimated.
+    const State* state(int64_t item, int row, int col) const {
+        if (row < 0 || row >= height || col < 0 || col >= width) return nullptr;
+        const At& found = at[size_t((item * height + row) * width + col)];
+        return found.region ? &found.region->states[size_t(found.query)] : nullptr;
+    }
+};
+
 // The last steps: heavy windows that neighbours propose, and the result of a query with its error.
 class Recheck {
     Region& region;
+    const Pixels& pixels;
     const Scan& scan;
     const Lists& lists;
     const double bits, exact_bits;   // log2(e) / sigma^2, and half of that at the noise that counts in the end
 
 public:
-    explicit Recheck(Region& region)
-        : region(region), scan(region.scan), lists(region.lists), bits(LOG2E / (scan.sigma * scan.sigma)),
+    Recheck(Region& region, const Pixels& pixels)
+        : region(region), pixels(pixels), scan(region.scan), lists(region.lists), bits(LOG2E / (scan.sigma * scan.sigma)),
           exact_bits(LOG2E / (2 * scan.exact_sigma * scan.exact_sigma)) {}
 
-    static constexpr int ROUNDS = 2;
+    static constexpr int ROUNDS = 3;
 
     // The windows that weigh most in a query's sample, for its neighbours.
     void choose(int query, int round) {
@@ -985,16 +1019,14 @@ public:
     // estimated without it. One heavier than the sample's threshold has been scanned if and only if it is in the sample.
     void listen(int query, int round) {
         State& state = region.states[size_t(query)];
-        const int64_t item = scan.items[query], number = scan.numbers[query];
-        const int row = int(number / scan.cols), col = int(number % scan.cols), r = scan.patch_size / 2;
+        const auto [row, col] = region.pixel_of(query);
+        const int r = scan.patch_size / 2;
         std::vector<Heavy> proposed;
         constexpr int BESIDE[4][2] = {{0, 1}, {0, -1}, {1, 0}, {-1, 0}};
         for (const auto& step : BESIDE) {
-            const int64_t there = int64_t(row + step[0]) * scan.cols + col + step[1];
-            if (row + step[0] < 0 || col + step[1] < 0 || col + step[1] >= scan.cols || there >= region.pixels) continue;
-            const int neighbour = region.query_at[size_t(item * region.pixels + there)];
-            if (neighbour < 0) continue;
-            for (Heavy heavy : region.states[size_t(neighbour)].best[round % 2]) {
+            const State* const neighbour = pixels.state(scan.items[query], row + step[0], col + step[1]);
+            if (!neighbour) continue;
+            for (Heavy heavy : neighbour->best[round % 2]) {
                 heavy.row -= step[0], heavy.col -= step[1];
                 const int at_row = heavy.row + r - lists.row0, at_col = heavy.col + r - lists.col0;
                 if (at_row < 0 || at_col < 0 || at_row >= lists.rows || at_col >= lists.cols) continue;
@@ -1266,11 +1298,12 @@ bool scan_lists(const std::vector<Scan>& scans, int threads, const std::string& 
         const std::lock_guard<std::mutex> lock(mutex);
         *part.region->scan.pairs += pairs;
     });
-    // Neighbours may be in another block: all wait for all.
+    // Neighbours may be in another block or region: all wait for all.
+    const Pixels pixels(regions);
     const auto each_query = [&](auto act) {
         if (interrupt.stop) return;
         in_parallel(threads, work, interrupt, [&](Work& part, Workspace&, bool) {
-            Recheck recheck(*part.region);
+            Recheck recheck(*part.region, pixels);
             for (int query = part.first; query < part.first + part.count; ++query) act(recheck, query);
         });
     };

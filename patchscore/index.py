@@ -34,8 +34,8 @@ from .files import write_atomically
 FORMAT = 2
 OPTIONS = ("padding_mode", "rank", "cells", "max_windows", "seed")
 MOST_AXES = 40
-"""Axes kept at most up to k = 5: a window then takes 80 bytes of features, 8 of place, 2 of count and C of value. Larger
-windows have more axes that matter and are fewer; they get 0.32 (k - 5)^2 more."""
+"""Axes kept at most up to k = 5: a window then takes 80 bytes of features, 8 of place, 2 of count and C of value.
+Larger windows have more axes that matter and are fewer; they get 0.32 (k - 5)^2 more."""
 
 TAIL = 1e-5
 """Share of the variance that the dropped axes may hold, where MOST_AXES allows it."""
@@ -126,9 +126,10 @@ class PatchIndex:
             path: a folder to make, or one that an interrupted build left.
             padding_mode: "zeros" also indexes the windows along the edges, which that mode of
                 `EquivariantLocalScore` locks to their row or column; "circular" leaves them out.
-            rank: principal axes kept; by default those that hold all but 1e-5 of the variance, at most 48.
-            cells: inverted lists of the interior, rounded to whole families of 16 siblings; by default 16 sqrt(windows),
-                at most 131,072.
+            rank: principal axes kept; by default those that hold all but 1e-5 of the variance, at most 40 up to k = 5
+                and 0.32 (k - 5)^2 more beyond.
+            cells: inverted lists of the interior, in whole families of 16 siblings; by default 16 sqrt(windows), at
+                most 131,072.
             max_windows: index only so many windows a size, from images taken at random; `meta` records it.
             seed: of the samples that axes and cells are trained on and of the order inside cells.
             progress: show a progress bar.

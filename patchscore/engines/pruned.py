@@ -152,7 +152,7 @@ class Pruned:
             shape = (len(items), len(rows), len(cols))
             block = {name: x.unflatten(0, shape).permute(0, 3, 1, 2) for name, x in _tensors(sums).items()}
             pairs += sums.pairs or 0
-            _put(total, items, rows, cols, PosteriorSum(**block))
+            _put(total, items, rows, cols, _of(block))
         if exact:
             engine = reference if sliding.unavailable(torch.device("cpu")) else sliding
             rest = Competition(competition.patch_size, competition.padding_mode, tuple(exact))
@@ -207,7 +207,7 @@ class Pruned:
         sums = []
         for finished in parts:
             every = {name: torch.cat([_column(part[name]) for part in finished]) for name in SUMS}
-            sums.append(PosteriorSum(**every, pairs=sum(int(part["pairs"][0]) for part in finished)))
+            sums.append(dataclasses.replace(_of(every), pairs=sum(int(part["pairs"][0]) for part in finished)))
         return sums
 
     def _prepare(self, request: Request, padded: Tensor, bank: PatchBank) -> dict[str, Any]:
@@ -324,9 +324,15 @@ def _tensors(sums: PosteriorSum) -> dict[str, Tensor]:
     return {name: x for name, x in every.items() if x is not None}
 
 
+def _of(parts: dict[str, Tensor]) -> PosteriorSum:
+    m, s, v, s2, vv, vs, ss = (parts.get(name) for name in SUMS)
+    assert m is not None and s is not None and v is not None and s2 is not None
+    return PosteriorSum(m, s, v, s2, vv, vs, ss)
+
+
 def _pixels(sums: PosteriorSum, rows: range, cols: range) -> PosteriorSum:
     block = {name: x[:, :, rows.start : rows.stop, cols.start : cols.stop] for name, x in _tensors(sums).items()}
-    return PosteriorSum(**block)
+    return _of(block)
 
 
 def _put(total: PosteriorSum, items: Tensor, rows: range, cols: range, sums: PosteriorSum) -> None:
