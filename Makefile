@@ -1,7 +1,7 @@
 # make demo   new images from the built-in data, in out/
 # make test   the test suite
 # make lint   ruff and mypy
-# make sanitize   the C++ engine under sanitizers
+# make sanitize   the C++ engines under sanitizers
 # make gpu-check  the tests that need a GPU, then under compute-sanitizer
 # PYTHON=python3.12 picks another interpreter; CONSTRAINTS= drops the pins.
 
@@ -26,7 +26,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The C++ engine under AddressSanitizer and UBSan, on every instruction set of this machine; about two minutes.
+# The C++ engines under AddressSanitizer and UBSan, on every instruction set of this machine; some minutes.
 sanitize:
 	tests/sanitize/run.sh
 

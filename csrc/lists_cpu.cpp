@@ -48,7 +48,7 @@ constexpr int MOST_QUERIES = 8192;   // of a thread's block
 constexpr int RUN_FLOATS = (3 + MOST_CHANNELS) * LANES;
 constexpr int STRIDE = 8;            // one family in so many gives a first idea of all shares
 constexpr float LEAST_PARENT = 1e-4f;  // share of a query's foreseen weight below which a parent is not looked into,
-constexpr double LEAST_FAMILIES = 0.08;  // share of the parents that is looked into in any case
+constexpr double LEAST_FAMILIES = 0.08;  // share of the parents that is looked into in any case, or four budgets
 constexpr float MOST_SKIPPED = 0.02f;  // as long as all that are not have no more than this share
 static_assert(SIBLINGS == LANES, "a family is a vector");
 constexpr int PARTS = 3 + 3 * MOST_CHANNELS;  // s, s2, ss, then v, vs, vv by channel: of a query's sums, in a row of LANES
@@ -562,6 +562,7 @@ class Block {
     std::vector<float> m, calibration;
     std::vector<uint32_t> luck;
     std::vector<Samples> samples;
+    std::vector<char> again;         // which queries are scanned: all, then those whose sample came out too small
     float* const q;                  // [count, pitch]
     Aligned<float> sums;
     std::vector<Entry> entries;
@@ -572,7 +573,7 @@ public:
         : region(region), scan(region.scan), lists(region.lists), level(region.level), first(first), count(count),
           space(space), interrupt(interrupt), calling(calling), bits(LOG2E / (scan.sigma * scan.sigma)),
           foreseen(size_t(count)), m(size_t(count), -FAR), calibration(size_t(count), -1e9f), luck(size_t(count)),
-          samples(size_t(count)), q(region.q.data() + first * region.pitch), sums(int64_t(count) * LANES) {
+          samples(size_t(count)), again(size_t(count), 1), q(region.q.data() + first * region.pitch), sums(int64_t(count) * LANES) {
         std::fill_n(sums.get(), int64_t(count) * LANES, 0.f);
         const int k = scan.patch_size;
         const int64_t pixels = int64_t(scan.channels) * k * k;
@@ -619,16 +620,43 @@ public:
                 float(double(calibration[size_t(i)]) + std::log2(all / std::max(1, scan.recheck)) - DOUBT_BITS);
         }
         std::fill_n(sums.get(), int64_t(count) * LANES, 0.f);
-        int64_t pairs = group_by_cell(1);
-        if (!scan_cells(scan.recheck)) return -1;
-        calibrate();
-        pairs += group_by_cell(2);
-        if (!scan_cells(scan.recheck)) return -1;
+        int64_t pairs = scan_planned();
+        if (pairs < 0) return -1;
+        // Where that promised far too much, hardly a window was large enough for the sample: again without it.
+        again.assign(size_t(count), 0);
+        for (int i = 0; i < count; ++i)
+            if (scan.recheck && too_few(i)) {
+                again[size_t(i)] = 1, m[size_t(i)] = -FAR, samples[size_t(i)] = {};
+                std::fill_n(sums.get() + int64_t(i) * LANES, LANES, 0.f);
+            }
+        if (std::count(again.begin(), again.end(), 1)) {
+            const int64_t more = scan_planned();
+            if (more < 0) return -1;
+            pairs += more;
+        }
         for (int i = 0; i < count; ++i) leave(i);
         return look_again() ? pairs : -1;
     }
 
 private:
+    // The cells that are surely looked into, then those taken by chance; windows scanned, or -1 if asked to stop.
+    int64_t scan_planned() {
+        int64_t pairs = group_by_cell(1);
+        if (!scan_cells(scan.recheck)) return -1;
+        calibrate();
+        pairs += group_by_cell(2);
+        return scan_cells(scan.recheck) ? pairs : -1;
+    }
+
+    // Whether a sample has few windows that do not hold most of the weight either.
+    bool too_few(int i) const {
+        const std::vector<Sample>& kept = samples[size_t(i)].kept;
+        if (int(kept.size()) >= scan.recheck / 4) return false;
+        double held = 0;
+        for (const Sample& sample : kept) held += std::exp2(double(sample.log_size) - double(m[size_t(i)]) * bits);
+        return held < 0.75 * double(sums.get()[int64_t(i) * LANES]);
+    }
+
     // Queries i .. i + some: parents that matter, and what is to be expected of their cells.
     void foresee(int i, int some, const float* of_parents) {
         for (int j = 0; j < some; ++j) choose(of_parents + j * region.parent_row, space.foreseen[size_t(j)]);
@@ -663,10 +691,11 @@ private:
             parents.least = MOST_SKIPPED / float(region.parents) * float(all);
             families.count = level.choose_parents(parents, families.parents.data());
         }
-        if (double(families.count) < LEAST_FAMILIES * double(region.parents)) {
+        const double least = std::min(1., std::max(LEAST_FAMILIES, 4 * scan.budget));
+        if (double(families.count) < least * double(region.parents)) {
             // At low noise weights are foreseen badly: about so many at least, by the rank among one parent in so many.
             const int64_t step = 1 + region.parents / 1024, some = (region.parents + step - 1) / step;
-            const int64_t rank = std::min(some - 1, int64_t(LEAST_FAMILIES * double(some)));
+            const int64_t rank = std::min(some - 1, int64_t(least * double(some)));
             float* const ranked = room(space.ranked, some);
             for (int64_t i = 0; i < some; ++i)
                 ranked[i] = parent_share[i * step] * region.parent_competing[size_t(i * step)];
@@ -710,7 +739,7 @@ private:
         CellsTask t{};
         t.share = share, t.score = score, t.competing = competing, t.expected2 = expected2, t.parents = f.parents.data();
         t.moments = region.moments.data(), t.families = families;
-        t.channels = scan.channels, t.scale = float(scale), t.floor = float(std::min(1., scan.floor));
+        t.channels = scan.channels, t.scale = float(scale), t.floor = scan.budget < 1 ? float(std::min(1., scan.floor)) : 1.f;
         t.top2 = 2 * top, t.luck = luck[size_t(i)];
         if (int64_t(space.plan.size()) < cells) space.plan.resize(size_t(cells));
         const int64_t taken = level.plan_cells(t, space.plan.data());
@@ -793,7 +822,7 @@ private:
                 return;
             }
             for (const Planned& planning : planned)
-                if ((planning.entry.chance < 1) == (turn == 2)) visit(planning);
+                if ((planning.entry.chance < 1) == (turn == 2) && again[size_t(planning.entry.query)]) visit(planning);
         };
         each([&](const Planned& p) { ++first_entry[size_t(p.cell) + 1], pairs += p.entry.take; });
         for (int64_t c = 0; c < lists.cells; ++c) first_entry[size_t(c) + 1] += first_entry[size_t(c)];
@@ -1219,7 +1248,7 @@ private:
                 const double sure_mean = sure.exact > 0 ? sure.exact_v[c] / sure.exact : rest_mean;
                 mean = (1 - rest_share) * sure_mean + rest_share * rest_mean;
                 const double apart = rest_share * (1 - rest_share) * (rest_mean - sure_mean);
-                error += 4 * kept_share * measured + noise + apart * apart * spread;
+                error += 4 * kept_share * measured + 2 * noise + apart * apart * spread;
             } else {
                 mean = (sure.exact_v[c] + drawn_part.exact_v[c]) / found;
                 for (size_t j = 0; j < size; ++j) {

@@ -224,15 +224,17 @@ PS_INLINE void scan_tile(const CellTask& t, Run<C>* runs, int entry, int first, 
         for (int v = 1; v < V; ++v) best = dot[i][v] > best ? dot[i][v] : best;
         float lowest = run.m - t.negligible;
         if (!any_above(best, broadcast(lowest))) continue;
-        if (PS_RARELY(any_above(best, broadcast(run.m + t.rise)))) {
-            const float m = greatest_of(best), factor = std::exp2((run.m - m) * t.scale);
-            for (int c = 0; c < 1 + C; ++c) run.y[c] *= factor;
-            run.s2 *= factor * factor;
-            run.m = m, lowest = m - t.negligible;
-            set_cut(t, t.entries[entry + i], run);
-        }
+        const bool rising = any_above(best, broadcast(run.m + t.rise));
         for (int v = 0; v < V; ++v) {
             const int at = w + v * LANES;
+            // Vector by vector, so that it rises where it would if the query were alone.
+            if (PS_RARELY(rising) && any_above(dot[i][v], broadcast(run.m + t.rise))) {
+                const float m = greatest_of(dot[i][v]), factor = std::exp2((run.m - m) * t.scale);
+                for (int c = 0; c < 1 + C; ++c) run.y[c] *= factor;
+                run.s2 *= factor * factor;
+                run.m = m, lowest = m - t.negligible;
+                set_cut(t, t.entries[entry + i], run);
+            }
             F e = exp2f_((dot[i][v] - run.m) * scale);
             e = dot[i][v] > lowest ? e : F{};  // as where all are, so that company changes nothing
             const F weight = t.counts ? e * load(t.block_counts + at) : e;

@@ -27,6 +27,9 @@ from .sliding import _native
 DROPPED = 0.02
 """Variance of the axes left out, in units of sigma^2; a log-weight moves by about its root, before the recheck."""
 
+LEAST_AXES = 16
+"""Axes compared in any case: at very high noise all together weigh little, but they still move the mean."""
+
 EXPECTED_DROPPED = 0.5
 """The same where only the weight of whole cells is foreseen."""
 
@@ -119,40 +122,27 @@ class Pruned:
         padded = functional.pad(z32, margins, mode=around).contiguous()
         total = PosteriorSum.empty(z.shape, "cpu", sampled=True)
         exact: list[Group] = []
-        requests: list[Request] = []
-        places: list[tuple[Tensor, range, range]] = []
+        estimated: list[tuple[int, range, range]] = []
         for group in competition.groups:
             regions = list(_regions(part, group))
+            estimated += regions
             if not regions:
                 exact.append(group)
-            for region, rows, cols in regions:
-                numbers = torch.arange(len(rows) * len(cols))
-                # An item's budget is its own, whatever else is in the batch; items of one budget are scanned together.
-                alike: dict[tuple[float, float], list[int]] = {}
-                for item, level in enumerate(sigma.tolist()):
-                    request = Request(torch.full_like(numbers, item), numbers, rows, cols, level, part, region, 0.0)
-                    alike.setdefault((level, self._budget(request, padded, bank, memory_limit)), []).append(item)
-                for (level, share), members in alike.items():
-                    items = torch.tensor(members)
-                    requests.append(
-                        Request(
-                            items.repeat_interleave(len(numbers)),
-                            numbers.repeat(len(items)),
-                            rows,
-                            cols,
-                            level,
-                            part,
-                            region,
-                            share,
-                        )
-                    )
-                    places.append((items, rows, cols))
         pairs = 0
-        for (items, rows, cols), sums in zip(places, self._scan(requests, padded, bank, memory_limit), strict=True):
-            shape = (len(items), len(rows), len(cols))
-            block = {name: x.unflatten(0, shape).permute(0, 3, 1, 2) for name, x in _tensors(sums).items()}
-            pairs += sums.pairs or 0
-            _put(total, items, rows, cols, _of(block))
+        # Whole images at a time, for their pixels learn from each other.
+        step = max(1, memory_limit // (z.shape[2] * z.shape[3] * QUERY_BYTES))
+        for start in range(0, len(z) if estimated else 0, step):
+            requests: list[Request] = []
+            for region, rows, cols in estimated:
+                requests += self._requests(
+                    range(start, min(start + step, len(z))), sigma, part, region, rows, cols, padded, bank
+                )
+            for request, sums in zip(requests, self._scan(requests, padded, bank), strict=True):
+                items = request.items.unique()
+                shape = (len(items), len(request.rows), len(request.cols))
+                block = {name: x.unflatten(0, shape).permute(0, 3, 1, 2) for name, x in _tensors(sums).items()}
+                pairs += sums.pairs or 0
+                _put(total, items, request.rows, request.cols, _of(block))
         if exact:
             engine = reference if sliding.unavailable(torch.device("cpu")) else sliding
             rest = Competition(competition.patch_size, competition.padding_mode, tuple(exact))
@@ -164,7 +154,40 @@ class Pruned:
                 _put(total, torch.arange(len(z)), rows, cols, _pixels(sums, rows, cols))
         return dataclasses.replace(total, pairs=pairs)
 
-    def _budget(self, item: Request, padded: Tensor, bank: PatchBank, memory_limit: int) -> float:
+    def _requests(
+        self,
+        items: range,
+        sigma: Tensor,
+        part: IndexedSize,
+        region: int,
+        rows: range,
+        cols: range,
+        padded: Tensor,
+        bank: PatchBank,
+    ) -> list[Request]:
+        """The pixels of some items in one region. An item's budget is its own, whatever else is in the batch; items of
+        one noise level and budget are scanned together."""
+        numbers = torch.arange(len(rows) * len(cols))
+        alike: dict[tuple[float, float], list[int]] = {}
+        for item in items:
+            level = float(sigma[item])
+            request = Request(torch.full_like(numbers, item), numbers, rows, cols, level, part, region, 0.0)
+            alike.setdefault((level, self._budget(request, padded, bank)), []).append(item)
+        return [
+            Request(
+                torch.tensor(members).repeat_interleave(len(numbers)),
+                numbers.repeat(len(members)),
+                rows,
+                cols,
+                level,
+                part,
+                region,
+                share,
+            )
+            for (level, share), members in alike.items()
+        ]
+
+    def _budget(self, item: Request, padded: Tensor, bank: PatchBank) -> float:
         """The share of pairs to evaluate: as asked for, or what brings a pilot's error down to the tolerance."""
         if self.budget is not None:
             return min(1.0, (1.0 if item.region == 0 else EDGES) * self.budget)
@@ -174,7 +197,7 @@ class Pruned:
         pilot = item._replace(items=item.items[pixels], numbers=item.numbers[pixels])
         share = 0.001
         while share < 1:
-            (sums,) = self._scan([pilot._replace(share=share)], padded, bank, memory_limit)
+            (sums,) = self._scan([pilot._replace(share=share)], padded, bank)
             error = sums.stderr.square().mean().sqrt().item()
             if error <= 0.8 * self.tolerance:
                 break
@@ -183,32 +206,14 @@ class Pruned:
             share = min(1.0, share * 2 ** math.ceil(min(raised, 3.0)))
         return share
 
-    def _scan(
-        self, requests: Sequence[Request], padded: Tensor, bank: PatchBank, memory_limit: int
-    ) -> list[PosteriorSum]:
-        """Sums [queries, 1 or C] of every request, as many at a time as memory allows."""
-        scans: list[dict[str, Any]] = []
-        parts: list[list[dict[str, Any]]] = [[] for _ in requests]
-        held = 0
-        for request, finished in zip(requests, parts, strict=True):
-            # Whole images, for their pixels learn from each other.
-            pixels = int((request.items == request.items[0]).sum())
-            most = max(1, memory_limit // (pixels * QUERY_BYTES)) * pixels
-            for start in range(0, len(request.items), most):
-                block = slice(start, start + most)
-                some = request._replace(items=request.items[block], numbers=request.numbers[block])
-                if held + len(some.items) * QUERY_BYTES > memory_limit:
-                    _run(scans)
-                    held = 0
-                finished.append(self._prepare(some, padded, bank))
-                scans.append(finished[-1])
-                held += len(some.items) * QUERY_BYTES
-        _run(scans)
-        sums = []
-        for finished in parts:
-            every = {name: torch.cat([_column(part[name]) for part in finished]) for name in SUMS}
-            sums.append(dataclasses.replace(_of(every), pairs=sum(int(part["pairs"][0]) for part in finished)))
-        return sums
+    def _scan(self, requests: Sequence[Request], padded: Tensor, bank: PatchBank) -> list[PosteriorSum]:
+        """Sums [queries, 1 or C] of every request."""
+        scans = [self._prepare(request, padded, bank) for request in requests]
+        _native.scan_lists(scans, torch.get_num_threads(), os.environ.get("PATCHSCORE_SIMD", ""))
+        return [
+            dataclasses.replace(_of({name: _column(scan[name]) for name in SUMS}), pairs=int(scan["pairs"][0]))
+            for scan in scans
+        ]
 
     def _prepare(self, request: Request, padded: Tensor, bank: PatchBank) -> dict[str, Any]:
         """What the native scan reads of a request and its region, and room for what it finds."""
@@ -217,7 +222,7 @@ class Pruned:
         cells = slice(place.first_cell, place.first_cell + place.cells)
         allowed, competing = self._competing(bank, part, region)
         sigma = max(sharp, min(0.1, SHARPEST * math.sqrt(len(part.centre[region]))))
-        used = part.rank_at(region, sigma, DROPPED)
+        used = max(part.rank_at(region, sigma, DROPPED), min(part.rank, LEAST_AXES))
         # The more variance is left out, in units of sigma^2, the more windows are compared again.
         left = float(part.tail[region][used]) / sigma**2
         recheck = RECHECK * round(min(MOST_RECHECKED, max(4.0 if sharp < sigma else 1.0, left / 0.05)))
@@ -290,13 +295,6 @@ class Pruned:
         return allowed, counted[key]
 
 
-def _run(scans: list[dict[str, Any]]) -> None:
-    """Serves the scans, in place, and forgets them."""
-    if scans:
-        _native.scan_lists(scans, torch.get_num_threads(), os.environ.get("PATCHSCORE_SIMD", ""))
-        scans.clear()
-
-
 def _column(x: Any) -> Tensor:
     found = torch.from_numpy(x)
     return found if found.ndim == 2 else found[:, None]
@@ -326,7 +324,10 @@ def _tensors(sums: PosteriorSum) -> dict[str, Tensor]:
 
 def _of(parts: dict[str, Tensor]) -> PosteriorSum:
     m, s, v, s2, vv, vs, ss = (parts.get(name) for name in SUMS)
-    assert m is not None and s is not None and v is not None and s2 is not None
+    assert m is not None
+    assert s is not None
+    assert v is not None
+    assert s2 is not None
     return PosteriorSum(m, s, v, s2, vv, vs, ss)
 
 

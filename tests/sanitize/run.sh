@@ -4,6 +4,15 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-"${CXX:-c++}" -std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all \
-    -pthread -Wall -o "$out/sliding" "$here/sliding.cpp" "$here/../../csrc/sliding_cpu.cpp"
+build() {
+    "${CXX:-c++}" -std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all \
+        -pthread -Wall "$@"
+}
+# The sliding engine also tells which instruction sets there are.
+for engine in sliding lists; do
+    build -c -o "$out/$engine.o" "$here/../../csrc/${engine}_cpu.cpp"
+done
+build -o "$out/sliding" "$here/sliding.cpp" "$out/sliding.o"
+build -o "$out/lists" "$here/lists.cpp" "$out/lists.o" "$out/sliding.o"
 "$out/sliding"
+"$out/lists"
