@@ -135,12 +135,12 @@ def test_the_whole_budget_gives_the_references_sums(indexed, channels, dtype):
         assert found.pairs == every(machine)
 
 
-@pytest.mark.parametrize("columns", [64, 48])
+@pytest.mark.parametrize("columns", [48, 32])
 def test_axes_left_out_are_put_right_by_the_second_look_which_says_its_error(indexed, monkeypatch, columns):
     monkeypatch.setattr(pruned_cuda, "RECHECK", 8)
     monkeypatch.setattr(pruned_cuda, "COLUMNS", (columns,))
     bank, index = indexed(3, height=9, width=8, count=30, k=5)
-    assert index.at(5).rank == 48  # of 75
+    assert index.at(5).rank == 40  # of 75
     z = noisy(bank, 1.0, dtype=torch.float32)
     truth = definition(pruned(bank, index, 5), z, 1.0)
     found = [sums(pruned(bank, index, 5, seed=seed), z, 1.0) for seed in range(4)]

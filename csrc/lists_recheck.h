@@ -1,0 +1,308 @@
+// The last steps: windows that neighbours propose, and what exact weights put right. Included by lists_cpu.cpp alone.
+#pragma once
+
+#include "lists_region.h"
+
+namespace patchscore {
+
+namespace {
+
+// Which query of which region every pixel of the noisy images is, among regions that share images and competitors.
+class Pixels {
+    struct At {
+        Region* region = nullptr;
+        int query = -1;
+    };
+    int height = 1, width = 1;
+    std::vector<At> at;              // [items, height, width]
+
+public:
+    typedef std::tuple<const void*, const void*, const void*, int> Kind;
+    static Kind kind(const Scan& scan) { return {scan.z, scan.images, scan.lists.allowed, scan.patch_size}; }
+
+    explicit Pixels(const std::vector<Region*>& regions) {
+        int64_t items = 0;
+        for (const Region* region : regions) {
+            const Scan& scan = region->scan;
+            height = std::max(height, scan.height), width = std::max(width, scan.width);
+            items = std::max(items, 1 + *std::max_element(scan.items, scan.items + scan.queries));
+        }
+        at.resize(size_t(items * height * width));
+        for (Region* region : regions)
+            for (int i = 0; i < region->scan.queries; ++i) {
+                const auto [row, col] = region->pixel_of(i);
+                at[size_t((region->scan.items[i] * height + row) * width + col)] = {region, i};
+            }
+    }
+
+    // Null where that pixel is not estimated.
+    const State* state(int64_t item, int row, int col) const {
+        if (row < 0 || row >= height || col < 0 || col >= width) return nullptr;
+        const At& found = at[size_t((item * height + row) * width + col)];
+        return found.region ? &found.region->states[size_t(found.query)] : nullptr;
+    }
+};
+
+// The last steps: heavy windows that neighbours propose, and the result of a query with its error.
+class Recheck {
+    Region& region;
+    const Pixels& pixels;
+    const Scan& scan;
+    const Lists& lists;
+    const double bits, exact_bits;   // log2(e) / sigma^2, and half of that at the noise that counts in the end
+
+public:
+    Recheck(Region& region, const Pixels& pixels)
+        : region(region), pixels(pixels), scan(region.scan), lists(region.lists), bits(LOG2E / (scan.sigma * scan.sigma)),
+          exact_bits(LOG2E / (2 * scan.exact_sigma * scan.exact_sigma)) {}
+
+    static constexpr int ROUNDS = 3;
+
+    // The windows that weigh most in a query's sample, for its neighbours.
+    void choose(int query, int round) {
+        State& state = region.states[size_t(query)];
+        std::vector<Heavy>& best = state.best[round % 2];
+        best.clear();
+        for (const Heavy& heavy : state.heavy)
+            if (heavy.log_weight >= state.threshold) best.push_back(heavy);
+        const auto nearer = [](const Heavy& a, const Heavy& b) {
+            if (a.distance != b.distance) return a.distance < b.distance;
+            if (a.image != b.image) return a.image < b.image;
+            return a.row != b.row ? a.row < b.row : a.col < b.col;
+        };
+        if (best.size() > MOST_PROPOSED) {
+            std::nth_element(best.begin(), best.begin() + MOST_PROPOSED, best.end(), nearer);
+            best.resize(MOST_PROPOSED);
+        }
+    }
+
+    // Images are smooth, so a window that is heavy at a pixel is, moved along, likely heavy at the next (PatchMatch,
+    // Barnes et al. 2009). What neighbours propose is taken for certain, whether it was scanned or not: the rest is then
+    // estimated without it. One heavier than the sample's threshold has been scanned if and only if it is in the sample.
+    void listen(int query, int round) {
+        State& state = region.states[size_t(query)];
+        const auto [row, col] = region.pixel_of(query);
+        const int r = scan.patch_size / 2;
+        std::vector<Heavy> proposed;
+        constexpr int BESIDE[4][2] = {{0, 1}, {0, -1}, {1, 0}, {-1, 0}};
+        for (const auto& step : BESIDE) {
+            const State* const neighbour = pixels.state(scan.items[query], row + step[0], col + step[1]);
+            if (!neighbour) continue;
+            for (Heavy heavy : neighbour->best[round % 2]) {
+                heavy.row -= step[0], heavy.col -= step[1];
+                const int at_row = heavy.row + r - lists.row0, at_col = heavy.col + r - lists.col0;
+                if (at_row < 0 || at_col < 0 || at_row >= lists.rows || at_col >= lists.cols) continue;
+                const auto same = [&](const Heavy& other) {
+                    return other.image == heavy.image && other.row == heavy.row && other.col == heavy.col;
+                };
+                if (std::any_of(proposed.begin(), proposed.end(), same)) continue;
+                proposed.push_back(heavy);
+                const auto known = std::find_if(state.heavy.begin(), state.heavy.end(), same);
+                if (known != state.heavy.end()) {
+                    known->certain = true;
+                    continue;
+                }
+                region.look(query, heavy);
+                if (!may_matter(state, heavy)) continue;
+                heavy.log_weight = heavy.log_size = rough_weight(query, heavy), heavy.log_count = 0;
+                if (heavy.log_weight < state.threshold) continue;
+                // Equal windows are stored once: one of the same distance is the same window.
+                const auto equal = [&](const Heavy& other) {
+                    return std::abs(other.distance - heavy.distance) <= 2e-6f * heavy.distance;
+                };
+                if (std::any_of(state.heavy.begin(), state.heavy.end(), equal)) continue;
+                heavy.certain = true;
+                state.heavy.push_back(heavy);
+                // Not scanned, it was not in the sums.
+                state.refer_to(double(heavy.log_weight));
+                const double weight = std::exp2(double(heavy.log_weight) - state.m);
+                state.s += weight, state.s2 += weight * weight;
+                for (int c = 0; c < scan.channels; ++c) state.v[c] += weight * double(heavy.value[c]);
+            }
+        }
+    }
+
+    void finish(int query) {
+        State& state = region.states[size_t(query)];
+        const int channels = scan.channels;
+        for (Heavy& heavy : state.heavy) {
+            const float alone = heavy.log_weight + heavy.log_count;
+            if (!heavy.certain || heavy.log_size <= alone) continue;
+            const double excess = std::exp2(double(heavy.log_size) - state.m) - std::exp2(double(alone) - state.m);
+            state.s -= excess;
+            for (int c = 0; c < channels; ++c) state.v[c] -= excess * double(heavy.value[c]);
+            heavy.log_size = alone;
+        }
+        double norm = 0;
+        for (int d = 0; d < scan.used_rank; ++d) norm += std::pow(double(region.q[size_t(query * region.pitch + d)]), 2);
+        double log_shift = -norm / (2 * scan.sigma * scan.sigma);
+        correct(state, log_shift);
+        scan.m[query] = state.m / LOG2E + log_shift;
+        scan.s[query] = state.s, scan.s2[query] = state.s2, scan.ss[query] = state.ss;
+        for (int c = 0; c < channels; ++c) {
+            scan.v[query * channels + c] = state.v[c];
+            scan.vs[query * channels + c] = state.vs[c];
+            scan.vv[query * channels + c] = state.vv[c];
+        }
+        state = {};
+    }
+
+private:
+    // Where features put windows in quite another order than pixels do (at low noise, far from everything), one that is not
+    // in the sample may be the heaviest: the variance of the sample's values, as far as the lead over those falls short.
+    double in_doubt(const State& state, int channel) const {
+        if (!(state.threshold > -INFINITY) || state.heavy.size() < 2) return 0;
+        double offset = 0, squares = 0, best = -INFINITY, mean = 0, variance = 0;
+        const double size = double(state.heavy.size());
+        for (const Heavy& heavy : state.heavy) {
+            const double exact = -double(heavy.distance) * bits / 2, apart = exact - double(heavy.log_weight);
+            offset += apart / size, squares += apart * apart / size, best = std::max(best, exact);
+            mean += double(heavy.value[channel]) / size, variance += std::pow(double(heavy.value[channel]), 2) / size;
+        }
+        const double deviation = std::sqrt(std::max(0., squares - offset * offset));
+        const double lead = best - offset - double(state.threshold);
+        if (deviation * exact_bits * 2 / bits < DISORDER) return 0;
+        return std::min(1., std::max(0., 1 - lead / (4 * deviation))) * std::max(0., variance - mean * mean);
+    }
+
+    static constexpr double DISORDER = 3;  // bits by which weights may be off before their order is doubted
+    static constexpr size_t MOST_PROPOSED = 8;
+    static constexpr double FEW_DRAWN = 4;  // so many sampled windows of the rest count as much as all sure ones together
+
+    // Whether a window may be heavier than the sample's threshold, by its distance beside those of the sample.
+    bool may_matter(const State& state, const Heavy& heavy) const {
+        float nearest = INFINITY, weight = 0;
+        for (const Heavy& other : state.heavy)
+            if (other.distance < nearest) nearest = other.distance, weight = other.log_weight;
+        constexpr double DOUBT = 4;
+        return double(weight) - double(heavy.distance - nearest) * bits / 2 > double(state.threshold) - DOUBT ||
+               state.heavy.empty();
+    }
+
+    // What the scan would weigh a window, in bits.
+    float rough_weight(int query, const Heavy& heavy) const {
+        const int k = scan.patch_size, channels = scan.channels, rank = scan.used_rank;
+        std::vector<float> features(size_t(region.pitch)), flat(size_t(channels * k * k), 0.f);
+        for (int c = 0; c < channels; ++c)
+            for (int y = 0; y < k; ++y)
+                for (int x = 0; x < k; ++x) {
+                    const int row = heavy.row + y, col = heavy.col + x;
+                    if (row < 0 || row >= scan.height || col < 0 || col >= scan.width) continue;
+                    flat[size_t((c * k + y) * k + x)] = region.pixel(
+                        ((int64_t(heavy.image) * channels + c) * scan.height + row) * scan.width + col);
+                }
+        region.level.product(flat.data(), int64_t(flat.size()), 1, region.axes.data(), region.pitch, int(flat.size()),
+                             region.shift.data(), features.data());
+        const float* const q = region.q.data() + query * region.pitch;
+        double weight = 0;
+        for (int d = 0; d < rank; ++d) weight += double(features[size_t(d)]) * (double(q[d]) - 0.5 * double(features[size_t(d)]));
+        return float(weight * bits);
+    }
+
+    // Puts right what the features leave out. Windows of the sample that are sure to be in it get their exact weights;
+    // the rest keeps the scan's sums, times what the sampled ones of it weigh more, and its mean moves by what their exact
+    // weights change, in proportion to how well the sample knows that.
+    void correct(State& total, double& log_shift) const {
+        const auto& kept = total.heavy;
+        if (kept.empty()) return;
+        const size_t size = kept.size();
+        const int channels = scan.channels;
+        std::vector<double> exact(size), chance(size), rough(size);
+        double top = -INFINITY;
+        for (size_t j = 0; j < size; ++j) {
+            chance[j] = kept[j].certain ? 1 : std::min(1., std::exp2(double(kept[j].log_size) - double(total.threshold)));
+            rough[j] = std::exp2(double(kept[j].log_size) - total.m);
+            // In bits: the size stands for all that a window represents.
+            exact[j] = double(kept[j].log_size) - double(kept[j].log_weight) -
+                       double(kept[j].distance) * exact_bits;
+            top = std::max(top, exact[j] - std::log2(chance[j]));
+        }
+        struct Part {
+            double size = 0, rough = 0, exact = 0, rough_v[MOST_CHANNELS] = {}, exact_v[MOST_CHANNELS] = {};
+        } sure, drawn_part;
+        double squares = 0;
+        for (size_t j = 0; j < size; ++j) {
+            const double log_exact = exact[j];
+            exact[j] = std::exp2(exact[j] - top);
+            squares += exact[j] / chance[j] * std::exp2(log_exact - top - double(kept[j].log_size) + double(kept[j].log_weight));
+            Part& part = chance[j] < 1 ? drawn_part : sure;
+            part.size += 1, part.rough += rough[j] / chance[j], part.exact += exact[j] / chance[j];
+            for (int c = 0; c < channels; ++c) {
+                const double value = double(kept[j].value[c]);
+                part.rough_v[c] += rough[j] / chance[j] * value, part.exact_v[c] += exact[j] / chance[j] * value;
+            }
+        }
+        const double found = sure.exact + drawn_part.exact;
+        if (!(found > 0) || !(total.s > 0)) return;
+        // Where the scan weighed by more noise than there is, its sums are no guide: the sample alone decides.
+        const bool guided = scan.exact_sigma >= scan.sigma;
+        double rest = 0, ratio = 0;  // the rest by the scan; exact weights by the scan's
+        if (guided) {
+            rest = std::max(0., total.s - sure.rough);
+            const double known = sure.rough > 0 ? sure.exact / sure.rough : 0, weight = known > 0 ? FEW_DRAWN : 0;
+            const double each = drawn_part.size > 0 ? drawn_part.rough / drawn_part.size : 1;
+            const double drawn_count = drawn_part.size;
+            ratio = (drawn_part.exact / each + weight * known) / std::max(1e-300, drawn_count + weight);
+        }
+        const double whole = guided ? sure.exact + ratio * rest : found;
+        if (!(whole > 0)) return;
+        // Relative variance of the ratio, by how ratios scatter.
+        double spread = 0;
+        for (size_t j = 0; guided && j < size; ++j) spread += std::pow(exact[j] / (ratio * rough[j]) - 1, 2) / double(size);
+        spread = std::min(1., spread) / (drawn_part.size + FEW_DRAWN);
+        const double rest_share = guided ? ratio * rest / whole : drawn_part.exact / whole;
+        for (int c = 0; c < channels; ++c) {
+            double mean, error = in_doubt(total, c);
+            if (guided) {
+                const double rest_v = total.v[c] - sure.rough_v[c];
+                double rest_mean = rest > 1e-6 * total.s ? std::min(1., std::max(-1., rest_v / rest)) : 0;
+                double bias_variance = 0, change = 0, noise = 0;
+                if (drawn_part.exact > 0 && rest > 0) {
+                    const double exact_mean = drawn_part.exact_v[c] / drawn_part.exact;
+                    const double rough_mean = drawn_part.rough_v[c] / drawn_part.rough;
+                    change = exact_mean - rough_mean;
+                    for (size_t j = 0; j < size; ++j) {
+                        if (chance[j] >= 1) continue;
+                        const double value = double(kept[j].value[c]);
+                        const double d = exact[j] / chance[j] / drawn_part.exact * (value - exact_mean) -
+                                         rough[j] / chance[j] / drawn_part.rough * (value - rough_mean);
+                        bias_variance += (1 - chance[j]) * d * d;
+                        const double excess = (exact[j] - ratio * rough[j]) / whole;
+                        noise += excess * excess / chance[j] * (value - rest_mean) * (value - rest_mean);
+                    }
+                }
+                // The change is measured with `measured` variance; before that, independent excesses of the rest's
+                // windows let expect `noise`, and what stands out from both tells that they were not independent.
+                const double measured = rest_share * rest_share * bias_variance;
+                const double seen = rest_share * rest_share * change * change;
+                const double expected = std::max(noise, seen - 9 * measured);
+                const double kept_share = expected > 0 ? expected / (expected + measured) : 0;
+                rest_mean += kept_share * change;
+                const double sure_mean = sure.exact > 0 ? sure.exact_v[c] / sure.exact : rest_mean;
+                mean = (1 - rest_share) * sure_mean + rest_share * rest_mean;
+                const double apart = rest_share * (1 - rest_share) * (rest_mean - sure_mean);
+                error += 4 * kept_share * measured + 2 * noise + apart * apart * spread;
+            } else {
+                mean = (sure.exact_v[c] + drawn_part.exact_v[c]) / found;
+                for (size_t j = 0; j < size; ++j) {
+                    const double d = exact[j] / chance[j] / found *
+                                     (double(kept[j].value[c]) - mean);
+                    error += (1 - chance[j]) * d * d;
+                }
+            }
+            const double shift = mean - total.v[c] / total.s;
+            total.vv[c] += 2 * shift * total.vs[c] + shift * shift * total.ss + error * total.s * total.s;
+            total.vs[c] += shift * total.ss;
+            total.v[c] += shift * total.s;
+        }
+        if (!guided) total.s2 = total.s * total.s * squares / (found * found);
+        // Weights of whole windows: the scan's times what exact ones are of rough ones.
+        const double rough_found = sure.rough + drawn_part.rough;
+        log_shift = guided ? (top + std::log2(whole) - total.m - std::log2(total.s)) / LOG2E
+                           : (top + std::log2(found) - total.m - std::log2(rough_found)) / LOG2E;
+    }
+};
+
+}  // namespace
+
+}  // namespace patchscore
