@@ -105,7 +105,7 @@ public:
                 region.look(query, heavy);
                 if (!may_matter(state, heavy)) continue;
                 heavy.log_weight = heavy.log_size = rough_weight(query, heavy), heavy.log_count = 0;
-                if (heavy.log_weight < state.threshold) continue;
+                if (heavy.log_weight < state.threshold + MARGIN_BITS) continue;
                 // Equal windows are stored once: one of the same distance is the same window.
                 const auto equal = [&](const Heavy& other) {
                     return std::abs(other.distance - heavy.distance) <= 2e-6f * heavy.distance;
@@ -167,6 +167,7 @@ private:
 
     static constexpr double DISORDER = 3;  // bits by which weights may be off before their order is doubted
     static constexpr size_t MOST_PROPOSED = 8;
+    static constexpr float MARGIN_BITS = 0.25f;  // stored features are rounded: a window so near may be in the sums
     static constexpr double FEW_DRAWN = 4;  // so many sampled windows of the rest count as much as all sure ones together
 
     // Whether a window may be heavier than the sample's threshold, by its distance beside those of the sample.

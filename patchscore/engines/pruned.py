@@ -27,8 +27,8 @@ from .sliding import _native
 DROPPED = 0.02
 """Variance of the axes left out, in units of sigma^2; a log-weight moves by about its root, before the recheck."""
 
-LEAST_AXES = 16
-"""Axes compared in any case: at very high noise all together weigh little, but they still move the mean."""
+LEAST_AXES = 28
+"""Axes compared in any case: those of 3 x 3 in colour. What little they hold beside the noise still moves the mean."""
 
 EXPECTED_DROPPED = 0.5
 """The same where only the weight of whole cells is foreseen."""
