@@ -149,20 +149,29 @@ public:
 
 private:
     // Where features put windows in quite another order than pixels do (at low noise, far from everything), one that is not
-    // in the sample may be the heaviest: the variance of the sample's values, as far as the lead over those falls short.
-    double in_doubt(const State& state, int channel) const {
+    // in the sample may be the heaviest: how far the lead over those falls short, of 1.
+    double doubt_of(const State& state) const {
         if (!(state.threshold > -INFINITY) || state.heavy.size() < 2) return 0;
-        double offset = 0, squares = 0, best = -INFINITY, mean = 0, variance = 0;
+        double offset = 0, squares = 0, best = -INFINITY;
         const double size = double(state.heavy.size());
         for (const Heavy& heavy : state.heavy) {
             const double exact = -double(heavy.distance) * bits / 2, apart = exact - double(heavy.log_weight);
             offset += apart / size, squares += apart * apart / size, best = std::max(best, exact);
-            mean += double(heavy.value[channel]) / size, variance += std::pow(double(heavy.value[channel]), 2) / size;
         }
         const double deviation = std::sqrt(std::max(0., squares - offset * offset));
         const double lead = best - offset - double(state.threshold);
         if (deviation * exact_bits * 2 / bits < DISORDER) return 0;
-        return std::min(1., std::max(0., 1 - lead / (4 * deviation))) * std::max(0., variance - mean * mean);
+        return std::min(1., std::max(0., 1 - lead / (4 * deviation)));
+    }
+
+    // Variance of the values of a sample.
+    static double scatter(const std::vector<Heavy>& sample, int channel) {
+        double mean = 0, squares = 0;
+        for (const Heavy& heavy : sample) {
+            const double value = double(heavy.value[channel]);
+            mean += value / double(sample.size()), squares += value * value / double(sample.size());
+        }
+        return std::max(0., squares - mean * mean);
     }
 
     static constexpr double DISORDER = 3;  // bits by which weights may be off before their order is doubted
@@ -252,8 +261,9 @@ private:
         for (size_t j = 0; guided && j < size; ++j) spread += std::pow(exact[j] / (ratio * rough[j]) - 1, 2) / double(size);
         spread = std::min(1., spread) / (drawn_part.size + FEW_DRAWN);
         const double rest_share = guided ? ratio * rest / whole : drawn_part.exact / whole;
+        const double doubt = doubt_of(total);
         for (int c = 0; c < channels; ++c) {
-            double mean, error = in_doubt(total, c);
+            double mean, error = doubt > 0 ? doubt * scatter(kept, c) : 0;
             if (guided) {
                 const double rest_v = total.v[c] - sure.rough_v[c];
                 double rest_mean = rest > 1e-6 * total.s ? std::min(1., std::max(-1., rest_v / rest)) : 0;

@@ -2,7 +2,8 @@
 
 Stratified sampling over the cells of a PatchIndex. A cell's moments say, in closed form, what weight to expect of its
 windows at a query; the budget is spent in proportion, so near cells are summed whole and far ones by a few windows that
-stand for all (Horvitz & Thompson 1952). The scan is in C++ (csrc/lists_*); this file says what to expect and asks.
+stand for all (Horvitz & Thompson 1952). The plan and the scan are in C++ (csrc/lists_*); this file says which cells
+compete at which pixels, and with how many axes and second looks.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from .sliding import _native
 DROPPED = 0.02
 """Variance of the axes left out, in units of sigma^2; a log-weight moves by about its root, before the recheck."""
 
-LEAST_AXES = 28
-"""Axes compared in any case: those of 3 x 3 in colour. What little they hold beside the noise still moves the mean."""
-
 EXPECTED_DROPPED = 0.5
 """The same where only the weight of whole cells is foreseen."""
+
+LEAST_AXES = 28
+"""Axes compared in any case: those of 3 x 3 in colour. What little they hold beside the noise still moves the mean."""
 
 RECHECK = 64
 """Windows of a query that are compared again pixel by pixel, chosen by their weights."""
