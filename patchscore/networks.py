@@ -63,7 +63,9 @@ class Network(nn.Module):
         nn.init.zeros_(self.leave.weight)
 
     def conv(self, inputs: int, outputs: int) -> nn.Conv2d:
-        return nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode=self.config["padding_mode"])
+        mode = self.config["padding_mode"]
+        kind = CircularConv if mode == "circular" else nn.Conv2d
+        return kind(inputs, outputs, 3, padding=1, padding_mode=mode)
 
     def block(self) -> Block:
         width = self.config["width"]
@@ -91,6 +93,43 @@ class Network(nn.Module):
 
     def body(self, h: Tensor, embedding: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+class Wrap(torch.autograd.Function):
+    """F.pad(x, (1, 1, 1, 1), mode="circular"), but keeping channels_last: training takes half as long."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        channels_last = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else None
+        padded = torch.empty(
+            (batch, channels, height + 2, width + 2),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=channels_last or torch.contiguous_format,
+        )
+        padded[..., 1:-1, 1:-1] = x
+        padded[..., 1:-1, 0], padded[..., 1:-1, -1] = x[..., -1], x[..., 0]
+        padded[..., 0, :], padded[..., -1, :] = padded[..., -2, :], padded[..., 1, :]
+        return padded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        g = gradient.clone()
+        g[..., -2, :] += g[..., 0, :]
+        g[..., 1, :] += g[..., -1, :]
+        g[..., -2] += g[..., 0]
+        g[..., 1] += g[..., -1]
+        return g[..., 1:-1, 1:-1]
+
+
+class CircularConv(nn.Conv2d):
+    """A 3 x 3 convolution of an image whose borders meet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # as the convolution would; half as much to copy
+        return F.conv2d(Wrap.apply(x), self.weight, self.bias)
 
 
 class Block(nn.Module):

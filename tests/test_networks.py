@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import noisy, smooth_images
 from safetensors.torch import save_file
 
 import patchscore as ps
 from patchscore.adapters.network import from_diffusers, from_network
-from patchscore.networks import ARCHITECTURES, ResNet, UNet, load_network, save_network
+from patchscore.networks import ARCHITECTURES, CircularConv, ResNet, UNet, Wrap, load_network, save_network
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "examples" / "train_cnn.py"
@@ -52,6 +53,16 @@ def test_circular_padding_makes_a_resnet_equivariant_and_zeros_do_not():
         network = randomised(ResNet(2, (0, 1), 8, 2, padding_mode))
         apart = (predicted(network, rolled) - predicted(network, x).roll((3, 4), (2, 3))).abs().max()
         assert (apart < 1e-4) == equivariant
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 2, 1, 3), (1, 1, 2, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_wrapping_is_circular_padding_and_has_its_gradient(shape, layout):
+    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    assert torch.equal(Wrap.apply(x), F.pad(x, (1, 1, 1, 1), mode="circular"))
+    assert torch.autograd.gradcheck(Wrap.apply, x)
+    convolution = CircularConv(shape[1], 2, 3, padding=1, padding_mode="circular").double()
+    torch.testing.assert_close(convolution(x), torch.nn.Conv2d.forward(convolution, x))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values())
