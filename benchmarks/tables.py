@@ -253,9 +253,8 @@ def theory() -> str:
             for row in record["rows"]
             if is_of(row, key, of)
         ]
-        name, padding_mode = key
         header = ["machine", "n", "r^2", "correlation", "mse"]
-        title = f"{DATA[name]}, ResNet with {padding_mode} padding, {of['images']:,} training images"
+        title = f"{titled(key)} padding, {of['images']:,} training images, {of['images_seen']:,} seen"
         parts.append(f"{title}:\n\n{table(header, rows)}")
     return "\n\n".join([*parts, f"Medians, with 95% intervals {measured_on(record)}."])
 
@@ -264,7 +263,7 @@ def limits() -> str:
     record = result("theory")
     rows = [
         [
-            f"{DATA[row['dataset']]}, {row['padding_mode']}",
+            titled(kind_of(row)),
             f"{row['images_seen']:,}",
             f"{row['bank']:,}",
             str(row["n"]),
@@ -280,7 +279,7 @@ def training() -> str:
     record = result("theory")
     rows = [
         [
-            f"{DATA[name]}, {padding_mode}",
+            titled(key),
             f"{of['weights']:,}",
             f"{of['images']:,}",
             f"{of['images_seen']:,}",
@@ -288,30 +287,41 @@ def training() -> str:
             f"{of['seconds'] / 60:.0f} min",
             f"{of['loss']:.3f}",
         ]
-        for (name, padding_mode), of in longest(record).items()
+        for key, of in longest(record).items()
     ]
     header = ["network", "weights", "training images", "images seen", "epochs", "one shared CPU core", "last loss"]
     return table(header, rows)
 
 
-def longest(record: dict) -> dict[tuple[str, str], dict]:
-    """The network of each data set and padding that was trained longest."""
-    found: dict[tuple[str, str], dict] = {}
-    for key, of in record["networks"].items():
-        name = next(name for name in DATA if key.startswith(name))
-        kind = name, "zeros" if "-zeros-" in key else "circular"
-        if of["images_seen"] > found.get(kind, {"images_seen": 0})["images_seen"]:
-            found[kind] = of
+def longest(record: dict) -> dict[tuple[str, str, str], dict]:
+    """The network of each data set, architecture and padding that was trained longest."""
+    found: dict[tuple[str, str, str], dict] = {}
+    for of in sorted(record["networks"].values(), key=order):
+        found[kind_of(of)] = of
     return found
 
 
-def is_of(row: dict, key: tuple[str, str], of: dict) -> bool:
-    same = (row["dataset"], row["padding_mode"]) == key and row["images_seen"] == of["images_seen"]
-    return same and row["bank"] == of["images"]
+def kind_of(of: dict) -> tuple[str, str, str]:
+    return of["dataset"], of["network"], of["padding_mode"]
 
 
-def order(row: dict) -> tuple:
-    return row["dataset"] == "cifar10", row["padding_mode"] == "circular", row["images_seen"], row["bank"]
+def titled(kind: tuple[str, str, str]) -> str:
+    return f"{DATA[kind[0]]}, {kind[1]}, {kind[2]}"
+
+
+def is_of(row: dict, key: tuple[str, str, str], of: dict) -> bool:
+    return kind_of(row) == key and row["images_seen"] == of["images_seen"] and row["bank"] == of["images"]
+
+
+def order(of: dict) -> tuple:
+    """By data set, architecture and padding, then by length of training and size of bank."""
+    return (
+        of["dataset"] == "cifar10",
+        of["network"],
+        of["padding_mode"] == "circular",
+        of["images_seen"],
+        of.get("bank", 0),
+    )
 
 
 def median(row: dict, figure: str) -> str:

@@ -28,11 +28,16 @@ CALIBRATION_SEEDS = 10_000
 """Images from this number on are for calibration, those from 0 on for the test."""
 
 PUBLISHED = {
-    ("fashion-mnist", "zeros"): "fashionmnist-resnet-zeros",
-    ("fashion-mnist", "circular"): "mnist-resnet-circular",  # none was published for Fashion-MNIST
-    ("cifar10", "zeros"): "cifar10-resnet-zeros",
-    ("cifar10", "circular"): "cifar10-resnet-circular",
+    ("fashion-mnist", "ResNet", "zeros"): "fashionmnist-resnet-zeros",
+    ("fashion-mnist", "ResNet", "circular"): "mnist-resnet-circular",  # none was published for Fashion-MNIST
+    ("fashion-mnist", "UNet", "zeros"): "fashionmnist-unet-zeros",
+    ("cifar10", "ResNet", "zeros"): "cifar10-resnet-zeros",
+    ("cifar10", "ResNet", "circular"): "cifar10-resnet-circular",
+    ("cifar10", "UNet", "zeros"): "cifar10-unet-zeros",
 }
+
+OFFERED = {"ResNet": PATCH_SIZES, "UNet": (*PATCH_SIZES, 23, 25, 27)}
+"""Patch sizes that compete: a UNet sees further than these ResNets, whose field is 21 pixels wide."""
 
 
 def main() -> None:
@@ -59,7 +64,8 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> None:
     options.work.mkdir(exist_ok=True)
     trained, notes = load_network(options.network)
-    padding_mode = trained.config["padding_mode"]
+    architecture, padding_mode = trained.config["architecture"], trained.config["padding_mode"]
+    kind = (options.name, architecture, padding_mode)
     bank = ps.PatchBank.open(options.source, limit=options.limit)
     if bank.fingerprint != notes["bank"]["fingerprint"]:
         raise SystemExit(f"{options.source}: not the images that {options.network} was trained on")
@@ -67,10 +73,10 @@ def measure(options: argparse.Namespace) -> None:
         bank = ps.PatchBank.open(options.wider or options.source, limit=options.bank)
     network = from_network(trained, bank.shape)
     labels = list(bank.classes)
-    key = f"{options.name}-{padding_mode}-{notes['images_seen']}-{len(bank)}"
+    key = f"{stem(*kind)}-{notes['images_seen']}-{len(bank)}"
 
     # Patch sizes from walks of their own.
-    sizes = PATCH_SIZES if padding_mode == "zeros" else tuple(k for k in PATCH_SIZES if k <= min(bank.shape[1:]))
+    sizes = tuple(k for k in OFFERED[architecture] if padding_mode == "zeros" or k <= min(bank.shape[1:]))
     found = calibrate(
         network,
         bank,
@@ -92,7 +98,7 @@ def measure(options: argparse.Namespace) -> None:
         known["els-circular"] = ps.EquivariantLocalScore(bank, tables["median"], "circular")
     machines[own] = known.pop(own)
     if not options.only_els:
-        published = ps.ScaleTable.published(PUBLISHED[options.name, padding_mode])
+        published = ps.ScaleTable.published(PUBLISHED[kind])
         machines[f"{own}, published sizes"] = ps.EquivariantLocalScore(bank, published, padding_mode)
         machines |= known
     if options.few:
@@ -104,26 +110,24 @@ def measure(options: argparse.Namespace) -> None:
         options.work / f"{key}.images.pt",
     )
 
-    about = {
-        "dataset": options.name,
-        "network": trained.config["architecture"],
-        "padding_mode": padding_mode,
-        "images_seen": notes["images_seen"],
-        "bank": len(bank),
-    }
+    of = dict(zip(("dataset", "network", "padding_mode"), kind, strict=True))
+    about = {**of, "images_seen": notes["images_seen"], "bank": len(bank)}
     rows = [{**about, **row, "mse": row["mse_median"]} for row in result.rows()]
     record = json.loads((RESULTS / "theory.json").read_text()) if (RESULTS / "theory.json").exists() else {}
     mine = tuple(about.values())
     kept = [row for row in record.get("rows", []) if tuple(row[name] for name in about) != mine]
-    networks = {**record.get("networks", {}), key: training(notes, trained)}
+    networks = {**record.get("networks", {}), key: {**of, **training(notes, trained)}}
     tables = {**record.get("calibrations", {}), key: calibrated(found)}
     write("theory", what(), rows=kept + rows, networks=networks, calibrations=tables)
     if not (options.only_els or options.bank or options.wider):
-        pairs(result, options.name, padding_mode)
+        pairs(result, own, stem(*kind))
         if not options.no_along:
-            charts.agreement(result, own, "ideal").savefig(
-                DOCS / f"theory-{options.name}-{padding_mode}-scatter.png", dpi=110
-            )
+            charts.agreement(result, own, "ideal").savefig(DOCS / f"theory-{stem(*kind)}-scatter.png", dpi=110)
+
+
+def stem(name: str, architecture: str, padding_mode: str) -> str:
+    """What keys and pictures of a network begin with."""
+    return "-".join([name, *(["unet"] if architecture == "UNet" else []), padding_mode])
 
 
 def training(notes: dict, network: torch.nn.Module) -> dict:
@@ -138,11 +142,11 @@ def calibrated(found: Calibration) -> dict:
     return {"sigmas": found.sigmas, "median": found.median, "mode": found.mode, "choices": found.choices.tolist()}
 
 
-def pairs(result: Comparison, name: str, padding_mode: str) -> None:
+def pairs(result: Comparison, own: str, name: str) -> None:
     """Ten test images, one of each class: the network's above the machines'."""
-    shown = [name for name in (f"els-{padding_mode}", "local", "ideal", "gaussian") if name in result.machines]
+    shown = [name for name in (own, "local", "ideal", "gaussian") if name in result.machines]
     rows = {"network": result.images, **{machine: result.machines[machine].images for machine in shown}}
-    plots.pairs({row: images[:10] for row, images in rows.items()}).save(DOCS / f"theory-{name}-{padding_mode}.png")
+    plots.pairs({row: images[:10] for row, images in rows.items()}).save(DOCS / f"theory-{name}.png")
 
 
 def draw() -> None:
@@ -150,20 +154,25 @@ def draw() -> None:
     record = json.loads((RESULTS / "theory.json").read_text())
     curves, beside = {}, {}
     for key, found in record["calibrations"].items():
-        name, padding_mode = next(kind for kind in PUBLISHED if key.startswith("-".join(kind)))
-        alike = [of for other, of in record["networks"].items() if other.startswith(f"{name}-{padding_mode}-")]
-        longest = max(alike, key=lambda of: of["images_seen"])
-        if key != f"{name}-{padding_mode}-{longest['images_seen']}-{longest['images']}":
+        kind = kind_of(record["networks"][key])
+        longest = max(
+            (of for of in record["networks"].values() if kind_of(of) == kind), key=lambda of: of["images_seen"]
+        )
+        if key != f"{stem(*kind)}-{longest['images_seen']}-{longest['images']}":
             continue
-        title = f"{name}, ResNet, {padding_mode}"
-        curves[title] = Calibration(found["sigmas"], PATCH_SIZES, one_hot(found["choices"]), {})
-        beside[title] = ps.ScaleTable.published(PUBLISHED[name, padding_mode])
+        title = ", ".join(kind)
+        curves[title] = Calibration(found["sigmas"], OFFERED[kind[1]], one_hot(found["choices"], OFFERED[kind[1]]), {})
+        beside[title] = ps.ScaleTable.published(PUBLISHED[kind])
     charts.calibration_curves(curves, beside).savefig(DOCS / "theory-calibration.png", dpi=110)
 
 
-def one_hot(choices: list[list[int]]):
+def kind_of(network: dict) -> tuple[str, str, str]:
+    return network["dataset"], network["network"], network["padding_mode"]
+
+
+def one_hot(choices: list[list[int]], sizes: tuple[int, ...]):
     chosen = torch.tensor(choices)
-    return (chosen[..., None] == torch.tensor(PATCH_SIZES)).double().numpy()
+    return (chosen[..., None] == torch.tensor(sizes)).double().numpy()
 
 
 def what() -> str:
