@@ -25,7 +25,7 @@ from .calibrate import METRICS, PATCH_SIZES, SUMMARIES
 from .calibrate import calibrate as run_calibration
 from .evaluate import baselines as known_machines
 from .evaluate import compare as run_comparison
-from .explain import explain_samples, mosaic_rows
+from .explain import Walk, explain_samples, mosaic_rows
 from .files import write_atomically
 from .index import OPTIONS, PatchIndex
 from .machines import DEFAULT_MEMORY_LIMIT, Denoiser, EquivariantLocalScore, IdealScore, LocalScore, ScoreMachine
@@ -681,6 +681,7 @@ def compare(
 Examples:
   patchscore explain out/ --image 3
   patchscore explain out/ --image all --levels 8
+  patchscore explain out/ --source moved/cifar.npz --index moved/cifar.index
 """
 )
 @click.argument("out", type=click.Path(path_type=Path))
@@ -688,16 +689,20 @@ Examples:
 @click.option("--levels", type=int, help="How many steps to explain; all, or 8 for over four images.")
 @click.option("--top", type=int, default=12, show_default=True, help="How many windows a pixel to look for.")
 @click.option("--source", help="Where the run's training images are now; by default where they were.")
+@click.option("--index", type=click.Path(path_type=Path), help="Where the run's index is now, if it had one; likewise.")
 @click.option("--device", default="auto", show_default=True, help="auto takes cuda if there is.")
 @_one_line_errors
-def explain(out: Path, images: str, levels: int | None, top: int, source: str | None, device: str) -> None:
+def explain(
+    out: Path, images: str, levels: int | None, top: int, source: str | None, index: Path | None, device: str
+) -> None:
     """Show which training patches made the samples of a run in OUT.
 
     Writes into that folder mosaic.png (mosaic-0000.png and so on for several images), explain.html, one page that needs
     nothing else, and memorisation.png; how near each sample is to a training image, and how many it is made of, goes
-    into run.json.
+    into run.json. A run made with an index is made again with it; what explains it are all windows, not only those that
+    the run looked at.
     """
-    machine, settings, record = reopen(out, source)
+    machine, settings, record = reopen(out, source, index)
     made = [entry["image"] for entry in record["images"]]
     wanted = made if images == "all" else _numbers(images, made)
     schedule = get_schedule(settings["schedule"], settings["steps"])
@@ -709,6 +714,9 @@ def explain(out: Path, images: str, levels: int | None, top: int, source: str | 
     start = time.perf_counter()
     walks = explain_samples(machine, wanted, chosen, top, device=_device(device), **settings)
     warn_of_others(out, walks)
+    shares = _of_all_windows(machine, record, walks)
+    if shares:
+        click.echo(shares)
 
     for walk in walks:
         name = "mosaic.png" if len(walks) == 1 else f"mosaic-{walk.number:04d}.png"
@@ -718,7 +726,8 @@ def explain(out: Path, images: str, levels: int | None, top: int, source: str | 
         "lines": [
             f"{type(machine).__name__} over {len(machine.bank):,} training images of {record['noted']['source']}, "
             f"seed {settings['seed']}. At each step a pixel becomes the weighted mean of the centre pixels of those "
-            "training windows that look most like its own noisy window."
+            "training windows that look most like its own noisy window.",
+            *([shares] if shares else []),
         ],
         "padding_mode": getattr(machine, "padding_mode", "zeros"),
     }
@@ -743,6 +752,25 @@ def explain(out: Path, images: str, levels: int | None, top: int, source: str | 
     )
     each = (time.perf_counter() - start) / len(walks)
     click.echo(f"{each:.1f} s an image: see {out / 'explain.html'} ({_bytes(len(page))}) and {out / name}")
+
+
+def _of_all_windows(machine: ScoreMachine, record: dict[str, Any], walks: list[Walk]) -> str:
+    """What to say of a run that looked at a share of the windows, through an index; nothing of any other."""
+    made = record["settings"]
+    if not made.get("index") or record["noted"]["engine"] in engines.ENGINES:
+        return ""
+    least = f"budget {made['budget']:g}" if made.get("budget") else f"tolerance {made['tolerance']:g}"
+    if machine.pruned is None:
+        return (
+            f"The run was made with an index ({least}), but here without it: noise, weights and denoised images are "
+            "those of all windows."
+        )
+    apart = [step for walk in walks for step in walk.apart]
+    return (
+        f"The run looked at a share of the windows, through an index ({least}). Its own noise is shown; weights and "
+        "denoised images are those of all windows. What the run made of that noise is off by "
+        f"{min(apart):.2g} to {max(apart):.2g} rms a step."
+    )
 
 
 def _network(network: str, bank: PatchBank, padding_mode: str) -> tuple[Denoiser, str]:

@@ -2,7 +2,8 @@
 
 A machine's answer is a weighted mean over known windows, so it can be taken apart. The heaviest windows are the nearest
 ones, whatever the noise level: they are searched for in float32, a chunk of the bank at a time, with some to spare, and
-those found are weighed again in float64 against the engine's exact total.
+those found are weighed again in float64 against the exact total of all, also where the machine itself has an index and
+looks at a share of the windows only.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ class Walk:
     levels: which steps of the walk are explained, counted from 0;  of: how many steps it has.
     steps: the explanation (B = 1) at each of those, most noise first.
     image: [C, H, W] the sample.
+    apart: at each of those, the rms difference between what the machine made of the noise and the `mean` of all
+        windows: rounding, or with an index the error of having looked at a share of them.
     """
 
     number: int
@@ -92,6 +95,7 @@ class Walk:
     of: int
     steps: tuple[Explanation, ...]
     image: Tensor
+    apart: tuple[float, ...]
 
 
 def explain_samples(
@@ -105,6 +109,8 @@ def explain_samples(
     **settings: Any,
 ) -> list[Walk]:
     """Makes samples of a machine again, from their seed, and explains them on the way.
+
+    The walk is the machine's own, with its index if it has one; every step is explained by all windows.
 
     Args:
         machine: the machine that made them.
@@ -125,14 +131,22 @@ def explain_samples(
         for number in images:
             label = (labels_in_turn(settings.get("labels"), range(number, number + 1)) or [None])[0]
             explained: list[Explanation] = []
+            apart: list[float] = []
 
-            def on_step(step: Step, label: Any = label, explained: list[Explanation] = explained) -> None:
+            def on_step(
+                step: Step,
+                label: Any = label,
+                explained: list[Explanation] = explained,
+                apart: list[float] = apart,
+            ) -> None:
                 if step.index in chosen:
-                    explained.append(explain(machine, step.x / step.alpha, step.sigma / step.alpha, label, top))
+                    found = explain(machine, step.x / step.alpha, step.sigma / step.alpha, label, top)
+                    explained.append(found)
+                    apart.append(float((step.x0 - found.mean).double().square().mean().sqrt()))
                     bar.update()
 
             final = sample(machine, n=1, first=number, device=device, callback=on_step, progress=False, **settings)
-            walks.append(Walk(number, label, chosen, len(schedule), tuple(explained), final[0]))
+            walks.append(Walk(number, label, chosen, len(schedule), tuple(explained), final[0], tuple(apart)))
     return walks
 
 
@@ -238,8 +252,8 @@ def explain(
 ) -> Explanation:
     """The `top` heaviest training windows of every pixel, with their exact weights.
 
-    Every window that competes is visited, as by the machine itself. Where windows are equally near, which of them are
-    listed is arbitrary; their weights are the same.
+    Every window that competes is visited, also where the machine has an index to look at fewer. Where windows are
+    equally near, which of them are listed is arbitrary; their weights are the same.
 
     Args:
         machine: IdealScore, LocalScore or EquivariantLocalScore.
@@ -262,7 +276,8 @@ def explain(
     place = None if pixel is None else _place(pixel, machine.shape)
     k = machine.patch_size_at(level)
     competition = _narrowed(machine.competition(k), place)
-    _, engine = engines.choose(machine.engine, z.device, z.dtype)
+    exact = machine.engine if machine.engine in engines.ENGINES else "auto"
+    _, engine = engines.choose(exact, z.device, z.dtype)
 
     parts: dict[int | None, list[int]] = {}
     for item, label in enumerate(check_labels(labels, machine.bank, len(z))):

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import platform
 import time
 import warnings
@@ -21,10 +22,11 @@ import numpy as np
 import PIL
 import torch
 
-from . import plots
+from . import engines, plots
 from .bank import PatchBank
 from .explain import Walk, count_sources, nearest_images, usual_nearness
 from .files import write_atomically
+from .index import OPTIONS, PatchIndex
 from .machines import EquivariantLocalScore, IdealScore, LocalScore, ScoreMachine
 from .noise import get_schedule
 from .sampling import Step, labels_in_turn, sample
@@ -293,15 +295,21 @@ def _versions() -> dict[str, str]:
     }
 
 
-def reopen(out: Path, source: str | None = None) -> tuple[ScoreMachine, dict[str, Any], dict[str, Any]]:
+def reopen(
+    out: Path, source: str | None = None, index: str | os.PathLike[str] | None = None
+) -> tuple[ScoreMachine, dict[str, Any], dict[str, Any]]:
     """The machine that made a run, what `sample` was given, and its record, from the run's own run.json.
+
+    A run that was made with an index gets a machine with that index, budget or tolerance, and seed. Where the index is
+    no longer where it was, the machine is exact, and a warning says so.
 
     Args:
         out: the run's folder.
         source: where its training images are; None looks where they were.
+        index: where its index is; None looks where it was.
 
     Raises:
-        ValueError: no run, or other training images than the run's.
+        ValueError: no run, other training images or another index than the run's, an index that it had not.
         OSError: a file cannot be read.
     """
     path = out / "run.json"
@@ -319,20 +327,43 @@ def reopen(out: Path, source: str | None = None) -> tuple[ScoreMachine, dict[str
         walked = {name: settings[name] for name in ("steps", "schedule", "sampler", "labels", "seed")}
         where, fingerprint, sizes = source or noted["source"], made["fingerprint"], settings["patch_sizes"]
         table = sizes and ScaleTable([float(sigma) for sigma in sizes], list(sizes.values()), str(settings["table"]))
-        kind, padding_mode = settings["machine"], settings["padding_mode"]
+        kind, padding_mode, engine = settings["machine"], settings["padding_mode"], noted["engine"]
+        built, shares = settings.get("index"), {name: settings.get(name) for name in ("budget", "tolerance")}
+        indexed = index or noted.get("index")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a usable run: {error}") from None
     bank = PatchBank.open(where, **reading)
     if bank.fingerprint != fingerprint:
         raise ValueError(f"{where}: not the training images of the run in {out}; give their place with --source")
+    if index is not None and built is None:
+        raise ValueError(f"--index: got {index}, the run in {out} was made without one")
     machine: ScoreMachine
     if kind == "ideal":
         machine = IdealScore(bank)
     elif kind == "ls":
         machine = LocalScore(bank, table)
-    else:
+    elif built is None or engine in engines.ENGINES:  # one that was named comes before the index
         machine = EquivariantLocalScore(bank, table, padding_mode)
+    elif index is None and not Path(indexed).exists():
+        warnings.warn(
+            f"{indexed}: the index that the run in {out} was made with is not there (--index tells where it is now): "
+            "its images are made again from all windows, and may come out otherwise",
+            stacklevel=3,
+        )
+        machine = EquivariantLocalScore(bank, table, padding_mode)
+    else:
+        found = _index_of_run(Path(indexed), bank, built, out)
+        machine = EquivariantLocalScore(bank, table, padding_mode, index=found, **shares, seed=walked["seed"])
     return machine, walked, record
+
+
+def _index_of_run(path: Path, bank: PatchBank, built: dict[str, Any], out: Path) -> PatchIndex:
+    """The index at `path`, if it was built as the run's was; of its patch sizes only those that it had then."""
+    index = PatchIndex.open(path, bank)
+    same = all(index.meta[name] == built.get(name) for name in OPTIONS)
+    if not same or not set(built["patch_sizes"]) <= set(index.patch_sizes):
+        raise ValueError(f"{path}: not the index that the run in {out} was made with; give its place with --index")
+    return PatchIndex(path, bank, {**index.meta, "patch_sizes": built["patch_sizes"]})
 
 
 MEMORY_LEVEL = 0.5

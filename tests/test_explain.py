@@ -128,6 +128,19 @@ def test_bad_input_is_named(bank, options, message):
         explain(ps.LocalScore(bank, 3), **{"z": noisy(bank, 1.0), "sigma": 1.0, **options})
 
 
+def test_an_index_changes_nothing_in_what_explains(bank, tmp_path):
+    pytest.importorskip("faiss", reason="FAISS cannot be imported")
+    index = ps.PatchIndex.build(bank, [3], tmp_path / "i", progress=False)
+    z = noisy(bank, 0.5, dtype=torch.float32)
+    exact = explain(ps.EquivariantLocalScore(bank, 3), z, 0.5, top=3)
+    for engine in ("auto", "pruned"):
+        machine = ps.EquivariantLocalScore(bank, 3, engine=engine, index=index, budget=0.02)
+        found = explain(machine, z, 0.5, top=3)
+        assert torch.equal(found.weight, exact.weight)
+        assert torch.equal(found.mean, exact.mean)
+        assert not torch.equal(machine.denoise(z, 0.5), exact.mean)
+
+
 def test_what_has_no_windows_cannot_be_explained(bank):
     with pytest.raises(TypeError, match="training windows"):
         explain(ps.GaussianScore(bank), noisy(bank, 1.0), 1.0)

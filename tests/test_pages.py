@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_sixteen_images_of_32_x_32_stay_under_five_megabytes():
         for j in range(8):
             scrambled = torch.randint(0, 1500, shape, generator=generator)
             steps.append(type(explained)(**{**vars(explained), "image": scrambled, "sigma": 1.0 + i + j}))
-        walks.append(type(walk)(i, None, tuple(range(8)), 8, tuple(steps), walk.image))
+        walks.append(replace(walk, number=i, levels=tuple(range(8)), of=8, steps=tuple(steps)))
     page = explanation_page(walks, bank, ABOUT)
     assert len(page.encode()) < 5_000_000
 
@@ -184,6 +185,77 @@ def test_other_machines_are_explained_too(sampled, tmp_path, machine):
     if machine == "ideal":
         (entry,) = json.loads((tmp_path / "out" / "run.json").read_text())["memorisation"]["samples"]
         assert entry["sources"] == 1
+
+
+@pytest.fixture
+def indexed(sampled, tmp_path):
+    """A run through an index that looked at few enough windows to come out visibly otherwise."""
+    pytest.importorskip("faiss", reason="FAISS cannot be imported")
+    assert run("index", sampled / "bank.npz", "--patch-sizes", 5, "--out", tmp_path / "i").exit_code == 0
+    words = ["--steps", 6, "--table", 5, "-n", 2, "--seed", 3, "--index", tmp_path / "i", "--budget", 0.02]
+    assert run("sample", sampled / "bank.npz", *words, "--out", tmp_path / "out").exit_code == 0
+    return tmp_path
+
+
+def test_a_run_with_an_index_is_walked_with_it_and_explained_by_all_windows(sampled, indexed):
+    bank = ps.PatchBank.open(sampled / "bank.npz")
+    exact = ps.EquivariantLocalScore(bank, 5)
+    own = ps.EquivariantLocalScore(bank, 5, index=ps.PatchIndex.open(indexed / "i", bank), budget=0.02, seed=3)
+    result = run("explain", indexed / "out", "--image", 1)
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.output
+
+    (walk,) = explain_samples(own, [1], top=4, steps=6, seed=3)
+    with np.load(indexed / "out" / "samples.npz") as saved:
+        assert np.abs(saved["images"][1] - walk.image.clamp(-1, 1).numpy()).max() < 1e-5
+    (other,) = explain_samples(exact, [1], top=4, steps=6, seed=3)
+    assert (walk.image - other.image).abs().max() > 0.02  # so the run is not the exact machine's
+    assert max(other.apart) < 1e-5
+    for step, apart in zip(walk.steps, walk.apart, strict=True):
+        again = ps.explain(exact, step.z, step.sigma, top=4)
+        assert torch.equal(again.weight, step.weight)
+        torch.testing.assert_close(step.mean, exact.denoise(step.z, step.sigma))
+        error = own.denoise(step.z, step.sigma) - step.mean
+        assert apart == pytest.approx(float(error.square().mean().sqrt()), rel=1e-4, abs=1e-7)
+
+    said = "(budget 0.02). Its own noise is shown; weights and denoised images are those of all windows."
+    off = f"off by {min(walk.apart):.2g} to {max(walk.apart):.2g} rms a step"
+    page = (indexed / "out" / "explain.html").read_text()
+    for text in (result.output, page):
+        assert said in text
+        assert off in text
+    assert "those of all windows" not in run("explain", sampled / "out", "--levels", 1).output
+
+
+def test_an_index_that_moved_is_told_and_can_be_given(sampled, indexed):
+    out = indexed / "out"
+    (indexed / "i").rename(indexed / "elsewhere")
+    result = run("explain", out)
+    assert result.exit_code == 0, result.output
+    assert "made with is not there (--index tells where it is now)" in result.output
+    assert "came out otherwise" in result.output
+    assert "but here without it" in (out / "explain.html").read_text()
+    result = run("explain", out, "--index", indexed / "elsewhere")
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.output
+    # Sizes that were added since are left alone: the run did without them.
+    words = ["--table", 3, "-n", 1, "--steps", 4, "--index", indexed / "elsewhere", "--budget", 0.1]
+    words += ["--out", indexed / "out3"]
+    assert run("sample", sampled / "bank.npz", *words).exit_code == 0
+    more = run("index", sampled / "bank.npz", "--patch-sizes", "3", "--out", indexed / "elsewhere")
+    assert more.exit_code == 0, more.output
+    result = run("explain", indexed / "out3")
+    assert "warning" not in result.output
+
+    assert run("index", sampled / "bank.npz", "--patch-sizes", 5, "--seed", 1, "--out", indexed / "j").exit_code == 0
+    for words, message in (
+        ([out, "--index", indexed / "j"], "j: not the index that the run"),
+        ([out, "--index", indexed / "nowhere"], "nowhere: no index here"),
+        ([sampled / "out", "--index", indexed / "j"], "was made without one"),
+    ):
+        result = run("explain", *words)
+        assert result.exit_code == 2
+        assert message in result.output
 
 
 def test_what_cannot_be_explained_is_said_in_one_line(sampled, tmp_path):
