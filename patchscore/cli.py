@@ -765,11 +765,10 @@ def _of_all_windows(machine: ScoreMachine, record: dict[str, Any], walks: list[W
             f"The run was made with an index ({least}), but here without it: noise, weights and denoised images are "
             "those of all windows."
         )
-    apart = [step for walk in walks for step in walk.apart]
+    apart = max(step for walk in walks for step in walk.apart)
     return (
         f"The run looked at a share of the windows, through an index ({least}). Its own noise is shown; weights and "
-        "denoised images are those of all windows. What the run made of that noise is off by "
-        f"{min(apart):.2g} to {max(apart):.2g} rms a step."
+        f"denoised images are those of all windows. What the run made of that noise is off by up to {apart:.2g} rms."
     )
 
 

@@ -219,7 +219,7 @@ def test_a_run_with_an_index_is_walked_with_it_and_explained_by_all_windows(samp
         assert apart == pytest.approx(float(error.square().mean().sqrt()), rel=1e-4, abs=1e-7)
 
     said = "(budget 0.02). Its own noise is shown; weights and denoised images are those of all windows."
-    off = f"off by {min(walk.apart):.2g} to {max(walk.apart):.2g} rms a step"
+    off = f"off by up to {max(walk.apart):.2g} rms"
     page = (indexed / "out" / "explain.html").read_text()
     for text in (result.output, page):
         assert said in text
