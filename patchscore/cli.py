@@ -283,7 +283,7 @@ The same command again continues an interrupted build and keeps the sizes that a
     help="zeros indexes the windows along edges too; circular has no use for them.",
 )
 @click.option("--rank", type=int, help="Principal axes to keep of a window.  [default: by the spectrum]")
-@click.option("--cells", type=int, help="Cells of similar windows.  [default: 4 sqrt(windows)]")
+@click.option("--cells", type=int, help="Cells of similar windows.  [default: 16 sqrt(windows)]")
 @click.option("--max-windows", type=int, help="Index at most so many windows a size, of images taken at random.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of training samples and the order in cells.")
 @click.option("--verify", is_flag=True, help="Check every file whole, once built.")
