@@ -157,7 +157,11 @@ Published tables, made for 32 x 32 images: """
     help="An index that `patchscore index` made of SOURCE: a share of the windows is looked at, not all.",
 )
 @click.option("--budget", type=float, help="With --index: the share of (pixel, window) pairs to evaluate, say 0.01.")
-@click.option("--tolerance", type=float, help="With --index, instead: the rms error that a denoised pixel may have.")
+@click.option(
+    "--tolerance",
+    type=float,
+    help="With --index, instead: the rms error that a denoised pixel may have. On CUDA also without: the largest.",
+)
 @click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes cuda if there is."
 )
@@ -205,13 +209,15 @@ def sample(
     device = _device(device)
     if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"--out: {out} lies in the folder of training images")
-    if index_path is None and (budget is not None or tolerance is not None):
-        raise ValueError("--budget, --tolerance: take an --index; `patchscore index` makes one")
+    if index_path is None and budget is not None:
+        raise ValueError("--budget: takes an --index; `patchscore index` makes one")
+    if index_path is None and tolerance is not None and (machine != "els" or engines.fused.unavailable(torch.device(device))):
+        raise ValueError("--tolerance: takes an --index (`patchscore index` makes one), or els on CUDA with Triton")
     if index_path is not None and (budget is None) == (tolerance is None):
         raise ValueError("--index: takes one of --budget and --tolerance")
     bank = _open(source, size, channels, limit, skip_bad)
     index = None if index_path is None else PatchIndex.open(index_path, bank)
-    pruned = {"index": index, "budget": budget, "tolerance": tolerance, "seed": seed} if index else {}
+    pruned = {"index": index, "budget": budget, "tolerance": tolerance, "seed": seed} if index or tolerance else {}
     denoiser = _machine(machine, bank, table, padding_mode, engine, int(memory_limit * 2**30), pruned)
     sizes = denoiser.patch_size if isinstance(denoiser.patch_size, ScaleTable) else None
     described = {

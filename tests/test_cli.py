@@ -14,6 +14,7 @@ from conftest import smooth_images
 from PIL import Image
 
 import patchscore as ps
+from patchscore import engines
 from patchscore.cli import main
 
 
@@ -333,6 +334,17 @@ def test_index_builds_what_sample_then_uses(photos, tmp_path):
     assert sample(photos, tmp_path / "out2", "--index", tmp_path / "i", "--tolerance", 0.1).exit_code == 0
 
 
+def test_sample_takes_a_tolerance_without_an_index_where_fused_serves(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(engines.fused, "unavailable", lambda device: None)
+    out = tmp_path / "out"
+    result = sample(photos, out, "--tolerance", 0.01, "--engine", "reference")
+    assert result.exit_code == 0, result.output
+    assert json.loads((out / "run.json").read_text())["settings"]["tolerance"] == 0.01
+    refused = sample(photos, tmp_path / "out2", "--tolerance", 0.01, "--machine", "ls")
+    assert refused.exit_code == 2
+    assert "--tolerance: takes an --index" in refused.stderr
+
+
 def test_index_takes_the_sizes_of_a_table(photos, tmp_path):
     pytest.importorskip("faiss")
     result = run("index", photos, "--table", "cifar10-resnet-zeros", "--out", tmp_path / "i", "--max-windows", 500)
@@ -377,7 +389,8 @@ def test_sample_refuses_a_missing_or_foreign_index_in_one_line(photos, tmp_path)
         ("--index", tmp_path / "none", "--budget", 0.1): "no index here",
         ("--index", tmp_path / "i", "--budget", 0.1): f"index of bank {fingerprint}, but this bank is {other}",
         ("--index", tmp_path / "i"): "--index: takes one of --budget and --tolerance",
-        ("--budget", 0.1): "--budget, --tolerance: take an --index",
+        ("--budget", 0.1): "--budget: takes an --index",
+        ("--tolerance", 0.1, "--device", "cpu"): "--tolerance: takes an --index",
         ("--engine", "pruned"): '"pruned" takes an index',
     }
     for options, message in cases.items():
