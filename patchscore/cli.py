@@ -211,7 +211,8 @@ def sample(
         raise ValueError(f"--out: {out} lies in the folder of training images")
     if index_path is None and budget is not None:
         raise ValueError("--budget: takes an --index; `patchscore index` makes one")
-    if index_path is None and tolerance is not None and (machine != "els" or engines.fused.unavailable(torch.device(device))):
+    rounds = machine == "els" and not engines.fused.unavailable(torch.device(device))
+    if index_path is None and tolerance is not None and not rounds:
         raise ValueError("--tolerance: takes an --index (`patchscore index` makes one), or els on CUDA with Triton")
     if index_path is not None and (budget is None) == (tolerance is None):
         raise ValueError("--index: takes one of --budget and --tolerance")
