@@ -1,6 +1,8 @@
 # make demo   new images from the built-in data, in out/
 # make test   the test suite
 # make lint   ruff and mypy
+# make docs   what is generated in docs/ and README.md, from the code and from the results of benchmarks
+# make bench  the CPU benchmarks in short, in out-bench/
 # make sanitize   the C++ engines under sanitizers
 # make gpu-check  the tests that need a GPU, then under compute-sanitizer
 # PYTHON=python3.12 picks another interpreter; CONSTRAINTS= drops the pins.
@@ -11,7 +13,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 
-.PHONY: demo test lint sanitize gpu-check clean
+.PHONY: demo test lint docs bench sanitize gpu-check clean
 
 # Without a compiler the engine in plain torch serves; fewer training images keep that within minutes too.
 demo: $(VENV)/.installed
@@ -25,6 +27,13 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-test
+	$(BIN)/python tools/reference.py
+	$(BIN)/python benchmarks/report.py
+
+bench: $(VENV)/.installed-test
+	$(BIN)/patchscore bench
 
 # The C++ engines under AddressSanitizer and UBSan, on every instruction set of this machine; some minutes.
 sanitize:

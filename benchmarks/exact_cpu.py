@@ -33,6 +33,7 @@ OTHER_NOISE = ((3, 0.08), (3, 4.0))
 """One case where nearly all weights vanish, and one where none does."""
 SLOT = 0.2  # seconds a measurement aims at
 MOST_IMAGES = 2048
+SHORT_SIZES = (3, 7, 17)
 SMALLEST_BANK = {"sliding": 64}  # its vectors hold 16 images, and 16 more keep the second thread busy
 MEMORY = 2**31
 
@@ -270,13 +271,37 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: list[dict], path: Path) -> None:
+    """Pairs a second against patch size, in the images that were measured first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size, channels = rows[0]["size"], rows[0]["channels"]
+    figure, ax = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
+    for name in dict.fromkeys(row["engine"] for row in rows):
+        same = [r for r in rows if (r["engine"], r["size"], r["channels"]) == (name, size, channels)]
+        same = sorted((r["k"], r["pairs_per_second"]) for r in same if r["sigma"] == SIGMA[r["k"]])
+        ax.semilogy([k for k, _ in same], [rate for _, rate in same], "o-", ms=4, label=name)
+    ax.set_xlabel("patch size, at the noise it is calibrated to")
+    ax.set_ylabel("(pixel, window) pairs a second")
+    ax.set_title(f"{size} x {size}, {channels} channels", fontsize=9)
+    ax.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", help="folder or tar of images to use instead of smooth random ones")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--channels", type=int, nargs="+", default=[3, 1])
+    parser.add_argument("--short", action="store_true", help="three cases at 32 x 32 in colour, three repeats")
     options = parser.parse_args()
+    if options.short:
+        options.repeats, options.sizes, options.channels = 3, [32], [3]
     if options.images and not Path(options.images).exists():
         print(f"{options.images}: not found, taking smooth random images", file=sys.stderr)
         options.images = None
@@ -291,12 +316,15 @@ def main() -> None:
             cases = [(k, sigma, channels, size) for k, sigma in SIGMA.items()]
             if size == 32:
                 cases = [*((k, sigma, channels, size) for k, sigma in OTHER_NOISE), *cases]
+            if options.short:
+                cases = [case for case in cases if case[0] in SHORT_SIZES and case[1] == SIGMA[case[0]]]
             for case in cases:
                 rows += measure(case, engines, images, options.repeats)
                 print(table(rows[-len(engines) :]).splitlines()[-1], flush=True)
     data = "smooth random" if options.images is None else Path(options.images).name
     simd = os.environ.get("PATCHSCORE_SIMD") or sliding._native.simd_levels()[0]
     record.write("exact_cpu", __doc__.splitlines()[0], simd=simd, data=data, ceilings=speed, rows=rows)
+    draw(rows, record.DOCS / "exact-cpu.png")
     print(table(rows))
     print({name: f"{value:.3g}" for name, value in speed.items()})
 

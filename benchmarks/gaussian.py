@@ -2,7 +2,7 @@
 
 Class-conditional, as the published networks were, DDIM from the same noise throughout. r^2 is the squared correlation
 of final images with those of every step from white noise, or with the machine's own flow in small steps; times are CPU
-times. Writes benchmarks/results/gaussian-<data>.json and docs/gaussian-start-<data>.png; `python benchmarks/tables.py`
+times. Writes benchmarks/results/gaussian-<data>.json and docs/gaussian-start-<data>.png; `python benchmarks/report.py`
 puts the tables into docs/adapters.md. Two minutes each; --rounds 5 for steadier times, --per-class for a larger bank.
 
     python benchmarks/gaussian.py fashion-mnist

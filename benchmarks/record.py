@@ -3,6 +3,7 @@
 import datetime
 import io
 import json
+import os
 import platform
 import re
 import subprocess
@@ -16,8 +17,11 @@ from PIL import Image
 import patchscore as ps
 
 ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
-RESULTS = ROOT / "benchmarks" / "results"
+KEPT = ROOT / "benchmarks" / "results"
+"""The results that are part of the project."""
+RESULTS = Path(os.environ.get("PATCHSCORE_RESULTS", KEPT))
+DOCS = Path(os.environ.get("PATCHSCORE_RESULTS", ROOT / "docs"))
+"""Where this run's results and pictures go; PATCHSCORE_RESULTS, a folder, keeps those of the project as they are."""
 
 
 def write(name: str, what: str, **content: object) -> None:
@@ -25,6 +29,11 @@ def write(name: str, what: str, **content: object) -> None:
     record = {"what": what, **provenance(), **content}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(as_json(rounded(record)) + "\n")
+
+
+def read(name: str) -> dict:
+    """A result of the project."""
+    return json.loads((KEPT / f"{name}.json").read_text())
 
 
 def as_json(record: object) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `patchscore sample`, `index`, `info`, `calibrate`, `compare` and `explain`.
+"""The command line: `patchscore sample`, `index`, `info`, `calibrate`, `compare`, `explain` and `bench`.
 
 A thin skin: it turns words into the library's objects, prints what happened, and turns every error a user can cause
 into one line on stderr and exit code 2.
@@ -7,6 +7,7 @@ into one line on stderr and exit code 2.
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 import time
 import warnings
@@ -777,6 +778,38 @@ def _of_all_windows(machine: ScoreMachine, record: dict[str, Any], walks: list[W
         f"The run looked at a share of the windows, through an index ({least}). Its own noise is shown; weights and "
         f"denoised images are those of all windows. What the run made of that noise is off by up to {apart:.2g} rms."
     )
+
+
+@main.command(
+    epilog="""
+\b
+Examples:
+  patchscore bench
+  patchscore bench --full --images cifar10/train --indexes indexes
+  patchscore bench --gpu --images cifar10/train
+"""
+)
+@click.option("--full", is_flag=True, help="Everything that the inputs below allow; hours.")
+@click.option("--gpu", is_flag=True, help="The benchmark of the GPU.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: out-bench]")
+@click.option("--images", type=click.Path(path_type=Path), help="CIFAR-10: a folder with a subfolder a class.")
+@click.option("--archive", type=click.Path(path_type=Path), help="CIFAR-10: a tar of train/CLASS/NUMBER.jpg.")
+@click.option("--fashion-mnist", type=click.Path(path_type=Path), help="Folder of Fashion-MNIST's four IDX files.")
+@click.option("--indexes", type=click.Path(path_type=Path), help="Folder where indexes are kept or built, 40 GB.")
+@_one_line_errors
+def bench(full: bool, gpu: bool, **paths: Path | None) -> None:
+    """Measure the engines on this machine: rates beside peers, whole samples, scaling.
+
+    In short it takes less than five minutes and prints tables; JSON and plots go to the output folder. With --full and
+    without --out, the results and pages of the project itself are made again. The benchmarks come with the source
+    (repository or sdist), not with the wheel.
+    """
+    script = Path(__file__).parent.parent / "benchmarks" / "bench.py"
+    if not script.exists():
+        raise ValueError("bench: not in the wheel; get the source (repository or sdist) and run `make bench` there")
+    options = [f"--{name.replace('_', '-')}={path.resolve()}" for name, path in paths.items() if path is not None]
+    flags = ["--full"] * full + ["--gpu"] * gpu
+    sys.exit(subprocess.call([sys.executable, str(script), *flags, *options]))
 
 
 def _network(network: str, bank: PatchBank, padding_mode: str) -> tuple[Denoiser, str]:

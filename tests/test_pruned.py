@@ -3,8 +3,6 @@
 import contextlib
 import itertools
 import os
-import re
-import shutil
 import subprocess
 import sys
 import warnings
@@ -538,18 +536,3 @@ def test_the_native_scan_writes_where_it_may_and_knows_its_instruction_sets(nati
         sliding._native.scan_lists([native_arguments], 1, "mmx")
     sliding._native.scan_lists([native_arguments], 1, "")
     assert native_arguments["pairs"][0] > 0
-
-
-# What is written about it.
-
-
-def test_the_pages_code_runs_as_it_stands(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {"ps": ps, "torch": torch, "bank": ps.PatchBank.open("fashion-mnist", limit=30)}
-    names["z"] = names["bank"].chunk(0, 2) + 0.5 * torch.randn(2, 1, 28, 28)
-    for page in ("README.md", "docs/pruned.md"):
-        for block in re.findall(r"```py\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
-            exec(block, names)
-        assert names["est"].stderr.shape == (2, 1, 28, 28)
-        assert names["hits"].weight.shape[1] == 3
-        shutil.rmtree(tmp_path / "fashion.index")

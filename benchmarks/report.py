@@ -1,22 +1,56 @@
-"""Puts measured numbers into the pages of docs/: every block between <!-- name --> and <!-- /name --> is made here.
+"""Puts measured numbers into README.md and docs/: every block between <!-- name --> and <!-- /name --> is made here.
 
-python benchmarks/tables.py           # rewrites the blocks
-python benchmarks/tables.py --check   # fails if they are not what the results say
+From the files in benchmarks/results/ alone. What has no file yet is marked as not measured, with the command for it.
+
+python benchmarks/report.py           # rewrites the blocks
+python benchmarks/report.py --check   # fails if they are not what the results say
 """
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = tuple(ROOT / "docs" / page for page in ("adapters.md", "notes-fused.md", "notes-pruned.md", "theory.md"))
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MACHINES = {"els": "EquivariantLocalScore", "local": "LocalScore", "ideal": "IdealScore"}
 DATA = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+NOT_MEASURED = "not measured"
+
+COMMANDS = {
+    "exact_cpu": "exact_cpu.py --images cifar10.tar",
+    "accuracy": "accuracy.py",
+    "pruned_cpu": "pruned_cpu.py --images cifar10/train --indexes indexes",
+    "scaling": "scaling.py --images cifar10/train",
+    "end_to_end": "end_to_end.py --cifar10 cifar10/train --fashion-mnist train-images-idx3-ubyte.gz --indexes indexes",
+    "gpu-*": "gpu.py --images cifar10.tar --indexes indexes",
+    "theory": "theory.py fashion-mnist examples/fashion-mnist-resnet-zeros.safetensors fashion-mnist",
+    "adapters": "adapters.py",
+    "gaussian-fashion-mnist": "gaussian.py fashion-mnist",
+    "gaussian-cifar10": "gaussian.py cifar10 cifar10.tar",
+    "guidance": "guidance.py",
+    "classification": "classification.py t10k-images-idx3-ubyte.gz t10k-labels-idx1-ubyte.gz",
+    "fused_precision": "fused_precision.py cifar10.tar",
+    "fused_compile": "compile_report.py",
+    "fused_compile-triton-3.6": "compile_report.py",
+    "pruned_compile": "compile_report.py",
+    "pruned_compile-triton-3.6": "compile_report.py",
+    "sliding_cuda_sass": "sass.py",
+}
+"""What writes each result file: every file that there is, or should be."""
+
+
+class Missing(Exception):
+    """A result file that nobody has written yet."""
 
 
 def result(name: str) -> dict:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        raise Missing(name)
+    return json.loads(path.read_text())
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -387,7 +421,243 @@ def pruned_samples() -> str:
     return table(header, rows)
 
 
+def accuracy() -> str:
+    """Worst pixel by engine and noise, over machines, patch sizes and channels."""
+    record = result("accuracy")
+    sigmas = sorted({row["sigma"] for row in record["rows"]})
+    kinds = dict.fromkeys((row["engine"], row["dtype"]) for row in record["rows"])
+    rows = []
+    for engine, dtype in kinds:
+        for ideal, machine in ((False, "windows"), (True, "whole images")):
+            same = [
+                row
+                for row in record["rows"]
+                if (row["engine"], row["dtype"], row["machine"] == "ideal") == (engine, dtype, ideal)
+            ]
+            worst = [max(row["worst"] for row in same if row["sigma"] == sigma) for sigma in sigmas]
+            rows.append([f"`{engine}`, {dtype}", machine, *(f"{value:.0e}" for value in worst)])
+    return f"{table(['engine', 'over', *(f'{s:g}' for s in sigmas)], rows)}\n\n{measured_on(record)}"
+
+
+def coverage() -> str:
+    """How well stated errors of `pruned` cover the true ones."""
+    record = result("pruned_cpu")
+    rows = []
+    for setting in dict.fromkeys(row["setting"] for row in record["rows"]):
+        for low, high in ((0, 0.2), (0.2, 1), (1, 3), (3, 100)):
+            steps = [row for row in record["rows"] if row["setting"] == setting and low <= row["sigma"] < high]
+            if not steps:
+                continue
+            ratio = [row["stderr_rms"] / row["rms"] for row in steps]
+            within = [row["within_2_stderr"] for row in steps]
+            span = f"{min(row['sigma'] for row in steps):.2g} to {max(row['sigma'] for row in steps):.2g}"
+            cells = [setting, span, str(len(steps)), f"{statistics.median(row['rms'] for row in steps):.4f}"]
+            cells += [f"{statistics.median(ratio):.2f}", f"{min(within):.1%} to {max(within):.1%}"]
+            rows.append([*cells, str(sum(row["silent"] for row in steps))])
+    header = ["bank", "sigma", "steps", "rms error", "stated over true", "within two stderr", "unsaid"]
+    return f"{table(header, rows)}\n\n{measured_on(record)}"
+
+
+def exact() -> str:
+    """Pairs a second of exact engines and peers on the CPU."""
+    record = result("exact_cpu")
+    parts = []
+    for size, channels in dict.fromkeys((row["size"], row["channels"]) for row in record["rows"]):
+        parts.append(f"{size} x {size}, {'colour' if channels == 3 else 'gray'}:\n\n{rates(record, size, channels)}")
+    speed = record["ceilings"]
+    note = (
+        "Billions of (pixel, window) pairs a second; in brackets how many times `sliding` is ahead. In the same run "
+        f"torch did {speed['fused_multiply_adds_per_second'] / 1e9:.0f} billion multiply-adds and "
+        f"{speed['exponentials_per_second'] / 1e9:.1f} billion exponentials a second. Instructions: {record['simd']}. "
+        f"{measured_on(record)}"
+    )
+    return "\n\n".join([*parts, note])
+
+
+PEERS = {
+    "sliding": "`sliding`",
+    "attention": "torch attention",
+    "gemm": "GEMM, online softmax",
+    "convolution": "convolution (published)",
+    "keops": "KeOps",
+    "reference": "`reference`",
+}
+
+
+def rates(record: dict, size: int, channels: int, cases: tuple[tuple[int, float], ...] | None = None) -> str:
+    same = [row for row in record["rows"] if (row["size"], row["channels"]) == (size, channels)]
+    found = {(row["k"], row["sigma"], row["engine"]): row for row in same}
+    names = [name for name in PEERS if any(name == engine for _, _, engine in found)]
+    rows = []
+    for k, sigma in cases or sorted({(k, sigma) for k, sigma, _ in found}):
+        ours = found[k, sigma, "sliding"]["pairs_per_second"]
+        cells = [f"{k}, {sigma:g}", f"{ours / 1e9:.2f}"]
+        for name in names[1:]:
+            rate = found[k, sigma, name]["pairs_per_second"]
+            cells.append(f"{rate / 1e9:.3f} ({ours / rate:.1f}x)")
+        rows.append(cells)
+    return table(["k, sigma", *(PEERS[name] for name in names)], rows)
+
+
+def headline() -> str:
+    """The README's tables: exact sums beside peers, whole samples, a GPU."""
+    record = result("exact_cpu")
+    cases = ((3, 0.16), (7, 0.99), (11, 1.92), (17, 3.98))
+    parts = [
+        "Billions of (pixel, window) pairs a second, 32 x 32 in colour; in brackets how many times `sliding` is ahead "
+        f"{measured_on(record)}:",
+        rates(record, 32, 3, cases),
+        "Whole samples, exact and from a share of the windows:",
+        optional(end_to_end),
+    ]
+    if not (RESULTS / "end_to_end.json").exists():
+        parts.append(optional(pruned_samples))
+    devices = sorted(RESULTS.glob("gpu-*.json"))
+    if devices:
+        parts.append(f"On a GPU: [docs/benchmarks.md](docs/benchmarks.md), {', '.join(path.stem for path in devices)}.")
+    else:
+        parts.append("On a GPU: not measured.")
+    return "\n\n".join(parts)
+
+
+def optional(block) -> str:
+    """The block, or that there is nothing to make it from."""
+    try:
+        return block()
+    except Missing as missing:
+        command = f"python benchmarks/{COMMANDS[str(missing)]}"
+        return f"*Not measured*: there is no `benchmarks/results/{missing}.json`; `{command}` makes it."
+
+
+def files() -> str:
+    """Every result file: what it is, and of what machine, commit and date."""
+    names = sorted({*(path.stem for path in RESULTS.glob("*.json")), *(name for name in COMMANDS if "*" not in name)})
+    if not any(name.startswith("gpu-") for name in names):
+        names.append("gpu-*")
+    rows = []
+    for name in names:
+        script = COMMANDS.get(name) or COMMANDS["gpu-*"]
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            record = result(name)
+            where = [record["machine"], f"torch {record['versions']['torch']}", record["commit"], record["date"]]
+            rows.append([f"`{name}`", record["what"].rstrip("."), *where, f"`{script}`"])
+        else:
+            rows.append([f"`{name}`", NOT_MEASURED, "", "", "", "", f"`{script}`"])
+    return table(["file", "what", "machine", "versions", "commit", "date", "`python benchmarks/...`"], rows)
+
+
+def gpu() -> str:
+    devices = sorted(RESULTS.glob("gpu-*.json"))
+    if not devices:
+        raise Missing("gpu-*")
+    parts = []
+    for path in devices:
+        record = json.loads(path.read_text())
+        rows = [
+            [
+                str(row.get("section", "beside peers")),
+                row["engine"],
+                str(row.get("k", "")),
+                f"{row['sigma']:g}" if "sigma" in row else "",
+                str(row.get("batch", "")),
+                f"{row['windows']:,}" if "windows" in row else "",
+                str(row.get("precision", "")),
+                f"{row['pairs_per_second'] / 1e12:.3f}" if "pairs_per_second" in row else "",
+                f"{row['error']:.0e}" if "error" in row else "",
+                f"{1e3 * row['seconds_median'] / row.get('batch', 1):.2f}",
+                f"{row['peak_gib']:.1f}" if "peak_gib" in row else "",
+            ]
+            for row in record["rows"]
+        ]
+        header = ["section", "engine", "k", "sigma", "batch", "windows", "precision", "1e12 pairs/s", "worst pixel"]
+        header += ["ms an image", "peak GiB"]
+        skipped = "".join(f"\n- {what}" for what in record["skipped"])
+        parts.append(f"{record['device']}, {measured_on(record)}:\n\n{table(header, rows)}")
+        parts += [f"Not measured there:\n{skipped}"] * bool(skipped)
+    return "\n\n".join(parts)
+
+
+def end_to_end() -> str:
+    record = result("end_to_end")
+    rows = []
+    for row in record["rows"]:
+        same = [other for other in record["rows"] if other["setting"] == row["setting"]]
+        whole = next(other["seconds"] for other in same if other["method"] == "sliding, exact")
+        ratio = f"{row['seconds'] / whole:.2g}"
+        if row["extrapolated"]:
+            cells = [f"{row['seconds']:,.0f} (extrapolated)", ratio, "", ""]
+        else:
+            cells = [f"{row['seconds']:,.0f}", ratio, f"{row['r2_median']:.4f}", f"{row['r2_least']:.4f}"]
+        rows.append([row["setting"], row["method"], *cells])
+    missing = {"fashion-mnist-60000", "cifar10-20000"} - {row["setting"] for row in record["rows"]}
+    rows += [[setting, NOT_MEASURED, "", "", "", ""] for setting in sorted(missing)]
+    images = record["rows"][0]["images"]
+    header = ["bank", f"{images} images of {record['steps']} steps", "seconds", "times exact", "r^2, median", "least"]
+    note = "Extrapolated: timed on a part, the rest by its pairs; these peers sum over the same windows as exact."
+    return f"{table(header, rows)}\n\n{note} {measured_on(record)}"
+
+
+SERIES = {
+    "windows": "windows in the bank",
+    "side": "side of the image",
+    "batch": "noisy images at once",
+    "k": "patch size",
+    "threads": "threads",
+}
+
+
+def scaling() -> str:
+    record = result("scaling")
+    rows = []
+    for fit in record["fits"]:
+        of = [row for row in record["rows"] if (row["series"], row["engine"]) == (fit["series"], fit["engine"])]
+        first, last = of[0], of[-1]
+        cells = [SERIES[fit["series"]], f"`{fit['engine']}`", f"{fit['from']:,} to {fit['to']:,}"]
+        cells += [f"{fit[name]:.2f}" if name in fit else "" for name in ("pairs", "seconds", "memory")]
+        cells.append(f"{first['seconds_median']:.3f} to {last['seconds_median']:.3f} s")
+        grown = [row["memory_mib"] for row in (first, last)]
+        cells.append(NOT_MEASURED if None in grown else f"{grown[0]:.1f} to {grown[1]:.1f} MiB")
+        rows.append(cells)
+    header = ["quantity x", "engine", "from", "pairs: e", "seconds: e", "memory: e", "seconds", "memory"]
+    skipped = "; ".join(record["skipped"])
+    notes = [f"Images: {record['data']}; `pruned` at a budget of {record['budget']:g}. {measured_on(record)}"]
+    notes += [f"Not measured: {skipped}."] * bool(skipped)
+    return "\n\n".join([table(header, rows), "![Time and memory](scaling.png)", *notes])
+
+
+def on_paper() -> str:
+    record = result("scaling")
+    rows = [
+        [
+            f"{row['windows']:.0e}".replace("e+", "e"),
+            f"{row['k']}, {row['sigma']:g}",
+            f"{row['images'] / 1e6:.2g}M",
+            f"{row['pairs']:.1e}".replace("e+", "e"),
+            f"{row['bank_bytes'] / 1e9:.0f}",
+            f"`{row['engine']}`",
+            str(row["gpus"]),
+            f"{row['bytes_a_gpu'] / 1e9:.0f}",
+            f"{row['seconds']:.2g}",
+            row["binds"],
+        ]
+        for row in record["on_paper"]
+    ]
+    header = ["windows", "k, sigma", "images", "pairs", "bank, GB", "engine", "GPUs", "GB a GPU", "s a step", "binds"]
+    given = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in record["constants"].items())
+    return f"{table(header, rows)}\n\nOf an H200, in bytes, seconds and cycles: {given}."
+
+
 BLOCKS = (
+    headline,
+    files,
+    accuracy,
+    coverage,
+    exact,
+    end_to_end,
+    scaling,
+    on_paper,
+    gpu,
     agreement,
     flow,
     guidance,
@@ -416,7 +686,7 @@ def filled(page: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
-        return f"<!-- {name} -->\n{made[name]()}\n<!-- /{name} -->"
+        return f"<!-- {name} -->\n{optional(made[name])}\n<!-- /{name} -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", fill, page, flags=re.DOTALL)
 
@@ -426,8 +696,9 @@ def main() -> None:
         page = path.read_text()
         made = filled(page)
         if "--check" in sys.argv[1:] and page != made:
-            sys.exit(f"{path.relative_to(ROOT)} is not what the results say: run python benchmarks/tables.py")
-        path.write_text(made)
+            sys.exit(f"{path.relative_to(ROOT)} is not what the results say: run python benchmarks/report.py")
+        if page != made:
+            path.write_text(made)
 
 
 if __name__ == "__main__":
