@@ -143,15 +143,18 @@ class ScoreMachine(Denoiser):
 
         mean, stderr, pairs, names = torch.empty_like(z), torch.zeros_like(z), 0, set()
         ess = z.new_empty(len(z), *z.shape[2:])
-        for (label, k), items in parts.items():
+        for (label, k), numbers in parts.items():
+            # Items in a row as a slice: a list would be copied to the device, and the host wait for it.
+            row = range(numbers[0], numbers[-1] + 1)
+            items = slice(row.start, row.stop) if len(row) == len(numbers) else numbers
             bank = self.bank if label is None else self.bank.select(label)
             competition = self.competition(k)
             name, engine = engines.choose(self.engine, z.device, z.dtype, self.pruned, competition, self.tolerance)
             total: PosteriorSum = engine.posterior_sum(z[items], sigmas[items], bank, competition, self.memory_limit)
             mean[items] = total.mean.to(z.device, z.dtype)
             stderr[items] = total.stderr.to(z.device, z.dtype)
-            ess[items] = total.ess[:, 0].to(z.device, z.dtype).expand(len(items), *z.shape[2:])
-            every = len(items) * len(bank) * competition.pairs_per_image
+            ess[items] = total.ess[:, 0].to(z.device, z.dtype).expand(len(numbers), *z.shape[2:])
+            every = len(numbers) * len(bank) * competition.pairs_per_image
             pairs += every if total.pairs is None else total.pairs
             names.add(name)
         return Estimate(mean, stderr, ess, pairs, " and ".join(sorted(names)))
@@ -328,9 +331,14 @@ def check_noisy(z: Tensor, shape: tuple[int, int, int], name: str = "z") -> Tens
     if z.ndim != 4 or tuple(z.shape[1:]) != shape:
         takes = f"[B, {shape[0]}, {shape[1]}, {shape[2]}]"
         raise ValueError(f"{name}: got shape {list(z.shape)}, takes {takes} as the bank's")
-    if not torch.isfinite(z).all():
+    # Of pixels that a CUDA graph records nothing is known yet.
+    if not _recording(z.device) and not torch.isfinite(z).all():
         raise ValueError(f"{name}: NaN or infinite pixels")
     return z if z.dtype == torch.float64 else z.to(torch.float32)
+
+
+def _recording(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def check_sigma(sigma: float | Tensor, batch: int) -> Tensor:

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -204,3 +205,40 @@ def test_local_scores_and_classes_on_a_gpu(large_bank, sigma):
 def test_auto_takes_fused_on_a_gpu(large_bank):
     machine = ps.EquivariantLocalScore(large_bank, 5)
     assert machine.estimate(large_bank.chunk(0, 1, device="cuda"), 0.5).engine == "fused"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("mode", "k", "sigma"), [("zeros", 7, 0.5), ("circular", 3, 0.02), ("zeros", 5, 30.0)])
+def test_a_cuda_graph_holds_a_dense_call(large_bank, mode, k, sigma):
+    machine = ps.EquivariantLocalScore(large_bank, k, mode, engine="fused")
+    first, second = (large_bank.chunk(i, i + 4, device="cuda") + 0.1 for i in (0, 4))
+    z = first.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        machine.denoise(z, sigma)  # compiles, tunes, and keeps rows
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = machine.denoise(z, sigma)
+    for other in (second, first):
+        z.copy_(other)
+        graph.replay()
+        assert torch.equal(recorded, machine.denoise(other, sigma))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_host_waits_for_the_check_of_pixels_alone(large_bank):
+    machine = ps.EquivariantLocalScore(large_bank, 7, engine="fused")
+    z = large_bank.chunk(0, 4, device="cuda")
+    machine.denoise(z, 0.5)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            machine.denoise(z, 0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(warning.message) for warning in caught) == 1

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..bank import PatchBank
 from ..posterior import accumulator_dtype
 from ..windows import Axis, Competition, Group
+from . import sliding_cuda
 from .reference import _rows
 
 BIAS_COLUMNS = 3
@@ -257,6 +258,19 @@ def query_rows(
 # Rows of patches.
 
 
+def _stored(bank: PatchBank, start: int, stop: int, device: torch.device) -> Tensor:
+    """Images start..stop as stored, on the device: of a copy that is kept there, or, where all of them would fill too
+    much of its memory, sent through pinned memory, which the host does not wait for."""
+    if device.type != "cuda":
+        return bank._raw(start, stop).to(device)
+    kept = sliding_cuda._on_device(bank.images, device)
+    if kept is None:
+        return bank._raw(start, stop).pin_memory().to(device, non_blocking=True)
+    if bank.indices is None:
+        return kept[start:stop]
+    return kept[bank.indices[start:stop].pin_memory().to(device, non_blocking=True)]
+
+
 @dataclass(frozen=True)
 class Patches:
     """Patch rows of some images: rows [L, M, K] and values [L, M, NV], fp16, M a multiple of PATCH_MULTIPLE."""
@@ -287,7 +301,8 @@ def patch_rows(
 ) -> Patches:
     """Competing windows of images start..stop, as `plan` has it."""
     exact = accumulator_dtype(device)
-    images = bank.chunk(start, stop, torch.float32, device) * unit
+    raw = _stored(bank, start, stop, device)
+    images = (raw.float() / 127.5 - 1 if raw.dtype == torch.uint8 else raw.float()) * unit
     where = group.rows.centres, group.cols.centres, group
     padding = (k // 2,) * 4
 

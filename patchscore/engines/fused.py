@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import warnings
@@ -215,7 +216,7 @@ def _posterior_sum(
     smallest = float(sigma.min())
     free = any(not (group.rows.locked or group.cols.locked) for group in competition.groups)
     spectrum = spectrum_of(bank, k, device) if free and d <= LARGEST_SPECTRUM else None
-    sigma = sigma.to(device, exact)
+    sigma = _levels(sigma, device, exact)
 
     total = PosteriorSum.empty(z.shape, device)
     for group in competition.groups:
@@ -247,6 +248,12 @@ def _posterior_sum(
             total.add_(PosteriorSum(m, s, v, s2), some, _span(group.rows.queries), _span(group.cols.queries))
             first += items
     return total
+
+
+def _levels(sigma: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """sigma on the device, run by run of equal numbers: a fill waits for nothing, and a CUDA graph can hold it."""
+    runs = [(level, len(list(run))) for level, run in itertools.groupby(sigma.tolist())]
+    return torch.cat([torch.full((length,), level, dtype=dtype, device=device) for level, length in runs])
 
 
 def _merged(parts: list[tuple[Tensor, Tensor]], queries: Queries, channels: int, unit: float) -> tuple[Tensor, ...]:
