@@ -39,12 +39,12 @@ TYPES = {
 LISTS_TYPES = {
     **dict.fromkeys(("q", "p", "v"), "*fp16"),
     **dict.fromkeys(("cell_first", "block_first", "block_end", "item", "first_tile", "first_item"), "*i64"),
-    **dict.fromkeys(("row", "promising", "picked", "ids", "window"), "*i64"),
-    **dict.fromkeys(("order", "cell_size", "cell_turn", "block_cell", "query", "take", "cell", "counts"), "*i32"),
-    **dict.fromkeys(("n_cells", "geometry"), "*i32"),
+    **dict.fromkeys(("slot", "first_slot", "promising", "picked", "ids", "window"), "*i64"),
+    **dict.fromkeys(("order", "cell_size", "cell_turn", "block_key", "query", "take", "cell", "counts"), "*i32"),
+    **dict.fromkeys(("family", "n_slots", "geometry"), "*i32"),
     **dict.fromkeys(("total", "distance"), "*fp64"),
-    **dict.fromkeys(("end_cell", "n_queries"), "i32"),
-    "bits": "fp32",
+    **dict.fromkeys(("first_cell", "end_cell", "n_queries", "n_parents"), "i32"),
+    **dict.fromkeys(("bits", "floor", "value_unit"), "fp32"),
     "images": "*u8",
 }
 """Of the arguments of kernels/lists.py; all others are *fp32."""
@@ -90,9 +90,10 @@ def _compiled(kernel, types: dict[str, str], constants: dict, capability: int, w
 
 # Kernels of the pruned engine, with the constants of an index of colour images at k = 7 unless said.
 LISTS = {
+    "foresee": {"K": 96, "BK": pruned_cuda.FORESEEN_AXES, "BQ": pruned_cuda.PLANNED},
     "allocate": {"QUANTUM": pruned_cuda.QUANTUM, "BP": pruned_cuda.TILE, "BC": 256},
     "list": {"QUANTUM": pruned_cuda.QUANTUM, "NM": 8, "BC": 256},
-    "sum": {"C": 3, "NV": 16, "BI": 128},
+    "sum": {"C": 3, "NV": 16, "NM": 8, "BI": 128},
     "pick": {"KA": 64, "KB": 0, "BP": pruned_cuda.TILE, "BT": 32, "COUNTED": True, "ORDERED": True},
     "distance": {"R": 64, "C": 3, "H": 32, "W": 32, "SIZE": 7, "BYTES": True, "BR": 16, "BD": 64},
 }
@@ -100,9 +101,9 @@ LISTS = {
 
 def list_types(name: str, arguments: list[str]) -> dict[str, str]:
     types = {argument: LISTS_TYPES.get(argument, "*fp32") for argument in arguments}
-    if name in ("scan", "pick"):
-        return types | {"first_cell": "i32", "floor": "fp32"}  # numbers there, tables where cells are chosen
-    return types | {"first_cell": "*i32"}
+    if name in ("allocate", "list"):
+        return types | {"floor": "*fp32"}  # a number elsewhere
+    return types | {"q": "*fp32"} if name == "foresee" else types
 
 
 def compiled_list(name: str, constants: dict, capability: int, warps: int = 4, stages: int = 3):

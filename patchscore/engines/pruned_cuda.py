@@ -1,7 +1,8 @@
 """The GPU half of engine `pruned`, in Triton (patchscore/kernels/lists.py).
 
-The same estimate as on the CPU: a query takes a share of every cell, as large as the cell's moments let expect, and
-what it takes stands for the rest. Here one program plans a query, takers are sorted by cell so that a block of queries
+The same estimate as on the CPU: weights are foreseen for parents first, then for the cells of those that matter; a
+query takes a share of each, as large as the cell's moments let expect, and what it takes stands for the rest. Here a
+query looks under a fixed number of parents, one program plans it, takers are sorted by cell so that a block of queries
 reads a tile of windows once, and the host waits once a part of the call, for the length of the list.
 """
 
@@ -15,14 +16,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..bank import PatchBank
-from ..index import IndexedSize
+from ..index import SIBLINGS, IndexedSize
 from ..posterior import PosteriorSum
 from ..windows import Competition, Group
 from . import fused, reference
@@ -52,13 +53,34 @@ TILE = 64
 QUANTUM = 16
 """A prefix is a multiple of so many windows, or the whole cell: fewer would leave most of a tile idle."""
 
+LEAST_FAMILIES = 0.08
+"""Share of the parents that a query looks under in any case, or four budgets; more where the noise asks for it."""
+
+MOST_SKIPPED = 0.02
+"""Share of a query's foreseen weight that may lie under other parents, for most queries."""
+
+PROBES = 64
+"""Queries by which the number of families is found."""
+
+PLANNED = 64
+"""Queries of a block that is foreseen."""
+
+FORESEEN_AXES = 16
+"""Axes that are foreseen by at a time."""
+
 EXPECTED_SHARE = 0.1
 """The part of the variance expected of windows not taken that is added to the variance seen."""
 
 NEGLIGIBLE_BITS = 42.0
 """Tiles whose weights all lie so far below the largest known are skipped, however many windows they stand for."""
 
-ITEM_BYTES = 320
+DOUBT = 1 / (9 * EXPECTED_SHARE)
+"""What is foreseen of other parents is known to within a third, in units of that."""
+
+SLOT_BYTES = 192
+"""Of one (family, query) pair: what is foreseen of its cells, and the sorting."""
+
+ITEM_BYTES = 328
 """Of one (cell, query) pair: where and how much, its sums, and the sorting."""
 
 PICK_BYTES = 256
@@ -92,6 +114,8 @@ class PrunedOnDevice(Pruned):
         self._images: dict[torch.device, Tensor] = {}
         self._tables: dict[tuple[int, torch.device], Cells] = {}
         self._selections: dict[tuple[int, int, torch.device], tuple[PatchBank, Selection]] = {}
+        self._reach: dict[tuple[int, int, float], float] = {}
+        self._draws: dict[tuple[int, float, torch.Size, torch.device], tuple[Tensor, Tensor]] = {}
 
     def unavailable(self, device: torch.device) -> str | None:
         if device.type == "cuda" and self.index.bank.shape[0] <= MOST_CHANNELS:
@@ -128,8 +152,10 @@ class PrunedOnDevice(Pruned):
                 exact.append(group)
         pairs = 0
         for level in sigma.unique().tolist():
-            items = (sigma == level).nonzero().flatten().to(z.device)
-            scan = Scan(self, part, bank, level, noisy[items], places, competition.padding_mode, memory_limit)
+            items = (sigma == level).nonzero().flatten()
+            # Numbers that are copied to the device are what the host would wait for.
+            alike = noisy if len(items) == len(z) else noisy[items.to(z.device)]
+            scan = Scan(self, part, bank, level, alike, places, competition.padding_mode, memory_limit)
             for place, sums in zip(places, scan.run(), strict=True):
                 _put(total, items, place.rows, place.cols, sums)
             pairs += scan.pairs
@@ -139,7 +165,7 @@ class PrunedOnDevice(Pruned):
             for group in exact:
                 pairs += len(z) * len(bank) * group.pixels * group.windows_per_image
                 rows, cols = group.rows.queries, group.cols.queries
-                _put(total, torch.arange(len(z), device=z.device), rows, cols, _pixels(sums, rows, cols))
+                _put(total, torch.arange(len(z)), rows, cols, _pixels(sums, rows, cols))
         return replace(total, pairs=pairs)
 
     def images(self, device: torch.device) -> Tensor:
@@ -163,10 +189,10 @@ class PrunedOnDevice(Pruned):
         return self._selections[key][1]
 
     def _selected(self, bank: PatchBank, part: IndexedSize, device: torch.device) -> Selection:
-        sizes = self.cells(part, device).sizes
-        whole = self.index.bank
+        cells = self.cells(part, device)
+        sizes, whole = cells.sizes, self.index.bank
         if len(bank) == len(whole):
-            return Selection(None, sizes.to(torch.int32))
+            return Selection.of(None, sizes.to(torch.int32), cells)
         # Indices count from the bank that both are selected from; images of the index count from its own first.
         assert bank.indices is not None
         held = torch.arange(len(whole.images)) if whole.indices is None else whole.indices
@@ -174,7 +200,53 @@ class PrunedOnDevice(Pruned):
         counts = torch.empty(len(sizes), dtype=torch.int32, device=device)
         for rows in pieces(part, device):
             counts[rows.cells.start : rows.cells.stop] = rows.ordered(images, part)[1]
-        return Selection(images, counts)
+        return Selection.of(images, counts, cells)
+
+    def draws(self, part: IndexedSize, sigma: float, pixels: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[2, H, W] fp32 and [cells] fp64 in (0, 1), kept: they follow the seed, the noise level and the pixel or cell,
+        not what else is in the call."""
+        key = part.k, sigma, pixels, device
+        if key not in self._draws:
+            generator = torch.Generator().manual_seed(hash((self.seed, part.k, sigma)) & 0x7FFFFFFFFFFFFFFF)
+            luck = torch.rand(2, *pixels, generator=generator).clamp(1e-6, 1 - 1e-6)
+            turns = torch.rand(len(part.sizes), generator=generator, dtype=torch.float64)
+            self._draws[key] = luck.to(device), turns.to(device)
+        return self._draws[key]
+
+    def reach(self, part: IndexedSize, region: int, sigma: float) -> float:
+        """The share of a region's parents under which nearly all of a query's weight is to be expected.
+
+        Nine in ten of PROBES queries, drawn as the cells' moments have it, leave out no more than MOST_SKIPPED. It
+        follows from the index and the noise alone, so queries are planned alike whatever else is asked.
+        """
+        key = part.k, region, sigma
+        if key not in self._reach:
+            of = part.regions[region]
+            here = slice(of.first_cell // SIBLINGS, (of.first_cell + of.cells) // SIBLINGS)
+            mean, variance = part.parent_mean[:, here], part.parent_variance[:, here]
+            windows = part.sizes[of.first_cell : of.first_cell + of.cells].view(-1, SIBLINGS).sum(1)
+            marks = (torch.arange(PROBES) + 0.5) / PROBES * windows.sum()
+            drawn = torch.searchsorted(windows.cumsum(0), marks).clamp(max=len(windows) - 1)
+            generator = torch.Generator().manual_seed(0)
+            spread = (variance[:, drawn] + sigma**2).sqrt()
+            q = mean[:, drawn] + spread * torch.randn(len(mean), PROBES, generator=generator)
+            linear, square, constant = _gaussian(mean, variance, sigma**2)
+            share = torch.softmax(q.T @ linear + q.square().T @ square + constant + windows.log(), 1)
+            skipped = 1 - share.sort(1, descending=True).values.double().cumsum(1)
+            needed = 1 + (skipped > MOST_SKIPPED).sum(1)
+            self._reach[key] = min(1.0, float(needed.double().quantile(0.9)) / len(windows))
+        return self._reach[key]
+
+
+def _gaussian(mean: Tensor, variance: Tensor, kernel: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What q, its square and one are multiplied by, [axes, cells] twice and [cells], to give the log of E[w].
+
+    w = exp((|q|^2 - |q - p|^2) / (2 kernel)), p normal with a cell's mean and variances: a Gaussian kernel over a
+    Gaussian cell is a Gaussian.
+    """
+    precision = 1 / (kernel + variance)
+    constant = torch.log1p(variance / kernel).sum(0) + (precision * mean.square()).sum(0)
+    return precision * mean, 0.5 * variance * precision / kernel, -0.5 * constant
 
 
 @dataclass(frozen=True)
@@ -188,26 +260,45 @@ class Place:
 
 @dataclass(frozen=True)
 class Selection:
-    """images: [N] whether an image of the index competes, None for all; counts: [cells] int32 competing windows."""
+    """images: [N] whether an image of the index competes, None for all; counts: [cells] int32 competing windows.
+
+    Of the parents, of what competes: windows [parents] fp32; log_repeats [parents]; moments [parents, 1 + C] 1, mean of
+    the values.
+    """
 
     images: Tensor | None
     counts: Tensor
+    windows: Tensor
+    log_repeats: Tensor
+    moments: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor | None, counts: Tensor, cells: Cells) -> Selection:
+        n = counts.float()
+        windows = n.view(-1, SIBLINGS).sum(1)
+        repeats = (n * cells.log_repeats.exp()).view(-1, SIBLINGS).sum(1) / windows.clamp(min=1)
+        moments = n[:, None] * cells.moments[:, : 1 + cells.channels]
+        moments = moments.unflatten(0, (-1, SIBLINGS)).sum(1) / windows.clamp(min=1)[:, None]
+        return cls(images, counts, windows, repeats.clamp(min=1).log(), moments)
 
 
 @dataclass(frozen=True)
 class Cells:
     """What is known of the cells without looking into them.
 
-    sizes, first: [cells] int64, windows and where they begin; mean, variance: [cells, rank]; log_repeats: [cells];
-    moments: [cells, NM] 1, mean of the values, mean of their squares, zeros. Of the regions: centre [regions, C k^2],
-    axes [regions, C k^2, rank]; places [regions, 6] int32, first cell, cells, first row and column, columns, windows in
-    an image.
+    sizes, first: [cells] int64, windows and where they begin; mean, variance: [rank, cells]; parent_mean,
+    parent_variance: [rank, parents]; log_repeats: [cells]; moments: [cells, NM] 1, mean of the values, mean of their
+    squares, zeros. Of the regions: centre [regions, C k^2], axes [regions, C k^2, rank]; places [regions, 4] int32,
+    first row and column, columns, windows in an image.
     """
 
+    channels: int
     sizes: Tensor
     first: Tensor
     mean: Tensor
     variance: Tensor
+    parent_mean: Tensor
+    parent_variance: Tensor
     log_repeats: Tensor
     moments: Tensor
     centre: Tensor
@@ -216,15 +307,14 @@ class Cells:
 
     @classmethod
     def of(cls, part: IndexedSize, device: torch.device) -> Cells:
+        channels = part.moments.shape[1] // 2
         moments = torch.cat([torch.ones(len(part.moments), 1), part.moments], 1)
-        moments = functional.pad(moments, (0, moment_columns(part.moments.shape[1] // 2) - moments.shape[1]))
-        cells = part.sizes, part.starts, part.mean.T, part.variance.T, part.log_repeats, moments
-        places = [
-            [of.first_cell, of.cells, of.rows.start, of.cols.start, len(of.cols), len(of.rows) * len(of.cols)]
-            for of in part.regions
-        ]
-        tables = *cells, part.centre, part.axes, torch.tensor(places, dtype=torch.int32)
-        return cls(*(table.contiguous().to(device) for table in tables))
+        moments = functional.pad(moments, (0, moment_columns(channels) - moments.shape[1]))
+        features = part.mean, part.variance, part.parent_mean, part.parent_variance
+        places = [[of.rows.start, of.cols.start, len(of.cols), len(of.rows) * len(of.cols)] for of in part.regions]
+        tables = part.log_repeats, moments, part.centre, part.axes, torch.tensor(places, dtype=torch.int32)
+        every = part.sizes, part.starts, *features, *tables
+        return cls(channels, *(table.contiguous().to(device) for table in every))
 
 
 def moment_columns(channels: int) -> int:
@@ -392,37 +482,78 @@ def configurations(columns: int, capability: tuple[int, int]) -> list[Configurat
     return [Configuration(128, TILE, 4, 2), *served] if capability >= (9, 0) and columns <= 128 else served
 
 
+def _blocks(first: Tensor, count: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks of at most `size` of `count` sorted things that share a key: key int32, first, end int64 of each.
+
+    `first` [keys + 1] int64 says where the things of a key begin. There are more blocks than are needed, so that the
+    host need not know how many; those past the end have a key past the last.
+    """
+    ends = ((first.diff() + size - 1) // size).cumsum(0)
+    block = torch.arange(count // size + min(len(first), count), device=first.device)
+    owner = torch.searchsorted(ends, block, right=True)
+    before = functional.pad(ends, (1, 0))
+    start = first[owner] + (block - before[owner]) * size
+    return owner.to(torch.int32), start, first[(owner + 1).clamp(max=len(first) - 1)]
+
+
 # A scan.
+
+
+class Span(NamedTuple):
+    """Queries first .. last - 1: their place, the share of the windows to take, and under how many parents to look."""
+
+    place: int
+    first: int
+    last: int
+    share: float = 0.0
+    families: int = 0
 
 
 @dataclass(frozen=True)
 class Queries:
     """Noisy windows, place by place and item by item.
 
-    windows: [Q, C k^2] fp32; q: [Q, axes] fp32 features; spans: (place, first query, last + 1); first_cell, n_cells:
-    [Q] int32 of the query's region; geometry: [Q, 4] int32, as `distance_kernel` takes it; luck: [2, Q] fp32 in (0, 1);
-    budget: [Q] fp32, share of the windows to take.
+    windows: [Q, C k^2] fp32; q: [Q, axes] fp32 features; geometry: [Q, 4] int32, as `distance_kernel` takes it; luck:
+    [2, Q] fp32 in (0, 1).
     """
 
     windows: Tensor
     q: Tensor
-    spans: list[tuple[int, int, int]]
-    first_cell: Tensor
-    n_cells: Tensor
+    spans: list[Span]
     geometry: Tensor
     luck: Tensor
-    budget: Tensor
 
     def __len__(self) -> int:
         return len(self.q)
 
     def __getitem__(self, some: slice) -> Queries:
         start, stop = some.start, some.stop
-        spans = [(p, max(a, start) - start, min(b, stop) - start) for p, a, b in self.spans if a < stop and b > start]
-        names = ("windows", "q", "first_cell", "n_cells", "geometry", "budget")
+        spans = [
+            span._replace(first=max(span.first, start) - start, last=min(span.last, stop) - start)
+            for span in self.spans
+            if span.first < stop and span.last > start
+        ]
+        names = ("windows", "q", "geometry")
         return Queries(
             spans=spans, luck=self.luck[:, some].contiguous(), **{name: getattr(self, name)[some] for name in names}
         )
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What is to be expected of the families that queries look under; names as in the kernels.
+
+    windows: [Q] fp32 that compete at a query in all. Of all other parents: skipped [Q, 1 + C], weight foreseen and that
+    times their values, relative to 2^parent_top [Q].
+    """
+
+    foreseen: Tensor
+    family: Tensor
+    first_slot: Tensor
+    n_slots: Tensor
+    windows: Tensor
+    skipped: Tensor
+    parent_top: Tensor
 
 
 @dataclass(frozen=True)
@@ -438,9 +569,11 @@ class Items:
     first_tile: Tensor
     tiles: int
     pairs: int
+    share: Tensor
     promising: Tensor  # [Q] int64
+    sure: Tensor  # [Q]
+    far: Tensor  # [Q, NM]
     unseen: Tensor  # [Q, NM]
-    expected_top: Tensor  # [Q] bits
 
     def __len__(self) -> int:
         return len(self.cell)
@@ -485,44 +618,37 @@ class Scan:
         self.picks = RECHECK * round(min(8.0, max(4.0 if self.sharp < self.sigma else 1.0, left / 0.05)))
         self.cells = engine.cells(part, self.device)
         self.selection = engine.selection(bank, part, self.device)
-        # Draws follow the seed, the noise level and the pixel, not what else is in the call.
-        generator = torch.Generator().manual_seed(hash((engine.seed, part.k, sigma)) & 0x7FFFFFFFFFFFFFFF)
-        height, width = z.shape[2:]
-        self.luck = torch.rand(2, height, width, generator=generator).clamp(1e-6, 1 - 1e-6).to(self.device)
-        turns = torch.rand(len(self.cells.sizes), generator=generator, dtype=torch.float64).to(self.device)
+        self.luck, turns = engine.draws(part, sigma, z.shape[2:], self.device)
         self.turn = (turns * self.selection.counts).to(torch.int32)
         r = part.k // 2
         self.padded = functional.pad(z, (r, r, r, r), mode="circular" if padding_mode == "circular" else "constant")
-        self.factors, self.constant = self._expectation()
+        self._expectation()
         self.pairs = 0
 
     def run(self) -> list[PosteriorSum]:
         """The sums of every place, [B, 1 or C, rows, cols]."""
         if not self.places:
             return []
-        queries = self._queries([None] * len(self.places))
-        budget = self._budgets()  # [places, B]
-        spread = [
-            of.repeat_interleave(len(place.rows) * len(place.cols))
-            for of, place in zip(budget, self.places, strict=True)
-        ]
-        whole = self._sum(replace(queries, budget=torch.cat(spread).to(self.device)))
+        whole = self._sum(self._shared(self._queries([None] * len(self.places)), self._budgets()))
         self.pairs = whole.pairs or 0
         parts = []
-        for number, first, last in queries.spans:
-            place = self.places[number]
+        first = 0
+        for place in self.places:
             shape = (self.shape[0], len(place.rows), len(place.cols))
-            cut = {name: x[first:last].unflatten(0, shape).movedim(-1, 1) for name, x in _tensors(whole).items()}
-            parts.append(PosteriorSum(**cut))
+            cut = slice(first, first + math.prod(shape))
+            first = cut.stop
+            sums = {name: x[cut].unflatten(0, shape).movedim(-1, 1) for name, x in _tensors(whole).items()}
+            parts.append(PosteriorSum(**sums))
         return parts
 
     # What is asked.
 
     def _queries(self, pixels: Sequence[Tensor | None]) -> Queries:
-        """The pixels of every place, all or some, of every item; without a budget yet."""
+        """The pixels of every place, all or some, of every item; a span a place, without a share yet."""
         k, made = self.part.k, []
-        names = ("windows", "q", "first_cell", "n_cells", "geometry", "luck")
-        spans, first = [], 0
+        names = ("windows", "q", "geometry", "luck")
+        spans: list[Span] = []
+        first = 0
         for number, (place, some) in enumerate(zip(self.places, pixels, strict=True)):
             around = self.padded[
                 :, :, place.rows.start : place.rows.stop + k - 1, place.cols.start : place.cols.stop + k - 1
@@ -539,13 +665,31 @@ class Scan:
                 3e4 / q.abs().amax(1, keepdim=True), 2.0**21 / self.bits / q.abs().sum(1, keepdim=True)
             )
             q = q * reach.clamp(max=1.0)
-            where = self.cells.places[place.region].expand(len(q), -1)
-            made.append((windows, q, where[:, 0], where[:, 1], where[:, 2:], luck.T))
-            spans.append((number, first, first + len(q)))
+            made.append((windows, q, self.cells.places[place.region].expand(len(q), -1), luck.T))
+            spans.append(Span(number, first, first + len(q)))
             first += len(q)
         joined = {name: torch.cat(list(x)).contiguous() for name, x in zip(names, zip(*made, strict=True), strict=True)}
         joined["luck"] = joined["luck"].T.contiguous()
-        return Queries(spans=spans, budget=joined["luck"][0], **joined)
+        return Queries(spans=spans, **joined)
+
+    def _shared(self, queries: Queries, shares: Tensor) -> Queries:
+        """The same with `shares` [places, B] of the windows to take; neighbours that are planned alike share a span."""
+        spans: list[Span] = []
+        for place, first, last, *_ in queries.spans:
+            each = (last - first) // self.shape[0]
+            for share in shares[place].tolist():
+                span = Span(place, first, first + each, share, self._families(self.places[place].region, share))
+                if spans and spans[-1]._replace(first=0, last=0) == span._replace(first=0, last=0):
+                    span = span._replace(first=spans.pop().first)
+                spans.append(span)
+                first += each
+        return replace(queries, spans=spans)
+
+    def _families(self, region: int, share: float) -> int:
+        """Under how many parents a query of a region looks."""
+        parents = self.part.regions[region].cells // SIBLINGS
+        needed = max(LEAST_FAMILIES, 4 * share, self.engine.reach(self.part, region, self.sigma))
+        return min(parents, math.ceil(needed * parents))
 
     def _budgets(self) -> Tensor:
         """[places, B] the share of pairs to take: as asked for, or what brings pilots' errors down to the tolerance."""
@@ -563,7 +707,7 @@ class Scan:
         short = torch.ones_like(share, dtype=torch.bool)
         while short.any():
             # All pilots again, though some are content: their shares stay, and launches are what costs.
-            sums = self._sum(replace(pilots, budget=share[owner].to(self.device)))
+            sums = self._sum(self._shared(pilots, share.unflatten(0, (len(self.places), batch))))
             square = sums.stderr.square().mean(1).cpu()
             error = torch.zeros_like(share, dtype=square.dtype).index_add_(0, owner, square)
             error = (error / torch.bincount(owner, minlength=len(share))).sqrt()
@@ -573,40 +717,85 @@ class Scan:
             share = torch.where(short, (share * 2**raised).clamp(max=1.0).float(), share)
         return share.unflatten(0, (len(self.places), batch))
 
-    def _expectation(self) -> tuple[Tensor, Tensor]:
-        """What `_expected` multiplies, of all cells: [2 axes, cells] and [cells]."""
-        half = 0.5 * self.sigma**2
-        mean, variance = self.cells.mean[:, : self.axes], self.cells.variance[:, : self.axes]
-        precision = 1 / (half + variance)
-        constant = torch.log1p(variance / half).sum(1) + (precision * mean.square()).sum(1)
-        factors = torch.cat([0.5 * precision * mean, variance * precision / (4 * half)], 1)
-        scale = math.log2(math.e)
-        return scale * factors.T, scale * (self.cells.log_repeats - 0.25 * constant)
+    def _expectation(self) -> None:
+        """What features and their squares are multiplied by, in bits: of parents, and of the cells by family.
 
-    def _expected(self, queries: Queries) -> tuple[Tensor, Tensor]:
-        """Per query the expected log-weights of its region's cells, in bits, and [Q] where they begin.
-
-        The root of E[w^2], w = exp((|q|^2 - |q - p|^2) / (2 sigma^2)), p normal with a cell's mean and variances: a
-        Gaussian kernel of half the variance over a Gaussian cell. Neyman's shares go as this root. Times how many
+        Weights of parents by E[w]. Of cells E[w], and what shares go by: Neyman's allocation goes by sqrt(E[w^2]),
+        which a normal cell's far tail inflates, so the score is its geometric mean with E[w]. Both times how many
         windows a stored one stands for.
         """
-        row = queries.n_cells.long().cumsum(0) - queries.n_cells
-        spans = [(self.part.regions[self.places[number].region], first, last) for number, first, last in queries.spans]
-        flat = torch.empty(sum(region.cells * (last - first) for region, first, last in spans), device=self.device)
-        at = 0
-        for region, first, last in spans:
-            here = slice(region.first_cell, region.first_cell + region.cells)
-            q = torch.cat([queries.q[first:last], queries.q[first:last].square()], 1)
-            out = flat[at : at + region.cells * (last - first)].view(last - first, region.cells)
-            torch.addmm(self.constant[here], q, self.factors[:, here], out=out)
-            at += out.numel()
-        return flat, row
+        cells, square = self.cells, self.sigma**2
+        bits = math.log2(math.e)
+        *factors, constant = _gaussian(cells.parent_mean[: self.axes], cells.parent_variance[: self.axes], square)
+        self.parent_factors = bits * torch.cat(factors)  # [2 axes, parents]
+        self.parent_constant = bits * (constant + self.selection.log_repeats)
+        mean, variance = cells.mean[: self.axes], cells.variance[: self.axes]
+        once, twice = _gaussian(mean, variance, square), _gaussian(mean, variance, square / 2)
+        expected = *once[:2], once[2] + cells.log_repeats
+        scored = [
+            0.5 * a + 0.25 * b for a, b in zip(expected, (*twice[:2], twice[2] + 2 * cells.log_repeats), strict=True)
+        ]
+        room = (0, 0, 0, -self.axes % FORESEEN_AXES)
+
+        def by_family(of: Sequence[Tensor]) -> Tensor:
+            return torch.cat([functional.pad(x, room) for x in of[:2]]).unflatten(1, (-1, SIBLINGS)).movedim(1, 0)
+
+        self.cell_factors = bits * torch.cat([by_family(expected), by_family(scored)], 2)  # [parents, K, 2 SIBLINGS]
+        constants = [of[2].view(-1, SIBLINGS) for of in (expected, scored)]
+        self.cell_constants = bits * torch.cat(constants, 1)
+
+    def _foresee(self, queries: Queries) -> Foreseen:
+        """The families that queries look under, and what is to be expected of their cells."""
+        chosen, skipped, tops, windows, owners = [], [], [], [], []
+        for span in queries.spans:
+            region = self.part.regions[self.places[span.place].region]
+            here = slice(region.first_cell // SIBLINGS, (region.first_cell + region.cells) // SIBLINGS)
+            q, n = queries.q[span.first : span.last], self.selection.windows[here]
+            weight = torch.addmm(
+                self.parent_constant[here], torch.cat([q, q.square()], 1), self.parent_factors[:, here]
+            )
+            weight += n.log2()  # of all its windows; -inf where none compete
+            top = weight.amax(1).clamp(min=float(_kernels().LEAST.value))
+            if span.families < weight.shape[1]:
+                families = weight.topk(span.families, sorted=False).indices.sort().values
+                weight = (weight - top[:, None]).exp2_().scatter_(1, families, 0.0)
+                skipped.append(weight @ self.selection.moments[here])
+            else:
+                families = torch.arange(span.families, device=self.device).expand(len(q), -1)
+                skipped.append(weight.new_zeros(len(q), 1 + self.channels))
+            chosen.append((families + here.start).flatten().to(torch.int32))
+            tops.append(top)
+            windows.append(n.sum().expand(len(q)))
+            owner = torch.arange(span.first, span.last, dtype=torch.int32, device=self.device)
+            owners.append(owner.repeat_interleave(span.families, output_size=len(q) * span.families))
+        n_slots = torch.cat(
+            [
+                torch.full_like(top, span.families, dtype=torch.int32)
+                for top, span in zip(tops, queries.spans, strict=True)
+            ]
+        )
+        family, query = torch.cat(chosen), torch.cat(owners)
+        ordered, slot = torch.sort(family, stable=True)
+        parents, columns = len(self.cell_factors), self.cell_factors.shape[1]
+        size = 16 if self.device.type == "cpu" else PLANNED
+        first = torch.searchsorted(ordered, torch.arange(parents + 1, dtype=torch.int32, device=self.device))
+        blocks = _blocks(first, len(family), size)
+        q = functional.pad(queries.q, (0, columns // 2 - self.axes))
+        foreseen = torch.empty(len(family), 2 * SIBLINGS, device=self.device)
+        started(
+            _kernels().foresee_kernel, (len(blocks[0]),), torch.cat([q, q.square()], 1), self.cell_factors,
+            self.cell_constants, *blocks, slot, query, foreseen, parents, K=columns, BK=FORESEEN_AXES, BQ=size,
+        )  # fmt: skip
+        first_slot = n_slots.long().cumsum(0) - n_slots
+        return Foreseen(foreseen, family, first_slot, n_slots, torch.cat(windows), torch.cat(skipped), torch.cat(tops))
 
     # The sums.
 
     def _sum(self, queries: Queries) -> PosteriorSum:
         """Sums [Q, 1 or C]; in halves where the memory does not hold all of it."""
-        per_query = 4 * max(len(self.turn), 1) + (PICK_BYTES + 8 * self.channels) * self.picks + 8192
+        most = max(span.families for span in queries.spans)
+        planned = 12 * len(self.cell_factors) + SLOT_BYTES * most
+        per_query = planned + (PICK_BYTES + 8 * self.channels) * self.picks + 8192
         step = max(1, self.memory_limit // 2 // per_query)
         parts = []
         start = 0
@@ -648,17 +837,18 @@ class Scan:
     def _items(self, queries: Queries, memory_limit: int | None) -> Items | None:
         """Which cells every query takes, and how much of them."""
         n_queries = len(queries)
-        flat, row = self._expected(queries)
+        of = self._foresee(queries)
         integers: dict[str, Any] = {"dtype": torch.int32, "device": self.device}
         numbers: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
-        counts, level = torch.empty(3, n_queries, **integers), torch.empty(2, n_queries, **numbers)
-        floor = torch.where(queries.budget < 1, FLOOR * queries.budget, 1.0)
+        counts, level = torch.empty(3, n_queries, **integers), torch.empty(3, n_queries, **numbers)
+        budget = torch.cat([torch.full((span.last - span.first,), span.share, **numbers) for span in queries.spans])
+        floor = torch.where(budget < 1, FLOOR * budget, 1.0)
         n = self.selection.counts.float()
-        constants = {"QUANTUM": QUANTUM, "BC": 64 if self.device.type == "cpu" else 256}
-        cells = flat, n, queries.first_cell, queries.n_cells, row
+        constants = {"QUANTUM": QUANTUM, "BC": 512 if self.device.type == "cpu" else 256}
+        cells = of.foreseen, of.family, n, of.first_slot, of.n_slots
         lists = _kernels()
         started(
-            lists.allocate_kernel, (n_queries,), *cells, queries.budget, floor, queries.luck[0], level, counts,
+            lists.allocate_kernel, (n_queries,), *cells, budget * of.windows, floor, queries.luck[0], level, counts,
             n_queries, BP=TILE, **constants,
         )  # fmt: skip
         first_item = functional.pad(counts[0].long().cumsum(0), (1, 0))
@@ -667,19 +857,24 @@ class Scan:
         if memory_limit is not None and 2 * (total * ITEM_BYTES + 4 * tiles) > memory_limit:
             return None
         cell, take = torch.empty(total, **integers), torch.empty(total, **integers)
-        factor, chance = torch.empty(total, **numbers), torch.empty(total, **numbers)
+        factor, chance, share = (torch.empty(total, **numbers) for _ in range(3))
         promising = torch.empty(n_queries, dtype=torch.int64, device=self.device)
-        columns = self.cells.moments.shape[1]
-        unseen = torch.empty(n_queries, columns, **numbers)
+        columns, c = self.cells.moments.shape[1], self.channels
+        sure, far, unseen = (torch.empty(n_queries, *size, **numbers) for size in ((), (columns,), (columns,)))
         found = cell, take, factor, chance
         started(
             lists.list_kernel, (n_queries,), *cells, floor, queries.luck[0], level, self.cells.moments, first_item,
-            *found, promising, unseen, n_queries, NM=columns, **constants,
+            *found, share, promising, sure, far, unseen, n_queries, NM=columns, **constants,
         )  # fmt: skip
+        # What lies under other parents is not looked into at all: foreseen, and in doubt by a third of it.
+        others = of.skipped * torch.exp2((of.parent_top - level[0]).clamp(max=115))[:, None]
+        far[:, : 1 + c] += others
+        unseen[:, : 1 + c] += DOUBT * others[:, :1] * others
+        unseen[:, 1 + c : 1 + 2 * c] += DOUBT * others[:, 1:].square()
         query = torch.arange(n_queries, **integers).repeat_interleave(counts[0], output_size=total)
         per_item = (take.long() + TILE - 1) // TILE
         first_tile = per_item.cumsum(0) - per_item
-        return Items(first_item, query, *found, first_tile, tiles, pairs, promising, unseen, level[0])
+        return Items(first_item, query, *found, first_tile, tiles, pairs, share, promising, sure, far, unseen)
 
     def _pilot(self, q: Tensor, items: Items, least: Tensor) -> Tensor:
         """[Q] a log-weight known to be there, of the cell of which most is expected."""
@@ -704,15 +899,9 @@ class Scan:
 
         def run(configuration: Configuration) -> None:
             size = configuration.queries
-            ends = ((first.diff() + size - 1) // size).cumsum(0)
-            block = torch.arange(len(item) // size + min(len(first), len(item)), device=self.device)
-            owner = torch.searchsorted(ends, block, right=True)
-            before = functional.pad(ends, (1, 0))
-            start = first[owner] + (block - before[owner]) * size
-            end = first[(owner + 1).clamp(max=len(first) - 1)]
-            blocks = owner.to(torch.int32), start, end
+            blocks = _blocks(first, len(item), size)
             for rows in pieces(self.part, self.device):
-                _kernels().scan_kernel[len(block),](
+                _kernels().scan_kernel[len(blocks[0]),](
                     q, *self._windows(rows), *blocks, item, items.query, items.take, items.first_tile, reference,
                     out.sums, out.squares, out.top, out.tile_sums, rows.cells.start, rows.cells.stop, self.bits,
                     float(_kernels().HEADROOM.value) - NEGLIGIBLE_BITS, **self._constants(rows),
@@ -741,7 +930,7 @@ class Scan:
             order, _ = rows.ordered(self.selection.images, self.part)
             first = counts.long().cumsum(0) - counts
             first = first - first[rows.cells.start]
-        counted = self.constant if rows.log_counts is None else rows.log_counts  # else never read
+        counted = self.parent_constant if rows.log_counts is None else rows.log_counts  # else never read
         return rows.rows, counted, rows.values, order, first, counts, self.turn
 
     def _constants(self, rows: Rows) -> dict[str, Any]:
@@ -760,29 +949,36 @@ class Scan:
     def _finish(self, queries: Queries, q: Tensor, items: Items, found: Sums) -> PosteriorSum:
         """Adds up items, what cells lead to expect of windows not taken, and the second look."""
         n, c = len(queries), self.channels
-        reference = torch.empty(n, device=self.device)
+        reference = torch.empty(3, n, device=self.device)
         total = torch.empty(n, 1 + c, 3, dtype=torch.float64, device=self.device)
+        moments = self.cells.moments
         started(
-            _kernels().sum_kernel, (n, 1 + c), found.sums, found.squares, found.top, items.take, items.factor,
-            items.chance, items.first_item, reference, total, C=c, NV=value_columns(c),
-            BI=128, num_warps=1,
+            _kernels().sum_kernel, (n, 1 + c), found.sums, found.squares, found.top, items.cell, items.take,
+            items.factor, items.chance, items.share, moments, items.sure, items.far, items.first_item, reference, total,
+            n, self.unit, C=c, NV=value_columns(c), NM=moments.shape[1],
+            BI=512 if self.device.type == "cpu" else 128, num_warps=1,
         )  # fmt: skip
-        m = reference.double()
+        m, unit, raw = (x[:, None] for x in reference.double().unbind(0))
         s, s2, ss = (x[:, None] for x in total[:, 0].unbind(1))
         v, vs, vv = total[:, 1:].unbind(2)
         v, vs, vv = v / self.unit, vs / self.unit, vv / self.unit**2
+        # A part of the variance that the cells' moments let expect, since where nothing was seen scatter says nothing;
+        # values' range is 2.
         unseen = items.unseen[:, : 1 + 2 * c].double()
-        unseen = unseen * EXPECTED_SHARE * torch.exp2((2 * (items.expected_top.double() - m)).clamp(max=115))[:, None]
+        guard = torch.minimum(EXPECTED_SHARE * unit.square(), 4 * s.square() / unseen[:, :1].clamp(min=1e-300))
+        unseen = unseen * guard
         ss, vs, vv = ss + unseen[:, :1], vs + unseen[:, 1 : 1 + c], vv + unseen[:, 1 + c :]
-        sums = PosteriorSum(m[:, None], s, v, s2, vv=vv, vs=vs, ss=ss, pairs=items.pairs)
-        return self._look_again(queries, sums, q, items, found)
+        sums = PosteriorSum(m, s, v, s2, vv=vv, vs=vs, ss=ss, pairs=items.pairs)
+        return self._look_again(queries, sums, raw, q, items, found)
 
-    def _look_again(self, queries: Queries, sums: PosteriorSum, q: Tensor, items: Items, found: Sums) -> PosteriorSum:
+    def _look_again(
+        self, queries: Queries, sums: PosteriorSum, raw: Tensor, q: Tensor, items: Items, found: Sums
+    ) -> PosteriorSum:
         """Puts right what features leave out, on windows drawn by their weights and compared pixel by pixel.
 
         The mean moves by what the sample's mean moves when exact weights take the place of the scan's. Systematic
-        sampling: `picks` marks evenly along a query's running sum; a window of weight w is met with the chance
-        min(1, w picks / s), once or more.
+        sampling: `picks` marks evenly along a query's running sum, which comes to `raw`; a window of weight w is met
+        with the chance min(1, w picks / raw), once or more.
         """
         n, picks = len(queries), self.picks
         assert sums.vv is not None
@@ -790,7 +986,7 @@ class Scan:
         assert sums.ss is not None
         # Running sums in whole numbers, whose order of addition does not matter: a mark is 2^32.
         share = found.sums[:, 0].double() * torch.exp2(found.top.double() - sums.m[items.query, 0]) * items.factor
-        mark = (share / sums.s[items.query, 0] * picks * 2.0**32).nan_to_num(0.0).round().long()
+        mark = (share / raw[items.query, 0] * picks * 2.0**32).nan_to_num(0.0).round().long()
         running = mark.cumsum(0)
         before = running - mark
         first, last = items.first_item[:-1], (items.first_item[1:] - 1).clamp(min=0)
@@ -824,9 +1020,9 @@ class Scan:
         # In bits: what a window stands for by the scan's weight and by its exact one, and its chance to be met.
         counted_size = items.factor[picked].double().log2()
         size = weight.double() + counted_size - sums.m
-        chance = torch.exp2((size - (sums.s / picks).log2()).clamp(max=0.0))
+        chance = torch.exp2((size - (raw / picks).log2()).clamp(max=0.0))
         again = functional.pad(window[:, 1:] == window[:, :-1], (1, 0))
-        met = (1 / chance).masked_fill(again | ~(sums.s > 0), 0.0)
+        met = (1 / chance).masked_fill(again | ~(raw > 0), 0.0)
         own = repeats.double() - distance * (math.log2(math.e) / (2 * self.sharp**2))
         exact = own + counted_size
         top = torch.where(met > 0, exact + met.log2(), -torch.inf).amax(1, keepdim=True)

@@ -1,9 +1,10 @@
 """The kernels of engine `pruned` on the GPU: which windows a query takes, their sums, and a sample for a second look.
 
-A query takes a prefix of some cells. Takers are sorted by cell, so that a tile of windows is read once for a block of
-queries; each (cell, query) pair, an item, leaves its sums in a slot of its own, and a last kernel adds the items of a
-query in order: no atomics, the same numbers every time. Names: o_ offsets, p_ pointers, b_ blocks, m_ masks; a comment
-gives each block's shape, BQ queries, BP windows, BC cells, BI items, K axes. Log-weights are in bits (base 2).
+A query takes a prefix of some cells, of the families that matter to it. Takers are sorted by cell, so that a tile of
+windows is read once for a block of queries; each (cell, query) pair, an item, leaves its sums in a place of its own,
+and a last kernel adds the items of a query in order: no atomics, the same numbers every time. Names: o_ offsets, p_
+pointers, b_ blocks, m_ masks; a comment gives each block's shape, BQ queries, BP windows, BC cells, BI items, K axes.
+Log-weights are in bits (base 2).
 """
 
 from __future__ import annotations
@@ -13,28 +14,92 @@ import triton.language as tl
 
 from .dense import HEADROOM
 
+SIBLINGS = tl.constexpr(16)
+"""Cells of a family, as the index has them."""
 LEAST = tl.constexpr(-1e30)
 """A log-weight below all others, and finite."""
 BELOW = tl.constexpr(-120.0)
-"""Expected log-weights so far below the largest are taken for this: float32 ends soon after."""
+"""Log-weights so far below the largest are taken for this: float32 ends soon after."""
+SURE = tl.constexpr(1.5e-4)
+"""Cells so few bits below the one of which most is expected are looked into for sure."""
+MOST_FORESEEN = tl.constexpr(4.0)
+"""Weight foreseen of other cells, in units of what sure ones hold: beyond, foresight is no guide."""
 SQUARES = tl.constexpr(0.0078125)
 """Weights are squared in units of 2^7: half floats then hold the square of 2^HEADROOM."""
 COUNT_UNIT = tl.constexpr(1024.0)
 """The column of 1 / count is in units of this, so that half floats hold it for counts of millions."""
 
 
+@triton.jit(do_not_specialize=["n_parents"])
+def foresee_kernel(
+    q,  # [Q, K] fp32, features, then their squares
+    weights,  # [parents, K, 2 SIBLINGS] fp32: of a family's cells, to expect; to score
+    constant,  # [parents, 2 SIBLINGS] fp32
+    block_key,  # [blocks] int32, parents; blocks past the end have one past the last
+    block_first,  # [blocks] int64, of the sorted slots
+    block_end,  # [blocks] int64, where the slots of the parent end
+    slot,  # [slots] int64, (query, family) pairs sorted by parent
+    query,  # [slots] int32
+    foreseen,  # [slots, 2 SIBLINGS] fp32, out: log-weights to expect of the cells' windows; what shares go by
+    n_parents,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    BQ: tl.constexpr,
+):
+    """What is to be expected of a family's cells: Gaussian kernels over Gaussian cells, quadratic in the features."""
+    block = tl.program_id(0)
+    parent = tl.load(block_key + block)
+    if parent >= n_parents:
+        return
+    start = tl.load(block_first + block)
+    end = tl.load(block_end + block)
+    o_i = start + tl.arange(0, BQ)  # [BQ]
+    b_slot = tl.load(slot + tl.minimum(o_i, end - 1))
+    b_query = tl.load(query + b_slot).to(tl.int64)
+    o_k, o_c = tl.arange(0, BK), tl.arange(0, 2 * SIBLINGS)
+    p_q = q + b_query[:, None] * K + o_k[None, :]
+    p_w = weights + parent.to(tl.int64) * (K * 2 * SIBLINGS) + o_k[:, None] * (2 * SIBLINGS) + o_c[None, :]
+    b_l = tl.zeros([BQ, 2 * SIBLINGS], tl.float32)
+    for k in range(0, K, BK):
+        # Logs of thousands of bits, to a fraction of one: products of full float32.
+        b_l = tl.dot(tl.load(p_q + k), tl.load(p_w + k * (2 * SIBLINGS)), b_l, input_precision="ieee")
+    b_l += tl.load(constant + parent * (2 * SIBLINGS) + o_c)[None, :]
+    tl.store(foreseen + b_slot[:, None] * (2 * SIBLINGS) + o_c[None, :], b_l, mask=(o_i < end)[:, None])
+
+
 @triton.jit
-def _prefixes(b_l, b_n, t, floor, carry, QUANTUM: tl.constexpr):
+def _candidates(foreseen, family, n, first_slot, c, cells, BC: tl.constexpr):
+    """[BC] cells c .. c + BC of a query's families: which, how many windows, log-weight to expect, score."""
+    o_c = c + tl.arange(0, BC)
+    m_c = o_c < cells
+    o_slot = first_slot + o_c // SIBLINGS
+    b_cell = tl.load(family + o_slot, mask=m_c, other=0) * SIBLINGS + o_c % SIBLINGS
+    b_n = tl.load(n + b_cell, mask=m_c, other=0.0)
+    p_l = foreseen + o_slot * (2 * SIBLINGS) + o_c % SIBLINGS
+    b_expected = tl.load(p_l, mask=m_c, other=LEAST)
+    b_score = tl.load(p_l + SIBLINGS, mask=m_c, other=LEAST)
+    return b_cell, b_n, b_expected, b_score
+
+
+@triton.jit
+def _below(b_l, top):
+    """Relative to the largest; what is expected of an empty cell means nothing, and must not be larger."""
+    return tl.minimum(tl.maximum(b_l - top, BELOW), 0.0)
+
+
+@triton.jit
+def _prefixes(b_l, m_sure, b_n, t, floor, carry, QUANTUM: tl.constexpr):
     """[BC] windows taken of each cell, the chance that any are, and the running sum of chances modulo 1.
 
     The share of a cell is 2^(l + t) between `floor` and 1. What it comes to in groups of QUANTUM windows is rounded up
-    or down by systematic sampling: a group more is drawn wherever the running sum passes an integer.
+    or down by systematic sampling: a group more is drawn wherever the running sum passes an integer. Of a sure cell
+    there is one at least.
     """
     b_share = tl.minimum(tl.maximum(tl.exp2(b_l + t), floor), 1.0)
     b_want = b_n * b_share
     b_group = tl.maximum(tl.minimum(b_n, QUANTUM), 1.0)
     m_whole = (b_share >= 1.0) | ((b_n > QUANTUM) & (b_want >= b_n - QUANTUM // 2))
-    b_groups = tl.where(m_whole, 0.0, b_want / b_group)
+    b_groups = tl.where(m_whole | (b_n == 0), 0.0, tl.maximum(b_want / b_group, tl.where(m_sure, 1.0, 0.0)))
     b_fraction = b_groups - tl.floor(b_groups)
     b_sum = carry + tl.cumsum(b_fraction, 0)
     m_drawn = b_sum - tl.floor(b_sum) < b_fraction
@@ -47,39 +112,38 @@ def _prefixes(b_l, b_n, t, floor, carry, QUANTUM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_queries"])
 def allocate_kernel(
-    log_share,  # fp32, per query its cells: log-weights to expect
+    foreseen,  # as above
+    family,  # [slots] int32, the parents that a query looks under
     n,  # [cells] fp32, competing windows
-    first_cell,  # [Q] int32, where the cells of a query's region begin
-    n_cells,  # [Q] int32, and how many they are
-    row,  # [Q] int64, where its log_share begins
-    budget,  # [Q] fp32, share of the windows to take
+    first_slot,  # [Q] int64, where the slots of a query begin
+    n_slots,  # [Q] int32, and how many they are
+    wanted,  # [Q] fp32, windows to take
     floor,  # [Q] fp32, least share of any cell
     luck,  # [Q] fp32 in (0, 1)
-    level,  # [2, Q] fp32, out: the largest log-weight expected; t
+    level,  # [3, Q] fp32, out: the largest log-weight expected; the largest score; t
     counts,  # [3, Q] int32, out: items, tiles of their windows, windows
     n_queries,
     QUANTUM: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Finds the t at which shares min(1, max(floor, 2^(l - top + t))) add up to the budget; counts what is drawn."""
+    """Finds the t at which shares min(1, max(floor, 2^(score - best + t))) add up to what is wanted; counts draws."""
     query = tl.program_id(0)
-    o_c = tl.arange(0, BC)
-    p_n = n + tl.load(first_cell + query)
-    cells = tl.load(n_cells + query)
-    p_l = log_share + tl.load(row + query)
+    slots = tl.load(first_slot + query)
+    cells = tl.load(n_slots + query) * SIBLINGS
     least = tl.load(floor + query)
     b_top = tl.full([BC], LEAST, tl.float32)
+    b_best = tl.full([BC], LEAST, tl.float32)
     b_all = tl.zeros([BC], tl.float32)
     for c in range(0, cells, BC):
-        m_c = c + o_c < cells
-        b_n = tl.load(p_n + c + o_c, mask=m_c, other=0.0)
-        b_l = tl.load(p_l + c + o_c, mask=m_c, other=LEAST)
-        b_top = tl.maximum(b_top, tl.where(b_n > 0, b_l, LEAST))
+        _, b_n, b_expected, b_score = _candidates(foreseen, family, n, slots, c, cells, BC)
+        b_top = tl.maximum(b_top, tl.where(b_n > 0, b_expected, LEAST))
+        b_best = tl.maximum(b_best, tl.where(b_n > 0, b_score, LEAST))
         b_all += b_n
-    top = tl.max(b_top)
+    top, best = tl.max(b_top), tl.max(b_best)
     # At least two groups, so that there is something to go by.
-    wanted = tl.maximum(tl.sum(b_all) * tl.load(budget + query), tl.minimum(tl.sum(b_all), 2.0 * QUANTUM))
+    all_windows = tl.sum(b_all)
+    goal = tl.minimum(all_windows, tl.maximum(tl.load(wanted + query), 2.0 * QUANTUM))
 
     # Newton's steps on t, or the middle of the bracket where they leave it.
     t = top * 0.0
@@ -90,19 +154,17 @@ def allocate_kernel(
         b_taken = tl.zeros([BC], tl.float32)
         b_rising = tl.zeros([BC], tl.float32)
         for c in range(0, cells, BC):
-            m_c = c + o_c < cells
-            b_n = tl.load(p_n + c + o_c, mask=m_c, other=0.0)
-            b_l = tl.maximum(tl.load(p_l + c + o_c, mask=m_c, other=LEAST) - top, BELOW)
-            b_raw = tl.exp2(b_l + t)
+            _, b_n, _, b_score = _candidates(foreseen, family, n, slots, c, cells, BC)
+            b_raw = tl.exp2(_below(b_score, best) + t)
             b_taken += b_n * tl.minimum(tl.maximum(b_raw, least), 1.0)
             b_rising += tl.where((b_raw > least) & (b_raw < 1.0), b_n * b_raw, 0.0)
-        missing = wanted - tl.sum(b_taken)
+        missing = goal - tl.sum(b_taken)
         low = tl.where(missing > 0, t, low)
         high = tl.where(missing > 0, high, t)
         next_t = t + 1.4426950408889634 * missing / tl.maximum(tl.sum(b_rising), 1e-30)
         next_t = tl.where((next_t > low) & (next_t < high), next_t, 0.5 * (low + high))
         step += 1
-        going = (tl.abs(missing) > 2e-3 * wanted) & (step < 32)
+        going = (tl.abs(missing) > 2e-3 * goal) & (step < 32)
         t = tl.where(going, next_t, t)
 
     carry = tl.load(luck + query)
@@ -110,15 +172,15 @@ def allocate_kernel(
     b_tiles = tl.zeros([BC], tl.int32)
     b_windows = tl.zeros([BC], tl.int32)
     for c in range(0, cells, BC):
-        m_c = c + o_c < cells
-        b_n = tl.load(p_n + c + o_c, mask=m_c, other=0.0)
-        b_l = tl.maximum(tl.load(p_l + c + o_c, mask=m_c, other=LEAST) - top, BELOW)
-        b_take, _, carry = _prefixes(b_l, b_n, t, least, carry, QUANTUM)
+        _, b_n, b_expected, b_score = _candidates(foreseen, family, n, slots, c, cells, BC)
+        m_sure = b_expected >= top - SURE
+        b_take, _, carry = _prefixes(_below(b_score, best), m_sure, b_n, t, least, carry, QUANTUM)
         b_items += (b_take > 0).to(tl.int32)
         b_tiles += (b_take.to(tl.int32) + BP - 1) // BP
         b_windows += b_take.to(tl.int32)
     tl.store(level + query, top)
-    tl.store(level + n_queries + query, t)
+    tl.store(level + n_queries + query, best)
+    tl.store(level + 2 * n_queries + query, t)
     tl.store(counts + query, tl.sum(b_items))
     tl.store(counts + n_queries + query, tl.sum(b_tiles))
     tl.store(counts + 2 * n_queries + query, tl.sum(b_windows))
@@ -126,66 +188,78 @@ def allocate_kernel(
 
 @triton.jit(do_not_specialize=["n_queries"])
 def list_kernel(
-    log_share,
+    foreseen,
+    family,
     n,
-    first_cell,
-    n_cells,
-    row,
+    first_slot,
+    n_slots,
     floor,
     luck,
     level,  # all as above
     moments,  # [cells, NM] fp32: 1, mean of the values, mean of their squares, zeros
-    first_item,  # [Q] int64
+    first_item,  # [Q + 1] int64
     cell,  # [items] int32, out
     take,  # [items] int32, out: windows of the prefix
     factor,  # [items] fp32, out: windows that a taken one stands for
     chance,  # [items] fp32, out: that the cell was drawn at all
-    promising,  # [Q] int64, out: the item of which most is expected
+    share,  # [items] fp32, out: weight foreseen of a cell taken by chance, relative to 2^top; 0 of a sure one
+    promising,  # [Q] int64, out: the sure item of which most is expected
+    sure,  # [Q] fp32, out: weight foreseen of sure cells
+    far,  # [Q, NM] fp32, out: weight foreseen of the others, times moments
     unseen,  # [Q, NM] fp32, out: variance that the cells' moments expect of what is not taken, relative to 2^(2 top)
     n_queries,
     QUANTUM: tl.constexpr,
     NM: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Lists the items that `allocate_kernel` counted."""
+    """Lists the items that `allocate_kernel` counted, and adds up what is foreseen."""
     query = tl.program_id(0)
-    o_c, o_m = tl.arange(0, BC), tl.arange(0, NM)
-    start = tl.load(first_cell + query)
-    cells = tl.load(n_cells + query)
-    p_l = log_share + tl.load(row + query)
+    o_m = tl.arange(0, NM)
+    slots = tl.load(first_slot + query)
+    cells = tl.load(n_slots + query) * SIBLINGS
     least = tl.load(floor + query)
     top = tl.load(level + query)
-    t = tl.load(level + n_queries + query)
+    best = tl.load(level + n_queries + query)
+    t = tl.load(level + 2 * n_queries + query)
     carry = tl.load(luck + query)
     at = tl.load(first_item + query)
-    best, best_at = top * 0.0 + 2 * LEAST, at
+    most, most_at = top * 0.0 + 2 * LEAST, at
+    b_sure = tl.zeros([BC], tl.float32)
+    b_far = tl.zeros([NM], tl.float32)
     b_unseen = tl.zeros([NM], tl.float32)
     for c in range(0, cells, BC):
-        m_c = c + o_c < cells
-        b_n = tl.load(n + start + c + o_c, mask=m_c, other=0.0)
-        b_l = tl.maximum(tl.load(p_l + c + o_c, mask=m_c, other=LEAST) - top, BELOW)
-        b_take, b_chance, carry = _prefixes(b_l, b_n, t, least, carry, QUANTUM)
+        b_cell, b_n, b_expected, b_score = _candidates(foreseen, family, n, slots, c, cells, BC)
+        m_sure = b_expected >= top - SURE
+        b_take, b_chance, carry = _prefixes(_below(b_score, best), m_sure, b_n, t, least, carry, QUANTUM)
+        b_weight = b_n * tl.exp2(_below(b_expected, top))  # [BC]
         m_taken = b_take > 0
+        m_chance = b_chance < 1.0
         b_at = at + tl.cumsum(m_taken.to(tl.int32), 0) - 1  # [BC]
-        tl.store(cell + b_at, start + c + o_c, mask=m_taken)
+        tl.store(cell + b_at, b_cell, mask=m_taken)
         tl.store(take + b_at, b_take.to(tl.int32), mask=m_taken)
         tl.store(factor + b_at, b_n / (tl.maximum(b_take, 1.0) * b_chance), mask=m_taken)
         tl.store(chance + b_at, b_chance, mask=m_taken)
-        # The most promising: by its expected sum, cells that are sure to be taken before others.
-        b_mass = tl.where(m_taken, b_l + tl.log2(b_n) + tl.where(b_chance < 1, LEAST, 0.0), 2 * LEAST)
+        tl.store(share + b_at, tl.where(m_chance, b_weight, 0.0), mask=m_taken)
+        b_mass = tl.where(m_taken & (b_chance >= 1.0), tl.log2(b_weight), 2 * LEAST)
         mass = tl.max(b_mass)
         # Of several as good, the first.
         mass_at = tl.min(tl.where(b_mass == mass, b_at, 2147483647))
-        best_at = tl.where(mass > best, mass_at, best_at)
-        best = tl.maximum(best, mass)
+        most_at = tl.where(mass > most, mass_at, most_at)
+        most = tl.maximum(most, mass)
+        b_sure += tl.where(m_chance, 0.0, b_weight)
         # N^2 (1 - f) / n E[w^2], and where cells are taken by chance as much again as their rarity.
         b_seen = tl.maximum(tl.where(m_taken, b_take, tl.minimum(b_n, QUANTUM)), 1.0) * b_chance
         b_missed = tl.where(b_n > 0, b_n * tl.maximum(b_n / tl.maximum(b_seen, 1e-30) - 1, 0.0), 0.0)
-        b_square = b_missed * tl.exp2(2 * b_l)  # [BC]
-        b_moments = tl.load(moments + (start + c + o_c)[:, None] * NM + o_m[None, :], mask=m_c[:, None], other=0.0)
+        b_bits = 4 * (b_score - 0.5 * b_expected) - 2 * top  # of E[w^2]; the score is its geometric mean with E[w]
+        b_square = b_missed * tl.exp2(tl.minimum(tl.maximum(b_bits, BELOW), 60.0))
+        m_c = (c + tl.arange(0, BC)) < cells
+        b_moments = tl.load(moments + b_cell[:, None] * NM + o_m[None, :], mask=m_c[:, None], other=0.0)  # [BC, NM]
+        b_far += tl.sum(tl.where(m_chance, b_weight, 0.0)[:, None] * b_moments, 0)
         b_unseen += tl.sum(b_square[:, None] * b_moments, 0)
         at += tl.sum(m_taken.to(tl.int32))
-    tl.store(promising + query, best_at.to(tl.int64))
+    tl.store(promising + query, most_at.to(tl.int64))
+    tl.store(sure + query, tl.sum(b_sure))
+    tl.store(far + query * NM + o_m, b_far)
     tl.store(unseen + query * NM + o_m, b_unseen)
 
 
@@ -220,7 +294,7 @@ def scan_kernel(
     cell_first,  # [cells] int64, where a cell's windows begin (in order, where ORDERED)
     cell_size,  # [cells] int32, competing windows
     cell_turn,  # [cells] int32, where prefixes begin
-    block_cell,  # [blocks] int32; blocks past the end have a cell past the last
+    block_key,  # [blocks] int32, cells; blocks past the end have one past the last
     block_first,  # [blocks] int64, of the sorted items
     block_end,  # [blocks] int64, where the items of the cell end
     item,  # [items] int64, items sorted by cell, and inside by falling take
@@ -247,7 +321,7 @@ def scan_kernel(
 ):
     """Sums of a block of a cell's items over the prefixes of the cell's windows that they take."""
     block = tl.program_id(0)
-    cell = tl.load(block_cell + block)
+    cell = tl.load(block_key + block)
     if (cell < first_cell) | (cell >= end_cell):
         return
     # Items past the last repeat it, and are not stored.
@@ -309,20 +383,31 @@ def sum_kernel(
     sums,  # [items, NV] fp32
     squares,  # [items, NV] fp32
     top,  # [items] fp32
+    cell,  # [items] int32
     take,  # [items] int32
     factor,  # [items] fp32
     chance,  # [items] fp32
+    share,  # [items] fp32, as in list_kernel
+    moments,  # [cells, NM] fp32, as in list_kernel
+    sure,  # [Q] fp32
+    far,  # [Q, NM] fp32, of all that is not sure
     first_item,  # [Q + 1] int64
-    reference,  # [Q] fp32, out: the log-weight that the totals are relative to
+    reference,  # [3, Q] fp32, out: the log-weight that the totals are relative to; what a unit of foreseen weight is
+    # worth by what sure cells held; the sum of weights without foresight
     total,  # [Q, 1 + C, 3] fp64, out: s, s2, variance of s; then by channel v, its covariance with s, its variance
+    n_queries,
+    value_unit,  # of v, in units of the moments
     C: tl.constexpr,
     NV: tl.constexpr,
+    NM: tl.constexpr,
     BI: tl.constexpr,
 ):
     """Adds up a query's items: Horvitz & Thompson's estimate, and its variance; a program a query and part.
 
-    Of n of a cell's N windows, drawn with chance c, a sum Y stands for Y N / (n c). Its variance is estimated within
-    cells by the scatter S^2 of the n windows, N^2 (1 - n/N) S^2 / n / c, and between by (1 - c) (Y N / (n c))^2.
+    Of n of a cell's N windows, drawn with chance c, a sum Y stands for Y N / (n c). Of a cell taken by chance only what
+    that differs by from F / c is added, F being foreseen of it in units that sure cells calibrate, and the F of all
+    such cells, drawn or not, once (a control variate). The variance is estimated within cells by the scatter S^2 of
+    the n windows, N^2 (1 - n/N) S^2 / n / c, and between by (1 - c) ((Y N / n - F) / c)^2.
     """
     query = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -334,6 +419,25 @@ def sum_kernel(
         # Items without a weight that counts carry the reference they began with.
         b_m = tl.maximum(b_m, tl.load(top + i + o_i, mask=i + o_i < end, other=LEAST))
     m = tl.max(b_m)
+    b_found = tl.zeros([BI], tl.float64)
+    b_raw = tl.zeros([BI], tl.float64)
+    b_drawn = tl.zeros([BI], tl.float64)
+    for i in range(start, end, BI):
+        m_i = i + o_i < end
+        b_fade = tl.exp2(tl.load(top + i + o_i, mask=m_i, other=LEAST) - m)
+        b_one = tl.load(sums + (i + o_i) * NV, mask=m_i, other=0.0) * b_fade
+        b_all = b_one.to(tl.float64) * tl.load(factor + i + o_i, mask=m_i, other=0.0)
+        b_chance = tl.load(chance + i + o_i, mask=m_i, other=1.0).to(tl.float64)
+        b_raw += b_all
+        b_found += tl.where(b_chance < 1, 0.0, b_all)
+        b_drawn += tl.load(share + i + o_i, mask=m_i, other=0.0) / b_chance
+    found, raw = tl.sum(b_found), tl.sum(b_raw)
+    p_far = far + query * NM
+    others = tl.load(p_far).to(tl.float64)
+    unit = found / tl.maximum(tl.maximum(tl.load(sure + query).to(tl.float64), others / MOST_FORESEEN), 1e-300)
+    # Where foresight would take most of what was found away, it is no guide either.
+    guide = tl.where(raw + unit * (others - tl.sum(b_drawn)) > 0.25 * raw, unit, 0.0)
+
     b_a = tl.zeros([BI], tl.float64)
     b_b = tl.zeros([BI], tl.float64)
     b_c = tl.zeros([BI], tl.float64)
@@ -344,16 +448,17 @@ def sum_kernel(
         b_factor = tl.load(factor + i + o_i, mask=m_i, other=0.0).to(tl.float64)
         b_chance = tl.load(chance + i + o_i, mask=m_i, other=1.0).to(tl.float64)
         b_take = tl.load(take + i + o_i, mask=m_i, other=1).to(tl.float64)
+        b_foreseen = guide * tl.load(share + i + o_i, mask=m_i, other=0.0) / b_chance
         # A cell taken whole has factor 1 and leaves no error.
         b_within = tl.maximum(b_factor * b_chance - 1, 0.0) * b_factor * b_take / tl.maximum(b_take - 1, 1.0)
-        b_between = (1 - b_chance) * b_factor * b_factor
         p_s, p_q = sums + (i + o_i) * NV, squares + (i + o_i) * NV
         b_one = tl.load(p_s, mask=m_i, other=0.0).to(tl.float64) * b_fade
+        b_beside = b_factor * b_one - b_foreseen
         if part == 0:
             b_ones = tl.load(p_q, mask=m_i, other=0.0).to(tl.float64) * b_square
-            b_a += b_factor * b_one
+            b_a += b_beside
             b_b += b_factor * tl.load(p_q + 1, mask=m_i, other=0.0).to(tl.float64) * b_square / COUNT_UNIT
-            b_c += b_within * tl.maximum(b_ones - b_one * b_one / b_take, 0.0) + b_between * b_one * b_one
+            b_c += b_within * tl.maximum(b_ones - b_one * b_one / b_take, 0.0) + (1 - b_chance) * b_beside * b_beside
         else:
             p_v, p_qv = p_s + 1 + part, p_q + 1 + part
             b_v = tl.load(p_v, mask=m_i, other=0.0) + tl.load(p_v + C, mask=m_i, other=0.0)
@@ -361,15 +466,21 @@ def sum_kernel(
             b_qvv = tl.load(p_qv + 2 * C, mask=m_i, other=0.0).to(tl.float64) * b_square
             b_v = b_v.to(tl.float64) * b_fade
             b_qv = b_qv.to(tl.float64) * b_square
-            b_a += b_factor * b_v
-            b_b += b_within * (b_qv - b_one * b_v / b_take) + b_between * b_one * b_v
-            b_c += b_within * tl.maximum(b_qvv - b_v * b_v / b_take, 0.0) + b_between * b_v * b_v
+            b_cell = tl.load(cell + i + o_i, mask=m_i, other=0).to(tl.int64)
+            b_mean = tl.load(moments + b_cell * NM + part, mask=m_i, other=0.0) * value_unit
+            b_beside_v = b_factor * b_v - b_foreseen * b_mean
+            b_a += b_beside_v
+            b_b += b_within * (b_qv - b_one * b_v / b_take) + (1 - b_chance) * b_beside * b_beside_v
+            b_c += b_within * tl.maximum(b_qvv - b_v * b_v / b_take, 0.0) + (1 - b_chance) * b_beside_v * b_beside_v
     p_total = total + (query * (1 + C) + part) * 3
-    tl.store(p_total, tl.sum(b_a))
+    whole = tl.where(part == 0, 1.0, value_unit)
+    tl.store(p_total, tl.sum(b_a) + guide * tl.load(p_far + part) * whole)
     tl.store(p_total + 1, tl.sum(b_b))
     tl.store(p_total + 2, tl.sum(b_c))
     if part == 0:
         tl.store(reference + query, m)
+        tl.store(reference + n_queries + query, unit.to(tl.float32))
+        tl.store(reference + 2 * n_queries + query, raw.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["first_cell", "end_cell"])
