@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RANGE_TOLERANCE = 1e-3
-"""How far a float pixel may lie outside [-1, 1]: room for interpolation and rounding, not for another convention."""
+from . import sources
+from .checks import RANGE_TOLERANCE
 
 
 class PatchBank:
@@ -83,8 +83,6 @@ class PatchBank:
             ValueError: nothing to read, an unreadable file (named by its path), mixed image sizes without `size`.
             TypeError: a source of a kind that is not taken.
         """
-        from . import sources
-
         images, image_labels, class_names = sources.read(source, size, channels, labels, limit, skip_bad)
         return cls(images, image_labels, class_names)
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+RANGE_TOLERANCE = 1e-3
+"""How far a float pixel may lie outside [-1, 1]: room for interpolation and rounding, not for another convention."""
+
 
 def integer(name: str, value: Any, at_least: int | None = None, at_most: int | None = None) -> int:
     """`value` as an int; any integer type but bool."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checks
-from .bank import RANGE_TOLERANCE
+from .checks import RANGE_TOLERANCE
 from .machines import Denoiser, check_noisy
 from .sampling import image_generator
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checks
-from .bank import RANGE_TOLERANCE
+from .checks import RANGE_TOLERANCE
 
 BUILT_IN = ("fashion-mnist",)
 """Names that `read` takes in place of a path. A folder of the same name is opened as "./fashion-mnist"."""
