@@ -302,6 +302,7 @@ struct Pass {
     int64_t chunk;                    // images
     int chunks, items = 1;            // units: chunks x groups of `items` noisy images
     float value_of_byte[256];
+    std::vector<Span> pixels;         // of a training image that are looked at
     int64_t block_floats, state_floats = 0, scratch_floats = 0;
 
     // Competitions first .. first + count of the problem.
@@ -318,7 +319,29 @@ struct Pass {
             state_floats = std::max(state_floats, windows.back().state_floats);
             scratch_floats = std::max(scratch_floats, windows.back().scratch_floats);
         }
+        plan_pixels();
         plan_items();
+    }
+
+    // The rows that some panel reads times the columns that some panel reads: corners need little of an image.
+    void plan_pixels() {
+        std::vector<char> rows(size_t(problem.height)), cols(size_t(problem.width));
+        for (const WindowPlan& plan : windows)
+            for (const Panel& panel : plan.panels)
+                for (const bool is_row : {true, false}) {
+                    const Axis& axis = is_row ? panel.rows : panel.cols;
+                    std::vector<char>& read = is_row ? rows : cols;
+                    const int r = plan.competition.patch_size / 2;
+                    for (int i = std::max(0, axis.w0 - r); i < std::min(int(read.size()), axis.w1 + r); ++i)
+                        read[size_t(i)] = 1;
+                }
+        for (int i = 0; i < problem.height; ++i)
+            for (int j = 0; rows[size_t(i)] && j < problem.width; ++j) {
+                if (!cols[size_t(j)]) continue;
+                const int at = i * problem.width + j;
+                if (pixels.empty() || pixels.back().end < at) pixels.push_back({at, at});
+                pixels.back().end = at + 1;
+            }
     }
 
     void plan_items() {
@@ -417,7 +440,7 @@ public:
             for (int item = 0; item < items; ++item) kept.tasks.push_back(task(kept, first_item + item, item));
         }
         const Images images = {problem.images, problem.images_are_bytes, problem.indices, problem.channels,
-                               problem.height, problem.width, pass.value_of_byte};
+                               problem.height, problem.width, pass.value_of_byte, pass.pixels};
         const int lanes = pass.level.lanes;
         for (int64_t at = start, blocks = 1; at < stop; at += lanes, ++blocks) {
             pass.level.pack(images, at, int(std::min<int64_t>(lanes, stop - at)), block.get());

@@ -565,16 +565,17 @@ static void pack_block(const Images& images, int64_t start, int count, float* bl
     const int n = images.channels;
     const int64_t pixels = int64_t(images.height) * images.width;
     constexpr int TILE = 16;
-    for (int64_t tile = 0; tile < pixels; tile += TILE) {
-        const int64_t end = tile + TILE < pixels ? tile + TILE : pixels;
-        for (int l = 0; l < LANES; ++l) {
-            const Raw* image = static_cast<const Raw*>(images.data);
-            if (l < count) image += images.index(start + l) * n * pixels;
-            for (int c = 0; c < n; ++c)
-                for (int64_t x = tile; x < end; ++x)
-                    block[(x * n + c) * LANES + l] = l < count ? value(image[c * pixels + x]) : ABSENT_PIXEL;
+    for (const Span& span : images.pixels)
+        for (int tile = span.begin; tile < span.end; tile += TILE) {
+            const int end = tile + TILE < span.end ? tile + TILE : span.end;
+            for (int l = 0; l < LANES; ++l) {
+                const Raw* image = static_cast<const Raw*>(images.data);
+                if (l < count) image += images.index(start + l) * n * pixels;
+                for (int c = 0; c < n; ++c)
+                    for (int64_t x = tile; x < end; ++x)
+                        block[(x * n + c) * LANES + l] = l < count ? value(image[c * pixels + x]) : ABSENT_PIXEL;
+            }
         }
-    }
 }
 
 struct ByteValue {

@@ -78,13 +78,18 @@ struct Task {
     bool calling_thread;
 };
 
-// Images start .. start + count as one block, or as rows of a matrix (whole images).
+struct Span {
+    int begin, end;
+};
+
+// Images start .. start + count as one block, of which only some pixels are read.
 struct Images {
     const void* data;
     bool bytes;
     const int64_t* indices;
     int channels, height, width;
     const float* value_of_byte;             // [256]
+    const std::vector<Span>& pixels;
     int64_t index(int64_t i) const { return indices ? indices[i] : i; }
 };
 
