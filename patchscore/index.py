@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -293,6 +294,7 @@ class IndexedSize:
         # [rank, cells], [rank, cells], [cells, 2 C]
         self.mean, self.variance, self.moments = arrays["mean"].float(), arrays["variance"].float(), arrays["moments"]
         self.log_repeats = arrays["stand_for"].log()
+        self.competing = self.sizes.float()
         # A parent's moments are those of its cells together: [rank, cells / SIBLINGS].
         family = self.mean.unflatten(1, (-1, SIBLINGS))
         weight = (self.sizes * arrays["stand_for"]).view(-1, SIBLINGS)
@@ -402,6 +404,7 @@ class _Builder:
         self.rank = 0
 
     def run(self) -> None:
+        start = time.monotonic()
         r = self.k // 2
         inner_rows, inner_cols = range(r, self.height - r), range(r, self.width - r)
         places = [(inner_rows, inner_cols)]
@@ -448,6 +451,7 @@ class _Builder:
             "stored": self.stored,
             "subsampled_images": len(self.members) if len(self.members) < len(self.bank) else None,
             "regions": self.regions,
+            "build_seconds": round(time.monotonic() - start, 1),
             "files": {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files},
         }
         _write_json(self.folder / "meta.json", record)
