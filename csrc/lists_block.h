@@ -1,5 +1,5 @@
-// Plan and scan: which share of which cell some queries of a region take, and the sums over that. Included by lists_cpu.cpp
-// alone.
+// Plan and scan: which share of which cell some queries of a region take, and the sums over that. Included by
+// lists_cpu.cpp alone.
 #pragma once
 
 #include "lists_region.h"
@@ -15,7 +15,8 @@ float* room(std::vector<float>& memory, int64_t count) {
     return memory.data() + (64 - at % 64) % 64 / sizeof(float);
 }
 
-constexpr int AT_ONCE = 12;          // queries whose weights are foreseen together
+constexpr int AT_ONCE = 48;          // queries whose weights are foreseen together ..
+constexpr int64_t FAMILIES_AT_ONCE = 24000;  // .. as long as they have no more families in all
 
 // The families of a query's parents that matter, and what is foreseen of their cells.
 struct Families {
@@ -24,158 +25,247 @@ struct Families {
     float top;                       // log of the greatest weight expected of a parent
     double far[1 + MOST_CHANNELS];   // what is foreseen of other parents, relative to that
     std::vector<int32_t> parents;
-    std::vector<float> expected, expected2, competing, score;  // [families, SIBLINGS], from `at` on
-    float* at(std::vector<float>& part) { return room(part, 0); }
+    std::vector<float> memory;
+    float* foreseen() { return room(memory, count * 2 * SIBLINGS); }  // [families, 2, SIBLINGS] log E[w], log E[w^2]
 };
 
 // A thread's scratch, for regions of any size.
 struct Workspace {
-    std::vector<float> flat, squares, parents, parent_share, ranked, share;
+    std::vector<float> flat, squares, parents, parent_share, ranked, share, score, competing, block, runs;
     std::array<Families, AT_ONCE> foreseen;
-    std::vector<float> few, few_competing, block, runs;
+    std::vector<Foreseeing> asked;
+    std::vector<int64_t> first_asked;
     std::vector<int32_t> order, active;
     std::vector<uint32_t> luck;
     std::vector<Planned> plan;
 };
 
-// Some queries of one region: planned, scanned, and the windows of their samples compared.
+// A range of cells, and what is found there: one thread reads it for all queries of a block.
+struct Stretch {
+    std::vector<float> m;            // [queries] references of the sums
+    Aligned<float> sums;             // [queries, LANES]
+    std::vector<Samples> samples;    // [queries]
+    std::vector<Entry> entries;
+    std::vector<int64_t> first_entry;
+    int64_t pairs = 0;
+
+    explicit Stretch(int queries)
+        : m(size_t(queries), -FAR), sums(int64_t(queries) * LANES), samples(size_t(queries)) {
+        std::fill_n(sums.get(), int64_t(queries) * LANES, 0.f);
+    }
+};
+
+// Some queries of one region: planned, scanned, and the windows of their samples compared. Threads share the steps by
+// slices of the queries or by stretches of the cells; what a query gets does not depend on how.
 class Block {
     Region& region;
     const Scan& scan;
     const Lists& lists;
     const ListLevel& level;
     const int first, count;
-    Workspace& space;
     Interrupt& interrupt;
-    const bool calling;
     const double bits;               // log2(e) / sigma^2
 
     // What is foreseen of a query: weights relative to 2^(top), variances to 2^(2 top), calibrated by what is found.
     struct Foreseen {
         double sure, far[1 + MOST_CHANNELS], unseen[1 + 2 * MOST_CHANNELS];
-        double pilot_weight = 0;
         bool glanced = false;
-        int64_t pilot;               // place in `planned` of the surely taken cell of which most weight is expected
+        double pilot_weight = 0;     // the most that is foreseen of a cell that is surely looked into,
+        Planned pilot;               // and that cell
     };
-    std::vector<Planned> planned;
+    std::vector<std::vector<Planned>> planned;  // [slices, STRETCHES]
     std::vector<Foreseen> foreseen;
-    std::vector<float> m, calibration;
+    std::vector<float> calibration;
     std::vector<uint32_t> luck;
-    std::vector<Samples> samples;
     std::vector<char> again;         // which queries are scanned: all, then those whose sample came out too small
     float* const q;                  // [count, pitch]
-    Aligned<float> sums;
-    std::vector<Entry> entries;
-    std::vector<int64_t> first_entry;
+    std::vector<Stretch> stretches;
 
 public:
-    Block(Region& region, int first, int count, Workspace& space, Interrupt& interrupt, bool calling)
+    static constexpr int SLICE = 256, STRETCHES = 8;
+
+    Block(Region& region, int first, int count, Interrupt& interrupt)
         : region(region), scan(region.scan), lists(region.lists), level(region.level), first(first), count(count),
-          space(space), interrupt(interrupt), calling(calling), bits(LOG2E / (scan.sigma * scan.sigma)),
-          foreseen(size_t(count)), m(size_t(count), -FAR), calibration(size_t(count), -1e9f), luck(size_t(count)),
-          samples(size_t(count)), again(size_t(count), 1), q(region.q.data() + first * region.pitch), sums(int64_t(count) * LANES) {
-        std::fill_n(sums.get(), int64_t(count) * LANES, 0.f);
-        const int k = scan.patch_size;
-        const int64_t pixels = int64_t(scan.channels) * k * k;
-        space.flat.resize(size_t(count * pixels));
-        float* flat = space.flat.data();
-        for (int i = 0; i < count; ++i) {
-            const float* const window = region.window(first + i);
-            for (int c = 0; c < scan.channels; ++c)
-                for (int y = 0; y < k; ++y, flat += k) std::copy_n(window + c * region.plane() + y * region.wide(), k, flat);
-            // What a query draws depends on the seed and on its own number, not on what else is in the call.
-            luck[size_t(i)] = uint32_t(mix(mix(scan.seed) ^ uint64_t(scan.numbers[first + i]) * 0x2545f4914f6cdd1du) >> 32);
-        }
-        level.product(space.flat.data(), pixels, count, region.axes.data(), region.pitch, int(pixels),
-                      region.shift.data(), q);
+          interrupt(interrupt), bits(LOG2E / (scan.sigma * scan.sigma)), planned(size_t(slices() * STRETCHES)),
+          foreseen(size_t(count)), calibration(size_t(count), -1e9f), luck(size_t(count)), again(size_t(count), 1),
+          q(region.q.data() + first * region.pitch) {
+        for (int i = 0; i < STRETCHES; ++i) stretches.emplace_back(count);
     }
 
-    // Windows scanned, or -1 if asked to stop.
-    int64_t run() {
+    int slices() const { return (count + SLICE - 1) / SLICE; }
+    bool scans_again() const { return std::count(again.begin(), again.end(), 1) > 0; }
+    int64_t pairs() const {
+        int64_t all = 0;
+        for (const Stretch& stretch : stretches) all += stretch.pairs;
+        return all;
+    }
+
+    // Features of a slice's queries, and which share of which cell each takes.
+    void plan(int slice, Workspace& space, bool calling) {
+        const int begin = slice * SLICE, end = std::min(count, begin + SLICE);
+        project(begin, end, space);
         const int rank = scan.foreseen_rank;
         space.squares.resize(size_t(AT_ONCE * 2 * rank));
         float* const parents = room(space.parents, AT_ONCE * region.parent_row);
-        for (int i = 0; i < count; i += AT_ONCE) {
-            if (interrupt.stopped(calling)) return -1;
-            const int some = std::min(AT_ONCE, count - i);
+        for (int i = begin; i < end; i += AT_ONCE) {
+            if (interrupt.stopped(calling)) return;
+            const int some = std::min(AT_ONCE, end - i);
             for (int j = 0; j < some; ++j)
                 for (int d = 0; d < rank; ++d) {
                     const float x = q[(i + j) * region.pitch + d];
                     space.squares[size_t(j * 2 * rank + d)] = x, space.squares[size_t((j * 2 + 1) * rank + d)] = x * x;
                 }
-            level.product(space.squares.data(), 2 * rank, some, region.parent_weights.data(), region.parent_row, 2 * rank,
-                          region.parent_constants.data(), parents);
-            foresee(i, some, parents);
-            for (int j = 0; j < some; ++j) plan(i + j, space.foreseen[size_t(j)]);
-        }
-        // A glance at the most promising cell of every query tells where its weights lie and about how large its sums
-        // will be, so that most windows need not be looked at closely. Cells taken by chance go last, when the others
-        // have told how foreseen weights compare with real ones.
-        group_by_cell(0);
-        if (!scan_cells(0)) return -1;
-        calibrate();
-        for (int i = 0; i < count; ++i) {
-            const double all = foreseen[size_t(i)].sure + foreseen[size_t(i)].far[0];
-            samples[size_t(i)].threshold =
-                float(double(calibration[size_t(i)]) + std::log2(all / std::max(1, scan.recheck)) - DOUBT_BITS);
-        }
-        std::fill_n(sums.get(), int64_t(count) * LANES, 0.f);
-        int64_t pairs = scan_planned();
-        if (pairs < 0) return -1;
-        // Where that promised far too much, hardly a window was large enough for the sample: again without it.
-        again.assign(size_t(count), 0);
-        for (int i = 0; i < count; ++i)
-            if (scan.recheck && too_few(i)) {
-                again[size_t(i)] = 1, m[size_t(i)] = -FAR, samples[size_t(i)] = {};
-                std::fill_n(sums.get() + int64_t(i) * LANES, LANES, 0.f);
+            level.product(space.squares.data(), 2 * rank, some, region.parent_weights.data(), region.parent_row,
+                          2 * rank, region.parent_constants.data(), parents);
+            for (int j = 0; j < some; ++j)
+                choose(parents + j * region.parent_row, space.foreseen[size_t(j)], space);
+            for (int j = 0, after; j < some; j = after) {
+                int64_t families = space.foreseen[size_t(j)].count;
+                for (after = j + 1; after < some && families < FAMILIES_AT_ONCE; ++after)
+                    families += space.foreseen[size_t(after)].count;
+                foresee(i, j, after, space);
+                for (int of = j; of < after; ++of) plan_query(i + of, space.foreseen[size_t(of)], space);
             }
-        if (std::count(again.begin(), again.end(), 1)) {
-            const int64_t more = scan_planned();
-            if (more < 0) return -1;
-            pairs += more;
         }
-        for (int i = 0; i < count; ++i) leave(i);
-        return look_again() ? pairs : -1;
+    }
+
+    // The steps: a glance at the most promising cell of every query tells where its weights lie and about how large
+    // its sums will be, so that most windows need not be looked at closely. Then the cells that are surely looked into.
+    // Those taken by chance go last, when the others have told how foreseen weights compare with real ones.
+    enum Turn { GLANCE, SURE, CHANCE };
+
+    void scan_stretch(Turn turn, int number, Workspace& space, bool calling) {
+        Stretch& stretch = stretches[size_t(number)];
+        const int64_t taken = group_by_cell(turn, number);
+        if (turn != GLANCE) stretch.pairs += taken;
+        scan_cells(number, turn == GLANCE ? 0 : scan.recheck, space, calling);
+    }
+
+    // What a step found, for the next one.
+    void learn(Turn turn, int slice) {
+        for (int i = slice * SLICE; i < std::min(count, (slice + 1) * SLICE); ++i) {
+            if (!again[size_t(i)]) continue;
+            refer_alike(i);
+            calibrate(i);
+            if (turn != GLANCE) continue;
+            const double all = foreseen[size_t(i)].sure + foreseen[size_t(i)].far[0];
+            const double size = double(calibration[size_t(i)]) + std::log2(all / std::max(1, scan.recheck));
+            for (Stretch& stretch : stretches) {
+                stretch.samples[size_t(i)].threshold = float(size - DOUBT_BITS);
+                std::fill_n(stretch.sums.get() + int64_t(i) * LANES, LANES, 0.f);
+            }
+        }
+    }
+
+    // Where the glance promised far too much, hardly a window was large enough for the sample: again without it.
+    void judge(int slice) {
+        for (int i = slice * SLICE; i < std::min(count, (slice + 1) * SLICE); ++i) {
+            again[size_t(i)] = scan.recheck && too_few(i);
+            if (!again[size_t(i)]) continue;
+            for (Stretch& stretch : stretches) {
+                stretch.m[size_t(i)] = -FAR, stretch.samples[size_t(i)] = {};
+                std::fill_n(stretch.sums.get() + int64_t(i) * LANES, LANES, 0.f);
+            }
+        }
+    }
+
+    // Into the region's states, and a second look at the windows of the samples.
+    void finish(int slice, bool calling) {
+        const int begin = slice * SLICE, end = std::min(count, begin + SLICE);
+        for (int i = begin; i < end; ++i) leave(i);
+        look_again(begin, end, calling);
     }
 
 private:
-    // The cells that are surely looked into, then those taken by chance; windows scanned, or -1 if asked to stop.
-    int64_t scan_planned() {
-        int64_t pairs = group_by_cell(1);
-        if (!scan_cells(scan.recheck)) return -1;
-        calibrate();
-        pairs += group_by_cell(2);
-        return scan_cells(scan.recheck) ? pairs : -1;
+    void project(int begin, int end, Workspace& space) {
+        const int k = scan.patch_size;
+        const int64_t pixels = int64_t(scan.channels) * k * k;
+        space.flat.resize(size_t((end - begin) * pixels));
+        float* flat = space.flat.data();
+        for (int i = begin; i < end; ++i) {
+            const float* const window = region.window(first + i);
+            for (int c = 0; c < scan.channels; ++c)
+                for (int y = 0; y < k; ++y, flat += k)
+                    std::copy_n(window + c * region.plane() + y * region.wide(), k, flat);
+            // What a query draws depends on the seed and on its own number, not on what else is in the call.
+            const uint64_t number = uint64_t(scan.numbers[first + i]);
+            luck[size_t(i)] = uint32_t(mix(mix(scan.seed) ^ number * 0x2545f4914f6cdd1du) >> 32);
+        }
+        level.product(space.flat.data(), pixels, end - begin, region.axes.data(), region.pitch, int(pixels),
+                      region.shift.data(), q + begin * region.pitch);
+    }
+
+    // Cells of stretch `number`: whole families.
+    int64_t first_cell(int number) const { return region.parents * number / STRETCHES * SIBLINGS; }
+    int stretch_of(int64_t cell) const {
+        int number = int(cell / SIBLINGS * STRETCHES / region.parents);
+        while (cell >= first_cell(number + 1)) ++number;
+        while (cell < first_cell(number)) --number;
+        return number;
+    }
+
+    double found(int i) const {
+        double all = 0;
+        for (const Stretch& stretch : stretches) all += double(stretch.sums.get()[int64_t(i) * LANES]);
+        return all;
+    }
+
+    // The sums of all stretches relative to the same.
+    void refer_alike(int i) {
+        float m = -FAR, threshold = -INFINITY;
+        for (const Stretch& stretch : stretches) {
+            m = std::max(m, stretch.m[size_t(i)]);
+            threshold = std::max(threshold, stretch.samples[size_t(i)].threshold);
+        }
+        for (Stretch& stretch : stretches) {
+            stretch.samples[size_t(i)].threshold = threshold;
+            if (stretch.m[size_t(i)] == m) continue;
+            const float f = std::exp2((stretch.m[size_t(i)] - m) * float(bits));
+            float* const x = stretch.sums.get() + int64_t(i) * LANES;
+            const int linear = 3 + scan.channels;  // s and v grow with the weights, the rest with their squares
+            for (int part = 0; part < LANES; ++part) x[part] *= part == 0 || (part >= 3 && part < linear) ? f : f * f;
+            stretch.m[size_t(i)] = m;
+        }
     }
 
     // Whether a sample has few windows that do not hold most of the weight either.
     bool too_few(int i) const {
-        const std::vector<Sample>& kept = samples[size_t(i)].kept;
-        if (int(kept.size()) >= scan.recheck / 4) return false;
+        size_t size = 0;
         double held = 0;
-        for (const Sample& sample : kept) held += std::exp2(double(sample.log_size) - double(m[size_t(i)]) * bits);
-        return held < 0.75 * double(sums.get()[int64_t(i) * LANES]);
+        for (const Stretch& stretch : stretches) {
+            const std::vector<Sample>& kept = stretch.samples[size_t(i)].kept;
+            size += kept.size();
+            if (int(size) >= scan.recheck / 4) return false;
+            const double m = double(stretch.m[size_t(i)]) * bits;
+            for (const Sample& sample : kept) held += std::exp2(double(sample.log_size) - m);
+        }
+        return held < 0.75 * found(i);
     }
 
-    // Queries i .. i + some: parents that matter, and what is to be expected of their cells.
-    void foresee(int i, int some, const float* of_parents) {
-        for (int j = 0; j < some; ++j) choose(of_parents + j * region.parent_row, space.foreseen[size_t(j)]);
-        // Family after family, so that its weights are read once for all queries.
+    // Queries i + j .. i + end: what is to be expected of the cells of their parents. Family after family, so that its
+    // weights are read once for all of them.
+    void foresee(int i, int j, int end, Workspace& space) {
+        std::vector<int64_t>& next = space.first_asked;
+        next.assign(size_t(region.parents) + 2, 0);
+        for (int of = j; of < end; ++of) {
+            const Families& f = space.foreseen[size_t(of)];
+            for (int64_t n = 0; n < f.count; ++n) ++next[size_t(f.parents[size_t(n)]) + 2];
+        }
+        for (size_t p = 2; p < next.size(); ++p) next[p] += next[p - 1];
+        space.asked.resize(size_t(next.back()));
+        for (int of = j; of < end; ++of) {
+            Families& f = space.foreseen[size_t(of)];
+            const Foreseeing asked = {q + (i + of) * region.pitch, f.foreseen()};
+            for (int64_t n = 0; n < f.count; ++n)
+                space.asked[size_t(next[size_t(f.parents[size_t(n)]) + 1]++)] = {asked.q, asked.to + n * 2 * SIBLINGS};
+        }
         const int rank = scan.foreseen_rank;
-        std::array<size_t, AT_ONCE> next{};
-        for (int32_t parent = 0; parent < int32_t(region.parents); ++parent)
-            for (int j = 0; j < some; ++j) {
-                Families& f = space.foreseen[size_t(j)];
-                if (next[size_t(j)] == size_t(f.count) || f.parents[next[size_t(j)]] != parent) continue;
-                const size_t at = next[size_t(j)]++ * SIBLINGS;
-                level.foresee(q + (i + j) * region.pitch, rank,
-                              region.weights.data() + (4 * rank + 2) * int64_t(parent) * SIBLINGS, f.at(f.expected) + at,
-                              f.at(f.expected2) + at, f.at(f.score) + at);
-                std::copy_n(lists.competing + int64_t(parent) * SIBLINGS, SIBLINGS, f.at(f.competing) + at);
-            }
+        for (int64_t p = 0; p < region.parents; ++p)
+            level.foresee(space.asked.data() + next[size_t(p)], next[size_t(p) + 1] - next[size_t(p)], rank,
+                          region.weights.data() + (4 * rank + 2) * p * SIBLINGS);
     }
 
-    void choose(const float* of_parents, Families& families) {
+    void choose(const float* of_parents, Families& families, Workspace& space) {
         const float parent_top = level.greatest(of_parents, region.parent_competing.data(), region.parent_row);
         float* const parent_share = room(space.parent_share, region.parent_row);
         level.exponentials(of_parents, region.parent_row, parent_top, parent_share);
@@ -194,7 +284,7 @@ private:
         const double least = std::min(1., std::max(LEAST_FAMILIES, 4 * scan.budget));
         if (double(families.count) < least * double(region.parents)) {
             // At low noise weights are foreseen badly: about so many at least, by the rank among one parent in so many.
-            const int64_t step = 1 + region.parents / 1024, some = (region.parents + step - 1) / step;
+            const int64_t step = 1 + region.parents / 384, some = (region.parents + step - 1) / step;
             const int64_t rank = std::min(some - 1, int64_t(least * double(some)));
             float* const ranked = room(space.ranked, some);
             for (int64_t i = 0; i < some; ++i)
@@ -208,38 +298,22 @@ private:
         families.windows = 0;
         for (int64_t f = 0; f < families.count; ++f)
             families.windows += double(region.parent_competing[size_t(families.parents[size_t(f)])]);
-        for (auto* part : {&families.expected, &families.expected2, &families.competing, &families.score})
-            room(*part, families.count * SIBLINGS);
     }
 
-    void plan(int i, Families& f) {
+    void plan_query(int i, Families& f, Workspace& space) {
         const int64_t families = f.count, cells = families * SIBLINGS;
-        const float *const expected = f.at(f.expected), *const expected2 = f.at(f.expected2);
-        const float* const competing = f.at(f.competing);
-        float *const share = room(space.share, cells), *const score = f.at(f.score);
-        const double windows = f.windows;
-        const float top = level.greatest(expected, competing, cells);
-        level.exponentials(expected, cells, top, share);
-        level.exponentials(score, cells, level.greatest(score, competing, cells), score);
-        const double wanted = std::min(windows, scan.budget * region.windows);
-        double scale = 1;
-        if (families >= 8 * STRIDE) {
-            space.few.clear(), space.few_competing.clear();
-            double few = 0;
-            for (int64_t f = 0; f < families; f += STRIDE)
-                for (int64_t c = f * SIBLINGS; c < (f + 1) * SIBLINGS; ++c) {
-                    space.few.push_back(score[c]), space.few_competing.push_back(competing[c]);
-                    few += double(competing[c]);
-                }
-            scale = raise(space.few.data(), space.few_competing.data(), int64_t(space.few.size()), wanted * few / windows,
-                          scale, 0.05);
-        }
-        scale = raise(score, competing, cells, wanted, scale, 0.02);
-
+        float *const share = room(space.share, cells), *const score = room(space.score, cells);
+        float* const competing = room(space.competing, cells);
         CellsTask t{};
-        t.share = share, t.score = score, t.competing = competing, t.expected2 = expected2, t.parents = f.parents.data();
+        t.share = share, t.score = score, t.competing = competing, t.foreseen = f.foreseen();
+        t.all_competing = lists.competing, t.parents = f.parents.data();
         t.moments = region.moments.data(), t.families = families;
-        t.channels = scan.channels, t.scale = float(scale), t.floor = scan.budget < 1 ? float(std::min(1., scan.floor)) : 1.f;
+        double claimed;
+        const float top = level.shares_and_scores(t, share, score, competing, claimed);
+        const double wanted = std::min(f.windows, scan.budget * region.windows);
+        t.channels = scan.channels;
+        t.scale = float(raise(score, competing, cells, wanted, claimed > 0 ? wanted / claimed : 1));
+        t.floor = scan.budget < 1 ? float(std::min(1., scan.floor)) : 1.f;
         t.top2 = 2 * top, t.luck = luck[size_t(i)];
         if (int64_t(space.plan.size()) < cells) space.plan.resize(size_t(cells));
         const int64_t taken = level.plan_cells(t, space.plan.data());
@@ -258,34 +332,38 @@ private:
         known.sure = t.sure;
         std::copy_n(t.far, 1 + MOST_CHANNELS, known.far);
         std::copy_n(t.unseen, 1 + 2 * MOST_CHANNELS, known.unseen);
-        known.pilot = -1;
         const double one_group = double(LANES) / (LANES - 1);
+        int stretch = 0;
+        int64_t stretch_end = first_cell(1);
         for (int64_t p = 0; p < taken; ++p) {
             Planned planning = space.plan[size_t(p)];
             Entry& entry = planning.entry;
             const double n = double(lists.competing[planning.cell]), stands_for = n / entry.take;
             const bool sure = entry.chance >= 1;
-            if (sure && double(entry.foreseen) > known.pilot_weight)
-                known.pilot_weight = double(entry.foreseen), known.pilot = int64_t(planned.size());
+            const float expected = entry.foreseen;
             entry.query = i;
             entry.factor = float(stands_for / double(entry.chance));
+            const double unseen = 1 - entry.take / n;
             entry.scatter = entry.take < int(n)
-                                ? float((1 - entry.take / n) * stands_for * stands_for * one_group / double(entry.chance))
+                                ? float(unseen * stands_for * stands_for * one_group / double(entry.chance))
                                 : 0.f;
             if (sure) entry.foreseen = 0;
-            planned.push_back(planning);
+            if (sure && double(expected) > known.pilot_weight)
+                known.pilot_weight = double(expected), known.pilot = planning;
+            while (planning.cell >= stretch_end) stretch_end = first_cell(++stretch + 1);
+            planned[size_t(i / SLICE * STRETCHES + stretch)].push_back(planning);
         }
     }
 
     // The t at which shares min(1, max(floor, t share)) add up to `wanted` windows, by Newton steps on its logarithm.
-    double raise(const float* share, const float* competing, int64_t cells, double wanted, double t,
-                 double tolerance) const {
+    double raise(const float* share, const float* competing, int64_t cells, double wanted, double t) const {
+        constexpr double TOLERANCE = 0.02;
         double low = 0, high = 1e38;
         for (int step = 0; step < 60; ++step) {
             double taken, rising;
             level.windows_taken(share, competing, cells, float(t), float(std::min(1., scan.floor)), taken, rising);
             (taken > wanted ? high : low) = t;
-            if (std::abs(taken - wanted) <= tolerance * wanted || high < low * 1.0001) break;
+            if (std::abs(taken - wanted) <= TOLERANCE * wanted || high < low * 1.0001) break;
             double next = rising > 0 ? t * std::exp(std::min(20., (wanted - taken) / rising)) : 0;
             if (!(next > low && next < high))
                 next = low > 0 && high < 1e38 ? std::sqrt(low * high) : taken > wanted ? t / 64 : t * 64;
@@ -299,51 +377,60 @@ private:
     static constexpr double DOUBT_BITS = 1.5;  // by how much a first guess of a query's sum may be too large
 
     // Foreseen weights, in the scan's units: by what was found in cells of which `expected` had been foreseen.
-    void calibrate() {
-        for (int i = 0; i < count; ++i) {
-            if (!again[size_t(i)]) continue;
-            Foreseen& f = foreseen[size_t(i)];
-            const double found = double(sums.get()[int64_t(i) * LANES]), expected = f.glanced ? f.sure : f.pilot_weight;
-            f.glanced = true;
-            // Where most is foreseen in cells that are not surely looked into, foresight is no guide.
-            const double leading = std::max(expected, f.far[0] / MOST_FORESEEN);
-            if (found > 0 && leading > 0)
-                calibration[size_t(i)] = float(std::log2(found / leading) + double(m[size_t(i)]) * bits);
-        }
+    void calibrate(int i) {
+        Foreseen& f = foreseen[size_t(i)];
+        const double sum = found(i), expected = f.glanced ? f.sure : f.pilot_weight;
+        f.glanced = true;
+        // Where most is foreseen in cells that are not surely looked into, foresight is no guide.
+        const double leading = std::max(expected, f.far[0] / MOST_FORESEEN);
+        if (sum > 0 && leading > 0)
+            calibration[size_t(i)] = float(std::log2(sum / leading) + double(stretches[0].m[size_t(i)]) * bits);
     }
 
-    // Turns the plans into each cell's list of queries: the most promising (0), the sure (1), those by chance (2).
-    int64_t group_by_cell(int turn) {
-        first_entry.assign(size_t(lists.cells) + 1, 0);
+    // Turns the plans into the lists of queries of a stretch's cells. How many windows they take.
+    int64_t group_by_cell(Turn turn, int number) {
+        Stretch& stretch = stretches[size_t(number)];
+        const int64_t begin = first_cell(number), end = first_cell(number + 1);
+        std::vector<int64_t>& first_entry = stretch.first_entry;
+        first_entry.assign(size_t(end - begin) + 2, 0);
         int64_t pairs = 0;
         const auto each = [&](auto visit) {
-            if (turn == 0) {
+            if (turn == GLANCE) {
                 for (const Foreseen& f : foreseen)
-                    if (f.pilot >= 0) visit(planned[size_t(f.pilot)]);
+                    if (f.pilot_weight > 0 && f.pilot.cell >= begin && f.pilot.cell < end) visit(f.pilot);
                 return;
             }
-            for (const Planned& planning : planned)
-                if ((planning.entry.chance < 1) == (turn == 2) && again[size_t(planning.entry.query)]) visit(planning);
+            for (int slice = 0; slice < slices(); ++slice)
+                for (const Planned& planning : planned[size_t(slice * STRETCHES + number)])
+                    if ((planning.entry.chance < 1) == (turn == CHANCE) && again[size_t(planning.entry.query)])
+                        visit(planning);
         };
-        each([&](const Planned& p) { ++first_entry[size_t(p.cell) + 1], pairs += p.entry.take; });
-        for (int64_t c = 0; c < lists.cells; ++c) first_entry[size_t(c) + 1] += first_entry[size_t(c)];
-        entries.resize(size_t(first_entry.back()));
-        std::vector<int64_t> at(first_entry.begin(), first_entry.end() - 1);
-        each([&](const Planned& p) { entries[size_t(at[size_t(p.cell)]++)] = p.entry; });
+        each([&](const Planned& p) { ++first_entry[size_t(p.cell - begin) + 2], pairs += p.entry.take; });
+        for (size_t c = 2; c < first_entry.size(); ++c) first_entry[c] += first_entry[c - 1];
+        stretch.entries.resize(size_t(first_entry.back()));
+        each([&](const Planned& p) { stretch.entries[size_t(first_entry[size_t(p.cell - begin) + 1]++)] = p.entry; });
         return pairs;
     }
 
-    bool scan_cells(int recheck) {
+    void scan_cells(int number, int recheck, Workspace& space, bool calling) {
+        Stretch& stretch = stretches[size_t(number)];
+        std::vector<Entry>& entries = stretch.entries;
+        const std::vector<int64_t>& first_entry = stretch.first_entry;
+        const int64_t from_cell = first_cell(number), cells = first_cell(number + 1) - from_cell;
         int64_t largest = 0;
-        for (int64_t c = 0; c < lists.cells; ++c)
-            largest = std::max(largest, first_entry[size_t(c) + 1] - first_entry[size_t(c)]);
+        space.active.clear();
+        for (int64_t c = 0; c < cells; ++c) {
+            const int64_t here = first_entry[size_t(c) + 1] - first_entry[size_t(c)];
+            if (here) space.active.push_back(int32_t(from_cell + c));
+            largest = std::max(largest, here);
+        }
         const int64_t channels = scan.channels;
         CellTask t{};
         t.channels = scan.channels, t.rank = scan.used_rank, t.stored_rank = lists.rank, t.q_pitch = int(region.pitch);
         t.scale = float(bits);
-        t.q = q, t.m = m.data(), t.sums = sums.get(), t.calibration = calibration.data();
+        t.q = q, t.m = stretch.m.data(), t.sums = stretch.sums.get(), t.calibration = calibration.data();
         t.negligible = float(NEGLIGIBLE_BITS / bits), t.rise = float(16 / bits);
-        t.samples = samples.data(), t.recheck = recheck, t.luck = luck.data();
+        t.samples = stretch.samples.data(), t.recheck = recheck, t.luck = luck.data();
         t.runs = room(space.runs, largest * RUN_FLOATS);
         t.block = room(space.block, BLOCK * (scan.used_rank + 2 + channels));
         t.block_squares = t.block + BLOCK * scan.used_rank, t.block_counts = t.block_squares + BLOCK;
@@ -351,16 +438,14 @@ private:
         space.luck.resize(BLOCK);
         t.block_luck = space.luck.data();
         t.interrupt = &interrupt, t.calling_thread = calling;
-        space.active.clear();
-        for (int64_t cell = 0; cell < lists.cells; ++cell)
-            if (first_entry[size_t(cell)] < first_entry[size_t(cell) + 1]) space.active.push_back(int32_t(cell));
         const auto start_of = [&](int64_t cell, int64_t windows) {
             return int64_t(mix(scan.seed ^ uint64_t(cell) * 0xd6e8feb86659fd93u) % uint64_t(windows));
         };
         for (size_t n = 0; n < space.active.size(); ++n) {
             const int64_t cell = space.active[n];
-            const int64_t begin = first_entry[size_t(cell)], end = first_entry[size_t(cell) + 1];
-            if (n % 64 == 0 && interrupt.stopped(calling)) return false;
+            const int64_t* const of_cell = first_entry.data() + (cell - from_cell);
+            const int64_t begin = of_cell[0], end = of_cell[1];
+            if (n % 64 == 0 && interrupt.stopped(calling)) return;
             if (n + 1 < space.active.size() && !lists.allowed) {
                 // The first windows of the next cell, meanwhile.
                 const int64_t next = space.active[n + 1], row = lists.rank * 2;
@@ -379,8 +464,9 @@ private:
             t.entries = entries.data() + begin, t.entry_count = int(end - begin), t.cell = int32_t(cell);
             t.moments = lists.moments + cell * 2 * channels;
             t.features = reinterpret_cast<const uint16_t*>(lists.data + lists.offsets[cell]);
-            t.value_bytes = lists.values_are_bytes ? static_cast<const uint8_t*>(lists.values) + start * channels : nullptr;
-            t.value_floats = lists.values_are_bytes ? nullptr : static_cast<const float*>(lists.values) + start * channels;
+            const bool bytes = lists.values_are_bytes;
+            t.value_bytes = bytes ? static_cast<const uint8_t*>(lists.values) + start * channels : nullptr;
+            t.value_floats = bytes ? nullptr : static_cast<const float*>(lists.values) + start * channels;
             t.counts = lists.counts ? lists.counts + start : nullptr, t.repeats = lists.repeats;
             t.order = nullptr, t.competing = size;
             if (lists.allowed) {
@@ -399,36 +485,44 @@ private:
             t.first_window = start;
             level.scan_cell(t);
         }
-        return true;
     }
 
-    // A query's sums and the windows of its sample.
+    // A query's sums and the windows of its sample, from all stretches.
     void leave(int i) {
         const int channels = scan.channels;
-        const float* const x = sums.get() + int64_t(i) * LANES;
+        refer_alike(i);
         State& state = region.states[size_t(first + i)];
-        state.m = double(m[size_t(i)]) * bits;
-        state.s = double(x[0]), state.s2 = double(x[1]), state.ss = double(x[2]);
-        for (int c = 0; c < channels; ++c) {
-            state.v[c] = double(x[3 + c]);
-            state.vs[c] = double(x[3 + channels + c]);
-            state.vv[c] = double(x[3 + 2 * channels + c]);
+        Samples drawn;
+        drawn.threshold = stretches[0].samples[size_t(i)].threshold;
+        for (Stretch& stretch : stretches) {
+            const float* const x = stretch.sums.get() + int64_t(i) * LANES;
+            state.s += double(x[0]), state.s2 += double(x[1]), state.ss += double(x[2]);
+            for (int c = 0; c < channels; ++c) {
+                state.v[c] += double(x[3 + c]);
+                state.vs[c] += double(x[3 + channels + c]);
+                state.vv[c] += double(x[3 + 2 * channels + c]);
+            }
+            std::vector<Sample>& kept = stretch.samples[size_t(i)].kept;
+            drawn.kept.insert(drawn.kept.end(), kept.begin(), kept.end());
+            kept = {};
         }
-        // Cells taken by chance were entered by how they differ from what was foreseen: here is the rest. And a part of
-        // the variance that their moments let expect of the unscanned, since where nothing was seen scatter says nothing.
+        state.m = double(stretches[0].m[size_t(i)]) * bits;
+        // Cells taken by chance were entered by how they differ from what was foreseen: here is the rest. And a part
+        // of the variance that their moments let expect of the unscanned, since where nothing was seen scatter says
+        // nothing.
         const Foreseen& f = foreseen[size_t(i)];
         const double unit = std::exp2(std::min(100., double(calibration[size_t(i)]) - state.m));
         state.s += unit * f.far[0];
         for (int c = 0; c < channels; ++c) state.v[c] += unit * f.far[1 + c];
         double guard = EXPECTED_SHARE * unit * unit;
-        if (guard * f.unseen[0] > 4 * state.s * state.s) guard = 4 * state.s * state.s / f.unseen[0];  // values' range is 2
+        const double most = 4 * state.s * state.s;  // values' range is 2
+        if (guard * f.unseen[0] > most) guard = most / f.unseen[0];
         state.ss += guard * f.unseen[0];
         for (int c = 0; c < channels; ++c) {
             state.vs[c] += guard * f.unseen[1 + c];
             state.vv[c] += guard * f.unseen[1 + channels + c];
         }
 
-        Samples& drawn = samples[size_t(i)];
         drawn.shrink(scan.recheck);
         state.threshold = drawn.threshold;
         for (const Sample& sample : drawn.kept) __builtin_prefetch(region.ids(sample.cell) + int64_t(sample.at) * 8);
@@ -439,34 +533,34 @@ private:
             if (sample.priority <= drawn.threshold) continue;
             int64_t id;
             std::memcpy(&id, region.ids(sample.cell) + int64_t(sample.at) * 8, 8);
-            if (region.image_of(id) >= scan.image_count) throw std::runtime_error("index: a window lies outside the bank");
+            if (region.image_of(id) >= scan.image_count)
+                throw std::runtime_error("index: a window lies outside the bank");
             state.heavy.push_back({sample.log_size, sample.log_weight, sample.log_count, 0, int32_t(id / per_image),
                                    int32_t(id % per_image / lists.cols) + lists.row0 - r,
                                    int32_t(id % lists.cols) + lists.col0 - r, {}, false});
         }
-        drawn = {};
     }
 
     static constexpr double EXPECTED_SHARE = 0.1;
 
-    // Compares the sampled windows of all queries pixel by pixel, image after image, so that each is fetched once.
-    bool look_again() {
+    // Compares the sampled windows of some queries pixel by pixel, image after image, so that each is fetched once.
+    void look_again(int begin, int end, bool calling) {
         struct Look {
             Heavy window;
             int query;
             Heavy* to;
         };
         std::vector<size_t> of_image(size_t(scan.image_count) + 1, 0);
-        for (int i = 0; i < count; ++i)
+        for (int i = begin; i < end; ++i)
             for (const Heavy& heavy : region.states[size_t(first + i)].heavy) ++of_image[size_t(heavy.image) + 1];
         for (size_t n = 0; n + 1 < of_image.size(); ++n) of_image[n + 1] += of_image[n];
         std::vector<Look> looks(of_image.back());
-        for (int i = 0; i < count; ++i)
+        for (int i = begin; i < end; ++i)
             for (Heavy& heavy : region.states[size_t(first + i)].heavy)
                 looks[of_image[size_t(heavy.image)]++] = {heavy, first + i, &heavy};
         constexpr size_t AHEAD = 8;
         for (size_t n = 0; n < looks.size(); ++n) {
-            if (n % 256 == 0 && interrupt.stopped(calling)) return false;
+            if (n % 256 == 0 && interrupt.stopped(calling)) return;
             if (n + AHEAD < looks.size()) {
                 region.prefetch(looks[n + AHEAD].window);
                 __builtin_prefetch(looks[n + AHEAD].to, 1);
@@ -474,7 +568,6 @@ private:
             region.look(looks[n].query, looks[n].window);
             *looks[n].to = looks[n].window;
         }
-        return true;
     }
 };
 

@@ -1,9 +1,10 @@
 // The pruned engine on the CPU: how much of which cell a query scans, the scan by cells, and the result with its error.
 //
 // Plan: the expected weights say which share of a cell a query takes (stratified sampling); a cell of which it wants
-// less than a group's worth it takes with a probability. Scan: cells one after the other, each for all queries that take
-// some of it. Recheck: what features cut short left out is put right on a sample of the heaviest windows, compared again
-// pixel by pixel. A thread serves a block of queries; a query's numbers do not depend on the company it is in.
+// less than a group's worth it takes with a probability. Scan: cells one after the other, each for all queries that
+// take some of it. Recheck: what features cut short left out is put right on a sample of the heaviest windows, compared
+// again pixel by pixel. Threads share queries in one step and cells in the next; a query's numbers depend neither on
+// how many there are nor on the company it is in.
 #include "lists.h"
 
 #include <algorithm>
@@ -19,6 +20,7 @@
 #include <new>
 #include <thread>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "simd.h"
@@ -46,14 +48,13 @@ constexpr int LANES = 16;            // windows side by side, each of another ra
 typedef float Vector __attribute__((vector_size(64)));
 constexpr int MOST_CHANNELS = 4;
 constexpr int BLOCK = 192;           // windows turned to float at a time
-constexpr int MOST_QUERIES = 8192;   // of a thread's block
+constexpr int MOST_QUERIES = 16384;  // scanned together
 constexpr int RUN_FLOATS = (3 + MOST_CHANNELS) * LANES;
-constexpr int STRIDE = 8;            // one family in so many gives a first idea of all shares
 constexpr float LEAST_PARENT = 1e-4f;  // share of a query's foreseen weight below which a parent is not looked into,
-constexpr double LEAST_FAMILIES = 0.08;  // share of the parents that is looked into in any case, or four budgets
+constexpr double LEAST_FAMILIES = 0.02;  // share of the parents that is looked into in any case, or four budgets
 constexpr float MOST_SKIPPED = 0.02f;  // as long as all that are not have no more than this share
 static_assert(SIBLINGS == LANES, "a family is a vector");
-constexpr int PARTS = 3 + 3 * MOST_CHANNELS;  // s, s2, ss, then v, vs, vv by channel: of a query's sums, in a row of LANES
+constexpr int PARTS = 3 + 3 * MOST_CHANNELS;  // s, s2, ss, then v, vs, vv by channel: a query's sums, in a row of LANES
 constexpr double NEGLIGIBLE_BITS = 42;  // weights so far below the heaviest round away, however many stand for how many
 constexpr double LOG2E = 1.4426950408889634;
 static_assert(PARTS <= LANES, "a query's sums fit a vector");
@@ -71,8 +72,8 @@ struct Planned {
     Entry entry;
 };
 
-// A priority sample (Duffield, Lund, Thorup 2007): of windows with weights p and luck u, uniform in (0, 1), those of the
-// largest p / u; a kept window stands for max(p, threshold). All in bits.
+// A priority sample (Duffield, Lund, Thorup 2007): of windows with weights p and luck u, uniform in (0, 1), those of
+// the largest p / u; a kept window stands for max(p, threshold). All in bits.
 struct Sample {
     float priority, log_size, log_weight, log_count;
     int32_t cell, at;
@@ -109,9 +110,17 @@ struct ParentsTask {
     double far[1 + MOST_CHANNELS];   // what is foreseen of all others: weights, weighted values
 };
 
+// A query before a family: its features, and where to put log E[w] and log E[w^2] of the cells.
+struct Foreseeing {
+    const float* q;
+    float* to;                       // [2, SIBLINGS]
+};
+
 // The cells before a query, families of those parents that matter; and what `plan_cells` adds up on the way.
 struct CellsTask {
-    const float *share, *score, *competing, *expected2;  // [families, SIBLINGS]: foreseen weights, claims to be scanned, ..
+    const float *share, *score, *competing;  // [families, SIBLINGS]: foreseen weights, claims to be scanned, windows
+    const float* foreseen;           // [families, 2, SIBLINGS] log E[w], log E[w^2]
+    const float* all_competing;      // [all parents, SIBLINGS]
     const int32_t* parents;          // [families]
     const float* moments;            // [all parents, 2 channels, SIBLINGS]
     int64_t families;
@@ -172,7 +181,8 @@ struct ListLevel {
     void (*exponentials)(const float*, int64_t, float, float*);
     void (*windows_taken)(const float*, const float*, int64_t, float, float, double&, double&);
     int64_t (*choose_parents)(ParentsTask&, int32_t*);
-    void (*foresee)(const float*, int, const float*, float*, float*, float*);
+    void (*foresee)(const Foreseeing*, int64_t, int, const float*);
+    float (*shares_and_scores)(const CellsTask&, float*, float*, float*, double&);
     int64_t (*plan_cells)(CellsTask&, Planned*);
     float (*distance2)(const WindowTask&);
 };
@@ -264,12 +274,18 @@ namespace {
 
 const ListLevel LEVELS[] = {
 #if defined(__x86_64__)
-    {"avx512", avx512::scan_cell_entry, avx512::product, avx512::greatest, avx512::exponentials, avx512::windows_taken, avx512::choose_parents, avx512::foresee, avx512::plan_cells,
+    {"avx512", avx512::scan_cell_entry, avx512::product, avx512::greatest, avx512::exponentials, avx512::windows_taken,
+     avx512::choose_parents, avx512::foresee, avx512::shares_and_scores,
+     avx512::plan_cells,
      avx512::distance2},
-    {"avx2", avx2::scan_cell_entry, avx2::product, avx2::greatest, avx2::exponentials, avx2::windows_taken, avx2::choose_parents, avx2::foresee, avx2::plan_cells,
+    {"avx2", avx2::scan_cell_entry, avx2::product, avx2::greatest, avx2::exponentials, avx2::windows_taken,
+     avx2::choose_parents, avx2::foresee, avx2::shares_and_scores,
+     avx2::plan_cells,
      avx2::distance2},
 #endif
-    {"plain", plain::scan_cell_entry, plain::product, plain::greatest, plain::exponentials, plain::windows_taken, plain::choose_parents, plain::foresee, plain::plan_cells,
+    {"plain", plain::scan_cell_entry, plain::product, plain::greatest, plain::exponentials, plain::windows_taken,
+     plain::choose_parents, plain::foresee, plain::shares_and_scores,
+     plain::plan_cells,
      plain::distance2},
 };
 
@@ -293,6 +309,7 @@ public:
     explicit Aligned(int64_t count)
         : memory(static_cast<T*>(::operator new(size_t(count) * sizeof(T), std::align_val_t(64)))) {}
     ~Aligned() { ::operator delete(memory, std::align_val_t(64)); }
+    Aligned(Aligned&& other) noexcept : memory(std::exchange(other.memory, nullptr)) {}
     Aligned(const Aligned&) = delete;
     Aligned& operator=(const Aligned&) = delete;
     T* get() const { return memory; }
@@ -310,31 +327,69 @@ namespace patchscore {
 
 namespace {
 
-// `act` on every part of the work, by several threads.
-template <typename Work, typename Act>
-void in_parallel(int threads, std::vector<Work>& work, Interrupt& interrupt, Act act) {
-    std::atomic<size_t> next{0};
-    std::exception_ptr failure;
-    std::mutex mutex;
-    const auto serve = [&](bool calling) noexcept {
+// Threads that serve lists of work, one list after the other, each with its own scratch.
+class Crew {
+    std::vector<Workspace> spaces;
+    Interrupt& interrupt;
+
+public:
+    Crew(int threads, Interrupt& interrupt) : spaces(size_t(std::max(1, threads))), interrupt(interrupt) {}
+
+    template <typename Work, typename Act>
+    void serve(const std::vector<Work>& work, Act act) {
+        std::atomic<size_t> next{0};
+        std::exception_ptr failure;
+        std::mutex mutex;
+        const auto serve = [&](size_t thread) noexcept {
+            const bool calling = thread == 0;
+            try {
+                for (size_t w; (w = next++) < work.size() && !interrupt.stopped(calling);)
+                    act(work[w], spaces[thread], calling);
+            } catch (...) {
+                const std::lock_guard<std::mutex> lock(mutex);
+                if (!failure) failure = std::current_exception();
+                interrupt.stop = true;
+            }
+        };
+        std::vector<std::thread> others;
         try {
-            Workspace space;
-            for (size_t w; (w = next++) < work.size() && !interrupt.stopped(calling);) act(work[w], space, calling);
-        } catch (...) {
-            const std::lock_guard<std::mutex> lock(mutex);
-            if (!failure) failure = std::current_exception();
-            interrupt.stop = true;
+            for (size_t i = 1; i < spaces.size() && i < work.size(); ++i) others.emplace_back([&, i] { serve(i); });
+        } catch (const std::system_error&) {
+            // No more threads to be had: those that started serve.
         }
-    };
-    std::vector<std::thread> others;
-    try {
-        for (int i = 1; i < threads && size_t(i) < work.size(); ++i) others.emplace_back([&] { serve(false); });
-    } catch (const std::system_error&) {
-        // No more threads to be had: those that started serve.
+        serve(0);
+        for (std::thread& other : others) other.join();
+        if (failure) std::rethrow_exception(failure);
     }
-    serve(true);
-    for (std::thread& other : others) other.join();
-    if (failure) std::rethrow_exception(failure);
+};
+
+// Plans and scans blocks of queries together, step by step.
+void plan_and_scan(std::vector<std::unique_ptr<Block>>& blocks, Crew& crew) {
+    struct Part {
+        Block* block;
+        int number;
+    };
+    std::vector<Part> slices, stretches;
+    for (const auto& block : blocks) {
+        for (int i = 0; i < block->slices(); ++i) slices.push_back({block.get(), i});
+        for (int i = 0; i < Block::STRETCHES; ++i) stretches.push_back({block.get(), i});
+    }
+    const auto step = [&](Block::Turn turn) {
+        crew.serve(stretches, [turn](const Part& part, Workspace& space, bool calling) {
+            part.block->scan_stretch(turn, part.number, space, calling);
+        });
+        if (turn == Block::CHANCE) return;
+        crew.serve(slices, [turn](const Part& part, Workspace&, bool) { part.block->learn(turn, part.number); });
+    };
+    crew.serve(slices, [](const Part& part, Workspace& space, bool calling) {
+        part.block->plan(part.number, space, calling);
+    });
+    step(Block::GLANCE), step(Block::SURE), step(Block::CHANCE);
+    crew.serve(slices, [](const Part& part, Workspace&, bool) { part.block->judge(part.number); });
+    const auto done = [](const Part& part) { return !part.block->scans_again(); };
+    stretches.erase(std::remove_if(stretches.begin(), stretches.end(), done), stretches.end());
+    if (!stretches.empty()) step(Block::SURE), step(Block::CHANCE);
+    crew.serve(slices, [](const Part& part, Workspace&, bool calling) { part.block->finish(part.number, calling); });
 }
 
 }  // namespace
@@ -343,38 +398,47 @@ bool scan_lists(const std::vector<Scan>& scans, int threads, const std::string& 
     const ListLevel& level = choose_level(LEVELS, simd);
     Interrupt interrupt;
     interrupt.poll = poll;
-    struct Work {
+    Crew crew(threads, interrupt);
+    std::vector<std::unique_ptr<Region>> regions(scans.size());
+    std::vector<size_t> numbers(scans.size());
+    for (size_t i = 0; i < scans.size(); ++i) {
+        if (scans[i].channels < 1 || scans[i].channels > MOST_CHANNELS)
+            throw std::invalid_argument("channels: takes 1 to " + std::to_string(MOST_CHANNELS));
+        numbers[i] = i;
+    }
+    crew.serve(numbers, [&](size_t i, Workspace&, bool) { regions[i] = std::make_unique<Region>(scans[i], level); });
+    if (interrupt.stop) return false;
+    struct Queries {
         Region* region;
         int first, count;
     };
-    std::vector<std::unique_ptr<Region>> regions;
-    std::vector<Work> work;
-    for (const Scan& scan : scans) {
-        if (scan.channels < 1 || scan.channels > MOST_CHANNELS)
-            throw std::invalid_argument("channels: takes 1 to " + std::to_string(MOST_CHANNELS));
-        *scan.pairs = 0;
-        regions.push_back(std::make_unique<Region>(scan, level));
-        // Blocks of whole vectors, as many as serve the threads alike.
-        const int rounds = (scan.queries + threads * MOST_QUERIES - 1) / (threads * MOST_QUERIES);
-        const int blocks = std::max(1, rounds * threads);
-        const int each = std::max(LANES, int(padded((scan.queries + blocks - 1) / blocks)));
-        for (int at = 0; at < scan.queries; at += each)
-            work.push_back({regions.back().get(), at, std::min(each, scan.queries - at)});
+    std::vector<Queries> all, slices;
+    for (const auto& region : regions) {
+        const auto cut = [&](int most, std::vector<Queries>& into) {
+            const int queries = region->scan.queries;
+            for (int at = 0; at < queries; at += most) into.push_back({region.get(), at, std::min(most, queries - at)});
+        };
+        cut(MOST_QUERIES, all), cut(Block::SLICE, slices);
+        *region->scan.pairs = 0;
     }
-    std::mutex mutex;
-    in_parallel(threads, work, interrupt, [&](Work& part, Workspace& space, bool calling) {
-        const int64_t pairs = Block(*part.region, part.first, part.count, space, interrupt, calling).run();
-        const std::lock_guard<std::mutex> lock(mutex);
-        *part.region->scan.pairs += pairs;
-    });
+    for (size_t from = 0, to; from < all.size(); from = to) {
+        std::vector<std::unique_ptr<Block>> blocks;
+        int queries = 0;
+        for (to = from; to < all.size() && (to == from || queries + all[to].count <= MOST_QUERIES); ++to) {
+            blocks.push_back(std::make_unique<Block>(*all[to].region, all[to].first, all[to].count, interrupt));
+            queries += all[to].count;
+        }
+        plan_and_scan(blocks, crew);
+        if (interrupt.stop) return false;
+        for (size_t i = from; i < to; ++i) *all[i].region->scan.pairs += blocks[i - from]->pairs();
+    }
     // Neighbours may be in another block or region: all wait for all.
     std::map<Pixels::Kind, std::vector<Region*>> alike;
     for (const auto& region : regions) alike[Pixels::kind(region->scan)].push_back(region.get());
     std::map<Pixels::Kind, Pixels> pixels;
     for (const auto& [kind, of_kind] : alike) pixels.emplace(kind, of_kind);
     const auto each_query = [&](auto act) {
-        if (interrupt.stop) return;
-        in_parallel(threads, work, interrupt, [&](Work& part, Workspace&, bool) {
+        crew.serve(slices, [&](const Queries& part, Workspace&, bool) {
             Recheck recheck(*part.region, pixels.at(Pixels::kind(part.region->scan)));
             for (int query = part.first; query < part.first + part.count; ++query) act(recheck, query);
         });

@@ -164,6 +164,7 @@ struct Run {
     F y[1 + C], s2;
     const float* q;
     float m, cut;            // reference; the sample's threshold, a weight relative to it that luck is multiplied with
+    bool met;                // a window that weighs something
     uint32_t luck;
     int take;
 };
@@ -224,6 +225,7 @@ PS_INLINE void scan_tile(const CellTask& t, Run<C>* runs, int entry, int first, 
         for (int v = 1; v < V; ++v) best = dot[i][v] > best ? dot[i][v] : best;
         float lowest = run.m - t.negligible;
         if (!any_above(best, broadcast(lowest))) continue;
+        run.met = true;
         const bool rising = any_above(best, broadcast(run.m + t.rise));
         for (int v = 0; v < V; ++v) {
             const int at = w + v * LANES;
@@ -319,8 +321,9 @@ PS_INLINE void unpack(const CellTask& t, int first, int count) {
                 rows[i] = t.features + at * t.stored_rank;
                 number[i] = uint32_t(t.first_window + at);
                 for (int c = 0; c < C; ++c)
-                    t.block_values[c * BLOCK + w + i] =
-                        t.value_bytes ? float(t.value_bytes[at * C + c]) * (1 / 127.5f) - 1.f : t.value_floats[at * C + c];
+                    t.block_values[c * BLOCK + w + i] = t.value_bytes
+                                                            ? float(t.value_bytes[at * C + c]) * (1 / 127.5f) - 1.f
+                                                            : t.value_floats[at * C + c];
                 if (t.counts) t.block_counts[w + i] = t.repeats[t.counts[at]];
             }
         }
@@ -355,7 +358,7 @@ static void scan_cell(const CellTask& t) {
         const Entry& entry = t.entries[e];
         Run<C>& run = runs[e];
         for (int c = 0; c < 1 + C; ++c) run.y[c] = F{};
-        run.s2 = F{};
+        run.s2 = F{}, run.met = false;
         run.q = t.q + int64_t(entry.query) * t.q_pitch;
         run.m = t.m[entry.query], run.luck = t.luck[entry.query], run.take = entry.take;
         set_cut(t, entry, run);
@@ -395,6 +398,7 @@ static void scan_cell(const CellTask& t) {
     for (int e = 0; e < t.entry_count; ++e) {
         const Entry& entry = t.entries[e];
         const Run<C>& run = runs[e];
+        if (!run.met && entry.foreseen <= 0) continue;
         F parts[LANES];
         for (F& part : parts) part = F{};
         parts[0] = run.y[0], parts[1] = run.s2, parts[2] = run.y[0] * run.y[0];
@@ -402,7 +406,7 @@ static void scan_cell(const CellTask& t) {
             parts[3 + c] = run.y[1 + c];
             parts[3 + C + c] = run.y[0] * run.y[1 + c], parts[3 + 2 * C + c] = run.y[1 + c] * run.y[1 + c];
         }
-        F x = sums_of(parts);
+        F x = run.met ? sums_of(parts) : F{};
         alignas(64) float was[LANES], more[LANES] = {};
         store(was, x);
         x *= sums ? broadcast(entry.factor) : broadcast(entry.scatter);
@@ -434,6 +438,10 @@ static void scan_cell(const CellTask& t) {
         }
         store(to, before + x);
     }
+}
+
+PS_INLINE void add_to(double& total, F x) {
+    for (int i = 0; i < LANES; ++i) total += double(x[i]);
 }
 
 // The greatest x of a cell with windows.
@@ -477,10 +485,6 @@ static void windows_taken(const float* share, const float* competing, int64_t ce
     }
 }
 
-PS_INLINE void add_to(double& total, F x) {
-    for (int i = 0; i < LANES; ++i) total += double(x[i]);
-}
-
 // Parents of which more than the least weight is foreseen; what is foreseen of the others is added up.
 static int64_t choose_parents(ParentsTask& t, int32_t* chosen) {
     int64_t count = 0;
@@ -501,17 +505,60 @@ static int64_t choose_parents(ParentsTask& t, int32_t* chosen) {
     return count;
 }
 
-// log E[w] and log E[w^2] of a family's cells for features q; by axis two weights of each. Neyman's allocation goes by
-// sqrt(E[w^2]), which a normal cell's far tail inflates: the score is its geometric mean with E[w].
-static void foresee(const float* q, int rank, const float* weights, float* expected, float* expected2, float* score) {
-    F a = load(weights), b = load(weights + LANES);
+// log E[w] and log E[w^2] of a family's cells for the features of Q queries; by axis two weights of each.
+template <int Q>
+PS_INLINE void foresee_tile(const Foreseeing* asked, int rank, const float* weights) {
+    F a[Q], b[Q];
+    PS_UNROLL16 for (int i = 0; i < Q; ++i) a[i] = load(weights), b[i] = load(weights + LANES);
     weights += 2 * LANES;
     for (int d = 0; d < rank; ++d, weights += 4 * LANES) {
-        const F x = broadcast(q[d]);
-        a += (load(weights) + load(weights + LANES) * x) * x;
-        b += (load(weights + 2 * LANES) + load(weights + 3 * LANES) * x) * x;
+        const F linear = load(weights), square = load(weights + LANES);
+        const F linear2 = load(weights + 2 * LANES), square2 = load(weights + 3 * LANES);
+        PS_UNROLL16 for (int i = 0; i < Q; ++i) {
+            const F x = broadcast(asked[i].q[d]);
+            a[i] += (linear + square * x) * x;
+            b[i] += (linear2 + square2 * x) * x;
+        }
     }
-    store(expected, a), store(expected2, b), store(score, a * 0.5f + b * 0.25f);
+    PS_UNROLL16 for (int i = 0; i < Q; ++i) store(asked[i].to, a[i]), store(asked[i].to + LANES, b[i]);
+}
+
+static void foresee(const Foreseeing* asked, int64_t count, int rank, const float* weights) {
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) foresee_tile<4>(asked + i, rank, weights);
+    for (; i < count; ++i) foresee_tile<1>(asked + i, rank, weights);
+}
+
+// Neyman's allocation goes by sqrt(E[w^2]), which a normal cell's far tail inflates: a cell's score is its geometric
+// mean with E[w]. Shares and scores relative to the greatest, whose log-weight it returns; what is expected of an empty
+// cell means nothing.
+static float shares_and_scores(const CellsTask& t, float* share, float* score, float* competing, double& claimed) {
+    constexpr float BITS = 1.44269504f;
+    const auto score_of = [](F a, F b) { return a * 0.5f + b * 0.25f; };
+    F best = broadcast(-INFINITY), best_score = best;
+    for (int64_t f = 0; f < t.families; ++f) {
+        const F a = load(t.foreseen + f * 2 * LANES), s = score_of(a, load(t.foreseen + (f * 2 + 1) * LANES));
+        const F n = load(t.all_competing + int64_t(t.parents[f]) * LANES), none = broadcast(-INFINITY);
+        store(competing + f * LANES, n);
+        const F here = n > 0.f ? a : none, here_score = n > 0.f ? s : none;
+        best = here > best ? here : best, best_score = here_score > best_score ? here_score : best_score;
+    }
+    const float top = greatest_of(best), top_score = greatest_of(best_score);
+    const auto exponential = [](F x) {
+        x = x * BITS;
+        x = x > -115.f ? x : broadcast(-115.f);
+        return exp2f_(x < 0.f ? x : F{});
+    };
+    F sum = F{};
+    for (int64_t f = 0; f < t.families; ++f) {
+        const F a = load(t.foreseen + f * 2 * LANES), s = score_of(a, load(t.foreseen + (f * 2 + 1) * LANES));
+        const F e = exponential(s - top_score);
+        store(share + f * LANES, exponential(a - top)), store(score + f * LANES, e);
+        sum += e * load(competing + f * LANES);
+    }
+    claimed = 0;
+    add_to(claimed, sum);
+    return top;
 }
 
 // Which cells a query looks into, and how many windows of each: whole groups, the last of them by luck. Entries get
@@ -555,7 +602,7 @@ static int64_t plan_cells_of(CellsTask& t, Planned* planned) {
             F seen = take > 0.f ? take : broadcast(float(LANES));
             seen = seen < n ? seen : n;
             F variance = n * (n / (seen * chance) - 1.f);
-            F bits = (load(t.expected2 + c) - t.top2) * BITS;
+            F bits = (load(t.foreseen + 2 * c + LANES) - t.top2) * BITS;
             bits = bits < 60.f ? bits : broadcast(60.f);
             bits = bits > -115.f ? bits : broadcast(-115.f);
             variance = (n > 0.f) & (variance > 0.f) ? variance * exp2f_(bits) : F{};

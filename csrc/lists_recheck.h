@@ -53,8 +53,8 @@ class Recheck {
 
 public:
     Recheck(Region& region, const Pixels& pixels)
-        : region(region), pixels(pixels), scan(region.scan), lists(region.lists), bits(LOG2E / (scan.sigma * scan.sigma)),
-          exact_bits(LOG2E / (2 * scan.exact_sigma * scan.exact_sigma)) {}
+        : region(region), pixels(pixels), scan(region.scan), lists(region.lists),
+          bits(LOG2E / (scan.sigma * scan.sigma)), exact_bits(LOG2E / (2 * scan.exact_sigma * scan.exact_sigma)) {}
 
     static constexpr int ROUNDS = 3;
 
@@ -134,7 +134,8 @@ public:
             heavy.log_size = alone;
         }
         double norm = 0;
-        for (int d = 0; d < scan.used_rank; ++d) norm += std::pow(double(region.q[size_t(query * region.pitch + d)]), 2);
+        const float* const q = region.q.data() + query * region.pitch;
+        for (int d = 0; d < scan.used_rank; ++d) norm += double(q[d]) * double(q[d]);
         double log_shift = -norm / (2 * scan.sigma * scan.sigma);
         correct(state, log_shift);
         scan.m[query] = state.m / LOG2E + log_shift;
@@ -205,7 +206,10 @@ private:
                              region.shift.data(), features.data());
         const float* const q = region.q.data() + query * region.pitch;
         double weight = 0;
-        for (int d = 0; d < rank; ++d) weight += double(features[size_t(d)]) * (double(q[d]) - 0.5 * double(features[size_t(d)]));
+        for (int d = 0; d < rank; ++d) {
+            const double x = double(features[size_t(d)]);
+            weight += x * (double(q[d]) - 0.5 * x);
+        }
         return float(weight * bits);
     }
 
@@ -220,7 +224,8 @@ private:
         std::vector<double> exact(size), chance(size), rough(size);
         double top = -INFINITY;
         for (size_t j = 0; j < size; ++j) {
-            chance[j] = kept[j].certain ? 1 : std::min(1., std::exp2(double(kept[j].log_size) - double(total.threshold)));
+            const double above = double(kept[j].log_size) - double(total.threshold);
+            chance[j] = kept[j].certain ? 1 : std::min(1., std::exp2(above));
             rough[j] = std::exp2(double(kept[j].log_size) - total.m);
             // In bits: the size stands for all that a window represents.
             exact[j] = double(kept[j].log_size) - double(kept[j].log_weight) -
@@ -234,7 +239,8 @@ private:
         for (size_t j = 0; j < size; ++j) {
             const double log_exact = exact[j];
             exact[j] = std::exp2(exact[j] - top);
-            squares += exact[j] / chance[j] * std::exp2(log_exact - top - double(kept[j].log_size) + double(kept[j].log_weight));
+            const double each = log_exact - double(kept[j].log_size) + double(kept[j].log_weight);  // of equal windows
+            squares += exact[j] / chance[j] * std::exp2(each - top);
             Part& part = chance[j] < 1 ? drawn_part : sure;
             part.size += 1, part.rough += rough[j] / chance[j], part.exact += exact[j] / chance[j];
             for (int c = 0; c < channels; ++c) {
@@ -258,7 +264,8 @@ private:
         if (!(whole > 0)) return;
         // Relative variance of the ratio, by how ratios scatter.
         double spread = 0;
-        for (size_t j = 0; guided && j < size; ++j) spread += std::pow(exact[j] / (ratio * rough[j]) - 1, 2) / double(size);
+        for (size_t j = 0; guided && j < size; ++j)
+            spread += std::pow(exact[j] / (ratio * rough[j]) - 1, 2) / double(size);
         spread = std::min(1., spread) / (drawn_part.size + FEW_DRAWN);
         const double rest_share = guided ? ratio * rest / whole : drawn_part.exact / whole;
         const double doubt = doubt_of(total);

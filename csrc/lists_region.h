@@ -1,5 +1,5 @@
-// What all queries of one region share: its cells' moments made ready for a noise level, the noisy images, and the state of
-// a query between the steps. Also the comparison of two windows pixel by pixel. Included by lists_cpu.cpp alone.
+// What all queries of one region share: its cells' moments made ready for a noise level, the noisy images, and the state
+// of a query between the steps. Also the comparison of two windows pixel by pixel. Included by lists_cpu.cpp alone.
 #pragma once
 
 namespace patchscore {
@@ -119,7 +119,8 @@ struct Region {
             Vector constant[2], product[2];
             for (int c = 0; c < SIBLINGS; ++c)
                 for (int power : {0, 1})
-                    constant[power][c] = float(power + 1) * lists.log_repeats[p * SIBLINGS + c], product[power][c] = 1.f;
+                    constant[power][c] = float(power + 1) * lists.log_repeats[p * SIBLINGS + c],
+                    product[power][c] = 1.f;
             for (int d = 0; d < rank; ++d) {
                 Vector mean, variance;
                 std::memcpy(&mean, lists.mean + d * lists.pitch + p * SIBLINGS, sizeof mean);
@@ -133,7 +134,8 @@ struct Region {
                     constant[power] -= 0.5f * linear * mean;
                     product[power] *= 1 + variance / kernel;
                     if (d + 1 < rank && d % 4 < 3) continue;
-                    for (int c = 0; c < SIBLINGS; ++c) constant[power][c] -= 0.5f * std::log(std::min(3e38f, product[power][c]));
+                    for (int c = 0; c < SIBLINGS; ++c)
+                        constant[power][c] -= 0.5f * std::log(std::min(3e38f, product[power][c]));
                     product[power] = product[power] * 0 + 1;
                 }
             }

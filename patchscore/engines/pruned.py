@@ -47,8 +47,8 @@ FLOOR = 0.02
 EDGES = 3.0
 """The budget of an edge's few windows, in units of the interior's."""
 
-MOST_RECHECKED = 8
-"""The recheck's windows at most, in units of RECHECK."""
+LEAST_RECHECKED, MOST_RECHECKED = 0.5, 8
+"""The recheck's windows at least and at most, in units of RECHECK; by the variance that is left out."""
 
 SUMS = ("m", "s", "v", "s2", "vv", "vs", "ss")
 TIED = "windows tied to their place are not in an index"
@@ -226,9 +226,9 @@ class Pruned:
         used = max(part.rank_at(region, sigma, DROPPED), min(part.rank, LEAST_AXES))
         # The more variance is left out, in units of sigma^2, the more windows are compared again.
         left = float(part.tail[region][used]) / sigma**2
-        recheck = RECHECK * round(min(MOST_RECHECKED, max(4.0 if sharp < sigma else 1.0, left / 0.05)))
-        first = int(part.starts[place.first_cell])
-        last = first + int(part.sizes[cells].sum())
+        recheck = round(RECHECK * min(MOST_RECHECKED, max(4.0 if sharp < sigma else LEAST_RECHECKED, left / 0.05)))
+        first, final = int(part.starts[cells.start]), cells.stop - 1
+        last = int(part.starts[final] + part.sizes[final])
         counts = part.counts
         out = {name: torch.empty(len(items), dtype=torch.float64).numpy() for name in ("m", "s", "s2", "ss")}
         out |= {
@@ -238,7 +238,7 @@ class Pruned:
             "data": part.data,
             "offsets": part.offsets[cells].numpy(),
             "sizes": part.sizes[cells].numpy(),
-            "starts": (part.starts[cells] - first).numpy(),
+            "starts": part.starts[cells].numpy() - first,
             "values": part.values[first:last],
             "counts": None if counts is None else counts[first:last],
             "allowed": None if allowed is None else allowed.numpy(),
@@ -279,7 +279,7 @@ class Pruned:
         cells = range(place.first_cell, place.first_cell + place.cells)
         whole = self.index.bank
         if len(bank) == len(whole):
-            return None, part.sizes[cells.start : cells.stop].float()
+            return None, part.competing[cells.start : cells.stop]
         if id(bank) not in self._allowed:
             numbers = torch.full((len(whole.images),), -1)
             numbers[torch.arange(len(whole)) if whole.indices is None else whole.indices] = torch.arange(len(whole))
@@ -339,5 +339,7 @@ def _pixels(sums: PosteriorSum, rows: range, cols: range) -> PosteriorSum:
 
 def _put(total: PosteriorSum, items: Tensor, rows: range, cols: range, sums: PosteriorSum) -> None:
     """Enters the sums of some pixels, each of which has one region only."""
+    first, last = int(items[0]), int(items[-1])
+    at = slice(first, last + 1) if last - first + 1 == len(items) else items
     for name, x in _tensors(sums).items():
-        getattr(total, name)[items, :, rows.start : rows.stop, cols.start : cols.stop] = x
+        getattr(total, name)[at, :, rows.start : rows.stop, cols.start : cols.stop] = x
