@@ -1,8 +1,9 @@
-"""What the GPU does: ceilings, engines beside peers, several sizes at once, whole images, banks, batches, and samples.
+"""What the GPU does: ceilings, engines beside peers, banks, batches, samples, several sizes at once, and whole images.
 
 A pair is a query pixel and a competing window. Every section is written as soon as it is done, to
-benchmarks/results/gpu-<device>.json, so that a run cut short leaves what it has. `--dry` goes through all of it on tiny
-data, on the CPU under Triton's interpreter where there is no GPU, and writes nothing.
+benchmarks/results/gpu-<device>.json, so that a run cut short, or a section that fails, leaves what the others found.
+`--dry` goes through all of it on tiny data, on the CPU under Triton's interpreter where there is no GPU, and writes
+nothing.
 
 The rows of `pruned` need FAISS, to build an index (on the CPU). Without `--indexes` that is one of 2,000 images, built
 in a temporary folder; with it, the index of the whole bank is opened there, or built, which takes long:
@@ -22,8 +23,10 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 if "--dry" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -49,6 +52,10 @@ CASES = ((3, 0.02), (3, 0.16), (5, 0.1), (5, 0.5), (7, 0.99), (11, 1.92), (17, 3
 PRUNED_CASES = ((3, 0.16), (7, 0.99), (11, 1.92), (17, 3.98))
 BUDGETS = (0.001, 0.003, 0.01, 0.03)
 MEMORY = 8 * 2**30
+FEW = 300
+"""Images that errors against float64 are taken on."""
+
+Result = TypeVar("Result")
 
 
 class Bench:
@@ -60,7 +67,28 @@ class Bench:
         self.name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         self.deadline = time.monotonic() + options.seconds
         self.repeats = 1 if self.dry else 5
-        self.content: dict[str, object] = {"device": self.name, "rows": [], "skipped": []}
+        self.content: dict[str, object] = {"device": self.name, "rows": [], "skipped": [], "failed": []}
+
+    def section(self, work: Callable[..., Result], *arguments: object) -> Result | None:
+        """One part of the run, written when it ends: what fails in it does not take the others along."""
+        name = work.__name__.replace("_", " ")
+        if self.out_of_time(name):
+            return None
+        start = time.monotonic()
+        try:
+            return work(self, *arguments)
+        except Exception as error:
+            if self.dry:
+                raise
+            self.content["failed"].append(
+                f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            )
+            traceback.print_exc()
+            torch.cuda.empty_cache()
+            return None
+        finally:
+            self.content.setdefault("section_seconds", []).append([name, time.monotonic() - start])
+            self.flush()
 
     def out_of_time(self, what: str) -> bool:
         late = time.monotonic() > self.deadline
@@ -102,7 +130,7 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         first = self.once(work)
-        times = [self.once(work) for _ in range(repeats or self.repeats)]
+        times = [first] if self.dry else [self.once(work) for _ in range(repeats or self.repeats)]
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         return {
             "seconds_median": statistics.median(times),
@@ -241,7 +269,7 @@ def described(k: int, sigma: float, bank: ps.PatchBank, device: torch.device) ->
 
 def beside_peers(bench: Bench, bank: ps.PatchBank) -> None:
     """Every contender on the same queries, circular padding; errors on a few images, rates on many."""
-    few, cases = (3, ((3, 0.16), (5, 2.0))) if bench.dry else (300, CASES)
+    few, cases = (3, ((3, 0.16), (5, 2.0))) if bench.dry else (FEW, CASES)
     ours = served(bench)
     for k, sigma in cases:
         if bench.out_of_time(f"peers at k = {k}, sigma = {sigma}"):
@@ -278,6 +306,14 @@ def beside_peers(bench: Bench, bank: ps.PatchBank) -> None:
         bench.flush()
 
 
+def off(engine, k: int, sigma: float, bank: ps.PatchBank, mode: str, z: torch.Tensor) -> float:
+    """The worst pixel against `reference` in float64, on FEW images of the bank."""
+    small = bank if len(bank) <= FEW else ps.PatchBank(bank.images[:FEW])
+    machine = ps.EquivariantLocalScore(small, k, padding_mode=mode)
+    exact = by_engine(reference, z.double(), sigma, small, machine)().mean
+    return (by_engine(engine, z, sigma, small, machine)().mean - exact).abs().max().item()
+
+
 def rates(bench: Bench, bank: ps.PatchBank, what: str, cases: list[tuple[int, float, int, int]]) -> None:
     """`fused` at (k, sigma, images, batch), zeros padding."""
     for k, sigma, images, batch in cases:
@@ -286,6 +322,7 @@ def rates(bench: Bench, bank: ps.PatchBank, what: str, cases: list[tuple[int, fl
         part = bank if images >= len(bank) else ps.PatchBank(bank.images[:images])
         machine = ps.EquivariantLocalScore(part, k, padding_mode="zeros")
         z = noisy(bank, sigma, batch, bench.device)
+        error = off(fused, k, sigma, part, "zeros", z[:1])
         times = bench.seconds(by_engine(fused, z, sigma, part, machine), repeats=1 if bench.dry else 3)
         pairs = batch * len(part) * machine.competition(k).pairs_per_image
         interior = max(1, bank.shape[2] - k + 1) ** 2
@@ -299,6 +336,7 @@ def rates(bench: Bench, bank: ps.PatchBank, what: str, cases: list[tuple[int, fl
             batch=batch,
             windows=len(part) * interior,
             pairs=pairs,
+            error=error,
             **described(k, sigma, part, bench.device),
             **times,
             pairs_per_second=pairs / times["seconds_median"],
@@ -307,10 +345,24 @@ def rates(bench: Bench, bank: ps.PatchBank, what: str, cases: list[tuple[int, fl
         bench.flush()
 
 
+def graph(bench: Bench, bank: ps.PatchBank) -> None:
+    """One dense call of 16 images launched by the host, and replayed as a CUDA graph: what launching costs."""
+    if bench.device.type != "cuda":
+        return
+    part = ps.PatchBank(bank.images[:2000])
+    machine = ps.EquivariantLocalScore(part, 7, engine="fused", memory_limit=MEMORY)
+    z = noisy(bank, 0.99, 16, bench.device)
+    machine.denoise(z, 0.99)
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        machine.denoise(z, 0.99)
+    seconds = bench.interleaved({"launched": lambda: machine.denoise(z, 0.99), "replayed": recorded.replay})
+    for name, median in seconds.items():
+        bench.add(section=f"graph: {name}", engine="fused", k=7, sigma=0.99, batch=16, seconds_median=median)
+
+
 def several_sizes(bench: Bench, bank: ps.PatchBank) -> None:
     """`sliding` at each patch size alone, and at all of them in one pass over the bank, circular padding."""
-    if bench.out_of_time("several sizes"):
-        return
     sigma, sizes = 1.0, ((3, 5) if bench.dry else tuple(range(3, 18, 2)))
     part = ps.PatchBank(bank.images[:10_000])
     z, sigmas = noisy(bank, sigma, 1, bench.device), torch.full((1,), sigma, dtype=torch.float64)
@@ -349,7 +401,7 @@ def whole_images(bench: Bench, bank: ps.PatchBank) -> None:
 
 def streamed(bench: Bench, bank: ps.PatchBank) -> None:
     """`sliding` on a bank that lies in the device's memory, and on the same streamed through pinned memory."""
-    if bench.device.type != "cuda" or bench.out_of_time("streaming"):
+    if bench.device.type != "cuda":
         return
     z, sigmas = noisy(bank, 1.0, 1, bench.device), torch.full((1,), 1.0).double()
     competition = ps.EquivariantLocalScore(bank, 7, padding_mode="circular").competition(7)
@@ -369,9 +421,9 @@ def streamed(bench: Bench, bank: ps.PatchBank) -> None:
     sliding_cuda.RESIDENT_SHARE = share
 
 
-def index_of(bank: ps.PatchBank, sizes: list[int], folder: Path) -> ps.PatchIndex:
+def index_of(bank: ps.PatchBank, sizes: list[int], folder: Path, cells: int | None = None) -> ps.PatchIndex:
     """The index of these images in `folder`, built or completed where it has to be."""
-    return ps.PatchIndex.build(bank, sizes, folder / f"{bank.fingerprint[:16]}.index")
+    return ps.PatchIndex.build(bank, sizes, folder / f"{bank.fingerprint[:16]}.index", cells=cells)
 
 
 def shares(bench: Bench, index: ps.PatchIndex, cases: tuple[tuple[int, float], ...], batch: int) -> None:
@@ -392,9 +444,9 @@ def shares(bench: Bench, index: ps.PatchIndex, cases: tuple[tuple[int, float], .
         bench.add(**common, engine="fused", **rate, **times, **each, **described(k, sigma, bank, bench.device))
         for budget in BUDGETS[-1:] if bench.dry else BUDGETS:
             part = ps.EquivariantLocalScore(bank, k, index=index, budget=budget)
-            work = by_engine(part.pruned, z, sigma, bank, part)
-            found = work()
-            times = bench.seconds(work)
+            work, kept = by_engine(part.pruned, z, sigma, bank, part), []
+            times = bench.seconds(lambda work=work, kept=kept: kept.append(work()))
+            found = kept.pop()
             error = found.mean - exact
             bench.add(
                 **common,
@@ -422,8 +474,6 @@ def pruned(bench: Bench, bank: ps.PatchBank, folder: Path | None) -> ps.PatchInd
         bench.content["skipped"].append("pruned: FAISS is not installed")
         print("pruned: skipped, FAISS is not installed", flush=True)
         return None
-    if bench.out_of_time("pruned"):
-        return None
     if folder is not None and not bench.dry:
         index = index_of(bank, sorted(set(ps.ScaleTable.published(TABLE).sizes[1:])), folder)
         shares(bench, index, PRUNED_CASES, 16)
@@ -433,15 +483,14 @@ def pruned(bench: Bench, bank: ps.PatchBank, folder: Path | None) -> ps.PatchInd
     with tempfile.TemporaryDirectory() as there:
         small = ps.PatchBank(bank.images[: 4 if bench.dry else 2000])
         cases = ((3, 0.5),) if bench.dry else PRUNED_CASES[:2]
-        shares(bench, index_of(small, [k for k, _ in cases], Path(there)), cases, 1 if bench.dry else 16)
+        index = index_of(small, [k for k, _ in cases], Path(there), 16 if bench.dry else None)
+        shares(bench, index, cases, 1 if bench.dry else 16)
     return None
 
 
 def samples(bench: Bench, bank: ps.PatchBank, index: ps.PatchIndex | None = None) -> None:
     """20 steps of DDIM with the published table, 16 images at once, over the whole bank; compiled before."""
     name = "fused" if index is None else "pruned"
-    if bench.out_of_time(f"samples of {name}"):
-        return
     n, steps = (1, 2) if bench.dry else (16, 20)
     table = ps.ScaleTable.constant(3) if bench.dry else ps.ScaleTable.published(TABLE)
     options = {} if index is None else {"index": index, "tolerance": 0.01}
@@ -514,36 +563,32 @@ def main() -> None:
     levels = ps.get_schedule("cosine", 20).ratios[:-1].flip(0).tolist()[:19]
     scale = ps.ScaleTable.published(TABLE)
 
-    ceilings(bench)
-    bench.flush()
+    bench.section(ceilings)
     # Peers in float32 compute in float32.
     torch.backends.cudnn.allow_tf32 = False
-    beside_peers(bench, bank)
+    bench.section(beside_peers, bank)
+    if options.dry:
+        bench.section(rates, bank, "sizes", [(3, 0.5, 4, 1)])
+        bench.section(rates, bank, "banks", [(3, 2.0, 2, 2)])
+    else:
+        banks = [millions * 10**6 // 26**2 for millions in (1, 10)] + [len(bank)]  # windows of k = 7
+        bench.section(rates, bank, "banks", [(7, 0.99, images, 4) for images in banks])
+        bench.section(rates, bank, "batches", [(7, 0.99, len(bank), batch) for batch in (1, 4, 16)])
+    bench.section(graph, bank)
+    # Smaller computations afterwards take the first configuration that compiles; compiling is what takes time.
+    os.environ["PATCHSCORE_AUTOTUNE"] = "0"
+    bench.section(samples, bank)
+    index = bench.section(pruned, bank, options.indexes)
+    if index is not None:
+        bench.section(samples, bank, index)
+    if not options.dry:
+        bench.section(rates, bank, "sizes", [(scale(sigma), sigma, 10_000, 4) for sigma in levels])
     if reason := sliding.unavailable(bench.device):
         print(f"sliding: skipped, {reason}")
     else:
-        several_sizes(bench, bank)
-        whole_images(bench, bank)
-        streamed(bench, bank)
-        bench.flush()
-    if options.dry:
-        rates(bench, bank, "sizes", [(3, 0.5, 4, 1)])
-        rates(bench, bank, "banks", [(3, 2.0, 2, 2)])
-    else:
-        banks = [millions * 10**6 // 26**2 for millions in (1, 10)] + [len(bank)]  # windows of k = 7
-        rates(bench, bank, "banks", [(7, 0.99, images, 4) for images in banks])
-        rates(bench, bank, "batches", [(7, 0.99, len(bank), batch) for batch in (1, 4, 16)])
-        # Smaller computations afterwards take the first configuration that compiles; compiling is what takes time.
-        os.environ["PATCHSCORE_AUTOTUNE"] = "0"
-        samples(bench, bank)
-        bench.flush()
-        index = pruned(bench, bank, options.indexes)
-        if index is not None:
-            samples(bench, bank, index)
-        rates(bench, bank, "sizes", [(scale(sigma), sigma, 10_000, 4) for sigma in levels])
-    if options.dry:
-        pruned(bench, bank, None)
-        samples(bench, bank)
+        bench.section(several_sizes, bank)
+        bench.section(whole_images, bank)
+        bench.section(streamed, bank)
     bench.flush()
     print(table(bench.content["rows"]))
 
