@@ -7,6 +7,7 @@ into one line on stderr and exit code 2.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import subprocess
 import sys
 import time
@@ -387,6 +388,8 @@ def info(source: str, size: int | None, channels: str | None, limit: int | None,
     click.echo(f"\nengines on {device}")
     for name, engine in engines.ENGINES.items():
         click.echo(f"  {name:<10} {engine.unavailable(torch.device(device)) or 'ready'}")
+    faiss = "" if importlib.util.find_spec("faiss") else "; FAISS is missing, pip install 'patchscore[cpu]'"
+    click.echo(f"  {'pruned':<10} with an index, which `patchscore index` makes{faiss}")
 
 
 def _machine(
