@@ -388,7 +388,7 @@ def info(source: str, size: int | None, channels: str | None, limit: int | None,
     click.echo(f"\nengines on {device}")
     for name, engine in engines.ENGINES.items():
         click.echo(f"  {name:<10} {engine.unavailable(torch.device(device)) or 'ready'}")
-    faiss = "" if importlib.util.find_spec("faiss") else "; FAISS is missing, pip install 'patchscore[cpu]'"
+    faiss = "" if importlib.util.find_spec("faiss") else "; FAISS is missing, pip install faiss-cpu"
     click.echo(f"  {'pruned':<10} with an index, which `patchscore index` makes{faiss}")
 
 

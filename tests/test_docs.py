@@ -146,6 +146,8 @@ def test_other_commands_are_known():
             script = (ROOT / words[0]).read_text()
             for option in (word for word in words if word.startswith("--")):
                 assert f'"{option}"' in script, (page, words)
+        elif program == ".":
+            assert words == ["env/bin/activate"]
         elif program == "patchscore":
             assert words[0] in main.commands
             known = {name for option in main.commands[words[0]].params for name in option.opts + option.secondary_opts}
