@@ -253,6 +253,10 @@ def sample(
     }
     click.echo(f"{bank!r} from {source}")
     click.echo(_describe(denoiser, device))
+    lacking = sorted(set(sizes.sizes) - set(index.patch_sizes)) if sizes and index else []
+    if lacking:
+        click.echo(f"not in the index, so summed exactly: patch sizes {', '.join(map(str, lacking))}")
+        warnings.filterwarnings("ignore", message=".*the index has patch sizes")
 
     run = Run(out, denoiser, settings, described, noted, overwrite)
     start = time.perf_counter()

@@ -399,3 +399,15 @@ def test_sample_refuses_a_missing_or_foreign_index_in_one_line(photos, tmp_path)
         assert message in result.stderr
         assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_sizes_that_the_index_lacks_are_told_once(photos, tmp_path):
+    pytest.importorskip("faiss", reason="FAISS cannot be imported")
+    ps.ScaleTable([0.1, 0.5, 1.0, 2.0], [1, 3, 5, 7]).save(tmp_path / "table.json")
+    assert run("index", photos, "--patch-sizes", 3, "--out", tmp_path / "i").exit_code == 0
+    made = ("--table", tmp_path / "table.json", "--index", tmp_path / "i", "--budget", 0.5, "--steps", 8, "-n", 1)
+    result = run("sample", photos, *made, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    told = [line for line in result.output.splitlines() if "patch sizes 1, 5, 7" in line]
+    assert len(told) == 1
+    assert "warning" not in result.output
