@@ -332,6 +332,7 @@ def draw(rows: list[dict], fitted: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     series = list(dict.fromkeys(row["series"] for row in rows))
     figure, axes = pyplot.subplots(
@@ -353,6 +354,10 @@ def draw(rows: list[dict], fitted: list[dict], path: Path) -> None:
             ax.set_xlabel(LABELS[name], fontsize=8)
             ax.set_ylabel(label, fontsize=8)
             ax.tick_params(labelsize=7)
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            if name != "windows":
+                at = sorted({row["x"] for row in rows if row["series"] == name})
+                ax.set_xticks(at, [f"{x:g}" for x in at])
             if ax.lines:
                 ax.legend(fontsize=6)
     path.parent.mkdir(parents=True, exist_ok=True)
