@@ -393,6 +393,59 @@ def test_a_kernel_that_does_not_compile_falls_back_with_one_warning(indexed, mon
     assert "ptxas died" in (pruned_cuda.unavailable(CPU) or "")
 
 
+def test_a_query_looks_under_few_parents_and_foresees_the_others(tmp_path):
+    bank = ps.PatchBank(smooth_images(18, 3, 7, 6))
+    index = ps.PatchIndex.build(bank, 3, tmp_path / "i", progress=False)
+    part, sigma = index.at(3), 0.4
+    engine = pruned(bank, index, budget=0.05).pruned
+    reach = [engine.reach(part, 0, level) for level in (0.05, sigma, 1.0, 100.0)]
+    assert reach == sorted(reach)
+    assert reach[0] < 0.3
+    assert reach[-1] > 0.8
+    place = pruned_cuda.Place(0, range(1, 3), range(2, 4))
+    scan = pruned_cuda.Scan(
+        engine, part, bank, sigma, noisy(bank, sigma, dtype=torch.float32), [place], "circular", 2**30
+    )
+    queries = scan._shared(scan._queries([None]), torch.tensor([[0.05]]))
+    of = scan._foresee(queries)
+    (span,) = queries.spans
+    assert span.families < part.regions[0].cells // 16
+
+    # Directly: the mean of a Gaussian kernel over a Gaussian is a Gaussian; relative to e^(-|q|^2 / (2 kernel)).
+    q = queries.q.double()[:, None]
+
+    def bits(mean, variance, kernel, repeats):
+        along = 0.5 * torch.log1p(variance.T / kernel) + (q - mean.T) ** 2 / (2 * (kernel + variance.T))
+        return (repeats - along.sum(2) + q.square().sum(2) / (2 * kernel)) / torch.log(torch.tensor(2.0))
+
+    mean, variance, repeats = part.mean.double(), part.variance.double(), part.log_repeats.double()
+    once, twice = bits(mean, variance, sigma**2, repeats), bits(mean, variance, sigma**2 / 2, 2 * repeats)
+    family = of.family.view(len(q), span.families).long()
+    cells = (family[..., None] * 16 + torch.arange(16)).flatten(1)
+    foreseen = of.foreseen.view(len(q), span.families, 2, 16)
+    tolerance = {"rtol": 1e-4, "atol": 1e-2}
+    torch.testing.assert_close(foreseen[:, :, 0].flatten(1).double(), once.gather(1, cells), **tolerance)
+    score = 0.5 * once + 0.25 * twice
+    torch.testing.assert_close(foreseen[:, :, 1].flatten(1).double(), score.gather(1, cells), **tolerance)
+
+    inside = part.regions[0].cells // 16
+    windows = part.sizes.view(-1, 16).sum(1)[:inside].double()
+    every = bits(part.parent_mean[:, :inside].double(), part.parent_variance[:, :inside].double(), sigma**2, 0.0)
+    weight = windows * (every - (every + windows.log2()).amax(1, keepdim=True)).exp2()
+    chosen = torch.zeros_like(weight).scatter_(1, family, 1.0)
+    assert ((weight * chosen).sum(1) / weight.sum(1)).median() > 1 - pruned_cuda.MOST_SKIPPED
+    torch.testing.assert_close(of.skipped[:, 0].double(), (weight * (1 - chosen)).sum(1), rtol=1e-3, atol=1e-4)
+    best = weight.sort(1, descending=True).values[:, span.families - 1]
+    assert ((weight >= 0.999 * best[:, None]) | (chosen == 0)).all()
+
+    z = noisy(bank, sigma, dtype=torch.float32)
+    truth = definition(pruned(bank, index), z, sigma).mean
+    found = [sums(pruned(bank, index, budget=0.2, seed=seed), z, sigma) for seed in range(3)]
+    errors, stated = torch.stack([x.mean - truth for x in found]), torch.stack([x.stderr for x in found])
+    assert within(errors, stated) > 0.85
+    assert rms(errors) < 3 * rms(stated) < 0.3
+
+
 # The kernels one by one.
 
 
