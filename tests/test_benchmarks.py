@@ -1,12 +1,17 @@
 """The results say what they are of, and what is written of them comes from them alone."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from patchscore import cli
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import bench
 import report
 import scaling
 
@@ -105,3 +110,41 @@ def test_the_resource_that_binds_takes_the_time():
     for row in rows:
         if row["gpus"] == 8:
             assert row["seconds"] < alone[row["windows"], row["k"], row["engine"]] / 7
+
+
+# Running them.
+
+
+def test_bench_runs_what_there_is_with_options_that_there_are():
+    everything = argparse.Namespace(images="i", archive="a", fashion_mnist="f", indexes="x")
+    nothing = argparse.Namespace(images=None, archive=None, fashion_mnist=None, indexes=None)
+    commands = [command for command, _ in (*bench.full(everything), *bench.gpu(everything), *bench.full(nothing))]
+    for script, *options in [*commands, *bench.SHORT]:
+        source = (bench.HERE / script).read_text()
+        for option in (option for option in options if option.startswith("--")):
+            assert f'"{option}"' in source, (script, option)
+    scripts = {script for script, *_ in commands}
+    assert scripts == {command.split()[0] for command in report.COMMANDS.values()}
+    lacking = {script for (script, *_), lacks in bench.full(nothing) if lacks}
+    assert {"pruned_cpu.py", "end_to_end.py", "classification.py", "fused_precision.py"} <= lacking
+
+
+def test_results_go_where_they_are_asked_and_a_failure_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "good.py").write_text("import os, pathlib; pathlib.Path(os.environ['PATCHSCORE_RESULTS'], 'x').touch()")
+    (tmp_path / "bad.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    monkeypatch.setattr(bench, "SHORT", (("good.py",),))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--out", str(tmp_path)])
+    bench.main()
+    assert (tmp_path / "x").exists()
+    monkeypatch.setattr(bench, "SHORT", (("bad.py",), ("good.py",)))
+    with pytest.raises(SystemExit, match=r"bad\.py"):
+        bench.main()
+
+
+def test_bench_from_a_wheel_says_in_one_line_where_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "patchscore" / "cli.py"))
+    done = CliRunner().invoke(cli.main, ["bench"])
+    assert done.exit_code == 2
+    assert len(done.output.splitlines()) == 1
+    assert "sdist" in done.output
