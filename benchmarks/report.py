@@ -365,13 +365,14 @@ def median(row: dict, figure: str) -> str:
 
 def pruned_steps() -> str:
     record = result("pruned_cpu")
-    header = ["k, sigma", "rms", "worst", "within 2 stderr", "> 0.1 unsaid", "sooner", "least budget: rms, sooner"]
+    header = ["k, sigma", "pairs", "rms", "worst", "within 2 stderr", "> 0.1 unsaid", "sooner", "least budget: rms, sooner"]
     header += ["interior, equal time: pruned", "FAISS top-k", "uniform subset", "screened"]
     parts = []
     for setting in dict.fromkeys(row["setting"] for row in record["rows"]):
         rows = [
             [
                 f"{row['k']}, {row['sigma']:.3g}",
+                f"{row['pairs_share']:.1%}",
                 f"{row['rms']:.4f}",
                 f"{row['worst']:.2f}",
                 f"{row['within_2_stderr']:.1%}",

@@ -56,7 +56,7 @@ public:
         : region(region), pixels(pixels), scan(region.scan), lists(region.lists),
           bits(LOG2E / (scan.sigma * scan.sigma)), exact_bits(LOG2E / (2 * scan.exact_sigma * scan.exact_sigma)) {}
 
-    static constexpr int ROUNDS = 3;
+    static constexpr int ROUNDS = 2;
 
     // The windows that weigh most in a query's sample, for its neighbours.
     void choose(int query, int round) {
@@ -77,8 +77,9 @@ public:
     }
 
     // Images are smooth, so a window that is heavy at a pixel is, moved along, likely heavy at the next (PatchMatch,
-    // Barnes et al. 2009). What neighbours propose is taken for certain, whether it was scanned or not: the rest is then
-    // estimated without it. One heavier than the sample's threshold has been scanned if and only if it is in the sample.
+    // Barnes et al. 2009). What neighbours propose is taken for certain, whether it was scanned or not: the rest is
+    // then estimated without it. One heavier than the sample's threshold has been scanned if and only if it is in the
+    // sample.
     void listen(int query, int round) {
         State& state = region.states[size_t(query)];
         const auto [row, col] = region.pixel_of(query);
@@ -178,7 +179,7 @@ private:
     static constexpr double DISORDER = 3;  // bits by which weights may be off before their order is doubted
     static constexpr size_t MOST_PROPOSED = 8;
     static constexpr float MARGIN_BITS = 0.25f;  // stored features are rounded: a window so near may be in the sums
-    static constexpr double FEW_DRAWN = 4;  // so many sampled windows of the rest count as much as all sure ones together
+    static constexpr double FEW_DRAWN = 4;  // so many drawn windows of the rest count as much as all sure ones together
 
     // Whether a window may be heavier than the sample's threshold, by its distance beside those of the sample.
     bool may_matter(const State& state, const Heavy& heavy) const {
@@ -213,112 +214,147 @@ private:
         return float(weight * bits);
     }
 
-    // Puts right what the features leave out. Windows of the sample that are sure to be in it get their exact weights;
-    // the rest keeps the scan's sums, times what the sampled ones of it weigh more, and its mean moves by what their exact
-    // weights change, in proportion to how well the sample knows that.
-    void correct(State& total, double& log_shift) const {
-        const auto& kept = total.heavy;
-        if (kept.empty()) return;
-        const size_t size = kept.size();
-        const int channels = scan.channels;
-        std::vector<double> exact(size), chance(size), rough(size);
-        double top = -INFINITY;
-        for (size_t j = 0; j < size; ++j) {
-            const double above = double(kept[j].log_size) - double(total.threshold);
-            chance[j] = kept[j].certain ? 1 : std::min(1., std::exp2(above));
-            rough[j] = std::exp2(double(kept[j].log_size) - total.m);
-            // In bits: the size stands for all that a window represents.
-            exact[j] = double(kept[j].log_size) - double(kept[j].log_weight) -
-                       double(kept[j].distance) * exact_bits;
-            top = std::max(top, exact[j] - std::log2(chance[j]));
-        }
+    // The windows of a sample by their exact weights, relative to 2^top, beside those of the scan.
+    struct Second {
         struct Part {
             double size = 0, rough = 0, exact = 0, rough_v[MOST_CHANNELS] = {}, exact_v[MOST_CHANNELS] = {};
-        } sure, drawn_part;
-        double squares = 0;
+        };
+        std::vector<double> exact, rough, chance;  // [windows] weight with all that a window stands for; of being drawn
+        double top = -INFINITY, squares = 0;       // squares of single weights
+        Part sure, drawn;                          // windows that are in it for certain; the others, over their chance
+    };
+
+    // All windows but those that are sure to be in the sample: known by the scan, in part drawn.
+    struct Rest {
+        double rough = 0, ratio = 0;  // by the scan; exact weights by the scan's
+        double share = 0;             // of the whole, by exact weights
+        double spread = 0;            // relative variance of the ratio
+    };
+
+    struct Moments {
+        double mean, variance;
+    };
+
+    Second weigh(const State& state) const {
+        const std::vector<Heavy>& kept = state.heavy;
+        const size_t size = kept.size();
+        Second second;
+        second.exact.resize(size), second.rough.resize(size), second.chance.resize(size);
         for (size_t j = 0; j < size; ++j) {
-            const double log_exact = exact[j];
-            exact[j] = std::exp2(exact[j] - top);
-            const double each = log_exact - double(kept[j].log_size) + double(kept[j].log_weight);  // of equal windows
-            squares += exact[j] / chance[j] * std::exp2(each - top);
-            Part& part = chance[j] < 1 ? drawn_part : sure;
-            part.size += 1, part.rough += rough[j] / chance[j], part.exact += exact[j] / chance[j];
-            for (int c = 0; c < channels; ++c) {
+            const double above = double(kept[j].log_size) - double(state.threshold);
+            second.chance[j] = kept[j].certain ? 1 : std::min(1., std::exp2(above));
+            second.rough[j] = std::exp2(double(kept[j].log_size) - state.m);
+            // In bits: the size stands for all that a window represents.
+            const double stands_for = double(kept[j].log_size) - double(kept[j].log_weight);
+            second.exact[j] = stands_for - double(kept[j].distance) * exact_bits;
+            second.top = std::max(second.top, second.exact[j] - std::log2(second.chance[j]));
+        }
+        for (size_t j = 0; j < size; ++j) {
+            const double single = -double(kept[j].distance) * exact_bits - second.top;
+            second.exact[j] = std::exp2(second.exact[j] - second.top);
+            const double exact = second.exact[j] / second.chance[j], rough = second.rough[j] / second.chance[j];
+            second.squares += exact * std::exp2(single);
+            Second::Part& part = second.chance[j] < 1 ? second.drawn : second.sure;
+            part.size += 1, part.rough += rough, part.exact += exact;
+            for (int c = 0; c < scan.channels; ++c) {
                 const double value = double(kept[j].value[c]);
-                part.rough_v[c] += rough[j] / chance[j] * value, part.exact_v[c] += exact[j] / chance[j] * value;
+                part.rough_v[c] += rough * value, part.exact_v[c] += exact * value;
             }
         }
-        const double found = sure.exact + drawn_part.exact;
-        if (!(found > 0) || !(total.s > 0)) return;
-        // Where the scan weighed by more noise than there is, its sums are no guide: the sample alone decides.
+        return second;
+    }
+
+    Rest rest_of(const State& state, const Second& second) const {
+        const Second::Part &sure = second.sure, &drawn = second.drawn;
+        Rest rest;
+        rest.rough = std::max(0., state.s - sure.rough);
+        const double known = sure.rough > 0 ? sure.exact / sure.rough : 0, count = known > 0 ? FEW_DRAWN : 0;
+        const double each = drawn.size > 0 ? drawn.rough / drawn.size : 1;
+        rest.ratio = (drawn.exact / each + count * known) / std::max(1e-300, drawn.size + count);
+        rest.share = rest.ratio * rest.rough / std::max(1e-300, sure.exact + rest.ratio * rest.rough);
+        const double size = double(second.exact.size());
+        for (size_t j = 0; j < second.exact.size(); ++j)
+            rest.spread += std::pow(second.exact[j] / (rest.ratio * second.rough[j]) - 1, 2) / size;
+        rest.spread = std::min(1., rest.spread) / (drawn.size + FEW_DRAWN);
+        return rest;
+    }
+
+    // The windows that are sure to be in the sample have their exact weights; the rest keeps the scan's sums, times
+    // what the drawn ones of it weigh more, and its mean moves by what their exact weights change, in proportion to how
+    // well the sample knows that (Wiener's filter).
+    Moments beside_the_scan(const State& state, const Second& second, const Rest& rest, int c) const {
+        const Second::Part &sure = second.sure, &drawn = second.drawn;
+        const bool known = rest.rough > 1e-6 * state.s;
+        double rest_mean = known ? std::min(1., std::max(-1., (state.v[c] - sure.rough_v[c]) / rest.rough)) : 0;
+        double change = 0, change_variance = 0, noise = 0;
+        if (drawn.exact > 0 && rest.rough > 0) {
+            const double whole = sure.exact + rest.ratio * rest.rough;
+            const double exact_mean = drawn.exact_v[c] / drawn.exact, rough_mean = drawn.rough_v[c] / drawn.rough;
+            change = exact_mean - rough_mean;
+            for (size_t j = 0; j < second.exact.size(); ++j) {
+                const double chance = second.chance[j], exact = second.exact[j], rough = second.rough[j];
+                if (chance >= 1) continue;
+                const double value = double(state.heavy[j].value[c]);
+                const double d = exact / chance / drawn.exact * (value - exact_mean) -
+                                 rough / chance / drawn.rough * (value - rough_mean);
+                change_variance += (1 - chance) * d * d;
+                const double excess = (exact - rest.ratio * rough) / whole;
+                noise += excess * excess / chance * (value - rest_mean) * (value - rest_mean);
+            }
+        }
+        // The change is measured with `measured` variance; before that, independent excesses of the rest's windows let
+        // expect `noise`, and what stands out from both tells that they were not independent.
+        const double measured = rest.share * rest.share * change_variance;
+        const double seen = rest.share * rest.share * change * change;
+        const double expected = std::max(noise, seen - STANDS_OUT * measured);
+        const double kept = expected > 0 ? expected / (expected + measured) : 0;
+        rest_mean += kept * change;
+        const double sure_mean = sure.exact > 0 ? sure.exact_v[c] / sure.exact : rest_mean;
+        const double apart = rest.share * (1 - rest.share) * (rest_mean - sure_mean);
+        return {(1 - rest.share) * sure_mean + rest.share * rest_mean,
+                CHANGE_DOUBT * kept * measured + NOISE_DOUBT * noise + apart * apart * rest.spread};
+    }
+
+    static Moments of_the_sample(const std::vector<Heavy>& kept, const Second& second, int c) {
+        const double found = second.sure.exact + second.drawn.exact;
+        Moments of = {(second.sure.exact_v[c] + second.drawn.exact_v[c]) / found, 0};
+        for (size_t j = 0; j < kept.size(); ++j) {
+            const double d = second.exact[j] / second.chance[j] / found * (double(kept[j].value[c]) - of.mean);
+            of.variance += (1 - second.chance[j]) * d * d;
+        }
+        return of;
+    }
+
+    // Puts right what the features leave out. Where the scan weighed by more noise than there is, its sums are no
+    // guide: the sample alone decides.
+    void correct(State& total, double& log_shift) const {
+        if (total.heavy.empty() || !(total.s > 0)) return;
+        const Second second = weigh(total);
+        const double found = second.sure.exact + second.drawn.exact;
+        if (!(found > 0)) return;
         const bool guided = scan.exact_sigma >= scan.sigma;
-        double rest = 0, ratio = 0;  // the rest by the scan; exact weights by the scan's
-        if (guided) {
-            rest = std::max(0., total.s - sure.rough);
-            const double known = sure.rough > 0 ? sure.exact / sure.rough : 0, weight = known > 0 ? FEW_DRAWN : 0;
-            const double each = drawn_part.size > 0 ? drawn_part.rough / drawn_part.size : 1;
-            const double drawn_count = drawn_part.size;
-            ratio = (drawn_part.exact / each + weight * known) / std::max(1e-300, drawn_count + weight);
-        }
-        const double whole = guided ? sure.exact + ratio * rest : found;
+        const Rest rest = guided ? rest_of(total, second) : Rest{};
+        const double whole = guided ? second.sure.exact + rest.ratio * rest.rough : found;
         if (!(whole > 0)) return;
-        // Relative variance of the ratio, by how ratios scatter.
-        double spread = 0;
-        for (size_t j = 0; guided && j < size; ++j)
-            spread += std::pow(exact[j] / (ratio * rough[j]) - 1, 2) / double(size);
-        spread = std::min(1., spread) / (drawn_part.size + FEW_DRAWN);
-        const double rest_share = guided ? ratio * rest / whole : drawn_part.exact / whole;
         const double doubt = doubt_of(total);
-        for (int c = 0; c < channels; ++c) {
-            double mean, error = doubt > 0 ? doubt * scatter(kept, c) : 0;
-            if (guided) {
-                const double rest_v = total.v[c] - sure.rough_v[c];
-                double rest_mean = rest > 1e-6 * total.s ? std::min(1., std::max(-1., rest_v / rest)) : 0;
-                double bias_variance = 0, change = 0, noise = 0;
-                if (drawn_part.exact > 0 && rest > 0) {
-                    const double exact_mean = drawn_part.exact_v[c] / drawn_part.exact;
-                    const double rough_mean = drawn_part.rough_v[c] / drawn_part.rough;
-                    change = exact_mean - rough_mean;
-                    for (size_t j = 0; j < size; ++j) {
-                        if (chance[j] >= 1) continue;
-                        const double value = double(kept[j].value[c]);
-                        const double d = exact[j] / chance[j] / drawn_part.exact * (value - exact_mean) -
-                                         rough[j] / chance[j] / drawn_part.rough * (value - rough_mean);
-                        bias_variance += (1 - chance[j]) * d * d;
-                        const double excess = (exact[j] - ratio * rough[j]) / whole;
-                        noise += excess * excess / chance[j] * (value - rest_mean) * (value - rest_mean);
-                    }
-                }
-                // The change is measured with `measured` variance; before that, independent excesses of the rest's
-                // windows let expect `noise`, and what stands out from both tells that they were not independent.
-                const double measured = rest_share * rest_share * bias_variance;
-                const double seen = rest_share * rest_share * change * change;
-                const double expected = std::max(noise, seen - 9 * measured);
-                const double kept_share = expected > 0 ? expected / (expected + measured) : 0;
-                rest_mean += kept_share * change;
-                const double sure_mean = sure.exact > 0 ? sure.exact_v[c] / sure.exact : rest_mean;
-                mean = (1 - rest_share) * sure_mean + rest_share * rest_mean;
-                const double apart = rest_share * (1 - rest_share) * (rest_mean - sure_mean);
-                error += 4 * kept_share * measured + 2 * noise + apart * apart * spread;
-            } else {
-                mean = (sure.exact_v[c] + drawn_part.exact_v[c]) / found;
-                for (size_t j = 0; j < size; ++j) {
-                    const double d = exact[j] / chance[j] / found *
-                                     (double(kept[j].value[c]) - mean);
-                    error += (1 - chance[j]) * d * d;
-                }
-            }
-            const double shift = mean - total.v[c] / total.s;
+        for (int c = 0; c < scan.channels; ++c) {
+            const Moments to = guided ? beside_the_scan(total, second, rest, c) : of_the_sample(total.heavy, second, c);
+            const double error = to.variance + (doubt > 0 ? doubt * scatter(total.heavy, c) : 0);
+            const double shift = to.mean - total.v[c] / total.s;
             total.vv[c] += 2 * shift * total.vs[c] + shift * shift * total.ss + error * total.s * total.s;
             total.vs[c] += shift * total.ss;
             total.v[c] += shift * total.s;
         }
-        if (!guided) total.s2 = total.s * total.s * squares / (found * found);
+        if (!guided) total.s2 = total.s * total.s * second.squares / (found * found);
         // Weights of whole windows: the scan's times what exact ones are of rough ones.
-        const double rough_found = sure.rough + drawn_part.rough;
-        log_shift = guided ? (top + std::log2(whole) - total.m - std::log2(total.s)) / LOG2E
-                           : (top + std::log2(found) - total.m - std::log2(rough_found)) / LOG2E;
+        const double rough = guided ? total.s : second.sure.rough + second.drawn.rough;
+        log_shift = (second.top + std::log2(whole) - total.m - std::log2(rough)) / LOG2E;
     }
+
+    // Fitted: with these the standard error covers what it should (docs/notes-pruned.md).
+    static constexpr double STANDS_OUT = 9;    // a change of more than three standard deviations is taken for one
+    static constexpr double CHANGE_DOUBT = 4;  // variance that a change adds, in units of the measured one
+    static constexpr double NOISE_DOUBT = 2;   // the same of the rest's windows, in units of what excesses let expect
 };
 
 }  // namespace

@@ -44,8 +44,8 @@ floats rank no finer. The recheck weighs exactly, and takes four times as many w
 FLOOR = 0.02
 """Share of the budget that is spread over all cells alike, whatever their moments say."""
 
-EDGES = 3.0
-"""The budget of an edge's few windows, in units of the interior's."""
+EDGES = 6.0
+"""The budget along edges, where a pixel competes with few windows, in units of the interior's."""
 
 LEAST_RECHECKED, MOST_RECHECKED = 0.5, 8
 """The recheck's windows at least and at most, in units of RECHECK; by the variance that is left out."""
@@ -80,7 +80,7 @@ class Pruned:
 
     Args:
         index: the cells.
-        budget: share of the pairs to evaluate, in (0, 1]; or
+        budget: share of the pairs to evaluate, in (0, 1], EDGES times as much along edges; or
         tolerance: rms standard error that the denoised pixels may have; a few pixels tell the budget for it.
         seed: of the sample. The same seed gives the same numbers.
     """
