@@ -378,7 +378,7 @@ def scan_kernel(
     tl.store(top + b_item, b_m, mask=m_i)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_queries"])
 def sum_kernel(
     sums,  # [items, NV] fp32
     squares,  # [items, NV] fp32
