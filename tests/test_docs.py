@@ -165,6 +165,8 @@ def test_other_commands_are_known():
 
 @pytest.mark.parametrize("script", ["tools/reference.py", "benchmarks/report.py"])
 def test_generated_pages_are_fresh(script, monkeypatch):
+    if script == "tools/reference.py":
+        pytest.importorskip("diffusers.pipelines.ddim.pipeline_ddim", reason="diffusers cannot be imported")
     monkeypatch.setattr(sys, "argv", [script, "--check"])
     monkeypatch.syspath_prepend(str((ROOT / script).parent))
     spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)

@@ -14,7 +14,8 @@ from pathlib import Path
 import click
 
 import patchscore as ps
-from patchscore import adapters, noise
+from patchscore import noise
+from patchscore.adapters import diffusers, k_diffusion, network
 from patchscore.cli import main as command_line
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,13 @@ SECTIONS = {
 }
 """Every public name, in the order in which a reader meets them."""
 
+ADAPTERS = (
+    (diffusers, "PatchScoreUNet"),
+    (k_diffusion, "PatchScoreDenoiser"),
+    (network, "from_network"),
+    (network, "from_diffusers"),
+)
+
 
 def api() -> str:
     listed = [name for names in SECTIONS.values() for name in names]
@@ -59,7 +67,11 @@ def api() -> str:
     parts.append("## Schedules")
     parts += [described(f"noise.{name}", function, "###") for name, function in noise.SCHEDULES.items()]
     parts.append("## Adapters")
-    parts.append(inspect.cleandoc(adapters.__doc__ or "") + " [adapters.md](adapters.md) shows them at work.")
+    parts.append("Modules of `patchscore.adapters`; [adapters.md](adapters.md) shows them at work.")
+    parts += [
+        described(f"{module.__name__.removeprefix('patchscore.')}.{name}", getattr(module, name), "###")
+        for module, name in ADAPTERS
+    ]
     return "\n\n".join(parts) + "\n"
 
 
