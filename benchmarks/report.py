@@ -295,17 +295,16 @@ def theory() -> str:
 
 def limits() -> str:
     record = result("theory")
-    rows = [
-        [
-            titled(kind_of(row)),
-            f"{row['images_seen']:,}",
-            f"{row['bank']:,}",
-            str(row["n"]),
-            median(row, "r2"),
-        ]
-        for row in sorted(record["rows"], key=order)
-        if row["machine"] == f"els-{row['padding_mode']}"
-    ]
+    own = [row for row in sorted(record["rows"], key=order) if row["machine"] == f"els-{row['padding_mode']}"]
+    rows = []
+    for row in own:
+        about = [titled(kind_of(row)), f"{row['images_seen']:,}", f"{row['bank']:,}"]
+        # Rows of fewer images are held against the same images of this one.
+        beside = {other["n"] for other in own if kind_of(other) == kind_of(row)}
+        for n, first in row.get("r2_first", {}).items():
+            if int(n) in beside:
+                rows.append([*about, f"first {n}", median(first, "r2")])
+        rows.append([*about, str(row["n"]), median(row, "r2")])
     return table(["network", "images seen in training", "training images the machine has", "n", "r^2"], rows)
 
 

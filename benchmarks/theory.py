@@ -12,8 +12,10 @@ add up) and pictures in docs/.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from record import DOCS, RESULTS, write
 
@@ -21,11 +23,14 @@ import patchscore as ps
 from patchscore import charts, plots
 from patchscore.adapters.network import from_network
 from patchscore.calibrate import PATCH_SIZES, Calibration, calibrate
-from patchscore.evaluate import Comparison, baselines, compare
-from patchscore.networks import load_network
+from patchscore.evaluate import Comparison, baselines, bootstrap_interval, compare
+from patchscore.networks import Network, load_network
 
 CALIBRATION_SEEDS = 10_000
 """Images from this number on are for calibration, those from 0 on for the test."""
+
+FIRST = (20, 30, 40)
+"""Networks were tested on more images as time allowed, always from image 0 on."""
 
 PUBLISHED = {
     ("fashion-mnist", "ResNet", "zeros"): "fashionmnist-resnet-zeros",
@@ -51,6 +56,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=50, help="images of the test")
     parser.add_argument("--walks", type=int, default=10, help="of the calibration")
     parser.add_argument("--only-els", action="store_true", help="leave the baselines out")
+    parser.add_argument("--published", action="store_true", help="calibrate nothing, take the published sizes")
     parser.add_argument("--few", action="store_true", help="of the baselines only those that cost little")
     parser.add_argument("--no-along", action="store_true", help="only the final images, not every step of the walk")
     parser.add_argument("--work", type=Path, default=Path("out-theory"), help="folder for what can be resumed")
@@ -75,6 +81,15 @@ def measure(options: argparse.Namespace) -> None:
     labels = list(bank.classes)
     key = f"{stem(*kind)}-{notes['images_seen']}-{len(bank)}"
 
+    machines: dict[str, ps.Denoiser] = {}
+    own, published = f"els-{padding_mode}", ps.ScaleTable.published(PUBLISHED[kind])
+    beside = ps.EquivariantLocalScore(bank, published, padding_mode)
+    if options.published:
+        machines = {f"{own}, published sizes": beside, **baselines(bank, published)}
+        machines = {name: machine for name, machine in machines.items() if name not in ("els-zeros", "els-circular")}
+        compared(options, notes, trained, kind, bank, machines, None)
+        return
+
     # Patch sizes from walks of their own.
     sizes = tuple(k for k in OFFERED[architecture] if padding_mode == "zeros" or k <= min(bank.shape[1:]))
     found = calibrate(
@@ -88,21 +103,34 @@ def measure(options: argparse.Namespace) -> None:
         batch_size=5,
         resume=options.work / f"{key}.calibration.json",
     )
-    tables = {"median": found.table("median"), "mode": found.table("mode")}
+    table = found.table("median")
 
-    # The machine of the network's own padding with that table; the same with the mode, and with the published table.
-    machines: dict[str, ps.Denoiser] = {}
-    own = f"els-{padding_mode}"
-    known = baselines(bank, tables["median"])
+    # The machine of the network's own padding with that table; the same with the published table; and the others.
+    known = baselines(bank, table)
     if padding_mode == "circular":
-        known["els-circular"] = ps.EquivariantLocalScore(bank, tables["median"], "circular")
+        known["els-circular"] = ps.EquivariantLocalScore(bank, table, "circular")
     machines[own] = known.pop(own)
     if not options.only_els:
-        published = ps.ScaleTable.published(PUBLISHED[kind])
-        machines[f"{own}, published sizes"] = ps.EquivariantLocalScore(bank, published, padding_mode)
+        machines[f"{own}, published sizes"] = beside
         machines |= known
     if options.few:
         machines = {name: machines[name] for name in (own, "ideal", "gaussian")}
+    compared(options, notes, trained, kind, bank, machines, found)
+
+
+def compared(
+    options: argparse.Namespace,
+    notes: dict,
+    trained: Network,
+    kind: tuple[str, str, str],
+    bank: ps.PatchBank,
+    machines: dict[str, ps.Denoiser],
+    found: Calibration | None,
+) -> None:
+    """Network and machines from the same noise, and all that is recorded and drawn of it."""
+    own = next(iter(machines))
+    network, labels = from_network(trained, bank.shape), list(bank.classes)
+    key = f"{stem(*kind)}-{notes['images_seen']}-{len(bank)}"
     result = compare(network, machines, n=options.n, labels=labels, batch_size=10, along=not options.no_along)
     result.save(options.work / f"{key}.comparison.json")
     torch.save(
@@ -113,11 +141,13 @@ def measure(options: argparse.Namespace) -> None:
     of = dict(zip(("dataset", "network", "padding_mode"), kind, strict=True))
     about = {**of, "images_seen": notes["images_seen"], "bank": len(bank)}
     rows = [{**about, **row, "mse": row["mse_median"]} for row in result.rows()]
+    for row in rows:
+        row["r2_first"] = first_alone(result.machines[row["machine"]].r2)
     record = json.loads((RESULTS / "theory.json").read_text()) if (RESULTS / "theory.json").exists() else {}
     mine = tuple(about.values())
     kept = [row for row in record.get("rows", []) if tuple(row[name] for name in about) != mine]
     networks = {**record.get("networks", {}), key: {**of, **training(notes, trained)}}
-    tables = {**record.get("calibrations", {}), key: calibrated(found)}
+    tables = {**record.get("calibrations", {}), **({key: calibrated(found)} if found else {})}
     write("theory", what(), rows=kept + rows, networks=networks, calibrations=tables)
     if not (options.only_els or options.bank or options.wider):
         pairs(result, own, stem(*kind))
@@ -128,6 +158,15 @@ def measure(options: argparse.Namespace) -> None:
 def stem(name: str, architecture: str, padding_mode: str) -> str:
     """What keys and pictures of a network begin with."""
     return "-".join([name, *(["unet"] if architecture == "UNet" else []), padding_mode])
+
+
+def first_alone(r2: Sequence[float] | torch.Tensor) -> dict[str, dict]:
+    """What fewer images, the first of them, give: rows of other sizes can be held against these."""
+    return {
+        str(n): {"r2_median": float(np.median(r2[:n])), "r2_interval": bootstrap_interval(r2[:n])}
+        for n in FIRST
+        if n < len(r2)
+    }
 
 
 def training(notes: dict, network: torch.nn.Module) -> dict:
