@@ -395,12 +395,12 @@ def test_a_kernel_that_does_not_compile_falls_back_with_one_warning(indexed, mon
 
 def test_a_query_looks_under_few_parents_and_foresees_the_others(tmp_path):
     bank = ps.PatchBank(smooth_images(18, 3, 7, 6))
-    index = ps.PatchIndex.build(bank, 3, tmp_path / "i", progress=False)
+    index = ps.PatchIndex.build(bank, 3, tmp_path / "i", cells=192, progress=False)
     part, sigma = index.at(3), 0.4
     engine = pruned(bank, index, budget=0.05).pruned
     reach = [engine.reach(part, 0, level) for level in (0.05, sigma, 1.0, 100.0)]
     assert reach == sorted(reach)
-    assert reach[0] < 0.3
+    assert reach[0] < 0.5
     assert reach[-1] > 0.8
     place = pruned_cuda.Place(0, range(1, 3), range(2, 4))
     scan = pruned_cuda.Scan(

@@ -102,10 +102,10 @@ def test_a_sample_reads_nothing_back_and_launches_so_often_a_step(launches):
         watch = watched(lambda: ps.sample(machine, n=16, steps=steps, device="meta", progress=False))
         return watch.operations, launches["dense_kernel"] / 2, watch.copies
 
-    (few, kernels, copies), (many, more_kernels, more_copies) = work(5), work(20)
-    assert (kernels, more_kernels) == (4 * 9, 19 * 9)
+    (few, kernels, copies), (many, more_kernels, more_copies) = work(3), work(8)
+    assert (kernels, more_kernels) == (2 * 9, 7 * 9)
     assert copies == more_copies == 1  # the first noise
-    assert (many - few) / 15 < 1000
+    assert (many - few) / 5 < 1000
 
 
 def test_the_numbers_of_items_are_what_a_pruned_part_reads_back(launches, monkeypatch, tmp_path):
