@@ -323,7 +323,7 @@ def rates(bench: Bench, bank: ps.PatchBank, what: str, cases: list[tuple[int, fl
         machine = ps.EquivariantLocalScore(part, k, padding_mode="zeros")
         z = noisy(bank, sigma, batch, bench.device)
         error = off(fused, k, sigma, part, "zeros", z[:1])
-        times = bench.seconds(by_engine(fused, z, sigma, part, machine), repeats=1 if bench.dry else 3)
+        times = bench.seconds(by_engine(fused, z, sigma, part, machine), repeats=3)
         pairs = batch * len(part) * machine.competition(k).pairs_per_image
         interior = max(1, bank.shape[2] - k + 1) ** 2
         bench.add(
@@ -435,7 +435,7 @@ def shares(bench: Bench, index: ps.PatchIndex, cases: tuple[tuple[int, float], .
         z = noisy(bank, sigma, batch, bench.device)
         machine = ps.EquivariantLocalScore(bank, k, engine="fused")
         whole = by_engine(fused, z, sigma, bank, machine)
-        exact, times = whole().mean, bench.seconds(whole, repeats=1 if bench.dry else 3)
+        exact, times = whole().mean, bench.seconds(whole, repeats=3)
         pairs = batch * len(bank) * machine.competition(k).pairs_per_image
         common = {"section": "pruned", "k": k, "sigma": sigma, "channels": bank.shape[0], "size": bank.shape[2]}
         common |= {"batch": batch, "windows": len(bank) * max(1, bank.shape[2] - k + 1) ** 2}
