@@ -364,7 +364,16 @@ def median(row: dict, figure: str) -> str:
 
 def pruned_steps() -> str:
     record = result("pruned_cpu")
-    header = ["k, sigma", "pairs", "rms", "worst", "within 2 stderr", "> 0.1 unsaid", "sooner", "least budget: rms, sooner"]
+    header = [
+        "k, sigma",
+        "pairs",
+        "rms",
+        "worst",
+        "within 2 stderr",
+        "> 0.1 unsaid",
+        "sooner",
+        "least budget: rms, sooner",
+    ]
     header += ["interior, equal time: pruned", "FAISS top-k", "uniform subset", "screened"]
     parts = []
     for setting in dict.fromkeys(row["setting"] for row in record["rows"]):
