@@ -320,18 +320,25 @@ def training() -> str:
             f"{of['seconds'] / 60:.0f} min",
             f"{of['loss']:.3f}",
         ]
-        for key, of in longest(record).items()
+        for key, of in trained(record)
     ]
     header = ["network", "weights", "training images", "images seen", "epochs", "one shared CPU core", "last loss"]
     return table(header, rows)
 
 
 def longest(record: dict) -> dict[tuple[str, str, str], dict]:
-    """The network of each data set, architecture and padding that was trained longest."""
-    found: dict[tuple[str, str, str], dict] = {}
-    for of in sorted(record["networks"].values(), key=order):
-        found[kind_of(of)] = of
-    return found
+    """The network of each data set, architecture and padding that was trained longest, of those with baselines."""
+    return {
+        key: of
+        for key, of in trained(record)
+        if any(is_of(row, key, of) and row["machine"] == "ideal" for row in record["rows"])
+    }
+
+
+def trained(record: dict) -> list[tuple[tuple[str, str, str], dict]]:
+    """Every network once, whatever banks its machines had, in the order of the tables."""
+    networks = sorted(record["networks"].values(), key=order)
+    return [(kind_of(of), of) for i, of in enumerate(networks) if of not in networks[:i]]
 
 
 def kind_of(of: dict) -> tuple[str, str, str]:
