@@ -260,11 +260,9 @@ def draw(sweep, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def sizes_of(bank, table: ps.ScaleTable) -> list[int]:
+def sizes_of(table: ps.ScaleTable) -> list[int]:
     """The patch sizes that the steps use."""
-    machine, schedule = ps.EquivariantLocalScore(bank, table, padding_mode="zeros"), ps.get_schedule("cosine", 20)
-    levels = (schedule.sigmas / schedule.alphas)[:-1]
-    return sorted({machine.patch_size_at(float(level)) for level in levels})
+    return sorted({table(float(level)) for level in ps.get_schedule("cosine", 20).ratios[:-1]})
 
 
 def open_index(bank, sizes, path: Path) -> tuple[ps.PatchIndex, dict[str, object]]:
@@ -303,7 +301,7 @@ def main() -> None:
         bank = ps.PatchBank(images[:count].clone(), None if labels is None else labels[:count])
         table = ps.ScaleTable.published(table_name)
         held_out = images[30000 : 30000 + batch].float() / 127.5 - 1
-        index, built = open_index(bank, sizes_of(bank, table), given.indexes / f"{name}.index")
+        index, built = open_index(bank, sizes_of(table), given.indexes / f"{name}.index")
         content["indexes"].append({"setting": name, **built})
         rows, sweep = steps_of(name, bank, held_out, index, table, REPEATS)
         content["rows"] += rows

@@ -275,18 +275,12 @@ namespace {
 const ListLevel LEVELS[] = {
 #if defined(__x86_64__)
     {"avx512", avx512::scan_cell_entry, avx512::product, avx512::greatest, avx512::exponentials, avx512::windows_taken,
-     avx512::choose_parents, avx512::foresee, avx512::shares_and_scores,
-     avx512::plan_cells,
-     avx512::distance2},
+     avx512::choose_parents, avx512::foresee, avx512::shares_and_scores, avx512::plan_cells, avx512::distance2},
     {"avx2", avx2::scan_cell_entry, avx2::product, avx2::greatest, avx2::exponentials, avx2::windows_taken,
-     avx2::choose_parents, avx2::foresee, avx2::shares_and_scores,
-     avx2::plan_cells,
-     avx2::distance2},
+     avx2::choose_parents, avx2::foresee, avx2::shares_and_scores, avx2::plan_cells, avx2::distance2},
 #endif
     {"plain", plain::scan_cell_entry, plain::product, plain::greatest, plain::exponentials, plain::windows_taken,
-     plain::choose_parents, plain::foresee, plain::shares_and_scores,
-     plain::plan_cells,
-     plain::distance2},
+     plain::choose_parents, plain::foresee, plain::shares_and_scores, plain::plan_cells, plain::distance2},
 };
 
 // A stateless generator (splitmix64): the same numbers for the same seed, wherever they are drawn.
