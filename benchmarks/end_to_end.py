@@ -141,7 +141,7 @@ class Setting:
 
     def index(self, folder: Path | None) -> tuple[ps.PatchIndex, float]:
         assert folder is not None
-        sizes = SHORT_SIZES if self.short else sorted(set(self.table.sizes))
+        sizes = SHORT_SIZES if self.short else pruned_cpu.sizes_of(self.table)
         index = ps.PatchIndex.build(self.bank, sizes, folder / f"{self.name}.index")
         return index, sum(index.at(k).meta.get("build_seconds", 0.0) for k in index.patch_sizes)
 

@@ -79,7 +79,7 @@ public:
     // Images are smooth, so a window that is heavy at a pixel is, moved along, likely heavy at the next (PatchMatch,
     // Barnes et al. 2009). What neighbours propose is taken for certain, whether it was scanned or not: the rest is
     // then estimated without it. One heavier than the sample's threshold has been scanned if and only if it is in the
-    // sample.
+    // sample. A lighter one that is in it by chance loses its factor too: a bias, but smaller than the spread it saves.
     void listen(int query, int round) {
         State& state = region.states[size_t(query)];
         const auto [row, col] = region.pixel_of(query);
