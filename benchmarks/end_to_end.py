@@ -210,7 +210,7 @@ def bank_of(name: str, options: argparse.Namespace, count: int) -> ps.PatchBank 
     if source is None or not (options.short or Path(source).exists()):
         print(f"{name}: skipped, its images were not given or are not there", flush=True)
         return None
-    everything = ps.PatchBank.open(source, size=32 if name.startswith("cifar10") else None)
+    everything = record.opened(source, size=32 if name.startswith("cifar10") else None)
     if count >= len(everything):
         return everything
     # As pruned_cpu.py takes them, so that its index of CIFAR-10 serves here too.

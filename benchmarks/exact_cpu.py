@@ -8,20 +8,16 @@ pixel, against `reference` in float64, all on the same few images. Writes benchm
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import statistics
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import record
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import patchscore as ps
 from patchscore.engines import reference, sliding
@@ -155,28 +151,8 @@ def images_of(path: str | None, channels: int, size: int, count: int) -> torch.T
     """uint8 [count, channels, size, size]: from a folder or tar of image files, or smooth random ones."""
     if path is None:
         return smooth(channels, size, count)
-    loaded = []
-    for data in files_of(Path(path)):
-        image = Image.open(data).convert("L" if channels == 1 else "RGB").resize((size, size))
-        loaded.append(np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1))
-        if len(loaded) == count:
-            break
-    order = torch.randperm(len(loaded), generator=torch.Generator().manual_seed(0))
-    repeated = torch.from_numpy(np.stack(loaded))[order]
-    return repeated.repeat(-(-count // len(repeated)), 1, 1, 1)[:count].contiguous()
-
-
-def files_of(path: Path):
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if file.suffix.lower() in {".jpg", ".jpeg", ".png"}:
-                yield io.BytesIO(file.read_bytes())
-        return
-    with tarfile.open(path) as archive:
-        # Every twelfth, so that a few thousand cover all classes of an archive sorted by class.
-        members = [m for m in archive.getmembers() if m.name.lower().endswith((".jpg", ".jpeg", ".png"))]
-        for member in members[:: max(1, len(members) // MOST_IMAGES)]:
-            yield io.BytesIO(archive.extractfile(member).read())
+    found = record.shuffled(record.opened(path, size=size, channels=channels, limit=count))
+    return found.repeat(-(-count // len(found)), 1, 1, 1)[:count].contiguous()
 
 
 def smooth(channels: int, size: int, count: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ times. Writes benchmarks/results/gaussian-<data>.json and docs/gaussian-start-<d
 puts the tables into docs/adapters.md. Two minutes each; --rounds 5 for steadier times, --per-class for a larger bank.
 
     python benchmarks/gaussian.py fashion-mnist
-    python benchmarks/gaussian.py cifar10 cifar10-train-jpeg.tar.xz
+    python benchmarks/gaussian.py cifar10 cifar10.tar
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from record import DOCS, cifar10, r_squared, write
+from record import DOCS, opened, r_squared, write
 
 import patchscore as ps
 from patchscore import noise, plots
@@ -126,7 +126,7 @@ def starting(machine: ps.Denoiser, gaussian: ps.GaussianScore, labels: list[int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=["fashion-mnist", "cifar10"])
-    parser.add_argument("archive", type=Path, nargs="?", help="CIFAR-10 as a tar of train/<class>/<number>.jpg")
+    parser.add_argument("archive", type=Path, nargs="?", help="folder or tar of CIFAR-10, a folder a class")
     parser.add_argument("--per-class", type=int, default=50, help="training images of each class")
     parser.add_argument("--rounds", type=int, default=1, help="interleaved repetitions of every timing")
     parser.add_argument("--machines", nargs="+", default=MACHINES, choices=MACHINES)
@@ -134,7 +134,7 @@ def main() -> None:
     if options.data == "cifar10":
         if options.archive is None or not options.archive.exists():
             sys.exit(f"skipped: CIFAR-10 is not at {options.archive}")
-        bank, table = cifar10(options.archive, options.per_class), "cifar10-resnet-zeros"
+        bank, table = opened(options.archive, limit=10 * options.per_class), "cifar10-resnet-zeros"
     else:
         bank = ps.PatchBank.open("fashion-mnist", size=32, limit=10 * options.per_class)
         table = "fashionmnist-resnet-zeros"

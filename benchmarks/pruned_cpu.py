@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument("--indexes", type=Path, required=True, help="where indexes are kept or built (20 GB)")
     parser.add_argument("--only", nargs="*", help="settings, such as cifar10-4000")
     given = parser.parse_args()
-    everything = ps.PatchBank.open(given.images, size=32)
+    everything = record.opened(given.images, size=32)
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
     colour = everything.images[order], everything.labels[order]
     settings = [("cifar10-20000", colour, 20000, 4, 4, "cifar10-resnet-zeros")]

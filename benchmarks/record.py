@@ -1,18 +1,16 @@
 """What every figure script shares: where results go, what is written beside them, and how the data is opened."""
 
 import datetime
-import io
 import json
 import os
 import platform
 import re
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 import patchscore as ps
 
@@ -65,21 +63,19 @@ def rounded(value: object) -> object:
     return [rounded(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def cifar10(archive: Path, per_class: int) -> ps.PatchBank:
-    """The first images of each class from a tar of train/<class>/<number>.jpg."""
-    images: dict[str, list[np.ndarray]] = {}
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            path = Path(member.name)
-            if path.suffix != ".jpg" or len(images.setdefault(path.parent.name, [])) >= per_class:
-                continue
-            handle = tar.extractfile(member)
-            assert handle is not None
-            images[path.parent.name].append(np.asarray(Image.open(io.BytesIO(handle.read())).convert("RGB")))
-    names = sorted(images)
-    pixels = np.stack([image for name in names for image in images[name]]).transpose(0, 3, 1, 2)
-    labels = np.repeat(np.arange(len(names)), [len(images[name]) for name in names])
-    return ps.PatchBank(np.ascontiguousarray(pixels), labels, names)
+def opened(source: str | Path, **options) -> ps.PatchBank:
+    """PatchBank.open, for which a tar of image files is unpacked."""
+    if not (Path(source).is_file() and tarfile.is_tarfile(source)):
+        return ps.PatchBank.open(source, **options)
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(source) as archive:
+        archive.extractall(folder, filter="data")
+        (top,) = list(Path(folder).iterdir())  # the classes are below it
+        return ps.PatchBank.open(top, **options)
+
+
+def shuffled(bank: ps.PatchBank) -> torch.Tensor:
+    """All images in an order of their own, the same each time: what is taken first is of all classes."""
+    return bank.images[torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))].contiguous()
 
 
 def r_squared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

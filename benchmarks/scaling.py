@@ -372,8 +372,7 @@ def main() -> None:
     options = parser.parse_args()
     options.seconds = options.seconds or (100 if options.short else 480)
     if options.images:
-        bank = ps.PatchBank.open(options.images, size=SIDE, channels=3, labels=False)
-        images = bank.images[torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))]
+        images = record.shuffled(record.opened(options.images, size=SIDE, channels=3))
     else:
         images = smooth(3, SIDE, 2000)
     data = options.images.name if options.images else "smooth random"
