@@ -43,7 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import fused, pruned_cuda, reference, sliding, sliding_cuda
+from patchscore.engines import fused, pruned_cuda, reference, resident, sliding
 from patchscore.engines.features import choose_plan, spectrum_of
 
 TABLE = "cifar10-resnet-zeros"
@@ -407,18 +407,18 @@ def streamed(bench: Bench, bank: ps.PatchBank) -> None:
     competition = ps.EquivariantLocalScore(bank, 7, padding_mode="circular").competition(7)
 
     def work(share: float) -> object:
-        sliding_cuda.RESIDENT_SHARE = share
+        resident.RESIDENT_SHARE = share
         if share == 0.0:
-            sliding_cuda._resident.clear()
+            resident.copies.clear()
         return sliding.posterior_sum(z, sigmas, bank, competition, MEMORY)
 
-    share = sliding_cuda.RESIDENT_SHARE
+    share = resident.RESIDENT_SHARE
     pairs = len(bank) * competition.pairs_per_image
     for where, used in (("resident", share), ("streamed", 0.0)):
         times = bench.seconds(lambda used=used: work(used))
         row = {"section": where, "engine": "sliding", "k": 7, "sigma": 1.0, "batch": 1, "pairs": pairs}
         bench.add(**row, **times, pairs_per_second=pairs / times["seconds_median"])
-    sliding_cuda.RESIDENT_SHARE = share
+    resident.RESIDENT_SHARE = share
 
 
 def index_of(bank: ps.PatchBank, sizes: list[int], folder: Path, cells: int | None = None) -> ps.PatchIndex:
@@ -528,17 +528,15 @@ def table(rows: list[dict]) -> str:
 
 
 def images_of(path: Path | None, dry: bool) -> torch.Tensor:
-    """uint8 images: CIFAR-10 from its tar, a folder resized to 32 x 32, or smooth random ones."""
+    """uint8 images of a folder or tar, resized to 32 x 32, or smooth random ones."""
     if path is None or dry:
         return smooth(3, 8 if dry else 32, 4 if dry else 50_000)
-    bank = ps.PatchBank.open(path, size=32, labels=False) if path.is_dir() else record.cifar10(path, 5000)
-    order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))
-    return bank.images[order].contiguous()
+    return record.shuffled(record.opened(path, size=32))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, help="folder, or tar of train/<class>/<number>.jpg; else smooth random")
+    parser.add_argument("--images", type=Path, help="folder or tar of images; else smooth random")
     parser.add_argument("--seconds", type=float, default=440, help="start nothing after so many")
     parser.add_argument("--indexes", type=Path, help="folder of indexes of the whole bank, some 40 GB with all sizes")
     parser.add_argument("--index-only", action="store_true", help="build the index in --indexes and stop")

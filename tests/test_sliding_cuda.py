@@ -12,7 +12,7 @@ from conftest import smooth_images
 from test_sliding import LIMIT, assert_same, broken, circular, local
 
 import patchscore as ps
-from patchscore.engines import reference, sliding, sliding_cuda
+from patchscore.engines import reference, resident, sliding, sliding_cuda
 from patchscore.windows import WHOLE_IMAGE, Axis, Competition, Group
 
 gpu = pytest.mark.gpu
@@ -348,7 +348,7 @@ def streams(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
-    monkeypatch.setattr(sliding_cuda, "_on_device", lambda images, device: None)
+    monkeypatch.setattr(resident, "on_device", lambda images, device: None)
     return computing
 
 
@@ -453,13 +453,13 @@ def test_gpu_streams_the_bank_as_it_holds_it(monkeypatch):
     competitions = [circular(5, 16, 16), WHOLE_IMAGE]
     for images in (bank, bank.select(1)):
         z, sigma = noisy_batch(images, [0.2, 1.0], "cuda")
-        resident = sliding_cuda.posterior_sums(z, sigma, images, competitions, LIMIT)
+        kept = sliding_cuda.posterior_sums(z, sigma, images, competitions, LIMIT)
         with monkeypatch.context() as patch:
-            patch.setattr(sliding_cuda, "RESIDENT_SHARE", 0.0)
+            patch.setattr(resident, "RESIDENT_SHARE", 0.0)
             patch.setattr(sliding_cuda, "SLAB_BYTES", 128 * 256 * 70)
-            sliding_cuda._resident.clear()
+            resident.copies.clear()
             streamed = sliding_cuda.posterior_sums(z, sigma, images, competitions, LIMIT)
-        for got, expected in zip(streamed, resident, strict=True):
+        for got, expected in zip(streamed, kept, strict=True):
             assert (got.mean - expected.mean).abs().max() < 1e-12
 
 

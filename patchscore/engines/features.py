@@ -19,7 +19,7 @@ from torch import Tensor
 from ..bank import PatchBank
 from ..posterior import accumulator_dtype
 from ..windows import Axis, Competition, Group
-from . import sliding_cuda
+from . import resident
 from .reference import _rows
 
 BIAS_COLUMNS = 3
@@ -263,7 +263,7 @@ def _stored(bank: PatchBank, start: int, stop: int, device: torch.device) -> Ten
     much of its memory, sent through pinned memory, which the host does not wait for."""
     if device.type != "cuda":
         return bank._raw(start, stop).to(device)
-    kept = sliding_cuda._on_device(bank.images, device)
+    kept = resident.on_device(bank.images, device)
     if kept is None:
         return bank._raw(start, stop).pin_memory().to(device, non_blocking=True)
     if bank.indices is None:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..bank import PatchBank
 from ..posterior import PosteriorSum
 from ..windows import Axis, Competition, Group
+from . import resident
 
 STEPS = 127.5
 """Steps of a byte pixel in a unit of v."""
@@ -38,7 +38,6 @@ BLOCKS = 1024  # a product is cut into about so many, if it has as many values
 ITEMS = 64  # of whole images, in one pass
 SMALLEST_WEIGHT_BITS = 66  # below the largest of a slab: a lighter image is left out
 SLAB_BYTES = 2**29  # larger slabs were not found to be of use
-RESIDENT_SHARE = 0.5  # of the device's free memory: a larger bank is streamed
 SHARED_BYTES = 227 * 1024  # of a block, where torch does not say
 
 
@@ -290,9 +289,6 @@ def _quads(digits: Tensor) -> Tensor:
 
 # The bank: slabs of it on the device, resident or streamed.
 
-_resident: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Copies of a bank's images by device, as long as the bank's own live."""
-
 
 def _images_per_slab(bank: PatchBank, per_image: int, aligned: int, memory_limit: int) -> int:
     """Images whose operands, `per_image` bytes each, fit in a share of the working memory; if many, of whole chunks."""
@@ -305,7 +301,7 @@ def _images_per_slab(bank: PatchBank, per_image: int, aligned: int, memory_limit
 
 def _slabs(bank: PatchBank, device: torch.device, per_slab: int) -> Iterator[tuple[Tensor, Tensor | None, int]]:
     """(images on the device, positions of the slab's in them or None, how many), slab after slab."""
-    images = _on_device(bank.images, device)
+    images = resident.on_device(bank.images, device)
     if images is None:
         yield from _streamed(bank, device, per_slab)
         return
@@ -316,19 +312,6 @@ def _slabs(bank: PatchBank, device: torch.device, per_slab: int) -> Iterator[tup
             yield images[start : start + count], None, count
         else:
             yield images, indices[start : start + count].contiguous(), count
-
-
-def _on_device(images: Tensor, device: torch.device) -> Tensor | None:
-    """The bank's images there, copied once; None if they would fill too much of its memory."""
-    if images.device == device:
-        return images
-    copies = _resident.setdefault(images, {})
-    if device not in copies:
-        free, _ = torch.cuda.mem_get_info(device)
-        if images.nbytes > RESIDENT_SHARE * free:
-            return None
-        copies[device] = images.to(device)
-    return copies[device]
 
 
 def _streamed(bank: PatchBank, device: torch.device, per_slab: int) -> Iterator[tuple[Tensor, Tensor | None, int]]:
