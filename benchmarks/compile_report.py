@@ -40,11 +40,12 @@ LISTS_TYPES = {
     **dict.fromkeys(("q", "p", "v"), "*fp16"),
     **dict.fromkeys(("cell_first", "block_first", "block_end", "item", "first_tile", "first_item"), "*i64"),
     **dict.fromkeys(("slot", "first_slot", "promising", "picked", "ids", "window"), "*i64"),
+    **dict.fromkeys(("place", "offered", "beside"), "*i64"),
     **dict.fromkeys(("order", "cell_size", "cell_turn", "block_key", "query", "take", "cell", "counts"), "*i32"),
     **dict.fromkeys(("family", "n_slots", "geometry"), "*i32"),
-    **dict.fromkeys(("total", "distance"), "*fp64"),
+    **dict.fromkeys(("total", "distance", "stands_for", "met", "own"), "*fp64"),
     **dict.fromkeys(("first_cell", "end_cell", "n_queries", "n_parents"), "i32"),
-    **dict.fromkeys(("bits", "floor", "value_unit"), "fp32"),
+    **dict.fromkeys(("bits", "floor", "value_unit", "blur"), "fp32"),
     "images": "*u8",
 }
 """Of the arguments of kernels/lists.py; all others are *fp32."""
@@ -97,12 +98,20 @@ LISTS = {
     "pick": {"KA": 64, "KB": 0, "BP": pruned_cuda.TILE, "BT": 32, "COUNTED": True, "ORDERED": True},
     "distance": {"R": 64, "C": 3, "H": 32, "W": 32, "SIZE": 7, "BYTES": True, "BR": 16, "BD": 64},
 }
+for windows, guided in ((128, True), (576, True), (320, False)):
+    of_samples = {"R": windows, "C": 3, "BR": 1 << (windows - 1).bit_length(), "GUIDED": guided}
+    LISTS[f"correct, {windows} windows"] = of_samples
+for axes, rank, k in ((27, 28, 3), (60, 60, 7), (125, 128, 11), (253, 256, 17)):
+    of_proposals = {"R": 4 * pruned_cuda.PROPOSED, "SIZE": k, "A": axes, "RANK": rank, "BD": 16}
+    LISTS[f"propose, {axes} axes"] = LISTS["distance"] | of_proposals | {"BA": pruned_cuda.axes_block(axes)}
 
 
 def list_types(name: str, arguments: list[str]) -> dict[str, str]:
     types = {argument: LISTS_TYPES.get(argument, "*fp32") for argument in arguments}
     if name in ("allocate", "list"):
         return types | {"floor": "*fp32"}  # a number elsewhere
+    if name == "correct":
+        return types | {"sums": "*fp64", "result": "*fp64"}
     return types | {"q": "*fp32"} if name == "foresee" else types
 
 
@@ -127,7 +136,13 @@ def scan_constants(columns: int, configuration: Configuration, **variant: bool) 
 
 def report_list(name: str, capability: int) -> dict:
     """Of a kernel without a matrix product."""
-    kernel = compiled_list(name, LISTS[name], capability, warps=1 if name in ("sum", "pick") else 4)
+    constants, of = LISTS[name], name.partition(",")[0]
+    warps = {"sum": 1, "pick": 1}.get(of, 4)
+    if of == "propose":
+        warps = pruned_cuda.proposal_warps(constants["BA"])
+    elif of == "correct":
+        warps = pruned_cuda.correction_warps(constants["BR"])
+    kernel = compiled_list(of, constants, capability, warps)
     return {"kernel": name, "capability": capability} | resources(kernel)[0]
 
 

@@ -6,6 +6,8 @@ asked for, and few windows looked at a second time.
 
 import gc
 import itertools
+import math
+import statistics
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -146,8 +148,9 @@ def test_axes_left_out_are_put_right_by_the_second_look_which_says_its_error(ind
     truth = definition(pruned(bank, index, 5), z, 1.0)
     found = [sums(pruned(bank, index, 5, seed=seed), z, 1.0) for seed in range(3)]
     error = rms(torch.stack([x.mean - truth.mean for x in found]))
-    assert 0.6 < rms(torch.stack([x.stderr for x in found])) / error < 1.7
-    assert error < 0.02
+    # Of so few windows compared again, doubt is what remains.
+    assert 0.6 < rms(torch.stack([x.stderr for x in found])) / error < 2.7
+    assert error < 0.01
 
 
 @pytest.mark.parametrize("sigma", [0.005, 0.05])
@@ -446,6 +449,35 @@ def test_a_query_looks_under_few_parents_and_foresees_the_others(tmp_path):
     assert rms(errors) < 3 * rms(stated) < 0.3
 
 
+@pytest.mark.parametrize("row", [2, 0])
+def test_a_heavy_window_where_none_was_expected_is_found_through_the_neighbour(tmp_path, monkeypatch, row):
+    bank = ps.PatchBank(smooth_images(18, 3, 7, 6))
+    index = ps.PatchIndex.build(bank, 3, tmp_path / "i", cells=192, progress=False)
+    part, sigma = index.at(3), 0.15
+    z = noisy(bank, sigma, dtype=torch.float32)
+    machine = pruned(bank, index, padding_mode="zeros", budget=0.02)
+    inside = Axis(range(row + 1, row + 2), range(1, 6)), Axis(range(2, 3), range(1, 5))
+    along = Axis(range(row, row + 1), range(1, 6) if row else None), inside[1]
+    competition = Competition(3, "zeros", (Group(*inside), Group(*along)))
+    truth = reference.posterior_sum(z.double(), torch.tensor([sigma]).double(), bank, competition, 2**30)
+    # The cells of the windows of images that come close are expected to hold next to nothing.
+    number = 0 if row else part.region_at[0, 1, 1, 5]
+    region = part.regions[number]
+    place = (row - region.rows.start) * len(region.cols) + 2 - region.cols.start
+    cells = [c for c in range(region.first_cell, region.first_cell + region.cells) if place in part.ids(c)]
+    assert len(cells) == 1
+    cells_there = machine.pruned.cells(part, CPU)
+    cells_there.log_repeats[cells[0]] -= 60
+
+    def error():
+        found = machine.pruned.posterior_sum(z, torch.tensor([sigma]).double(), bank, competition, 2**30)
+        return (found.mean - truth.mean)[0, :, row, 2].abs().max()
+
+    assert error() < 0.02
+    monkeypatch.setattr(pruned_cuda, "ROUNDS", 0)
+    assert error() > 0.05
+
+
 # The kernels one by one.
 
 
@@ -504,7 +536,7 @@ def test_kernels_are_called_with_the_types_they_are_compiled_for(indexed, monkey
 
             return start
 
-    names = ("scan", *compile_report.LISTS)
+    names = ("scan", *dict.fromkeys(name.partition(",")[0] for name in compile_report.LISTS))
     for watched in [Watched(name) for name in names]:
         monkeypatch.setattr(lists, f"{watched.name}_kernel", watched)
     sums(pruned(bank, index, budget=0.3), noisy(bank, 1.0, dtype=torch.float32), 1.0, bank.select([0, 1]))
@@ -582,26 +614,166 @@ def test_picks_follow_the_weights():
 def test_distances_are_those_of_padded_windows(bytes_):
     generator = torch.Generator().manual_seed(2)
     images = smooth_images(5, 2, 6, 7, dtype=torch.uint8 if bytes_ else torch.float32)
-    bank = ps.PatchBank(images)
     k, picks = 5, 19
-    rows, cols = range(0, 1), range(2, 5)
     z = torch.randn(3, 2 * k * k, generator=generator)
-    window = torch.randint(0, 5 * 3, (3, picks), generator=generator)
-    geometry = torch.tensor([[rows.start, cols.start, len(cols), len(rows) * len(cols)]], dtype=torch.int32).repeat(
-        3, 1
-    )
+    place = torch.randint(0, 5 * 6 * 7, (3, picks), generator=generator)
     distance, values = torch.empty(3, picks, dtype=torch.float64), torch.empty(3, picks, 2)
     lists.distance_kernel[3, 2](
-        z, images, window, geometry, distance, values,
-        R=picks, C=2, H=6, W=7, SIZE=k, BYTES=bytes_, BR=16, BD=32,
-    )  # fmt: skip
-    padded = torch.nn.functional.pad(bank.chunk(0, 5), (2, 2, 2, 2))
+        z, images, place, distance, values, R=picks, C=2, H=6, W=7, SIZE=k, BYTES=bytes_, BR=16, BD=32
+    )
+    padded = torch.nn.functional.pad(ps.PatchBank(images).chunk(0, 5), (2, 2, 2, 2))
     for query, pick in itertools.product(range(3), range(picks)):
-        image, place = divmod(int(window[query, pick]), 3)
-        row, col = rows.start + place // 3, cols.start + place % 3
+        image, row, col = place[query, pick] // 42, place[query, pick] % 42 // 7, place[query, pick] % 7
         there = padded[image, :, row : row + k, col : col + k]
         assert abs(distance[query, pick] - (z[query] - there.flatten()).square().sum()) < 1e-4
         torch.testing.assert_close(values[query, pick], there[:, 2, 2])
+
+
+@pytest.mark.parametrize("bytes_", [True, False])
+def test_what_neighbours_propose_is_moved_along_and_weighed_as_by_the_scan(bytes_):
+    generator = torch.Generator().manual_seed(2)
+    images = smooth_images(5, 2, 6, 7, dtype=torch.uint8 if bytes_ else torch.float32)
+    k, rank, axes_used, bits, each = 5, 12, 10, 0.3, 8
+    rows, cols = range(1, 4), range(2, 5)
+    z = torch.randn(3, 2 * k * k, generator=generator)
+    offered = torch.randint(0, 5 * 6 * 7, (4, each), generator=generator)
+    offered[0, 5:] = offered[3] = -1
+    beside = torch.tensor([[1, 2, 2, 1], [2, 0, 3, 2], [0, 1, 0, 1]])
+    geometry = torch.tensor([[rows.start, cols.start, len(rows), len(cols), 1]] * 3, dtype=torch.int32)
+    q = torch.randn(3, axes_used, generator=generator).half()
+    centre = torch.randn(2, 2 * k * k, generator=generator)
+    axes = 0.2 * torch.randn(2, 2 * k * k, rank, generator=generator)
+    place = torch.full((3, 4 * each), -1)
+    distance, values = torch.empty(3, 4 * each, dtype=torch.float64), torch.empty(3, 4 * each, 2)
+    weight = torch.empty(3, 4 * each)
+    lists.propose_kernel[3, 2](
+        z, images, offered, beside, geometry, q, centre, axes, place, distance, values, weight, bits,
+        R=4 * each, C=2, H=6, W=7, SIZE=k, BYTES=bytes_, A=axes_used, RANK=rank, BR=16, BD=32, BA=16,
+    )  # fmt: skip
+    padded = torch.nn.functional.pad(ps.PatchBank(images).chunk(0, 5), (2, 2, 2, 2))
+    met = 0
+    # The query to the right of one sees a window one column further right, and so on.
+    steps = (0, 1), (0, -1), (1, 0), (-1, 0)
+    for query, side, number in itertools.product(range(3), range(4), range(each)):
+        at, pick = int(offered[beside[query, side], number]), side * each + number
+        image, row, col = at // 42, at % 42 // 7 - steps[side][0], at % 7 - steps[side][1]
+        if at < 0 or row not in rows or col not in cols:
+            assert distance[query, pick].isinf()
+            continue
+        met += 1
+        there = padded[image, :, row : row + k, col : col + k]
+        assert place[query, pick] == image * 42 + row * 7 + col
+        assert abs(distance[query, pick] - (z[query] - there.flatten()).square().sum()) < 1e-4
+        torch.testing.assert_close(values[query, pick], there[:, 2, 2])
+        features = ((there.flatten() - centre[1]) @ axes[1, :, :axes_used]).half().double()
+        expected = bits * (features @ q[query].double() - features.square().sum() / 2)
+        assert abs(weight[query, pick] - expected) < 1e-2
+    assert met > 5
+
+
+def corrected(sample, m, s, threshold, v, guided, blur):
+    """What `correct_kernel` finds of one query with one channel, in plain Python: m's move, the mean, its variance."""
+    kept = [one for one in sample if one["met"] > 0]
+    for one in kept:
+        one["rough"] = 2 ** (one["weight"] + one["stands"] - m)
+        one["exact"] = 2 ** (one["own"] + one["repeats"] + one["stands"])
+    sure, drawn = [one for one in kept if one["met"] <= 1], [one for one in kept if one["met"] > 1]
+
+    def total(of, name, value=False):
+        return sum(one[name] * one["met"] * (one["value"] if value else 1) for one in of)
+
+    found = total(kept, "exact")
+    if not found > 0:
+        return 0.0, v / s, 0.0
+    if not guided:
+        mean = total(kept, "exact", True) / found
+        variance = sum(
+            (1 - 1 / one["met"]) * (one["exact"] * one["met"] / found * (one["value"] - mean)) ** 2 for one in kept
+        )
+        moved = math.log2(found / total(kept, "rough"))
+    else:
+        rest = max(0.0, s - total(sure, "rough"))
+        known = total(sure, "exact") / total(sure, "rough") if sure else 0.0
+        count = 4 if known > 0 else 0
+        each = total(drawn, "rough") / len(drawn) if drawn else 1.0
+        ratio = (total(drawn, "exact") / each + count * known) / (len(drawn) + count)
+        whole = total(sure, "exact") + ratio * rest
+        share = ratio * rest / whole
+        spread = sum((one["exact"] / (ratio * one["rough"]) - 1) ** 2 for one in kept) / len(kept)
+        spread = min(1.0, spread) / (len(drawn) + 4)
+        mean = min(1.0, max(-1.0, (v - total(sure, "rough", True)) / rest)) if rest > 1e-6 * s else 0.0
+        kept_change = measured = noise = 0.0
+        if drawn and rest > 0:
+            rough_mean = total(drawn, "rough", True) / total(drawn, "rough")
+            exact_mean = total(drawn, "exact", True) / total(drawn, "exact")
+            for one in drawn:
+                d = one["exact"] * one["met"] / total(drawn, "exact") * (one["value"] - exact_mean)
+                d -= one["rough"] * one["met"] / total(drawn, "rough") * (one["value"] - rough_mean)
+                measured += share**2 * (1 - 1 / one["met"]) * d**2
+                excess = (one["exact"] - ratio * one["rough"]) / whole
+                noise += excess**2 * one["met"] * (one["value"] - mean) ** 2
+            change = exact_mean - rough_mean
+            expected = max(noise, share**2 * change**2 - 9 * measured)
+            kept_change = expected / (expected + measured) if expected > 0 else 0.0
+            mean += kept_change * change
+        middle = total(sure, "exact", True) / total(sure, "exact") if sure else mean
+        variance = 4 * kept_change * measured + 2 * noise + (share * (1 - share) * (mean - middle)) ** 2 * spread
+        mean = (1 - share) * middle + share * mean
+        moved = math.log2(whole / s)
+    apart = [one["own"] / blur - one["weight"] + one["repeats"] for one in kept]
+    deviation = statistics.pstdev(apart)
+    if len(kept) >= 2 and deviation * blur >= 3:
+        lead = max(one["own"] / blur for one in kept) - statistics.fmean(apart) - threshold
+        doubt = min(1.0, max(0.0, 1 - lead / (4 * deviation)))
+        variance += doubt * statistics.pvariance([one["value"] for one in kept])
+    return moved - m, mean, variance
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_the_correction_is_that_of_plain_python(guided):
+    generator = torch.Generator().manual_seed(3)
+    queries, windows = 24, 37
+
+    def normal(*shape, dtype=torch.float64):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    weight = 3 * normal(queries, windows, dtype=torch.float32)
+    own = weight.double() - 5 + normal(queries, 1).exp() * normal(queries, windows)
+    repeats = (normal(queries, windows, dtype=torch.float32) > 1).float()
+    weight += repeats
+    stands_for, met = normal(queries, windows).exp(), normal(queries, windows).exp().clamp(min=1)
+    met = met.masked_fill(normal(queries, windows) < -0.5, 0.0)
+    met[0] = 0  # nothing is known
+    met[1] = met[1].clamp(max=1)  # all is
+    met[2] = met[2].masked_fill(met[2] == 1, 0)  # nothing for certain
+    values = normal(queries, windows, 2, dtype=torch.float32).clamp(-1, 1)
+    m = normal(queries)
+    rough = (weight + stands_for - m[:, None]).exp2() * met
+    s = rough.sum(1) * torch.rand(queries, generator=generator).double().add(0.7) + 0.1
+    v = s[:, None] * normal(queries, 2).tanh()
+    threshold = weight.double().amax(1) - 1
+    blur = 1.0 if guided else 1.7
+    found = torch.cat([torch.stack([m, s, torch.ones_like(s), threshold], 1), v], 1)
+    result = torch.empty(queries, 6, dtype=torch.float64)
+    lists.correct_kernel[queries,](
+        weight, repeats, stands_for, met, own, values, found, result, blur, R=windows, C=2, BR=64, GUIDED=guided
+    )
+    for query, c in itertools.product(range(queries), range(2)):
+        rows = zip(
+            weight[query], repeats[query], stands_for[query], met[query], own[query], values[query, :, c], strict=True
+        )
+        names = ("weight", "repeats", "stands", "met", "own", "value")
+        sample = [dict(zip(names, map(float, row), strict=True)) for row in rows]
+        of = (float(x[query]) for x in (m, s, threshold, v[:, c]))
+        moved, mean, variance = corrected(sample, *of, guided, blur)
+        assert result[query, 0] == pytest.approx(moved, abs=1e-4)
+        assert result[query, 2 + c] == pytest.approx(mean - float(v[query, c] / s[query]), abs=1e-5)
+        assert result[query, 4 + c] == pytest.approx(variance, rel=1e-4, abs=1e-12)
+    if not guided:
+        share = own.add(repeats + stands_for).exp2() * met
+        expected = s**2 * (share * own.exp2()).sum(1) / share.sum(1) ** 2
+        torch.testing.assert_close(result[1:, 1], expected[1:], rtol=1e-5, atol=0)
+    assert result[0].tolist() == [0, 1, 0, 0, 0, 0]
 
 
 def test_without_a_kernel_the_scan_on_the_cpu_serves(indexed, monkeypatch):

@@ -86,6 +86,19 @@ ITEM_BYTES = 328
 PICK_BYTES = 256
 """Of one window that is looked at a second time."""
 
+ROUNDS = 2
+"""How often pixels propose windows to the four beside them (PatchMatch)."""
+
+PROPOSED = 8
+"""Windows that a pixel proposes, the nearest of those that are sure to be in its sample."""
+
+MARGIN_BITS = 0.25
+"""What is proposed, and by so much heavier than the lightest that are sure to be in the sample, has been scanned if and
+only if it is there: the scan's weights are rounded."""
+
+EQUAL = 2e-6
+"""Equal windows are stored once: two whose squared distances differ by no more than this share are the same."""
+
 SMALLEST_TUNED = 2**28
 """Pairs of a scan that is worth timing."""
 
@@ -152,13 +165,17 @@ class PrunedOnDevice(Pruned):
                 exact.append(group)
         pairs = 0
         for level in sigma.unique().tolist():
-            items = (sigma == level).nonzero().flatten()
-            # Numbers that are copied to the device are what the host would wait for.
-            alike = noisy if len(items) == len(z) else noisy[items.to(z.device)]
-            scan = Scan(self, part, bank, level, alike, places, competition.padding_mode, memory_limit)
-            for place, sums in zip(places, scan.run(), strict=True):
-                _put(total, items, place.rows, place.cols, sums)
-            pairs += scan.pairs
+            alike = (sigma == level).nonzero().flatten()
+            # Whole images at a time, for their pixels learn from each other.
+            kept = PICK_BYTES * (_picks(part, places, level, z.shape[1]) + 4 * PROPOSED * ROUNDS)
+            for items in alike.split(max(1, memory_limit // (z.shape[2] * z.shape[3] * kept))):
+                first, last = int(items[0]), int(items[-1])
+                # Numbers that are copied to the device are what the host would wait for.
+                at = slice(first, last + 1) if last - first + 1 == len(items) else items.to(z.device)
+                scan = Scan(self, part, bank, level, noisy[at], places, competition.padding_mode, memory_limit)
+                for place, sums in zip(places, scan.run(), strict=True):
+                    _put(total, items, place.rows, place.cols, sums)
+                pairs += scan.pairs
         if exact:
             rest = Competition(competition.patch_size, competition.padding_mode, tuple(exact))
             sums = fused.posterior_sum(noisy, sigma, bank, rest, memory_limit)
@@ -288,8 +305,8 @@ class Cells:
 
     sizes, first: [cells] int64, windows and where they begin; mean, variance: [rank, cells]; parent_mean,
     parent_variance: [rank, parents]; log_repeats: [cells]; moments: [cells, NM] 1, mean of the values, mean of their
-    squares, zeros. Of the regions: centre [regions, C k^2], axes [regions, C k^2, rank]; places [regions, 4] int32,
-    first row and column, columns, windows in an image.
+    squares, zeros. Of the regions: centre [regions, C k^2], axes [regions, C k^2, rank]; places [regions, 5] int32,
+    first row and column, rows, columns, and which region.
     """
 
     channels: int
@@ -311,7 +328,9 @@ class Cells:
         moments = torch.cat([torch.ones(len(part.moments), 1), part.moments], 1)
         moments = functional.pad(moments, (0, moment_columns(channels) - moments.shape[1]))
         features = part.mean, part.variance, part.parent_mean, part.parent_variance
-        places = [[of.rows.start, of.cols.start, len(of.cols), len(of.rows) * len(of.cols)] for of in part.regions]
+        places = [
+            [of.rows.start, of.cols.start, len(of.rows), len(of.cols), number] for number, of in enumerate(part.regions)
+        ]
         tables = part.log_repeats, moments, part.centre, part.axes, torch.tensor(places, dtype=torch.int32)
         every = part.sizes, part.starts, *features, *tables
         return cls(channels, *(table.contiguous().to(device) for table in every))
@@ -482,6 +501,21 @@ def configurations(columns: int, capability: tuple[int, int]) -> list[Configurat
     return [Configuration(128, TILE, 4, 2), *served] if capability >= (9, 0) and columns <= 128 else served
 
 
+def axes_block(axes: int) -> int:
+    """BA of `propose_kernel`."""
+    return max(16, 1 << (axes - 1).bit_length())
+
+
+def proposal_warps(block: int) -> int:
+    """Of `propose_kernel`: four run out of registers where there are many axes."""
+    return 4 if block <= 64 else 8
+
+
+def correction_warps(block: int) -> int:
+    """Of `correct_kernel`, for `block` windows."""
+    return max(1, block // 128)
+
+
 def _blocks(first: Tensor, count: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Blocks of at most `size` of `count` sorted things that share a key: key int32, first, end int64 of each.
 
@@ -513,14 +547,15 @@ class Span(NamedTuple):
 class Queries:
     """Noisy windows, place by place and item by item.
 
-    windows: [Q, C k^2] fp32; q: [Q, axes] fp32 features; geometry: [Q, 4] int32, as `distance_kernel` takes it; luck:
-    [2, Q] fp32 in (0, 1).
+    windows: [Q, C k^2] fp32; q: [Q, axes] fp32 features; geometry: [Q, 5] int32, as `propose_kernel` takes it; pixel:
+    [Q] int64, counted along the noisy images with a border of one around each; luck: [2, Q] fp32 in (0, 1).
     """
 
     windows: Tensor
     q: Tensor
     spans: list[Span]
     geometry: Tensor
+    pixel: Tensor
     luck: Tensor
 
     def __len__(self) -> int:
@@ -533,7 +568,7 @@ class Queries:
             for span in self.spans
             if span.first < stop and span.last > start
         ]
-        names = ("windows", "q", "geometry")
+        names = ("windows", "q", "geometry", "pixel")
         return Queries(
             spans=spans, luck=self.luck[:, some].contiguous(), **{name: getattr(self, name)[some] for name in names}
         )
@@ -589,6 +624,38 @@ class Sums:
     tile_sums: Tensor
 
 
+class Sample(NamedTuple):
+    """Windows of every query that are compared pixel by pixel, [Q, R]; log-weights in bits.
+
+    place: where centres lie, pixels of all images in a row; weight: fp32, by the scan, with all equal ones; repeats:
+    fp32, bits of how many those are; stands_for: fp64, bits of how many a scanned window stands for; met: fp64, one
+    over the chance to be in the sample, 0 of what is not in it; distance: fp64, squared; values: [Q, R, C] fp32;
+    threshold: [Q, 1] fp64, what is heavier is in the sample if it was scanned.
+    """
+
+    place: Tensor
+    weight: Tensor
+    repeats: Tensor
+    stands_for: Tensor
+    met: Tensor
+    distance: Tensor
+    values: Tensor
+    threshold: Tensor
+
+
+def _picks(part: IndexedSize, places: Sequence[Place], sigma: float, channels: int) -> int:
+    """How many windows of a query are looked at a second time: the more variance is left out, in units of sigma^2."""
+    blurred = _blurred(part, sigma, channels)
+    axes = min(part.rank, columns_for(part) - BIAS_COLUMNS)
+    left = max((float(part.tail[place.region][axes]) for place in places), default=0.0) / blurred**2
+    return RECHECK * round(min(8.0, max(4.0 if sigma < blurred else 1.0, left / 0.05)))
+
+
+def _blurred(part: IndexedSize, sigma: float, channels: int) -> float:
+    """The noise that the scan weighs by."""
+    return max(sigma, min(0.1, SHARPEST * math.sqrt(channels * part.k**2)))
+
+
 class Scan:
     """Posterior sums at one noise level, for pixels of some places."""
 
@@ -609,13 +676,10 @@ class Scan:
         self.channels = z.shape[1]
         self.bytes = part.index.bank.images.dtype == torch.uint8
         self.unit = 127.5 / 128 if self.bytes else 1.0
-        d = z.shape[1] * part.k**2
-        self.sharp, self.sigma = sigma, max(sigma, min(0.1, SHARPEST * math.sqrt(d)))
+        self.sharp, self.sigma = sigma, _blurred(part, sigma, self.channels)
         self.bits = math.log2(math.e) / self.sigma**2
         self.axes = min(part.rank, columns_for(part) - BIAS_COLUMNS)
-        # The more variance is left out, in units of sigma^2, the more windows are compared again.
-        left = max((float(part.tail[place.region][self.axes]) for place in places), default=0.0) / self.sigma**2
-        self.picks = RECHECK * round(min(8.0, max(4.0 if self.sharp < self.sigma else 1.0, left / 0.05)))
+        self.picks = _picks(part, places, sigma, self.channels)
         self.cells = engine.cells(part, self.device)
         self.selection = engine.selection(bank, part, self.device)
         self.luck, turns = engine.draws(part, sigma, z.shape[2:], self.device)
@@ -646,17 +710,21 @@ class Scan:
     def _queries(self, pixels: Sequence[Tensor | None]) -> Queries:
         """The pixels of every place, all or some, of every item; a span a place, without a share yet."""
         k, made = self.part.k, []
-        names = ("windows", "q", "geometry", "luck")
+        names = ("windows", "q", "geometry", "pixel", "luck")
         spans: list[Span] = []
         first = 0
+        batch, _, height, width = self.shape
+        every = torch.arange(batch * (height + 2) * (width + 2), device=self.device)
+        every = every.view(batch, height + 2, width + 2)[:, 1:-1, 1:-1]
         for number, (place, some) in enumerate(zip(self.places, pixels, strict=True)):
             around = self.padded[
                 :, :, place.rows.start : place.rows.stop + k - 1, place.cols.start : place.cols.stop + k - 1
             ]
             windows = around.unfold(2, k, 1).unfold(3, k, 1).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
             luck = self.luck[:, place.rows.start : place.rows.stop, place.cols.start : place.cols.stop].flatten(1)
+            pixel = every[:, place.rows.start : place.rows.stop, place.cols.start : place.cols.stop].flatten(1)
             if some is not None:
-                windows, luck = windows[:, some], luck[:, some]
+                windows, pixel, luck = windows[:, some], pixel[:, some], luck[:, some]
             luck = luck.repeat(1, len(windows))
             windows = windows.flatten(0, 1)  # [B P, C k^2]
             q = (windows - self.cells.centre[place.region]) @ self.cells.axes[place.region, :, : self.axes]
@@ -665,7 +733,7 @@ class Scan:
                 3e4 / q.abs().amax(1, keepdim=True), 2.0**21 / self.bits / q.abs().sum(1, keepdim=True)
             )
             q = q * reach.clamp(max=1.0)
-            made.append((windows, q, self.cells.places[place.region].expand(len(q), -1), luck.T))
+            made.append((windows, q, self.cells.places[place.region].expand(len(q), -1), pixel.flatten(), luck.T))
             spans.append(Span(number, first, first + len(q)))
             first += len(q)
         joined = {name: torch.cat(list(x)).contiguous() for name, x in zip(names, zip(*made, strict=True), strict=True)}
@@ -814,19 +882,26 @@ class Scan:
                 continue
             parts.append(part)
             start += step
-        names = _tensors(parts[0])
-        pairs = sum(part.pairs or 0 for part in parts)
-        return PosteriorSum(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names}, pairs=pairs)
+        every = [sums for sums, _ in parts]
+        pairs = sum(sums.pairs or 0 for sums in every)
+        names = _tensors(every[0])
+        joined = PosteriorSum(**{name: torch.cat([getattr(x, name) for x in every]) for name in names}, pairs=pairs)
+        sample = Sample._make(map(torch.cat, zip(*(sample for _, sample in parts), strict=True)))
+        return self._correct(*self._propose(queries, joined, sample))
 
-    def _part(self, queries: Queries, memory_limit: int | None) -> PosteriorSum | None:
-        """`_sum` in one go, or None where the list is too long for half of the limit."""
+    def _part(self, queries: Queries, memory_limit: int | None) -> tuple[PosteriorSum, Sample] | None:
+        """Sums of the scan, and a sample, in one go; or None where the list is too long for half of the limit."""
         items = self._items(queries, memory_limit)
         if items is None:
             return None
         if len(items) == 0:
-            nothing = torch.zeros(len(queries), 1 + 3 * self.channels, dtype=torch.float64, device=self.device)
-            s, v, vv, vs = nothing.split([1] + [self.channels] * 3, 1)
-            return PosteriorSum(torch.full_like(s, -torch.inf), s, v, s, vv=vv, vs=vs, ss=s, pairs=0)
+            n, c = len(queries), self.channels
+            nothing = torch.zeros(n, 1 + 3 * c, dtype=torch.float64, device=self.device)
+            s, v, vv, vs = nothing.split([1] + [c] * 3, 1)
+            none = s.expand(n, self.picks)
+            values, threshold = none[..., None].expand(-1, -1, c), torch.full_like(s, torch.inf)
+            sample = Sample(none.long(), none, none, none, none, none, values, threshold)
+            return PosteriorSum(torch.full_like(s, -torch.inf), s, v, s, vv=vv, vs=vs, ss=s, pairs=0), sample
         q = functional.pad(queries.q.half(), (0, BIAS_COLUMNS), value=1.0)
         q = functional.pad(q, (0, columns_for(self.part) - q.shape[1]))
         # The most promising cell of every query first: tiles far below what it holds need no exponentials.
@@ -946,8 +1021,8 @@ class Scan:
 
     # The result.
 
-    def _finish(self, queries: Queries, q: Tensor, items: Items, found: Sums) -> PosteriorSum:
-        """Adds up items, what cells lead to expect of windows not taken, and the second look."""
+    def _finish(self, queries: Queries, q: Tensor, items: Items, found: Sums) -> tuple[PosteriorSum, Sample]:
+        """Adds up items and what cells lead to expect of windows not taken; sums are relative to 2^m, m in bits."""
         n, c = len(queries), self.channels
         reference = torch.empty(3, n, device=self.device)
         total = torch.empty(n, 1 + c, 3, dtype=torch.float64, device=self.device)
@@ -969,21 +1044,15 @@ class Scan:
         unseen = unseen * guard
         ss, vs, vv = ss + unseen[:, :1], vs + unseen[:, 1 : 1 + c], vv + unseen[:, 1 + c :]
         sums = PosteriorSum(m, s, v, s2, vv=vv, vs=vs, ss=ss, pairs=items.pairs)
-        return self._look_again(queries, sums, raw, q, items, found)
+        return sums, self._draw(queries, sums, raw, q, items, found)
 
-    def _look_again(
-        self, queries: Queries, sums: PosteriorSum, raw: Tensor, q: Tensor, items: Items, found: Sums
-    ) -> PosteriorSum:
-        """Puts right what features leave out, on windows drawn by their weights and compared pixel by pixel.
+    def _draw(self, queries: Queries, sums: PosteriorSum, raw: Tensor, q: Tensor, items: Items, found: Sums) -> Sample:
+        """Windows drawn by their weights, and compared pixel by pixel.
 
-        The mean moves by what the sample's mean moves when exact weights take the place of the scan's. Systematic
-        sampling: `picks` marks evenly along a query's running sum, which comes to `raw`; a window of weight w is met
-        with the chance min(1, w picks / raw), once or more.
+        Systematic sampling: `picks` marks evenly along a query's running sum, which comes to `raw`; a window of weight
+        w is met with the chance min(1, w picks / raw), once or more.
         """
         n, picks = len(queries), self.picks
-        assert sums.vv is not None
-        assert sums.vs is not None
-        assert sums.ss is not None
         # Running sums in whole numbers, whose order of addition does not matter: a mark is 2^32.
         share = found.sums[:, 0].double() * torch.exp2(found.top.double() - sums.m[items.query, 0]) * items.factor
         mark = (share / raw[items.query, 0] * picks * 2.0**32).nan_to_num(0.0).round().long()
@@ -1000,51 +1069,153 @@ class Scan:
         window = torch.zeros(n, picks, dtype=torch.int64, device=self.device)
         weight = torch.zeros(n, picks, device=self.device)
         repeats = torch.zeros(n, picks, device=self.device)
-        lists = _kernels()
         for rows in pieces(self.part, self.device):
             windows, counted, _, order, *cells = self._windows(rows)
             started(
-                lists.pick_kernel, (n * picks,), q, windows, counted, order, *cells, picked, inside,
+                _kernels().pick_kernel, (n * picks,), q, windows, counted, order, *cells, picked, inside,
                 items.query, items.cell, items.take, items.first_tile, found.tile_sums, rows.ids, window, weight,
                 repeats, rows.cells.start, rows.cells.stop, self.bits, BT=32, **self._constants(rows), num_warps=1,
             )  # fmt: skip
-        distance = torch.empty(n, picks, dtype=torch.float64, device=self.device)
-        values = torch.empty(n, picks, self.channels, device=self.device)
-        images = self.engine.images(self.device)
-        sizes = {"R": picks, "C": self.channels, "H": images.shape[2], "W": images.shape[3], "SIZE": self.part.k}
+        _, _, height, width = self.engine.images(self.device).shape
+        row0, col0, high, wide, _ = queries.geometry[:, :, None].unbind(1)
+        position = window % (high * wide)
+        place = (window // (high * wide) * height + row0 + position // wide) * width + col0 + position % wide
+        distance, values, constants = self._room(n, picks)
         started(
-            lists.distance_kernel, (n, -(-picks // 16)), queries.windows, images, window, queries.geometry, distance,
-            values, BYTES=self.bytes, BR=16, BD=64, num_warps=4, **sizes,
+            _kernels().distance_kernel, (n, -(-picks // 16)), queries.windows, self.engine.images(self.device), place,
+            distance, values, BD=64, num_warps=4, **constants,
         )  # fmt: skip
-
-        # In bits: what a window stands for by the scan's weight and by its exact one, and its chance to be met.
-        counted_size = items.factor[picked].double().log2()
-        size = weight.double() + counted_size - sums.m
-        chance = torch.exp2((size - (raw / picks).log2()).clamp(max=0.0))
+        stands_for = items.factor[picked].double().log2()
+        lightest = sums.m + (raw / picks).log2()
+        chance = torch.exp2((weight.double() + stands_for - lightest).clamp(max=0.0))
         again = functional.pad(window[:, 1:] == window[:, :-1], (1, 0))
         met = (1 / chance).masked_fill(again | ~(raw > 0), 0.0)
-        own = repeats.double() - distance * (math.log2(math.e) / (2 * self.sharp**2))
-        exact = own + counted_size
-        top = torch.where(met > 0, exact + met.log2(), -torch.inf).amax(1, keepdim=True)
-        rough_weight = torch.exp2(size) * met
-        exact_weight = torch.where(met > 0, torch.exp2(exact - top) * met, 0.0)
-        rough_sum, exact_sum = rough_weight.sum(1, keepdim=True), exact_weight.sum(1, keepdim=True)
-        value = values.double()
-        rough_share, exact_share = (rough_weight / rough_sum)[..., None], (exact_weight / exact_sum)[..., None]
-        rough_mean, exact_mean = (rough_share * value).sum(1), (exact_share * value).sum(1)
-        # Where the scan weighed by more noise than there is, its mean is no guide: the sample alone decides.
-        guided = self.sharp >= self.sigma
-        change = exact_share * (value - exact_mean[:, None])
-        if guided:
-            change = change - rough_share * (value - rough_mean[:, None])
-        error = ((1 - chance)[..., None] * change.square()).sum(1)
-        shift = exact_mean - (rough_mean if guided else sums.mean)
-        s2 = sums.s2
-        if not guided:
-            squares = exact_weight * torch.exp2(own - repeats.double() - top)
-            s2 = sums.s**2 * squares.sum(1, keepdim=True) / exact_sum**2
-        log_shift = top + exact_sum.log2() - sums.m - rough_sum.log2()
-        moved = PosteriorSum(
+        threshold = lightest.masked_fill(~(raw > 0), torch.inf)
+        return Sample(place, weight, repeats, stands_for, met, distance, values, threshold)
+
+    def _room(self, n: int, windows: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """For distances and values of windows of n queries, and what both kernels that find them are told."""
+        distance = torch.empty(n, windows, dtype=torch.float64, device=self.device)
+        values = torch.empty(n, windows, self.channels, device=self.device)
+        _, channels, height, width = self.engine.images(self.device).shape
+        sizes = {"R": windows, "C": channels, "H": height, "W": width, "SIZE": self.part.k}
+        return distance, values, {**sizes, "BYTES": self.bytes, "BR": 16}
+
+    # What neighbours propose.
+
+    def _propose(self, queries: Queries, sums: PosteriorSum, sample: Sample) -> tuple[PosteriorSum, Sample]:
+        """Sums and samples with the heavy windows that neighbours propose.
+
+        Images are smooth, so a window that is heavy at a pixel is, moved along, likely heavy at the next (PatchMatch,
+        Barnes et al. 2009). The interior and edges propose to each other, for a window's place is that of its centre.
+        """
+        height, width = (size + 2 for size in self.shape[2:])
+        numbers = torch.full((self.shape[0] * height * width,), len(queries), device=self.device)
+        numbers = numbers.scatter(0, queries.pixel, torch.arange(len(queries), device=self.device))
+        beside = torch.stack([numbers[queries.pixel + step] for step in (1, -1, width, -width)], 1)
+        for _ in range(ROUNDS):
+            sums, sample = self._listen(queries, beside, sums, sample)
+        return sums, sample
+
+    def _offered(self, sample: Sample) -> Tensor:
+        """[Q + 1, PROPOSED] places of the windows that weigh most in a query's sample; -1 where there are fewer, and of
+        no query."""
+        sure = (sample.met > 0) & (sample.weight - sample.repeats >= sample.threshold)
+        distance = sample.distance.masked_fill(~sure, torch.inf)
+        nearest, at = distance.topk(min(PROPOSED, distance.shape[1]), 1, largest=False)
+        place = sample.place.gather(1, at).masked_fill(nearest.isinf(), -1)
+        return functional.pad(place, (0, PROPOSED - place.shape[1], 0, 1), value=-1)
+
+    def _listen(
+        self, queries: Queries, beside: Tensor, sums: PosteriorSum, sample: Sample
+    ) -> tuple[PosteriorSum, Sample]:
+        """A round of proposals.
+
+        What is proposed is taken for certain, for itself alone, and the rest is estimated without it: whatever else it
+        stood for is taken out of the sums; or it is added to them, where it is heavier than the sample's threshold and
+        yet not in the sample, and so was not scanned. A lighter one that is in the sample by chance loses its factor
+        too: a bias, but smaller than the spread it saves.
+        """
+        offers = 4 * PROPOSED
+        distance, values, constants = self._room(len(queries), offers)
+        place = torch.empty(distance.shape, dtype=torch.int64, device=self.device)
+        weight = torch.empty(distance.shape, device=self.device)
+        block = axes_block(self.axes)
+        started(
+            _kernels().propose_kernel, (len(queries), offers // 16), queries.windows, self.engine.images(self.device),
+            self._offered(sample), beside, queries.geometry, queries.q.half(), self.cells.centre, self.cells.axes,
+            place, distance, values, weight, self.bits, A=self.axes, RANK=self.part.rank, BA=block,
+            BD=16, num_warps=proposal_warps(block), **constants,
+        )  # fmt: skip
+        distance, order = distance.sort(dim=1, stable=True)
+        place, weight = place.gather(1, order), weight.gather(1, order)
+        values = values.gather(1, order[..., None].expand_as(values))
+        apart = EQUAL * distance
+        fresh = functional.pad(distance.diff(dim=1) > apart[:, 1:], (1, 0), value=True)
+        there, heavy = distance < torch.inf, weight >= sample.threshold + MARGIN_BITS
+
+        # Those in the sample already.
+        size = sample.distance.shape[1]
+        drawn, owner = sample.distance.masked_fill(sample.met == 0, torch.inf).sort(dim=1, stable=True)
+        at = torch.searchsorted(drawn, distance - apart).clamp(max=size - 1)
+        known = there & (drawn.gather(1, at) <= distance + apart)
+        at = owner.gather(1, at).masked_fill(~known, size)
+        certain = torch.zeros(len(queries), size + 1, dtype=torch.bool, device=self.device).scatter(1, at, True)[:, :-1]
+        # The sum is no less than that of the windows that were met.
+        alone = torch.exp2(torch.where(sample.met > 0, sample.weight - sums.m, -torch.inf))
+        excess = torch.where(certain, alone * (torch.exp2(sample.stands_for) - 1), 0.0)
+        excess = excess.masked_fill(sums.s - excess.sum(1, keepdim=True) < 0.5 * alone.sum(1, keepdim=True), 0.0)
+        certain = certain & (excess > 0)
+        new = there & heavy & fresh & ~known
+
+        none = torch.zeros_like(weight)
+        sample = Sample(
+            torch.cat([sample.place, place], 1),
+            torch.cat([sample.weight, weight], 1),
+            torch.cat([sample.repeats, none], 1),
+            torch.cat([sample.stands_for.masked_fill(certain, 0.0), none], 1),
+            torch.cat([sample.met.masked_fill(certain, 1.0), new], 1),
+            torch.cat([sample.distance, distance], 1),
+            torch.cat([sample.values, values], 1),
+            sample.threshold,
+        )
+        added = torch.where(new, weight, -torch.inf).double()
+        m = torch.maximum(sums.m, added.amax(1, keepdim=True))
+        fade = torch.exp2((sums.m - m).nan_to_num(nan=0.0))
+        change = torch.cat([-excess * fade, torch.exp2((added - m).nan_to_num(nan=-torch.inf))], 1)
+        own = torch.exp2(torch.where(change != 0, sample.weight - sample.repeats - m, -torch.inf))
+        assert sums.vv is not None
+        assert sums.vs is not None
+        assert sums.ss is not None
+        sums = PosteriorSum(
+            m=m,
+            s=sums.s * fade + change.sum(1, keepdim=True),
+            v=sums.v * fade + (change[..., None] * sample.values).sum(1),
+            s2=sums.s2 * fade**2 + (change * own).sum(1, keepdim=True),
+            vv=sums.vv * fade**2,
+            vs=sums.vs * fade**2,
+            ss=sums.ss * fade**2,
+            pairs=sums.pairs,
+        )
+        return sums, sample
+
+    def _correct(self, sums: PosteriorSum, sample: Sample) -> PosteriorSum:
+        """Puts right what features leave out; sums as the rest of the package has them, m in nats."""
+        assert sums.vv is not None
+        assert sums.vs is not None
+        assert sums.ss is not None
+        (n, windows), c = sample.met.shape, self.channels
+        own = sample.distance * (-math.log2(math.e) / (2 * self.sharp**2))
+        found = torch.cat([sums.m, sums.s, sums.s2, sample.threshold, sums.v], 1)
+        result = torch.empty(n, 2 + 2 * c, dtype=torch.float64, device=self.device)
+        block = max(16, 1 << (windows - 1).bit_length())
+        started(
+            _kernels().correct_kernel, (n,), sample.weight, sample.repeats, sample.stands_for, sample.met, own,
+            sample.values, found, result, (self.sigma / self.sharp) ** 2, R=windows, C=c, BR=block,
+            GUIDED=self.sharp >= self.sigma, num_warps=correction_warps(block),
+        )  # fmt: skip
+        log_shift, s2, shift, error = result.split([1, 1, c, c], 1)
+        return PosteriorSum(
             m=(sums.m + log_shift) * math.log(2),
             s=sums.s,
             v=sums.v + shift * sums.s,
@@ -1054,4 +1225,3 @@ class Scan:
             ss=sums.ss,
             pairs=sums.pairs,
         )
-        return moved

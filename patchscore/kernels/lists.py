@@ -493,7 +493,7 @@ def pick_kernel(
     cell_size,
     cell_turn,  # all as in scan_kernel
     picked,  # [P] int64, items that hold a pick
-    place,  # [P] fp32 in [0, 1), where in the sum of the item's weights
+    inside,  # [P] fp32 in [0, 1), where in the sum of the item's weights
     query,  # [items] int32
     cell,  # [items] int32
     take,  # [items] int32
@@ -521,7 +521,7 @@ def pick_kernel(
         return
     count = tl.load(take + at)
     o_q = tl.load(query + at).to(tl.int64) * (KA + KB)
-    target = tl.load(place + pick)
+    target = tl.load(inside + pick)
 
     # The tile: of those whose running sum stays below the target, the next.
     tiles = (count + BP - 1) // BP
@@ -580,11 +580,63 @@ def pick_kernel(
 
 
 @triton.jit
+def _places(b_place, H: tl.constexpr, W: tl.constexpr):
+    """Image, row and column of windows' centres."""
+    b_pixel = (b_place % (H * W)).to(tl.int32)
+    return b_place // (H * W), b_pixel // W, b_pixel % W
+
+
+@triton.jit
+def _pixels(
+    images,
+    b_image,
+    b_row,
+    b_col,
+    o_d,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    SIZE: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    """[BR, BD] pixels o_d of windows as they are in the images, zeros beyond the border."""
+    b_c, b_in = o_d // (SIZE * SIZE), o_d % (SIZE * SIZE)
+    b_i, b_j = b_in // SIZE - SIZE // 2, b_in % SIZE - SIZE // 2  # [BD]
+    b_y, b_x = b_row[:, None] + b_i[None, :], b_col[:, None] + b_j[None, :]  # [BR, BD]
+    m_in = (b_y >= 0) & (b_y < H) & (b_x >= 0) & (b_x < W) & (o_d < C * SIZE * SIZE)[None, :]
+    p_p = images + b_image[:, None] * (C * H * W) + b_c[None, :] * (H * W) + b_y * W + b_x
+    b_p = tl.load(p_p, mask=m_in, other=0).to(tl.float32)
+    if BYTES:
+        b_p = tl.where(m_in, b_p / 127.5 - 1.0, 0.0)
+    return b_p
+
+
+@triton.jit
+def _store_centres(
+    values,
+    images,
+    b_image,
+    b_row,
+    b_col,
+    o_v,
+    m_r,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    for c in range(C):
+        b_v = tl.load(images + ((b_image * C + c) * H + b_row) * W + b_col, mask=m_r, other=0).to(tl.float32)
+        if BYTES:
+            b_v = b_v / 127.5 - 1.0
+        tl.store(values + o_v * C + c, b_v, mask=m_r)
+
+
+@triton.jit
 def distance_kernel(
     z,  # [Q, D] fp32, noisy windows, D = C k^2
     images,  # [N, C, H, W] uint8 or fp32
-    window,  # [Q, R] int64, ids as in pick_kernel
-    geometry,  # [Q, 4] int32: first row and column of the query's region, its columns, its windows in an image
+    place,  # [Q, R] int64, where windows' centres lie: pixels of all images in a row
     distance,  # [Q, R] fp64, out: |z - window|^2, zeros beyond the border
     values,  # [Q, R, C] fp32, out: the centre pixel
     R: tl.constexpr,
@@ -599,32 +651,216 @@ def distance_kernel(
     """The second look: windows as they are in the images, pixel by pixel."""
     query = tl.program_id(0).to(tl.int64)
     o_r = tl.program_id(1) * BR + tl.arange(0, BR)  # [BR]
-    m_r = o_r < R
-    row0 = tl.load(geometry + 4 * query)
-    col0 = tl.load(geometry + 4 * query + 1)
-    cols = tl.load(geometry + 4 * query + 2)
-    per_image = tl.load(geometry + 4 * query + 3)
-    b_id = tl.load(window + query * R + o_r, mask=m_r, other=0)
-    b_place = (b_id % per_image).to(tl.int32)
-    b_row, b_col = row0 + b_place // cols, col0 + b_place % cols  # [BR]
-    p_image = images + (b_id // per_image) * (C * H * W)
+    b_image, b_row, b_col = _places(tl.load(place + query * R + o_r, mask=o_r < R, other=0), H, W)
+    D: tl.constexpr = C * SIZE * SIZE
     o_d = tl.arange(0, BD)
     b_sum = tl.zeros([BR, BD], tl.float32)
-    for d in range(0, C * SIZE * SIZE, BD):
-        m_d = d + o_d < C * SIZE * SIZE
-        b_c, b_in = (d + o_d) // (SIZE * SIZE), (d + o_d) % (SIZE * SIZE)
-        b_i, b_j = b_in // SIZE - SIZE // 2, b_in % SIZE - SIZE // 2  # [BD]
-        b_y, b_x = b_row[:, None] + b_i[None, :], b_col[:, None] + b_j[None, :]  # [BR, BD]
-        m_in = (b_y >= 0) & (b_y < H) & (b_x >= 0) & (b_x < W) & m_d[None, :]
-        b_p = tl.load(p_image[:, None] + b_c[None, :] * (H * W) + b_y * W + b_x, mask=m_in, other=0).to(tl.float32)
-        if BYTES:
-            b_p = tl.where(m_in, b_p / 127.5 - 1.0, 0.0)
-        b_z = tl.load(z + query * (C * SIZE * SIZE) + d + o_d, mask=m_d, other=0.0)
-        b_p = b_z[None, :] - b_p
+    for d in range(0, D, BD):
+        b_p = _pixels(images, b_image, b_row, b_col, d + o_d, C, H, W, SIZE, BYTES)
+        b_p = tl.load(z + query * D + d + o_d, mask=d + o_d < D, other=0.0)[None, :] - b_p
         b_sum += b_p * b_p
-    tl.store(distance + query * R + o_r, tl.sum(b_sum.to(tl.float64), 1), mask=m_r)
+    tl.store(distance + query * R + o_r, tl.sum(b_sum.to(tl.float64), 1), mask=o_r < R)
+    _store_centres(values, images, b_image, b_row, b_col, query * R + o_r, o_r < R, C, H, W, BYTES)
+
+
+@triton.jit
+def propose_kernel(
+    z,
+    images,  # as in distance_kernel
+    offered,  # [Q + 1, P] int64, places that queries propose, negative where there is none
+    beside,  # [Q, 4] int64, the queries to the right of one, to its left, below and above; Q where there is none
+    geometry,  # [Q, 5] int32: first row and column of the query's region, its rows and columns, and which it is
+    q,  # [Q, A] fp16, the scan's features of the noisy windows
+    centre,  # [regions, D] fp32
+    axes,  # [regions, D, RANK] fp32, features are (window - centre) axes
+    place,  # [Q, R] int64, out, R = 4 P
+    distance,
+    values,  # out as in distance_kernel; infinite distance where nothing is proposed, or beyond the region
+    weight,  # [Q, R] fp32, out: the log-weight that the scan would give the window
+    bits,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    SIZE: tl.constexpr,
+    BYTES: tl.constexpr,
+    A: tl.constexpr,
+    RANK: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    BA: tl.constexpr,
+):
+    """Windows that neighbours propose, which the scan may not have met: pixel by pixel, and as it would weigh them."""
+    query = tl.program_id(0).to(tl.int64)
+    o_r = tl.program_id(1) * BR + tl.arange(0, BR)  # [BR]
+    row0, col0 = tl.load(geometry + 5 * query), tl.load(geometry + 5 * query + 1)
+    rows, cols = tl.load(geometry + 5 * query + 2), tl.load(geometry + 5 * query + 3)
+    region = tl.load(geometry + 5 * query + 4).to(tl.int64)
+    # What is heavy at the query beside this one is likely heavy here, moved back by as much.
+    P: tl.constexpr = R // 4
+    b_side = o_r // P
+    b_beside = tl.load(beside + query * 4 + b_side, mask=o_r < R, other=0)
+    b_place = tl.load(offered + b_beside * P + o_r % P, mask=o_r < R, other=-1)
+    b_image, b_row, b_col = _places(tl.maximum(b_place, 0), H, W)
+    b_col += tl.where(b_side == 0, -1, tl.where(b_side == 1, 1, 0))
+    b_row += tl.where(b_side == 2, -1, tl.where(b_side == 3, 1, 0))
+    m_there = (b_place >= 0) & (b_row >= row0) & (b_row < row0 + rows) & (b_col >= col0) & (b_col < col0 + cols)
+    b_row, b_col = tl.where(m_there, b_row, row0), tl.where(m_there, b_col, col0)
+    tl.store(place + query * R + o_r, (b_image * H + b_row) * W + b_col, mask=o_r < R)
+    D: tl.constexpr = C * SIZE * SIZE
+    o_d, o_a = tl.arange(0, BD), tl.arange(0, BA)
+    b_sum = tl.zeros([BR, BD], tl.float32)
+    b_f = tl.zeros([BR, BA], tl.float32)
+    for d in range(0, D, BD):
+        m_d = d + o_d < D
+        b_p = _pixels(images, b_image, b_row, b_col, d + o_d, C, H, W, SIZE, BYTES)
+        p_a = axes + (region * D + d + o_d[:, None]) * RANK + o_a[None, :]
+        b_a = tl.load(p_a, mask=m_d[:, None] & (o_a < A)[None, :], other=0.0)  # [BD, BA]
+        b_centre = tl.load(centre + region * D + d + o_d, mask=m_d, other=0.0)
+        b_f = tl.dot(b_p - b_centre[None, :], b_a, b_f, input_precision="ieee")
+        b_p = tl.load(z + query * D + d + o_d, mask=m_d, other=0.0)[None, :] - b_p
+        b_sum += b_p * b_p
+    b_distance = tl.where(m_there, tl.sum(b_sum.to(tl.float64), 1), float("inf"))
+    tl.store(distance + query * R + o_r, b_distance, mask=o_r < R)
+    _store_centres(values, images, b_image, b_row, b_col, query * R + o_r, o_r < R, C, H, W, BYTES)
+    b_f = b_f.to(tl.float16).to(tl.float32)  # as the index has it
+    b_q = tl.load(q + query * A + o_a, mask=o_a < A, other=0.0).to(tl.float32)
+    b_l = tl.sum(b_f * (b_q[None, :] - 0.5 * b_f), 1)
+    tl.store(weight + query * R + o_r, b_l * bits, mask=o_r < R)
+
+
+FEW_DRAWN = tl.constexpr(4.0)
+"""So many drawn windows of the rest count as much as all sure ones together."""
+
+DISORDER = tl.constexpr(3.0)
+"""Bits by which weights may be off before their order is doubted."""
+
+STANDS_OUT = tl.constexpr(9.0)
+"""A change of more than three standard deviations is taken for one. This and the next two are fitted on the CPU, whose
+correction is the same (csrc/lists_recheck.h): with them the standard error covers what it should."""
+
+CHANGE_DOUBT = tl.constexpr(4.0)
+"""Variance that a change adds, in units of the measured one."""
+
+NOISE_DOUBT = tl.constexpr(2.0)
+"""Variance of the rest's windows, in units of what their excesses let expect."""
+
+
+@triton.jit
+def _over(a, b):
+    """a / b, or 0 where b is none."""
+    return tl.where(b > 0, a / tl.where(b > 0, b, 1.0), 0.0)
+
+
+@triton.jit
+def correct_kernel(
+    weight,  # [Q, R] fp32, log-weights of a query's sample by the scan, in bits, with all equal windows
+    repeats,  # [Q, R] fp32, bits of how many equal windows there are
+    stands_for,  # [Q, R] fp64, bits of how many scanned windows it stands for
+    met,  # [Q, R] fp64, one over the chance to be in the sample, 0 of what is not in it
+    own,  # [Q, R] fp64, log-weights by all pixels and the noise that counts, without equal windows
+    values,  # [Q, R, C] fp32
+    sums,  # [Q, 4 + C] fp64: m, s, s2 of the scan, what is heavier than is in the sample for certain, and v
+    result,  # [Q, 2 + 2 C] fp64, out: by how much m moves, in bits; s2; by how much the means move; variances that adds
+    blur,  # the scan's noise over the noise that counts, squared
+    R: tl.constexpr,
+    C: tl.constexpr,
+    BR: tl.constexpr,
+    GUIDED: tl.constexpr,
+):
+    """Puts right what features leave out, on a sample of windows that were compared pixel by pixel.
+
+    Windows that are sure to be in the sample have their exact weights. The rest keeps the scan's sums, times what its
+    drawn windows weigh more by pixels, and its mean moves by what their exact weights change, in proportion to how well
+    the sample knows that (Wiener's filter). Where the scan weighed by more noise than there is (not GUIDED), its sums
+    are no guide, and the sample alone decides.
+    """
+    query = tl.program_id(0).to(tl.int64)
+    o_r = tl.arange(0, BR)
+    m_r = o_r < R
+    p_r = query * R + o_r
+    b_met = tl.load(met + p_r, mask=m_r, other=0.0)
+    m_in, m_drawn = b_met > 0, b_met > 1
+    m_sure = m_in & (b_met <= 1)
+    b_chance = 1 / tl.where(m_in, b_met, 1.0)
+    b_weight = tl.load(weight + p_r, mask=m_r, other=0.0).to(tl.float64)
+    b_repeats = tl.load(repeats + p_r, mask=m_r, other=0.0).to(tl.float64)
+    b_stands = tl.load(stands_for + p_r, mask=m_r, other=0.0)
+    b_own = tl.load(own + p_r, mask=m_r, other=0.0)
+    p_sums, p_result = sums + query * (4 + C), result + query * (2 + 2 * C)
+    m, s, s2 = tl.load(p_sums), tl.load(p_sums + 1), tl.load(p_sums + 2)
+    size, n_drawn = tl.sum(m_in.to(tl.float64)), tl.sum(m_drawn.to(tl.float64))
+
+    # With all that a window stands for; relative to 2^m by the scan, to 2^top by pixels.
+    b_rough = tl.where(m_in, tl.exp2(tl.where(m_in, b_weight + b_stands - m, 0.0)), 0.0)
+    b_exact = tl.where(m_in, b_own + b_repeats + b_stands, float("-inf"))
+    top = tl.max(b_exact - tl.log2(b_chance))
+    top = tl.where(top > float("-inf"), top, 0.0)
+    b_exact = tl.exp2(b_exact - top)
+    squares = tl.sum(tl.where(m_in, b_exact * b_met * tl.exp2(tl.where(m_in, b_own - top, 0.0)), 0.0))
+    sure_rough, sure_exact = tl.sum(tl.where(m_sure, b_rough, 0.0)), tl.sum(tl.where(m_sure, b_exact, 0.0))
+    b_rough_drawn, b_exact_drawn = tl.where(m_drawn, b_rough * b_met, 0.0), tl.where(m_drawn, b_exact * b_met, 0.0)
+    drawn_rough, drawn_exact = tl.sum(b_rough_drawn), tl.sum(b_exact_drawn)
+    found = sure_exact + drawn_exact
+    whole, rough = found, sure_rough + drawn_rough
+
+    rest = tl.maximum(s - sure_rough, 0.0)
+    known = _over(sure_exact, sure_rough)
+    count = tl.where(known > 0, FEW_DRAWN, 0.0)
+    each = tl.where(n_drawn > 0, drawn_rough / tl.maximum(n_drawn, 1.0), 1.0)
+    ratio = _over(_over(drawn_exact, each) + count * known, n_drawn + count)
+    if GUIDED:
+        whole, rough = sure_exact + ratio * rest, s
+    share = _over(ratio * rest, whole)
+    b_off = tl.where(m_in, _over(b_exact, ratio * b_rough) - 1, 0.0)
+    spread = tl.minimum(1.0, _over(tl.sum(b_off * b_off), size)) / (n_drawn + FEW_DRAWN)
+    b_excess = tl.where(m_drawn, _over(b_exact - ratio * b_rough, whole), 0.0)
+
+    # Where features put windows in quite another order than pixels do, one that is not in the sample may be the
+    # heaviest: how far the lead over those falls short, of 1.
+    b_apart = tl.where(m_in, b_own / blur - (b_weight - b_repeats), 0.0)
+    offset = _over(tl.sum(b_apart), size)
+    deviation = tl.sqrt(tl.maximum(_over(tl.sum(b_apart * b_apart), size) - offset * offset, 0.0))
+    lead = tl.max(tl.where(m_in, b_own / blur, float("-inf"))) - offset - tl.load(p_sums + 3)
+    doubt = tl.minimum(tl.maximum(1 - _over(lead, 4 * deviation), 0.0), 1.0)
+    doubt = tl.where((deviation * blur >= DISORDER) & (size >= 2), doubt, 0.0)
+
+    some = (found > 0) & (whole > 0) & (s > 0)
     for c in range(C):
-        b_v = tl.load(p_image + (c * H + b_row) * W + b_col, mask=m_r, other=0).to(tl.float32)
-        if BYTES:
-            b_v = b_v / 127.5 - 1.0
-        tl.store(values + (query * R + o_r) * C + c, b_v, mask=m_r)
+        b_v = tl.load(values + p_r * C + c, mask=m_r, other=0.0).to(tl.float64)
+        before = tl.load(p_sums + 4 + c)
+        if GUIDED:
+            mean = tl.where(rest > 1e-6 * s, _over(before - tl.sum(tl.where(m_sure, b_rough * b_v, 0.0)), rest), 0.0)
+            mean = tl.minimum(tl.maximum(mean, -1.0), 1.0)
+            b_excess_v = b_excess * (b_v - mean)
+            noise = tl.sum(b_excess_v * b_excess_v * b_met)
+            rough_mean = _over(tl.sum(b_rough_drawn * b_v), drawn_rough)
+            exact_mean = _over(tl.sum(b_exact_drawn * b_v), drawn_exact)
+            change = tl.where((drawn_exact > 0) & (rest > 0), exact_mean - rough_mean, 0.0)
+            b_change = _over(b_exact_drawn, drawn_exact) * (b_v - exact_mean)
+            b_change -= _over(b_rough_drawn, drawn_rough) * (b_v - rough_mean)
+            # The change is measured with `measured` variance; before that, independent excesses of the rest's windows
+            # let expect `noise`, and what stands out from both tells that they were not independent.
+            measured = share * share * tl.sum((1 - b_chance) * b_change * b_change)
+            expected = tl.maximum(noise, share * share * change * change - STANDS_OUT * measured)
+            kept = _over(expected, expected + measured)
+            mean += kept * change
+            sure_mean = tl.where(sure_exact > 0, _over(tl.sum(tl.where(m_sure, b_exact * b_v, 0.0)), sure_exact), mean)
+            apart = share * (1 - share) * (mean - sure_mean)
+            error = CHANGE_DOUBT * kept * measured + NOISE_DOUBT * noise + apart * apart * spread
+            mean = (1 - share) * sure_mean + share * mean
+        else:
+            b_share = _over(tl.where(m_in, b_exact * b_met, 0.0), found)
+            mean = tl.sum(b_share * b_v)
+            b_change = b_share * (b_v - mean)
+            error = tl.sum((1 - b_chance) * b_change * b_change)
+        middle = _over(tl.sum(tl.where(m_in, b_v, 0.0)), size)
+        b_apart = tl.where(m_in, b_v - middle, 0.0)
+        error += doubt * _over(tl.sum(b_apart * b_apart), size)
+        tl.store(p_result + 2 + c, tl.where(some, mean - _over(before, s), 0.0))
+        tl.store(p_result + 2 + C + c, tl.where(some, error, 0.0))
+    if not GUIDED:
+        s2 = tl.where(some, s * s * _over(squares, found * found), s2)
+    shift = top + tl.log2(tl.where(some, whole, 1.0)) - m - tl.log2(tl.where(some, rough, 1.0))
+    tl.store(p_result, tl.where(some, shift, 0.0))
+    tl.store(p_result + 1, s2)
