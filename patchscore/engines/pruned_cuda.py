@@ -508,7 +508,7 @@ def axes_block(axes: int) -> int:
 
 def proposal_warps(block: int) -> int:
     """Of `propose_kernel`: four run out of registers where there are many axes."""
-    return 4 if block <= 64 else 8
+    return 4 if block <= 128 else 8
 
 
 def correction_warps(block: int) -> int:
