@@ -25,7 +25,8 @@ from triton.compiler import ASTSource
 
 from patchscore.engines import pruned_cuda
 from patchscore.engines.features import Plan
-from patchscore.engines.fused import Configuration, configurations, kernel_constants
+from patchscore.engines.fused import configurations, kernel_constants
+from patchscore.engines.tuning import Configuration
 from patchscore.kernels import lists
 from patchscore.kernels.dense import dense_kernel
 

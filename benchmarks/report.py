@@ -588,9 +588,11 @@ def gpu() -> str:
         ]
         header = ["section", "engine", "k", "sigma", "batch", "windows", "precision", "1e12 pairs/s", "worst pixel"]
         header += ["ms an image", "peak GiB"]
-        skipped = "".join(f"\n- {what}" for what in record["skipped"])
+        lacking = {"Not measured": record["skipped"], "Failed": record["failed"]}
         parts.append(f"{record['device']}, {measured_on(record)}:\n\n{table(header, rows)}")
-        parts += [f"Not measured there:\n{skipped}"] * bool(skipped)
+        parts += [
+            "\n".join([f"{what} there:\n", *(f"- {of}" for of in some)]) for what, some in lacking.items() if some
+        ]
     return "\n\n".join(parts)
 
 

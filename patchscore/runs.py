@@ -343,7 +343,9 @@ def reopen(
     elif kind == "ls":
         machine = LocalScore(bank, table)
     elif built is None or engine in engines.ENGINES:  # one that was named comes before the index
-        machine = EquivariantLocalScore(bank, table, padding_mode)
+        machine = EquivariantLocalScore(
+            bank, table, padding_mode, tolerance=shares["tolerance"] if built is None else None
+        )
     elif index is None and not Path(indexed).exists():
         warnings.warn(
             f"{indexed}: the index that the run in {out} was made with is not there (--index tells where it is now): "

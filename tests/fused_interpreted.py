@@ -12,7 +12,7 @@ from conftest import MACHINES, machine_named, smooth_images
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import features, fused, reference
+from patchscore.engines import features, fused, reference, tuning
 from patchscore.windows import Axis, Competition, Group
 
 LIMIT = 2**30
@@ -273,7 +273,7 @@ def test_memory_limit_too_small_is_refused():
 def test_a_kernel_that_does_not_compile_falls_back_with_one_warning(monkeypatch, bank):
     monkeypatch.setattr(fused, "_broken", None)
     monkeypatch.setattr(engines, "_warned", set())
-    monkeypatch.setattr(fused, "_chosen", {})
+    monkeypatch.setattr(tuning, "_chosen", {})
 
     def run(*arguments):
         raise RuntimeError("ptxas died")

@@ -16,6 +16,7 @@ from PIL import Image
 import patchscore as ps
 from patchscore import engines
 from patchscore.cli import main
+from patchscore.runs import reopen
 
 
 @pytest.fixture
@@ -340,6 +341,7 @@ def test_sample_takes_a_tolerance_without_an_index_where_fused_serves(photos, tm
     result = sample(photos, out, "--tolerance", 0.01, "--engine", "reference")
     assert result.exit_code == 0, result.output
     assert json.loads((out / "run.json").read_text())["settings"]["tolerance"] == 0.01
+    assert reopen(out)[0].tolerance == 0.01
     refused = sample(photos, tmp_path / "out2", "--tolerance", 0.01, "--machine", "ls")
     assert refused.exit_code == 2
     assert "--tolerance: takes an --index" in refused.stderr

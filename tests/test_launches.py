@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import patchscore as ps
 from patchscore import checks, machines
-from patchscore.engines import features, fused, pruned_cuda
+from patchscore.engines import features, fused, pruned_cuda, tuning
 
 META = torch.device("meta")
 
@@ -63,7 +63,7 @@ def launches(monkeypatch):
         monkeypatch.setattr(module, "unavailable", lambda device: None)
     monkeypatch.setattr(pruned_cuda.PrunedOnDevice, "unavailable", lambda self, device: None)
     monkeypatch.setattr(fused, "spectrum_of", spectrum_there)
-    monkeypatch.setattr(fused, "_chosen", {})
+    monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(machines, "_recording", lambda device: True)
     monkeypatch.setattr(checks, "device", torch.device)
     yield counted

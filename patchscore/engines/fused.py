@@ -12,10 +12,10 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from .features import (
     value_columns,
 )
 from .reference import _pixels, _span
+from .tuning import Configuration, KernelError, first_that_serves, wanted
 
 TOLERANCE = 1e-3
 """Of a denoised pixel, against float64."""
@@ -54,17 +55,6 @@ def _kernels() -> ModuleType:
     from ..kernels import dense
 
     return dense
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """A tile of queries x patches and how it is compiled; `block` columns at a time, or 0: whole rows."""
-
-    queries: int
-    patches: int
-    warps: int
-    stages: int
-    block: int = 0
 
 
 def configurations(plan: Plan, capability: tuple[int, int]) -> list[Configuration]:
@@ -201,10 +191,6 @@ class Fused:
         return posterior_sum(z, sigma, bank, competition, memory_limit, self.tolerance)
 
 
-class KernelError(RuntimeError):
-    """No configuration of the kernel could be compiled and started."""
-
-
 def _posterior_sum(
     z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int, tolerance: float
 ) -> PosteriorSum:
@@ -323,11 +309,6 @@ def _all_patches(
 SMALLEST_TUNED = 2**30
 """Pairs of a launch that is worth timing."""
 
-Result = TypeVar("Result")
-
-_chosen: dict[tuple, Configuration] = {}
-"""The configuration that served a plan, by device and plan."""
-
 
 def launch(queries: Queries, patches: Patches, plan: Plan, channels: int) -> tuple[Tensor, Tensor]:
     """Partial sums [splits, L, Q, NV] and [splits, L, Q, 2] of all queries over some patches.
@@ -340,55 +321,13 @@ def launch(queries: Queries, patches: Patches, plan: Plan, channels: int) -> tup
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     pairs = queries.rows.shape[0] * queries.rows.shape[1] * patches.rows.shape[1]
-    tune = os.environ.get("PATCHSCORE_AUTOTUNE") != "0" and pairs >= SMALLEST_TUNED and device.type == "cuda"
+    tune = wanted() and pairs >= SMALLEST_TUNED and device.type == "cuda"
     key = (name, plan, channels)
     candidates = configurations(plan, capability)
     if device.type != "cuda":
         # Small arrays are what an interpreter likes.
         candidates = [Configuration(32, 32, 4, 1, block=64 if plan.columns > 320 else 0)]
     return first_that_serves(key, candidates, lambda candidate: run(queries, patches, plan, channels, candidate), tune)
-
-
-def first_that_serves(
-    key: tuple, candidates: list[Configuration], work: Callable[[Configuration], Result], tune: bool
-) -> Result:
-    """`work` done in the configuration known for `key`, else in the first that compiles, or with `tune` the fastest.
-
-    Raises:
-        KernelError: no configuration could be compiled and started.
-    """
-    known = _chosen.get((*key, True)) or (None if tune else _chosen.get((*key, False)))
-    if known is not None:
-        return work(known)
-    best, fastest, failure = None, float("inf"), None
-    for candidate in candidates:
-        try:
-            result = work(candidate)
-            seconds = _timed(work, candidate) if tune else 0.0
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # Triton raises what its compiler, ptxas or the driver raised
-            failure = error
-            continue
-        if seconds < fastest:
-            best, fastest = (candidate, result), seconds
-        if not tune:
-            break
-    if best is None:
-        raise KernelError(str(failure).splitlines()[0] if str(failure) else repr(failure)) from failure
-    served = (*key, tune)
-    _chosen[served] = best[0]
-    return best[1]
-
-
-def _timed(work: Callable[[Configuration], object], configuration: Configuration) -> float:
-    """Seconds of one run, which was compiled before."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    work(configuration)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 def run(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,6 @@ from ..posterior import PosteriorSum
 from ..windows import Competition, Group
 from . import fused, reference
 from .features import BIAS_COLUMNS, cache, cache_limit
-from .fused import Configuration, KernelError, first_that_serves
 from .pruned import (
     EDGES,
     FLOOR,
@@ -42,6 +40,7 @@ from .pruned import (
     _regions,
     _tensors,
 )
+from .tuning import Configuration, KernelError, first_that_serves, wanted
 
 COLUMNS = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256)
 """Numbers of a row: a power of two, or two. A row is a window's leading axes and its bias -|p|^2 / 2 in three parts,
@@ -987,8 +986,7 @@ class Scan:
         cuda = self.device.type == "cuda"
         resident = cache.get(self.part, (self.device,)) is not None
         pairs = items.tiles * TILE
-        wanted = os.environ.get("PATCHSCORE_AUTOTUNE") != "0" and pairs >= SMALLEST_TUNED
-        tune = cuda and resident and not pilot and wanted
+        tune = cuda and resident and not pilot and wanted() and pairs >= SMALLEST_TUNED
         capability = torch.cuda.get_device_capability(self.device) if cuda else (9, 0)
         name = torch.cuda.get_device_name(self.device) if cuda else "interpreter"
         candidates = configurations(q.shape[1], capability) if cuda else [Configuration(16, TILE, 4, 1)]

@@ -1,0 +1,108 @@
+"""Which configuration a kernel runs in, and that the fastest is remembered. No kernel runs here: work is a function."""
+
+import json
+
+import pytest
+import torch
+
+from patchscore.engines import tuning
+from patchscore.engines.tuning import Configuration, KernelError, first_that_serves
+
+SLOW, FAST, BROKEN = Configuration(64, 64, 4, 2), Configuration(128, 64, 4, 3), Configuration(256, 64, 8, 3, 64)
+KEY = ("a card", "a plan", 3)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A cache of its own, and a clock that knows what is fast."""
+    monkeypatch.setenv("PATCHSCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("PATCHSCORE_AUTOTUNE", raising=False)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_timed", lambda work, candidate: {SLOW: 2.0, FAST: 1.0}[candidate])
+    return tmp_path / "cache"
+
+
+def served(candidates=(SLOW, FAST), tune=True, key=KEY):
+    """The configuration that the result is of, and all that were tried."""
+    tried = []
+
+    def work(candidate):
+        tried.append(candidate)
+        if candidate == BROKEN:
+            raise RuntimeError("ptxas died")
+        return candidate
+
+    return first_that_serves(key, list(candidates), work, tune), tried
+
+
+def as_another_process(monkeypatch):
+    monkeypatch.setattr(tuning, "_chosen", {})
+
+
+def test_the_first_serves_small_work_and_the_fastest_what_is_worth_timing():
+    assert served(tune=False) == (SLOW, [SLOW])
+    assert served() == (FAST, [SLOW, FAST])
+    assert served(tune=False) == (FAST, [FAST])  # once it is known
+    assert served(tune=False, key=("another",)) == (SLOW, [SLOW])
+
+
+def test_another_process_knows_the_fastest(monkeypatch, folder):
+    served()
+    as_another_process(monkeypatch)
+    assert served() == (FAST, [FAST])
+    as_another_process(monkeypatch)
+    assert served(tune=False) == (FAST, [FAST])
+    assert [file.name for file in folder.iterdir()] == ["tuned.json"]
+
+
+def test_what_was_remembered_of_other_candidates_or_another_triton_is_not_taken(monkeypatch):
+    served()
+    as_another_process(monkeypatch)
+    assert served([FAST, SLOW, BROKEN])[1] == [FAST, SLOW, BROKEN]
+    as_another_process(monkeypatch)
+    monkeypatch.setattr(tuning, "_triton", lambda: "99.0")
+    assert served()[1] == [SLOW, FAST]
+
+
+def test_switched_off_nothing_is_read(monkeypatch):
+    served()
+    as_another_process(monkeypatch)
+    monkeypatch.setenv("PATCHSCORE_AUTOTUNE", "0")
+    assert not tuning.wanted()
+    assert served(tune=False) == (SLOW, [SLOW])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", '{"x": 3}', "\xff"])
+def test_a_file_of_nonsense_is_as_good_as_none(folder, content):
+    folder.mkdir()
+    (folder / "tuned.json").write_bytes(content.encode("latin1"))
+    assert served() == (FAST, [SLOW, FAST])
+    assert [128, 64, 4, 3, 0] in json.loads((folder / "tuned.json").read_text()).values()
+
+
+def test_where_nothing_can_be_written_the_process_remembers(folder):
+    folder.write_text("a file, not a folder")
+    assert served() == (FAST, [SLOW, FAST])
+    assert served() == (FAST, [FAST])
+
+
+def test_what_does_not_compile_is_passed_over(folder):
+    assert served([BROKEN, SLOW], tune=False) == (SLOW, [BROKEN, SLOW])
+    with pytest.raises(KernelError, match="ptxas died"):
+        served([BROKEN], key=("broken",))
+
+    def out_of_memory(candidate):
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        first_that_serves(("full",), [SLOW], out_of_memory, False)
+    assert not folder.exists()
+
+
+def test_the_file_lies_in_the_users_cache_unless_told_otherwise(monkeypatch, tmp_path):
+    monkeypatch.delenv("PATCHSCORE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tuning.path() == tmp_path / "patchscore" / "tuned.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert tuning.path() == tmp_path / "home" / ".cache" / "patchscore" / "tuned.json"
