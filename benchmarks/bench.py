@@ -29,8 +29,7 @@ SHORT = (
 
 def full(given: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str]]:
     """Commands, and what each lacks on this machine, or nothing."""
-    images = "" if given.images else "--images, a folder of CIFAR-10's training images"
-    archive = "" if given.archive else "--archive, the same as a tar"
+    images = "" if given.images else "--images, CIFAR-10's training images"
     indexes = "" if given.indexes else "--indexes, a folder with 40 GB to spare"
     fashion = "" if given.fashion_mnist else "--fashion-mnist, the folder of its four IDX files"
     no_faiss = "" if importlib.util.find_spec("faiss") else "FAISS, pip install 'patchscore[cpu]'"
@@ -39,32 +38,31 @@ def full(given: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str]]:
     no_cuda = "" if shutil.which("nvcc") and shutil.which("nvdisasm") else "nvcc and nvdisasm, of the CUDA toolkit"
     idx = Path(given.fashion_mnist or "")
     held_out = [str(idx / f"t10k-{part}.gz") for part in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-    train = ("--images", str(given.images)) if given.images else ()
+    cifar = str(given.images)
+    train = ("--images", cifar) if given.images else ()
     where = ("--indexes", str(given.indexes))
-    tar = str(given.archive)
     yield ("accuracy.py",), ""
     yield ("exact_cpu.py", *train), ""
     yield ("scaling.py", *train), ""
     yield ("adapters.py",), no_diffusers
     yield ("gaussian.py", "fashion-mnist"), ""
-    yield ("gaussian.py", "cifar10", tar), archive
+    yield ("gaussian.py", "cifar10", cifar), images
     yield ("guidance.py",), ""
     yield ("classification.py", *held_out), fashion
     yield ("theory.py", "fashion-mnist", "examples/fashion-mnist-resnet-zeros.safetensors", "fashion-mnist"), ""
-    yield ("fused_precision.py", tar), archive
+    yield ("fused_precision.py", cifar), images
     yield ("compile_report.py",), no_triton
     yield ("sass.py",), no_cuda
     yield ("pruned_cpu.py", *train, *where), images or indexes or no_faiss
     sixty = str(idx / "train-images-idx3-ubyte.gz")
-    inputs = ("--cifar10", str(given.images), "--fashion-mnist", sixty, *where)
+    inputs = ("--cifar10", cifar, "--fashion-mnist", sixty, *where)
     yield ("end_to_end.py", *inputs), images or fashion or indexes or no_faiss
 
 
 def gpu(given: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str]]:
     import torch
 
-    images = given.archive or given.images
-    options = ["--images", str(images)] if images else []
+    options = ["--images", str(given.images)] if given.images else []
     options += ["--indexes", str(given.indexes)] if given.indexes else []
     yield ("gpu.py", *options), "" if torch.cuda.is_available() else "a CUDA device"
 
@@ -76,8 +74,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="folder of results; out-bench, with --full and --gpu the project's own"
     )
-    parser.add_argument("--images", type=Path, help="CIFAR-10: a folder of images in a subfolder a class")
-    parser.add_argument("--archive", type=Path, help="CIFAR-10: a tar of train/<class>/<number>.jpg")
+    parser.add_argument("--images", type=Path, help="CIFAR-10: a folder with a subfolder a class, or a tar of it")
     parser.add_argument("--fashion-mnist", type=Path, help="folder of Fashion-MNIST's IDX files")
     parser.add_argument("--indexes", type=Path, help="folder where indexes are kept or built")
     given = parser.parse_args()

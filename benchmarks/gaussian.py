@@ -6,7 +6,7 @@ times. Writes benchmarks/results/gaussian-<data>.json and docs/gaussian-start-<d
 puts the tables into docs/adapters.md. Two minutes each; --rounds 5 for steadier times, --per-class for a larger bank.
 
     python benchmarks/gaussian.py fashion-mnist
-    python benchmarks/gaussian.py cifar10 cifar10.tar
+    python benchmarks/gaussian.py cifar10 cifar10/train
 """
 
 import argparse

@@ -8,8 +8,8 @@ nothing.
 The rows of `pruned` need FAISS, to build an index (on the CPU). Without `--indexes` that is one of 2,000 images, built
 in a temporary folder; with it, the index of the whole bank is opened there, or built, which takes long:
 
-    python benchmarks/gpu.py --images cifar10.tar --indexes /somewhere/large --index-only   (once)
-    python benchmarks/gpu.py --images cifar10.tar --indexes /somewhere/large
+    python benchmarks/gpu.py --images cifar10 --indexes /somewhere/large --index-only   (once)
+    python benchmarks/gpu.py --images cifar10 --indexes /somewhere/large
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ def opened(source: str | Path, **options) -> ps.PatchBank:
         return ps.PatchBank.open(source, **options)
     with tempfile.TemporaryDirectory() as folder, tarfile.open(source) as archive:
         archive.extractall(folder, filter="data")
-        (top,) = list(Path(folder).iterdir())  # the classes are below it
-        return ps.PatchBank.open(top, **options)
+        within = list(Path(folder).iterdir())  # the classes, or a folder of them
+        return ps.PatchBank.open(within[0] if len(within) == 1 else folder, **options)
 
 
 def shuffled(bank: ps.PatchBank) -> torch.Tensor:

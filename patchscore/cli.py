@@ -792,15 +792,14 @@ def _of_all_windows(machine: ScoreMachine, record: dict[str, Any], walks: list[W
 \b
 Examples:
   patchscore bench
-  patchscore bench --full --images cifar10/train --indexes indexes
-  patchscore bench --gpu --images cifar10/train
+  patchscore bench --full --images cifar10 --indexes indexes
+  patchscore bench --gpu --images cifar10
 """
 )
 @click.option("--full", is_flag=True, help="Everything that the inputs below allow; hours.")
 @click.option("--gpu", is_flag=True, help="The benchmark of the GPU.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: out-bench]")
-@click.option("--images", type=click.Path(path_type=Path), help="CIFAR-10: a folder with a subfolder a class.")
-@click.option("--archive", type=click.Path(path_type=Path), help="CIFAR-10: a tar of train/CLASS/NUMBER.jpg.")
+@click.option("--images", type=click.Path(path_type=Path), help="CIFAR-10: a folder or tar, a subfolder a class.")
 @click.option("--fashion-mnist", type=click.Path(path_type=Path), help="Folder of Fashion-MNIST's four IDX files.")
 @click.option("--indexes", type=click.Path(path_type=Path), help="Folder where indexes are kept or built, 40 GB.")
 @_one_line_errors

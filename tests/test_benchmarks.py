@@ -115,8 +115,8 @@ def test_the_resource_that_binds_takes_the_time():
 
 
 def test_bench_runs_what_there_is_with_options_that_there_are():
-    everything = argparse.Namespace(images="i", archive="a", fashion_mnist="f", indexes="x")
-    nothing = argparse.Namespace(images=None, archive=None, fashion_mnist=None, indexes=None)
+    everything = argparse.Namespace(images="i", fashion_mnist="f", indexes="x")
+    nothing = argparse.Namespace(images=None, fashion_mnist=None, indexes=None)
     commands = [command for command, _ in (*bench.full(everything), *bench.gpu(everything), *bench.full(nothing))]
     for script, *options in [*commands, *bench.SHORT]:
         source = (bench.HERE / script).read_text()
