@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from patchscore.engines import pruned_cuda
+from patchscore.engines import lists_recheck, lists_rows, pruned_cuda
 from patchscore.engines.features import Plan
 from patchscore.engines.fused import configurations, kernel_constants
 from patchscore.engines.tuning import Configuration
@@ -103,8 +103,8 @@ for windows, guided in ((128, True), (576, True), (320, False)):
     of_samples = {"R": windows, "C": 3, "BR": 1 << (windows - 1).bit_length(), "GUIDED": guided}
     LISTS[f"correct, {windows} windows"] = of_samples
 for axes, rank, k in ((27, 28, 3), (60, 60, 7), (125, 128, 11), (253, 256, 17)):
-    of_proposals = {"R": 4 * pruned_cuda.PROPOSED, "SIZE": k, "A": axes, "RANK": rank, "BD": 16}
-    LISTS[f"propose, {axes} axes"] = LISTS["distance"] | of_proposals | {"BA": pruned_cuda.axes_block(axes)}
+    of_proposals = {"R": 4 * lists_recheck.PROPOSED, "SIZE": k, "A": axes, "RANK": rank, "BD": 16}
+    LISTS[f"propose, {axes} axes"] = LISTS["distance"] | of_proposals | {"BA": lists_recheck.axes_block(axes)}
 
 
 def list_types(name: str, arguments: list[str]) -> dict[str, str]:
@@ -128,7 +128,7 @@ def scan_constants(columns: int, configuration: Configuration, **variant: bool) 
     return {
         "KA": larger,
         "KB": columns - larger,
-        "NV": pruned_cuda.value_columns(3),
+        "NV": lists_rows.value_columns(3),
         "BQ": configuration.queries,
         "BP": configuration.patches,
         **flags,
@@ -140,9 +140,9 @@ def report_list(name: str, capability: int) -> dict:
     constants, of = LISTS[name], name.partition(",")[0]
     warps = {"sum": 1, "pick": 1}.get(of, 4)
     if of == "propose":
-        warps = pruned_cuda.proposal_warps(constants["BA"])
+        warps = lists_recheck.proposal_warps(constants["BA"])
     elif of == "correct":
-        warps = pruned_cuda.correction_warps(constants["BR"])
+        warps = lists_recheck.correction_warps(constants["BR"])
     kernel = compiled_list(of, constants, capability, warps)
     return {"kernel": name, "capability": capability} | resources(kernel)[0]
 
@@ -304,7 +304,7 @@ def scan_jobs() -> list[tuple[int, Configuration, int, str]]:
     return [
         (columns, configuration, capability, variant)
         for capability in (90, 80)
-        for columns in pruned_cuda.COLUMNS
+        for columns in lists_rows.COLUMNS
         for configuration in pruned_cuda.configurations(columns, divmod(capability, 10))
         for variant in ("", "COUNTED", "ORDERED", "PILOT")
         if not variant or columns == 64

@@ -43,7 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import fused, pruned_cuda, reference, resident, sliding
+from patchscore.engines import fused, lists_rows, pruned_cuda, reference, resident, sliding
 from patchscore.engines.features import choose_plan, spectrum_of
 
 TABLE = "cifar10-resnet-zeros"
@@ -453,7 +453,7 @@ def shares(bench: Bench, index: ps.PatchIndex, cases: tuple[tuple[int, float], .
                 engine="pruned",
                 budget=budget,
                 rank=index.at(k).rank,
-                columns=pruned_cuda.columns_for(index.at(k)),
+                columns=lists_rows.columns_for(index.at(k)),
                 precision="fp16",
                 pairs=found.pairs,
                 pairs_per_second=found.pairs / times["seconds_median"],

@@ -19,7 +19,7 @@ from conftest import noisy, smooth_images
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import features, fused, pruned_cuda, reference, sliding
+from patchscore.engines import features, fused, lists_recheck, lists_rows, pruned_cuda, reference, sliding
 from patchscore.engines.pruned import _pixels
 from patchscore.kernels import lists
 from patchscore.windows import Axis, Competition, Group
@@ -141,7 +141,7 @@ def test_the_whole_budget_gives_the_references_sums(indexed, channels, dtype):
 @pytest.mark.parametrize("columns", [48, 32])
 def test_axes_left_out_are_put_right_by_the_second_look_which_says_its_error(indexed, monkeypatch, columns):
     monkeypatch.setattr(pruned_cuda, "RECHECK", 8)
-    monkeypatch.setattr(pruned_cuda, "COLUMNS", (columns,))
+    monkeypatch.setattr(lists_rows, "COLUMNS", (columns,))
     bank, index = indexed(3, height=9, width=8, count=30, k=5)
     assert index.at(5).rank == 40  # of 75
     z = noisy(bank, 1.0, dtype=torch.float32)
@@ -263,8 +263,8 @@ def test_what_does_not_fit_on_the_device_is_streamed(indexed, monkeypatch):
         machine = pruned(bank, index, budget=0.3)
         kept = sums(machine, z, 1.0, chosen)
         features.cache.clear()
-        monkeypatch.setattr(pruned_cuda, "cache_limit", lambda device: 40_000)
-        parts = list(pruned_cuda.pieces(index.at(3), CPU))
+        monkeypatch.setattr(lists_rows, "cache_limit", lambda device: 40_000)
+        parts = list(lists_rows.pieces(index.at(3), CPU))
         assert len(parts) > 3
         assert [cell for part in parts for cell in part.cells] == list(range(len(index.at(3).sizes)))
         streamed = sums(machine, z, 1.0, chosen)
@@ -280,7 +280,7 @@ def test_an_index_that_finds_no_memory_is_streamed(indexed, monkeypatch):
     machine = pruned(bank, index, budget=0.3)
     kept = sums(machine, z, 1.0)
     features.cache.clear()
-    load, loaded = pruned_cuda._load, []
+    load, loaded = lists_rows._load, []
 
     def short(part, cells, device):
         loaded.append(len(cells))
@@ -288,7 +288,7 @@ def test_an_index_that_finds_no_memory_is_streamed(indexed, monkeypatch):
             raise torch.OutOfMemoryError("so it goes")
         return load(part, cells, device)
 
-    monkeypatch.setattr(pruned_cuda, "_load", short)
+    monkeypatch.setattr(lists_rows, "_load", short)
     assert torch.equal(sums(machine, z, 1.0).mean, kept.mean)
     assert len(loaded) > 6
 
@@ -296,8 +296,8 @@ def test_an_index_that_finds_no_memory_is_streamed(indexed, monkeypatch):
 def test_windows_on_the_device_are_those_of_the_index(indexed, monkeypatch):
     bank, index = indexed()
     part = index.at(3)
-    monkeypatch.setattr(pruned_cuda, "UPLOADED", 5000)  # many blocks of cells
-    (rows,) = pruned_cuda.pieces(part, CPU)
+    monkeypatch.setattr(lists_rows, "UPLOADED", 5000)  # many blocks of cells
+    (rows,) = lists_rows.pieces(part, CPU)
     per_image = {
         c: len(r.rows) * len(r.cols) for r in part.regions for c in range(r.first_cell, r.first_cell + r.cells)
     }
@@ -474,7 +474,7 @@ def test_a_heavy_window_where_none_was_expected_is_found_through_the_neighbour(t
         return (found.mean - truth.mean)[0, :, row, 2].abs().max()
 
     assert error() < 0.02
-    monkeypatch.setattr(pruned_cuda, "ROUNDS", 0)
+    monkeypatch.setattr(lists_recheck, "ROUNDS", 0)
     assert error() > 0.05
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import patchscore as ps
 from patchscore import checks, machines
-from patchscore.engines import features, fused, pruned_cuda, tuning
+from patchscore.engines import features, fused, lists_recheck, lists_rows, pruned_cuda, tuning
 
 META = torch.device("meta")
 
@@ -58,9 +58,11 @@ def launches(monkeypatch):
         found = spectrum_of(bank, k, torch.device("cpu"))
         return replace(found, mean=found.mean.to(device), axes=found.axes.to(device))
 
+    monkeypatch.setattr(fused, "_kernels", Kernels)
     for module in (fused, pruned_cuda):
-        monkeypatch.setattr(module, "_kernels", Kernels)
         monkeypatch.setattr(module, "unavailable", lambda device: None)
+    for module in (lists_recheck, lists_rows, pruned_cuda):
+        monkeypatch.setattr(module, "kernels", Kernels)
     monkeypatch.setattr(pruned_cuda.PrunedOnDevice, "unavailable", lambda self, device: None)
     monkeypatch.setattr(fused, "spectrum_of", spectrum_there)
     monkeypatch.setattr(tuning, "_chosen", {})

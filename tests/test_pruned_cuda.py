@@ -16,8 +16,9 @@ from conftest import noisy, smooth_images
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import fused, pruned_cuda, sliding
-from patchscore.engines.pruned_cuda import COLUMNS, TILE
+from patchscore.engines import fused, lists_rows, pruned_cuda, sliding
+from patchscore.engines.lists_rows import COLUMNS
+from patchscore.engines.pruned_cuda import TILE
 
 HERE = Path(__file__).parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -79,8 +80,8 @@ def test_sizes_are_what_the_kernels_assume():
                 configuration.patches == TILE for configuration in pruned_cuda.configurations(columns, capability)
             )
     for channels in (1, 2, 3, 4):
-        assert pruned_cuda.value_columns(channels) >= 2 + 3 * channels
-        assert pruned_cuda.moment_columns(channels) >= 1 + 2 * channels
+        assert lists_rows.value_columns(channels) >= 2 + 3 * channels
+        assert lists_rows.moment_columns(channels) >= 1 + 2 * channels
 
 
 # The choice.

@@ -9,13 +9,11 @@ reads a tile of windows once, and the host waits once a part of the call, for th
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +24,9 @@ from ..index import SIBLINGS, IndexedSize
 from ..posterior import PosteriorSum
 from ..windows import Competition, Group
 from . import fused, reference
-from .features import BIAS_COLUMNS, cache, cache_limit
+from .features import BIAS_COLUMNS, cache
+from .lists_recheck import PROPOSED, ROUNDS, Recheck, Sample
+from .lists_rows import Cells, Queries, Rows, Selection, Span, columns_for, kernels, pieces, value_columns
 from .pruned import (
     EDGES,
     FLOOR,
@@ -40,11 +40,7 @@ from .pruned import (
     _regions,
     _tensors,
 )
-from .tuning import Configuration, KernelError, first_that_serves, wanted
-
-COLUMNS = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256)
-"""Numbers of a row: a power of two, or two. A row is a window's leading axes and its bias -|p|^2 / 2 in three parts,
-which a query meets with ones. Axes that find no room are left to the second look."""
+from .tuning import Configuration, KernelError, first_that_serves, started, wanted
 
 TILE = 64
 """Windows of a tile."""
@@ -85,28 +81,8 @@ ITEM_BYTES = 328
 PICK_BYTES = 256
 """Of one window that is looked at a second time."""
 
-ROUNDS = 2
-"""How often pixels propose windows to the four beside them (PatchMatch)."""
-
-PROPOSED = 8
-"""Windows that a pixel proposes, the nearest of those that are sure to be in its sample."""
-
-MARGIN_BITS = 0.25
-"""What is proposed, and by so much heavier than the lightest that are sure to be in the sample, has been scanned if and
-only if it is there: the scan's weights are rounded."""
-
-EQUAL = 2e-6
-"""Equal windows are stored once: two whose squared distances differ by no more than this share are the same."""
-
 SMALLEST_TUNED = 2**28
 """Pairs of a scan that is worth timing."""
-
-
-@functools.cache
-def _kernels() -> ModuleType:
-    from ..kernels import lists
-
-    return lists
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -274,223 +250,6 @@ class Place:
     cols: range
 
 
-@dataclass(frozen=True)
-class Selection:
-    """images: [N] whether an image of the index competes, None for all; counts: [cells] int32 competing windows.
-
-    Of the parents, of what competes: windows [parents] fp32; log_repeats [parents]; moments [parents, 1 + C] 1, mean of
-    the values.
-    """
-
-    images: Tensor | None
-    counts: Tensor
-    windows: Tensor
-    log_repeats: Tensor
-    moments: Tensor
-
-    @classmethod
-    def of(cls, images: Tensor | None, counts: Tensor, cells: Cells) -> Selection:
-        n = counts.float()
-        windows = n.view(-1, SIBLINGS).sum(1)
-        repeats = (n * cells.log_repeats.exp()).view(-1, SIBLINGS).sum(1) / windows.clamp(min=1)
-        moments = n[:, None] * cells.moments[:, : 1 + cells.channels]
-        moments = moments.unflatten(0, (-1, SIBLINGS)).sum(1) / windows.clamp(min=1)[:, None]
-        return cls(images, counts, windows, repeats.clamp(min=1).log(), moments)
-
-
-@dataclass(frozen=True)
-class Cells:
-    """What is known of the cells without looking into them.
-
-    sizes, first: [cells] int64, windows and where they begin; mean, variance: [rank, cells]; parent_mean,
-    parent_variance: [rank, parents]; log_repeats: [cells]; moments: [cells, NM] 1, mean of the values, mean of their
-    squares, zeros. Of the regions: centre [regions, C k^2], axes [regions, C k^2, rank]; places [regions, 5] int32,
-    first row and column, rows, columns, and which region.
-    """
-
-    channels: int
-    sizes: Tensor
-    first: Tensor
-    mean: Tensor
-    variance: Tensor
-    parent_mean: Tensor
-    parent_variance: Tensor
-    log_repeats: Tensor
-    moments: Tensor
-    centre: Tensor
-    axes: Tensor
-    places: Tensor
-
-    @classmethod
-    def of(cls, part: IndexedSize, device: torch.device) -> Cells:
-        channels = part.moments.shape[1] // 2
-        moments = torch.cat([torch.ones(len(part.moments), 1), part.moments], 1)
-        moments = functional.pad(moments, (0, moment_columns(channels) - moments.shape[1]))
-        features = part.mean, part.variance, part.parent_mean, part.parent_variance
-        places = [
-            [of.rows.start, of.cols.start, len(of.rows), len(of.cols), number] for number, of in enumerate(part.regions)
-        ]
-        tables = part.log_repeats, moments, part.centre, part.axes, torch.tensor(places, dtype=torch.int32)
-        every = part.sizes, part.starts, *features, *tables
-        return cls(channels, *(table.contiguous().to(device) for table in every))
-
-
-def moment_columns(channels: int) -> int:
-    """NM: ones, values and squares, to a power of two."""
-    return 1 << (2 * channels).bit_length()
-
-
-def value_columns(channels: int) -> int:
-    """NV: ones, inverse counts, values, their low halves and squares, to a power of two of at least 16."""
-    return max(16, 1 << (1 + 3 * channels).bit_length())
-
-
-def columns_for(part: IndexedSize) -> int:
-    """K: the least number of COLUMNS that holds all axes and the bias, or the most."""
-    return next((size for size in COLUMNS if size >= part.rank + BIAS_COLUMNS), COLUMNS[-1])
-
-
-# Windows on the device.
-
-
-@dataclass
-class Rows:
-    """The windows of consecutive cells: rows [n, K] and values [n, NV] in fp16; ids [n] int64; log_counts [n], bits."""
-
-    cells: range
-    sizes: Tensor  # [cells] int64
-    rows: Tensor
-    values: Tensor
-    ids: Tensor
-    log_counts: Tensor | None
-    orders: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        tensors = self.rows, self.values, self.ids, self.log_counts
-        return sum(0 if x is None else x.nbytes for x in tensors)
-
-    def ordered(self, images: Tensor, part: IndexedSize) -> tuple[Tensor, Tensor]:
-        """Windows of the chosen images, cell by cell, as int32 rows; and how many each cell has."""
-        if id(images) not in self.orders:
-            per_image = torch.empty_like(self.sizes)
-            for region in part.regions:
-                first, last = region.first_cell - self.cells.start, region.first_cell + region.cells - self.cells.start
-                per_image[max(0, first) : max(0, last)] = len(region.rows) * len(region.cols)
-            image = self.ids // per_image.repeat_interleave(self.sizes, output_size=len(self.ids))
-            chosen = images[image]
-            before = functional.pad(chosen.cumsum(0), (1, 0))
-            ends = self.sizes.cumsum(0)
-            order = chosen.nonzero().flatten().to(torch.int32)
-            self.orders[id(images)] = images, order, (before[ends] - before[ends - self.sizes]).to(torch.int32)
-        return self.orders[id(images)][1:]
-
-
-def row_bytes(part: IndexedSize) -> int:
-    """Of one window on the device."""
-    counted = 0 if part.counts is None else 4
-    return 2 * columns_for(part) + 2 * value_columns(part.values.shape[1]) + 8 + counted
-
-
-def pieces(part: IndexedSize, device: torch.device) -> Iterator[Rows]:
-    """All windows of an index at one patch size: kept on the device where they fit, else piece by piece, every time.
-
-    CACHE_SHARE of the GPU's memory is for these and the rows of `fused` together; a piece takes a quarter of that, or
-    of what there was no memory for.
-    """
-    kept = cache.get(part, (device,))
-    if kept is not None:
-        yield from kept
-        return
-    limit = cache_limit(device)
-    each = row_bytes(part)
-    sizes = part.sizes.tolist()
-    if each * sum(sizes) <= limit:
-        try:
-            made = [_load(part, range(len(sizes)), device)]
-        except torch.OutOfMemoryError:
-            cache.clear()
-            torch.cuda.empty_cache()
-            limit = each * sum(sizes)
-        else:
-            cache.put(part, (device,), made, limit)
-            yield from made
-            return
-    start = held = 0
-    for cell, size in enumerate(sizes):
-        if held and (held + size) * each > limit // 4:
-            yield _load(part, range(start, cell), device)
-            start, held = cell, 0
-        held += size
-    yield _load(part, range(start, len(sizes)), device)
-
-
-UPLOADED = 64 * 2**20
-"""Bytes of the index that are unpacked at a time."""
-
-
-def _load(part: IndexedSize, cells: range, device: torch.device) -> Rows:
-    sizes = part.sizes[cells.start : cells.stop]
-    count, first = int(sizes.sum()), int(part.starts[cells.start])
-    columns, channels = columns_for(part), part.values.shape[1]
-    axes = min(part.rank, columns - BIAS_COLUMNS)
-    rows = torch.zeros(count, columns, dtype=torch.float16, device=device)
-    ids = torch.empty(count, dtype=torch.int64, device=device)
-    # In the file a cell is its windows' features, then their ids; both are whole numbers of eight bytes.
-    words = part.rank // 4
-    ends = sizes.cumsum(0)
-    done = 0
-    while done < count:
-        at = int(torch.searchsorted(ends, done, right=True))
-        upto = int(torch.searchsorted(ends, done + max(1, UPLOADED // (8 * words + 8)), right=True))
-        upto = max(upto, at + 1)
-        some = sizes[at:upto]
-        windows = int(some.sum())
-        offset = int(part.offsets[cells.start + at])
-        raw = torch.from_numpy(part.data[offset : offset + windows * 8 * (words + 1)].copy()).view(torch.int64)
-        raw, some = raw.to(device), some.to(device)
-        before = some.cumsum(0) - some
-        place = torch.arange(windows, device=device) - before.repeat_interleave(some, output_size=windows)
-        start = (before * (words + 1)).repeat_interleave(some, output_size=windows)
-        size = some.repeat_interleave(some, output_size=windows)
-        read = raw[(start + place * words)[:, None] + torch.arange(words, device=device)]
-        rows[done : done + windows, :axes] = read.view(torch.float16)[:, :axes]
-        ids[done : done + windows] = raw[start + size * words + place]
-        done += windows
-
-    bytes_ = part.index.bank.images.dtype == torch.uint8
-    pixels = torch.from_numpy(part.values[first : first + count].copy()).to(device)
-    repeats = None
-    if part.counts is not None and part.repeats is not None:
-        codes = torch.from_numpy(part.counts[first : first + count].astype("int32")).to(device)
-        repeats = part.repeats.to(device)[codes]
-    values = torch.zeros(count, value_columns(channels), dtype=torch.float16, device=device)
-    for low in range(0, count, 1 << 20):
-        some_rows = slice(low, low + (1 << 20))
-        v = (pixels[some_rows].float() - 127.5) / 128 if bytes_ else pixels[some_rows]
-        values[some_rows, 0] = 1
-        values[some_rows, 1] = _kernels().COUNT_UNIT.value / (1 if repeats is None else repeats[some_rows])
-        values[some_rows, 2 : 2 + channels] = v
-        values[some_rows, 2 + channels : 2 + 2 * channels] = v - v.half()
-        values[some_rows, 2 + 2 * channels : 2 + 3 * channels] = v * v
-        bias = -0.5 * rows[some_rows, :axes].float().square().sum(1)
-        for column in range(axes, axes + BIAS_COLUMNS):
-            rows[some_rows, column] = bias
-            bias = bias - rows[some_rows, column]
-    log_counts = None if repeats is None else repeats.log2()
-    return Rows(cells, sizes.to(device), rows, values, ids, log_counts)
-
-
-def started(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Launches a kernel; KernelError where it does not compile."""
-    try:
-        kernel[grid](*arguments, **constants)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # Triton raises what its compiler, ptxas or the driver raised
-        raise KernelError(str(error).splitlines()[0] if str(error) else repr(error)) from error
-
-
 def configurations(columns: int, capability: tuple[int, int]) -> list[Configuration]:
     """Tiles of the scan and how it is compiled, the likeliest first; none spills, all fit in shared memory.
 
@@ -498,21 +257,6 @@ def configurations(columns: int, capability: tuple[int, int]) -> list[Configurat
     """
     served = [Configuration(128, TILE, 8, 2), Configuration(64, TILE, 4, 3)]
     return [Configuration(128, TILE, 4, 2), *served] if capability >= (9, 0) and columns <= 128 else served
-
-
-def axes_block(axes: int) -> int:
-    """BA of `propose_kernel`."""
-    return max(16, 1 << (axes - 1).bit_length())
-
-
-def proposal_warps(block: int) -> int:
-    """Of `propose_kernel`: four run out of registers where there are many axes."""
-    return 4 if block <= 128 else 8
-
-
-def correction_warps(block: int) -> int:
-    """Of `correct_kernel`, for `block` windows."""
-    return max(1, block // 128)
 
 
 def _blocks(first: Tensor, count: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -530,47 +274,6 @@ def _blocks(first: Tensor, count: int, size: int) -> tuple[Tensor, Tensor, Tenso
 
 
 # A scan.
-
-
-class Span(NamedTuple):
-    """Queries first .. last - 1: their place, the share of the windows to take, and under how many parents to look."""
-
-    place: int
-    first: int
-    last: int
-    share: float = 0.0
-    families: int = 0
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Noisy windows, place by place and item by item.
-
-    windows: [Q, C k^2] fp32; q: [Q, axes] fp32 features; geometry: [Q, 5] int32, as `propose_kernel` takes it; pixel:
-    [Q] int64, counted along the noisy images with a border of one around each; luck: [2, Q] fp32 in (0, 1).
-    """
-
-    windows: Tensor
-    q: Tensor
-    spans: list[Span]
-    geometry: Tensor
-    pixel: Tensor
-    luck: Tensor
-
-    def __len__(self) -> int:
-        return len(self.q)
-
-    def __getitem__(self, some: slice) -> Queries:
-        start, stop = some.start, some.stop
-        spans = [
-            span._replace(first=max(span.first, start) - start, last=min(span.last, stop) - start)
-            for span in self.spans
-            if span.first < stop and span.last > start
-        ]
-        names = ("windows", "q", "geometry", "pixel")
-        return Queries(
-            spans=spans, luck=self.luck[:, some].contiguous(), **{name: getattr(self, name)[some] for name in names}
-        )
 
 
 @dataclass(frozen=True)
@@ -623,25 +326,6 @@ class Sums:
     tile_sums: Tensor
 
 
-class Sample(NamedTuple):
-    """Windows of every query that are compared pixel by pixel, [Q, R]; log-weights in bits.
-
-    place: where centres lie, pixels of all images in a row; weight: fp32, by the scan, with all equal ones; repeats:
-    fp32, bits of how many those are; stands_for: fp64, bits of how many a scanned window stands for; met: fp64, one
-    over the chance to be in the sample, 0 of what is not in it; distance: fp64, squared; values: [Q, R, C] fp32;
-    threshold: [Q, 1] fp64, what is heavier is in the sample if it was scanned.
-    """
-
-    place: Tensor
-    weight: Tensor
-    repeats: Tensor
-    stands_for: Tensor
-    met: Tensor
-    distance: Tensor
-    values: Tensor
-    threshold: Tensor
-
-
 def _picks(part: IndexedSize, places: Sequence[Place], sigma: float, channels: int) -> int:
     """How many windows of a query are looked at a second time: the more variance is left out, in units of sigma^2."""
     blurred = _blurred(part, sigma, channels)
@@ -685,6 +369,8 @@ class Scan:
         self.turn = (turns * self.selection.counts).to(torch.int32)
         r = part.k // 2
         self.padded = functional.pad(z, (r, r, r, r), mode="circular" if padding_mode == "circular" else "constant")
+        noise = self.sigma, self.sharp
+        self.recheck = Recheck(engine.images(self.device), part, self.cells, self.axes, *noise, z.shape)
         self._expectation()
         self.pairs = 0
 
@@ -822,7 +508,7 @@ class Scan:
                 self.parent_constant[here], torch.cat([q, q.square()], 1), self.parent_factors[:, here]
             )
             weight += n.log2()  # of all its windows; -inf where none compete
-            top = weight.amax(1).clamp(min=float(_kernels().LEAST.value))
+            top = weight.amax(1).clamp(min=float(kernels().LEAST.value))
             if span.families < weight.shape[1]:
                 families = weight.topk(span.families, sorted=False).indices.sort().values
                 weight = (weight - top[:, None]).exp2_().scatter_(1, families, 0.0)
@@ -850,7 +536,7 @@ class Scan:
         q = functional.pad(queries.q, (0, columns // 2 - self.axes))
         foreseen = torch.empty(len(family), 2 * SIBLINGS, device=self.device)
         started(
-            _kernels().foresee_kernel, (len(blocks[0]),), torch.cat([q, q.square()], 1), self.cell_factors,
+            kernels().foresee_kernel, (len(blocks[0]),), torch.cat([q, q.square()], 1), self.cell_factors,
             self.cell_constants, *blocks, slot, query, foreseen, parents, K=columns, BK=FORESEEN_AXES, BQ=size,
         )  # fmt: skip
         first_slot = n_slots.long().cumsum(0) - n_slots
@@ -886,7 +572,7 @@ class Scan:
         names = _tensors(every[0])
         joined = PosteriorSum(**{name: torch.cat([getattr(x, name) for x in every]) for name in names}, pairs=pairs)
         sample = Sample._make(map(torch.cat, zip(*(sample for _, sample in parts), strict=True)))
-        return self._correct(*self._propose(queries, joined, sample))
+        return self.recheck.correct(*self.recheck.propose(queries, joined, sample))
 
     def _part(self, queries: Queries, memory_limit: int | None) -> tuple[PosteriorSum, Sample] | None:
         """Sums of the scan, and a sample, in one go; or None where the list is too long for half of the limit."""
@@ -904,7 +590,7 @@ class Scan:
         q = functional.pad(queries.q.half(), (0, BIAS_COLUMNS), value=1.0)
         q = functional.pad(q, (0, columns_for(self.part) - q.shape[1]))
         # The most promising cell of every query first: tiles far below what it holds need no exponentials.
-        least = torch.full((len(queries),), float(_kernels().LEAST.value), device=self.device)
+        least = torch.full((len(queries),), float(kernels().LEAST.value), device=self.device)
         found = self._scan(q, items, self._pilot(q, items, least))
         return self._finish(queries, q, items, found)
 
@@ -920,7 +606,7 @@ class Scan:
         n = self.selection.counts.float()
         constants = {"QUANTUM": QUANTUM, "BC": 512 if self.device.type == "cpu" else 256}
         cells = of.foreseen, of.family, n, of.first_slot, of.n_slots
-        lists = _kernels()
+        lists = kernels()
         started(
             lists.allocate_kernel, (n_queries,), *cells, budget * of.windows, floor, queries.luck[0], level, counts,
             n_queries, BP=TILE, **constants,
@@ -975,10 +661,10 @@ class Scan:
             size = configuration.queries
             blocks = _blocks(first, len(item), size)
             for rows in pieces(self.part, self.device):
-                _kernels().scan_kernel[len(blocks[0]),](
+                kernels().scan_kernel[len(blocks[0]),](
                     q, *self._windows(rows), *blocks, item, items.query, items.take, items.first_tile, reference,
                     out.sums, out.squares, out.top, out.tile_sums, rows.cells.start, rows.cells.stop, self.bits,
-                    float(_kernels().HEADROOM.value) - NEGLIGIBLE_BITS, **self._constants(rows),
+                    float(kernels().HEADROOM.value) - NEGLIGIBLE_BITS, **self._constants(rows),
                     NV=value_columns(self.channels), BQ=size, PILOT=pilot, num_warps=configuration.warps,
                     num_stages=configuration.stages,
                 )  # fmt: skip
@@ -1026,7 +712,7 @@ class Scan:
         total = torch.empty(n, 1 + c, 3, dtype=torch.float64, device=self.device)
         moments = self.cells.moments
         started(
-            _kernels().sum_kernel, (n, 1 + c), found.sums, found.squares, found.top, items.cell, items.take,
+            kernels().sum_kernel, (n, 1 + c), found.sums, found.squares, found.top, items.cell, items.take,
             items.factor, items.chance, items.share, moments, items.sure, items.far, items.first_item, reference, total,
             n, self.unit, C=c, NV=value_columns(c), NM=moments.shape[1],
             BI=512 if self.device.type == "cpu" else 128, num_warps=1,
@@ -1070,19 +756,11 @@ class Scan:
         for rows in pieces(self.part, self.device):
             windows, counted, _, order, *cells = self._windows(rows)
             started(
-                _kernels().pick_kernel, (n * picks,), q, windows, counted, order, *cells, picked, inside,
-                items.query, items.cell, items.take, items.first_tile, found.tile_sums, rows.ids, window, weight,
-                repeats, rows.cells.start, rows.cells.stop, self.bits, BT=32, **self._constants(rows), num_warps=1,
+                kernels().pick_kernel, (n * picks,), q, windows, counted, order, *cells, picked, inside, items.query,
+                items.cell, items.take, items.first_tile, found.tile_sums, rows.ids, window, weight, repeats,
+                rows.cells.start, rows.cells.stop, self.bits, BT=32, num_warps=1, **self._constants(rows),
             )  # fmt: skip
-        _, _, height, width = self.engine.images(self.device).shape
-        row0, col0, high, wide, _ = queries.geometry[:, :, None].unbind(1)
-        position = window % (high * wide)
-        place = (window // (high * wide) * height + row0 + position // wide) * width + col0 + position % wide
-        distance, values, constants = self._room(n, picks)
-        started(
-            _kernels().distance_kernel, (n, -(-picks // 16)), queries.windows, self.engine.images(self.device), place,
-            distance, values, BD=64, num_warps=4, **constants,
-        )  # fmt: skip
+        place, distance, values = self.recheck.look(queries, window)
         stands_for = items.factor[picked].double().log2()
         lightest = sums.m + (raw / picks).log2()
         chance = torch.exp2((weight.double() + stands_for - lightest).clamp(max=0.0))
@@ -1090,136 +768,3 @@ class Scan:
         met = (1 / chance).masked_fill(again | ~(raw > 0), 0.0)
         threshold = lightest.masked_fill(~(raw > 0), torch.inf)
         return Sample(place, weight, repeats, stands_for, met, distance, values, threshold)
-
-    def _room(self, n: int, windows: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """For distances and values of windows of n queries, and what both kernels that find them are told."""
-        distance = torch.empty(n, windows, dtype=torch.float64, device=self.device)
-        values = torch.empty(n, windows, self.channels, device=self.device)
-        _, channels, height, width = self.engine.images(self.device).shape
-        sizes = {"R": windows, "C": channels, "H": height, "W": width, "SIZE": self.part.k}
-        return distance, values, {**sizes, "BYTES": self.bytes, "BR": 16}
-
-    # What neighbours propose.
-
-    def _propose(self, queries: Queries, sums: PosteriorSum, sample: Sample) -> tuple[PosteriorSum, Sample]:
-        """Sums and samples with the heavy windows that neighbours propose.
-
-        Images are smooth, so a window that is heavy at a pixel is, moved along, likely heavy at the next (PatchMatch,
-        Barnes et al. 2009). The interior and edges propose to each other, for a window's place is that of its centre.
-        """
-        height, width = (size + 2 for size in self.shape[2:])
-        numbers = torch.full((self.shape[0] * height * width,), len(queries), device=self.device)
-        numbers = numbers.scatter(0, queries.pixel, torch.arange(len(queries), device=self.device))
-        beside = torch.stack([numbers[queries.pixel + step] for step in (1, -1, width, -width)], 1)
-        for _ in range(ROUNDS):
-            sums, sample = self._listen(queries, beside, sums, sample)
-        return sums, sample
-
-    def _offered(self, sample: Sample) -> Tensor:
-        """[Q + 1, PROPOSED] places of the windows that weigh most in a query's sample; -1 where there are fewer, and of
-        no query."""
-        sure = (sample.met > 0) & (sample.weight - sample.repeats >= sample.threshold)
-        distance = sample.distance.masked_fill(~sure, torch.inf)
-        nearest, at = distance.topk(min(PROPOSED, distance.shape[1]), 1, largest=False)
-        place = sample.place.gather(1, at).masked_fill(nearest.isinf(), -1)
-        return functional.pad(place, (0, PROPOSED - place.shape[1], 0, 1), value=-1)
-
-    def _listen(
-        self, queries: Queries, beside: Tensor, sums: PosteriorSum, sample: Sample
-    ) -> tuple[PosteriorSum, Sample]:
-        """A round of proposals.
-
-        What is proposed is taken for certain, for itself alone, and the rest is estimated without it: whatever else it
-        stood for is taken out of the sums; or it is added to them, where it is heavier than the sample's threshold and
-        yet not in the sample, and so was not scanned. A lighter one that is in the sample by chance loses its factor
-        too: a bias, but smaller than the spread it saves.
-        """
-        offers = 4 * PROPOSED
-        distance, values, constants = self._room(len(queries), offers)
-        place = torch.empty(distance.shape, dtype=torch.int64, device=self.device)
-        weight = torch.empty(distance.shape, device=self.device)
-        block = axes_block(self.axes)
-        started(
-            _kernels().propose_kernel, (len(queries), offers // 16), queries.windows, self.engine.images(self.device),
-            self._offered(sample), beside, queries.geometry, queries.q.half(), self.cells.centre, self.cells.axes,
-            place, distance, values, weight, self.bits, A=self.axes, RANK=self.part.rank, BA=block,
-            BD=16, num_warps=proposal_warps(block), **constants,
-        )  # fmt: skip
-        distance, order = distance.sort(dim=1, stable=True)
-        place, weight = place.gather(1, order), weight.gather(1, order)
-        values = values.gather(1, order[..., None].expand_as(values))
-        apart = EQUAL * distance
-        fresh = functional.pad(distance.diff(dim=1) > apart[:, 1:], (1, 0), value=True)
-        there, heavy = distance < torch.inf, weight >= sample.threshold + MARGIN_BITS
-
-        # Those in the sample already.
-        size = sample.distance.shape[1]
-        drawn, owner = sample.distance.masked_fill(sample.met == 0, torch.inf).sort(dim=1, stable=True)
-        at = torch.searchsorted(drawn, distance - apart).clamp(max=size - 1)
-        known = there & (drawn.gather(1, at) <= distance + apart)
-        at = owner.gather(1, at).masked_fill(~known, size)
-        certain = torch.zeros(len(queries), size + 1, dtype=torch.bool, device=self.device).scatter(1, at, True)[:, :-1]
-        # The sum is no less than that of the windows that were met.
-        alone = torch.exp2(torch.where(sample.met > 0, sample.weight - sums.m, -torch.inf))
-        excess = torch.where(certain, alone * (torch.exp2(sample.stands_for) - 1), 0.0)
-        excess = excess.masked_fill(sums.s - excess.sum(1, keepdim=True) < 0.5 * alone.sum(1, keepdim=True), 0.0)
-        certain = certain & (excess > 0)
-        new = there & heavy & fresh & ~known
-
-        none = torch.zeros_like(weight)
-        sample = Sample(
-            torch.cat([sample.place, place], 1),
-            torch.cat([sample.weight, weight], 1),
-            torch.cat([sample.repeats, none], 1),
-            torch.cat([sample.stands_for.masked_fill(certain, 0.0), none], 1),
-            torch.cat([sample.met.masked_fill(certain, 1.0), new], 1),
-            torch.cat([sample.distance, distance], 1),
-            torch.cat([sample.values, values], 1),
-            sample.threshold,
-        )
-        added = torch.where(new, weight, -torch.inf).double()
-        m = torch.maximum(sums.m, added.amax(1, keepdim=True))
-        fade = torch.exp2((sums.m - m).nan_to_num(nan=0.0))
-        change = torch.cat([-excess * fade, torch.exp2((added - m).nan_to_num(nan=-torch.inf))], 1)
-        own = torch.exp2(torch.where(change != 0, sample.weight - sample.repeats - m, -torch.inf))
-        assert sums.vv is not None
-        assert sums.vs is not None
-        assert sums.ss is not None
-        sums = PosteriorSum(
-            m=m,
-            s=sums.s * fade + change.sum(1, keepdim=True),
-            v=sums.v * fade + (change[..., None] * sample.values).sum(1),
-            s2=sums.s2 * fade**2 + (change * own).sum(1, keepdim=True),
-            vv=sums.vv * fade**2,
-            vs=sums.vs * fade**2,
-            ss=sums.ss * fade**2,
-            pairs=sums.pairs,
-        )
-        return sums, sample
-
-    def _correct(self, sums: PosteriorSum, sample: Sample) -> PosteriorSum:
-        """Puts right what features leave out; sums as the rest of the package has them, m in nats."""
-        assert sums.vv is not None
-        assert sums.vs is not None
-        assert sums.ss is not None
-        (n, windows), c = sample.met.shape, self.channels
-        own = sample.distance * (-math.log2(math.e) / (2 * self.sharp**2))
-        found = torch.cat([sums.m, sums.s, sums.s2, sample.threshold, sums.v], 1)
-        result = torch.empty(n, 2 + 2 * c, dtype=torch.float64, device=self.device)
-        block = max(16, 1 << (windows - 1).bit_length())
-        started(
-            _kernels().correct_kernel, (n,), sample.weight, sample.repeats, sample.stands_for, sample.met, own,
-            sample.values, found, result, (self.sigma / self.sharp) ** 2, R=windows, C=c, BR=block,
-            GUIDED=self.sharp >= self.sigma, num_warps=correction_warps(block),
-        )  # fmt: skip
-        log_shift, s2, shift, error = result.split([1, 1, c, c], 1)
-        return PosteriorSum(
-            m=(sums.m + log_shift) * math.log(2),
-            s=sums.s,
-            v=sums.v + shift * sums.s,
-            s2=s2,
-            vv=sums.vv + 2 * shift * sums.vs + shift**2 * sums.ss + error * sums.s**2,
-            vs=sums.vs + shift * sums.ss,
-            ss=sums.ss,
-            pairs=sums.pairs,
-        )

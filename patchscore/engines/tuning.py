@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -84,6 +84,16 @@ def first_that_serves(
     if tune:
         remember(name, best[0])
     return best[1]
+
+
+def started(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launches a kernel; KernelError where it does not compile."""
+    try:
+        kernel[grid](*arguments, **constants)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton raises what its compiler, ptxas or the driver raised
+        raise KernelError(str(error).splitlines()[0] if str(error) else repr(error)) from error
 
 
 def _timed(work: Callable[[Configuration], object], configuration: Configuration) -> float:
