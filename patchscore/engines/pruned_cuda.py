@@ -584,8 +584,9 @@ class Scan:
             nothing = torch.zeros(n, 1 + 3 * c, dtype=torch.float64, device=self.device)
             s, v, vv, vs = nothing.split([1] + [c] * 3, 1)
             none = s.expand(n, self.picks)
-            values, threshold = none[..., None].expand(-1, -1, c), torch.full_like(s, torch.inf)
-            sample = Sample(none.long(), none, none, none, none, none, values, threshold)
+            single, threshold = none.float(), torch.full_like(s, torch.inf)
+            values = single[..., None].expand(-1, -1, c)
+            sample = Sample(none.long(), single, single, none, none, none, values, threshold)
             return PosteriorSum(torch.full_like(s, -torch.inf), s, v, s, vv=vv, vs=vs, ss=s, pairs=0), sample
         q = functional.pad(queries.q.half(), (0, BIAS_COLUMNS), value=1.0)
         q = functional.pad(q, (0, columns_for(self.part) - q.shape[1]))
