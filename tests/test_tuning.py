@@ -62,6 +62,26 @@ def test_what_was_remembered_of_other_candidates_or_another_triton_is_not_taken(
     as_another_process(monkeypatch)
     monkeypatch.setattr(tuning, "_triton", lambda: "99.0")
     assert served()[1] == [SLOW, FAST]
+    as_another_process(monkeypatch)
+    monkeypatch.setattr(tuning, "__version__", "99.0")
+    assert served()[1] == [SLOW, FAST]
+
+
+def test_what_is_remembered_and_no_longer_compiles_is_forgotten(monkeypatch, folder):
+    monkeypatch.setattr(tuning, "_timed", lambda work, candidate: {SLOW: 2.0, BROKEN: 1.0}[candidate])
+    first_that_serves(KEY, [SLOW, BROKEN], lambda candidate: candidate, True)  # it still compiles
+    as_another_process(monkeypatch)
+    assert served([SLOW, BROKEN], tune=False) == (SLOW, [BROKEN, SLOW])
+    as_another_process(monkeypatch)
+    assert served([SLOW, BROKEN]) == (SLOW, [BROKEN, SLOW, BROKEN])
+    as_another_process(monkeypatch)
+    assert served([SLOW, BROKEN]) == (SLOW, [SLOW])
+
+
+def test_nothing_that_is_known_nor_left_compiles(monkeypatch):
+    monkeypatch.setattr(tuning, "_chosen", {(*KEY, False): BROKEN})
+    with pytest.raises(KernelError, match="ptxas died"):
+        served([BROKEN], tune=False)
 
 
 def test_switched_off_nothing_is_read(monkeypatch):
@@ -69,6 +89,8 @@ def test_switched_off_nothing_is_read(monkeypatch):
     as_another_process(monkeypatch)
     monkeypatch.setenv("PATCHSCORE_AUTOTUNE", "0")
     assert not tuning.wanted()
+    assert served(tune=False) == (SLOW, [SLOW])
+    monkeypatch.setattr(tuning, "_chosen", {(*KEY, True): FAST})
     assert served(tune=False) == (SLOW, [SLOW])
 
 

@@ -145,8 +145,8 @@ def posterior_sum(
     """Sums over every competing window of every pixel, the denoised pixel within `tolerance` of float64's.
 
     How finely and by how many numbers a window is described follows the smallest sigma of the call; `choose_plan` in
-    features.py states the bound. Whole images (IdealScore) are one matrix product of few queries, which torch does in
-    float64 (engine `reference`).
+    features.py states the bound. Whole images (IdealScore) are one matrix product of few queries, which `sliding` takes
+    where it is built for CUDA, else torch in float64 (engine `reference`).
 
     Args:
         z: [B, C, H, W] noisy images z = x_0 + sigma eps, float32 or float64.
@@ -313,9 +313,10 @@ SMALLEST_TUNED = 2**30
 def launch(queries: Queries, patches: Patches, plan: Plan, channels: int) -> tuple[Tensor, Tensor]:
     """Partial sums [splits, L, Q, NV] and [splits, L, Q, 2] of all queries over some patches.
 
-    The first large launch of a plan on a device times the few configurations of its table on the work at hand and keeps
-    the fastest; small work and PATCHSCORE_AUTOTUNE=0 take the first that compiles. Configurations add in different
-    orders, so results differ between them in the last digits of float32.
+    The first large launch of a plan on a device times the configurations of its table, where there is more than one, on
+    the work at hand, and the fastest is remembered; small work takes what is known, else the first that compiles, and
+    PATCHSCORE_AUTOTUNE=0 always that. Configurations add in different orders, so results differ between them in the
+    last digits of float32.
     """
     device = queries.rows.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..files import write_atomically
+from ..version import __version__
 
 Result = TypeVar("Result")
 
@@ -48,22 +49,32 @@ def first_that_serves(
 ) -> Result:
     """`work` done in the configuration known for `key`, else in the first that compiles, or with `tune` the fastest.
 
-    The fastest is known from then on, in other processes too (`remembered`), as long as Triton and the candidates are
-    the same.
+    The fastest is known from then on, in other processes too (`remembered`), as long as Triton, this package and the
+    candidates are the same. PATCHSCORE_AUTOTUNE=0 takes the first that compiles, whatever is known. What is known and
+    no longer compiles is forgotten.
 
     Raises:
         KernelError: no configuration could be compiled and started.
     """
     tune = tune and len(candidates) > 1
-    name = f"{key}, Triton {_triton()}, of {[astuple(candidate) for candidate in candidates]}"
+    name = f"{key}, patchscore {__version__}, Triton {_triton()}, of {[astuple(candidate) for candidate in candidates]}"
     tuned, untuned = (*key, True), (*key, False)
-    known = _chosen.get(tuned) or (None if tune else _chosen.get(untuned))
-    if known is None and wanted():
-        known = remembered(name, candidates)
-        if known is not None:
-            _chosen[tuned] = known
+    known = None
+    if wanted():
+        known = _chosen.get(tuned) or remembered(name, candidates)
     if known is not None:
-        return work(known)
+        _chosen[tuned] = known
+    elif not tune:
+        known = _chosen.get(untuned)
+    if known is not None:
+        try:
+            return work(known)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            # In the loop below it fails again, and the next one serves.
+            _chosen.pop(tuned, None)
+            _chosen.pop(untuned, None)
     best, fastest, failure = None, float("inf"), None
     for candidate in candidates:
         try:
