@@ -104,10 +104,10 @@ def measure(bank: ps.PatchBank, unseen: torch.Tensor, k: int, queries: int) -> l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("archive", type=Path, help="folder or tar of CIFAR-10's training images")
+    parser.add_argument("images", type=Path, help="folder or tar of CIFAR-10's training images")
     parser.add_argument("--queries", type=int, default=192)
     options = parser.parse_args()
-    images = record.shuffled(record.opened(options.archive, limit=1000))
+    images = record.shuffled(record.opened(options.images, limit=1000))
     unseen = ps.PatchBank(images[-2:]).chunk(0, 2, torch.float64)
     rows = []
     for k, count in IMAGES.items():

@@ -126,15 +126,15 @@ def starting(machine: ps.Denoiser, gaussian: ps.GaussianScore, labels: list[int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=["fashion-mnist", "cifar10"])
-    parser.add_argument("archive", type=Path, nargs="?", help="folder or tar of CIFAR-10, a folder a class")
+    parser.add_argument("images", type=Path, nargs="?", help="folder or tar of CIFAR-10, a folder a class")
     parser.add_argument("--per-class", type=int, default=50, help="training images of each class")
     parser.add_argument("--rounds", type=int, default=1, help="interleaved repetitions of every timing")
     parser.add_argument("--machines", nargs="+", default=MACHINES, choices=MACHINES)
     options = parser.parse_args()
     if options.data == "cifar10":
-        if options.archive is None or not options.archive.exists():
-            sys.exit(f"skipped: CIFAR-10 is not at {options.archive}")
-        bank, table = opened(options.archive, limit=10 * options.per_class), "cifar10-resnet-zeros"
+        if options.images is None or not options.images.exists():
+            sys.exit(f"skipped: CIFAR-10 is not at {options.images}")
+        bank, table = opened(options.images, limit=10 * options.per_class), "cifar10-resnet-zeros"
     else:
         bank = ps.PatchBank.open("fashion-mnist", size=32, limit=10 * options.per_class)
         table = "fashionmnist-resnet-zeros"

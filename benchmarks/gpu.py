@@ -32,6 +32,7 @@ if "--dry" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import record
+import report
 
 if "--dry" in sys.argv:
     sys.path.append(str(record.ROOT / "tests"))
@@ -512,21 +513,6 @@ def samples(bench: Bench, bank: ps.PatchBank, index: ps.PatchIndex | None = None
     )
 
 
-def table(rows: list[dict]) -> str:
-    names = ("section", "engine", "k", "sigma", "batch", "windows", "columns", "precision", "budget")
-    lines = ["| " + " | ".join([*names, "1e12 pairs/s", "error", "rms", "ms an image", "peak GiB"]) + " |"]
-    lines.append("| --- " * (len(names) + 5) + "|")
-    for row in rows:
-        cells = [str(row.get(name, "")) for name in names]
-        rate = row.get("pairs_per_second")
-        cells.append("" if rate is None else f"{rate / 1e12:.3f}")
-        cells += ["" if name not in row else f"{row[name]:.1e}" for name in ("error", "rms")]
-        cells.append(f"{1e3 * row['seconds_median'] / row['batch']:.2f}")
-        cells.append(f"{row['peak_gib']:.1f}" if "peak_gib" in row else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def images_of(path: Path | None, dry: bool) -> torch.Tensor:
     """uint8 images of a folder or tar, resized to 32 x 32, or smooth random ones."""
     if path is None or dry:
@@ -573,13 +559,13 @@ def main() -> None:
         bench.section(rates, bank, "banks", [(7, 0.99, images, 4) for images in banks])
         bench.section(rates, bank, "batches", [(7, 0.99, len(bank), batch) for batch in (1, 4, 16)])
     bench.section(graph, bank)
-    # Smaller computations afterwards take the first configuration that compiles; compiling is what takes time.
-    os.environ["PATCHSCORE_AUTOTUNE"] = "0"
     bench.section(samples, bank)
     index = bench.section(pruned, bank, options.indexes)
     if index is not None:
         bench.section(samples, bank, index)
     if not options.dry:
+        # Many plans over few images: they take the first configuration, as compiling is what takes time.
+        os.environ["PATCHSCORE_AUTOTUNE"] = "0"
         bench.section(rates, bank, "sizes", [(scale(sigma), sigma, 10_000, 4) for sigma in levels])
     if reason := sliding.unavailable(bench.device):
         print(f"sliding: skipped, {reason}")
@@ -588,7 +574,7 @@ def main() -> None:
         bench.section(whole_images, bank)
         bench.section(streamed, bank)
     bench.flush()
-    print(table(bench.content["rows"]))
+    print(report.gpu_table(bench.content["rows"]))
 
 
 if __name__ == "__main__":

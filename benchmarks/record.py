@@ -45,13 +45,21 @@ def provenance() -> dict[str, object]:
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    commit = _git("describe", "--always")
+    # What figure scripts write themselves does not count.
+    changed = _git(
+        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs", ":!README.md"
+    )
     return {
         "machine": f"{model}, {torch.get_num_threads()} threads",
         "versions": {"patchscore": ps.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "commit": commit.stdout.strip(),
+        "commit": f"{commit}-dirty" if changed else commit,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _git(*command: str) -> str:
+    return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def rounded(value: object) -> object:

@@ -563,6 +563,27 @@ def files() -> str:
     return table(["file", "what", "machine", "versions", "commit", "date", "`python benchmarks/...`"], rows)
 
 
+def gpu_table(rows: list[dict]) -> str:
+    """Rows of gpu.py, which prints this too."""
+
+    def cells(row: dict) -> list[str]:
+        named = [str(row.get(name, "")) for name in ("engine", "k", "sigma", "batch")]
+        return [
+            str(row.get("section", "beside peers")),
+            *named,
+            f"{row['windows']:,}" if "windows" in row else "",
+            *(str(row.get(name, "")) for name in ("columns", "precision", "budget")),
+            f"{row['pairs_per_second'] / 1e12:.3f}" if "pairs_per_second" in row else "",
+            *(f"{row[name]:.1e}" if name in row else "" for name in ("error", "rms", "stderr_rms")),
+            f"{1e3 * row['seconds_median'] / row.get('batch', 1):.2f}",
+            f"{row['peak_gib']:.1f}" if "peak_gib" in row else "",
+        ]
+
+    header = ["section", "engine", "k", "sigma", "batch", "windows", "columns", "precision", "budget", "1e12 pairs/s"]
+    header += ["worst pixel", "rms", "rms stated", "ms an image", "peak GiB"]
+    return table(header, [cells(row) for row in rows])
+
+
 def gpu() -> str:
     devices = sorted(RESULTS.glob("gpu-*.json"))
     if not devices:
@@ -570,26 +591,8 @@ def gpu() -> str:
     parts = []
     for path in devices:
         record = json.loads(path.read_text())
-        rows = [
-            [
-                str(row.get("section", "beside peers")),
-                row["engine"],
-                str(row.get("k", "")),
-                f"{row['sigma']:g}" if "sigma" in row else "",
-                str(row.get("batch", "")),
-                f"{row['windows']:,}" if "windows" in row else "",
-                str(row.get("precision", "")),
-                f"{row['pairs_per_second'] / 1e12:.3f}" if "pairs_per_second" in row else "",
-                f"{row['error']:.0e}" if "error" in row else "",
-                f"{1e3 * row['seconds_median'] / row.get('batch', 1):.2f}",
-                f"{row['peak_gib']:.1f}" if "peak_gib" in row else "",
-            ]
-            for row in record["rows"]
-        ]
-        header = ["section", "engine", "k", "sigma", "batch", "windows", "precision", "1e12 pairs/s", "worst pixel"]
-        header += ["ms an image", "peak GiB"]
         lacking = {"Not measured": record["skipped"], "Failed": record["failed"]}
-        parts.append(f"{record['device']}, {measured_on(record)}:\n\n{table(header, rows)}")
+        parts.append(f"{record['device']}, {measured_on(record)}:\n\n{gpu_table(record['rows'])}")
         parts += [
             "\n".join([f"{what} there:\n", *(f"- {of}" for of in some)]) for what, some in lacking.items() if some
         ]

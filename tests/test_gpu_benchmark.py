@@ -22,7 +22,7 @@ def test_a_dry_run_goes_through_every_contender_and_writes_nothing():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in done.stdout.splitlines() if line[:1] == "|"]
-    wanted = {(peer, "") for peer in ("fused", "attention fp16", "attention fp32", "gemm", "convolution")}
+    wanted = {(peer, "beside peers") for peer in ("fused", "attention fp16", "attention fp32", "gemm", "convolution")}
     wanted |= {("fused", section) for section in ("sizes", "banks", "samples")}
     if importlib.util.find_spec("faiss"):
         wanted.add(("pruned", "pruned"))

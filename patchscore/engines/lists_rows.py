@@ -1,4 +1,4 @@
-"""An index on a GPU, for the Triton half of `pruned`: tables of all cells, noisy windows, the rows of the bank's."""
+"""An index on a GPU, for the Triton half of `pruned`: tables of all cells, what is asked of them, windows as rows."""
 
 from __future__ import annotations
 
