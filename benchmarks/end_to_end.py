@@ -4,7 +4,7 @@ Sixteen images, twenty steps of DDIM, published patch sizes, zeros padding, over
 20,000 of CIFAR-10. Exact sums, `pruned`, a uniform subset of the images of equal time and FAISS top-k (softmax over the
 nearest windows; borders exact) make all images. Peers that sum over materialised windows are far too slow for that:
 they are timed on a part of each patch size, and their seconds follow from the pairs (`extrapolated`). Writes
-benchmarks/results/end_to_end.json and docs/end-to-end.png.
+benchmarks/results/end_to_end.json and docs/images/end-to-end.png.
 
     python benchmarks/end_to_end.py --cifar10 cifar10/train --fashion-mnist train-images-idx3-ubyte.gz --indexes indexes
     python benchmarks/end_to_end.py --short          (500 built-in images, four samples, a minute)
@@ -242,7 +242,7 @@ def main() -> None:
             kept = [row for row in kept if row["setting"] != name] + setting.rows
             record.write("end_to_end", __doc__.splitlines()[0], steps=STEPS, budget=BUDGET, rows=kept)
     if kept:
-        draw(kept, record.DOCS / "end-to-end.png")
+        draw(kept, record.PICTURES / "end-to-end.png")
         print(table_of(kept))
 
 

@@ -300,7 +300,7 @@ def main() -> None:
     data = "smooth random" if options.images is None else Path(options.images).name
     simd = os.environ.get("PATCHSCORE_SIMD") or sliding._native.simd_levels()[0]
     record.write("exact_cpu", __doc__.splitlines()[0], simd=simd, data=data, ceilings=speed, rows=rows)
-    draw(rows, record.DOCS / "exact-cpu.png")
+    draw(rows, record.PICTURES / "exact-cpu.png")
     print(table(rows))
     print({name: f"{value:.3g}" for name, value in speed.items()})
 

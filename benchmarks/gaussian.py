@@ -2,8 +2,8 @@
 
 Class-conditional, as the published networks were, DDIM from the same noise throughout. r^2 is the squared correlation
 of final images with those of every step from white noise, or with the machine's own flow in small steps; times are CPU
-times. Writes benchmarks/results/gaussian-<data>.json and docs/gaussian-start-<data>.png; `python benchmarks/report.py`
-puts the tables into docs/adapters.md. Two minutes each; --rounds 5 for steadier times, --per-class for a larger bank.
+times. Writes benchmarks/results/gaussian-<data>.json and docs/images/gaussian-start-<data>.png; `report.py` puts the
+tables into docs/adapters.md. Two minutes each; --rounds 5 for steadier times, --per-class for a larger bank.
 
     python benchmarks/gaussian.py fashion-mnist
     python benchmarks/gaussian.py cifar10 cifar10/train
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from record import DOCS, opened, r_squared, write
+from record import PICTURES, opened, r_squared, write
 
 import patchscore as ps
 from patchscore import noise, plots
@@ -157,7 +157,7 @@ def main() -> None:
         measured[name]["starting"] = starting(machine, gaussian, labels, options.rounds)
         if name == "els":
             picture = plots.grid(torch.cat(shown), columns=len(labels), zoom=2)
-            picture.save(DOCS / f"gaussian-start-{options.data}.png")
+            picture.save(PICTURES / f"gaussian-start-{options.data}.png")
     what = " ".join((__doc__ or "").split("\n")[0].split())
     write(
         f"gaussian-{options.data}",

@@ -1,8 +1,8 @@
 """What classifier-free guidance does to a machine's samples: one row a scale, one column a class, one noise a column.
 
 The unconditional half sees the whole bank, so a guided step costs as much as eleven conditional ones. Writes
-docs/guidance.png and benchmarks/results/guidance.json: how many of the samples a classifier puts into their class (a
-LocalScore over other images), and how far beyond [-1, 1] the denoised images reach.
+docs/images/guidance.png and benchmarks/results/guidance.json: how many of the samples a classifier puts into their
+class (a LocalScore over other images), and how far beyond [-1, 1] the denoised images reach.
 
     python benchmarks/guidance.py
 """
@@ -10,7 +10,7 @@ LocalScore over other images), and how far beyond [-1, 1] the denoised images re
 import argparse
 
 import torch
-from record import DOCS, write
+from record import PICTURES, write
 
 import patchscore as ps
 from patchscore import plots
@@ -50,7 +50,7 @@ def main() -> None:
         )
         shown.append(images)
         print(rows[-1], flush=True)
-    plots.grid(torch.cat(shown), columns=len(labels), zoom=3).save(DOCS / "guidance.png")
+    plots.grid(torch.cat(shown), columns=len(labels), zoom=3).save(PICTURES / "guidance.png")
     what = " ".join((__doc__ or "").split("\n")[0].split())
     write("guidance", what, bank=f"{len(bank)} images", samples=len(labels), rows=rows)
 

@@ -3,7 +3,7 @@
 Every step of a published table, on held-out images with that step's noise: at a budget of 1% of the pairs, and at the
 least budget whose error meets the aim (0.008 up to k = 7, 0.015 above). Contenders of equal time, on the interior:
 the nearest windows FAISS finds (top-k + softmax), exact sums over a uniform subset of the images, and over the images
-that a coarse comparison of whole images picks. Writes benchmarks/results/pruned_cpu.json and docs/pruned-time.png.
+that a coarse comparison of whole images picks. Writes results/pruned_cpu.json and docs/images/pruned-time.png.
 
     python benchmarks/pruned_cpu.py --images cifar10/train --indexes /somewhere/large [--only fashion-mnist-10000]
 """
@@ -308,7 +308,7 @@ def main() -> None:
         content["sweep"] += sweep
         content["samples"].append(samples(name, bank, index, table, drawn))
         record.write("pruned_cpu", "engine pruned on the CPU, budget 0.01 unless said, zeros padding", **content)
-    draw(content["sweep"], record.DOCS / "pruned-time.png")
+    draw(content["sweep"], record.PICTURES / "pruned-time.png")
 
 
 if __name__ == "__main__":

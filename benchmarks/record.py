@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "benchmarks" / "results"
 """The results that are part of the project."""
 RESULTS = Path(os.environ.get("PATCHSCORE_RESULTS", KEPT))
-DOCS = Path(os.environ.get("PATCHSCORE_RESULTS", ROOT / "docs"))
+PICTURES = Path(os.environ.get("PATCHSCORE_RESULTS", ROOT / "docs" / "images"))
 """Where this run's results and pictures go; PATCHSCORE_RESULTS, a folder, keeps those of the project as they are."""
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 MACHINES = {"els": "EquivariantLocalScore", "local": "LocalScore", "ideal": "IdealScore"}
 DATA = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 NOT_MEASURED = "not measured"
@@ -654,7 +654,7 @@ def scaling() -> str:
     skipped = "; ".join(record["skipped"])
     notes = [f"Images: {record['data']}; `pruned` at a budget of {record['budget']:g}. {measured_on(record)}"]
     notes += [f"Not measured: {skipped}."] * bool(skipped)
-    return "\n\n".join([table(header, rows), "![Time and memory](scaling.png)", *notes])
+    return "\n\n".join([table(header, rows), "![Time and memory](images/scaling.png)", *notes])
 
 
 def on_paper() -> str:

@@ -2,7 +2,7 @@
 
 One quantity at a time around one base (32 x 32 in colour, k = 7, sigma = 0.99, zeros padding), engines in turns at
 every point, for at most --seconds. Then banks of 1e9 and 1e10 windows on paper, for one and eight GPUs, from stated
-constants. Writes benchmarks/results/scaling.json and docs/scaling.png.
+constants. Writes benchmarks/results/scaling.json and docs/images/scaling.png.
 
     python benchmarks/scaling.py --images cifar10/train           (under 10 minutes)
     python benchmarks/scaling.py --short                          (under 2, on smooth random images)
@@ -405,7 +405,7 @@ def main() -> None:
             "skipped": bench.skipped,
         }
     record.write("scaling", __doc__.splitlines()[0], **content, constants=H200, on_paper=on_paper())
-    draw(content["rows"], content["fits"], record.DOCS / "scaling.png")
+    draw(content["rows"], content["fits"], record.PICTURES / "scaling.png")
     for fit in content["fits"]:
         exponents = ", ".join(f"{name} ~ x^{fit[name]:.2f}" for name in ("seconds", "memory", "pairs") if name in fit)
         print(f"{fit['series']:8} {fit['engine']:10} {fit['points']} points: {exponents}")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from record import DOCS, RESULTS, write
+from record import PICTURES, RESULTS, write
 
 import patchscore as ps
 from patchscore import charts, plots
@@ -152,7 +152,7 @@ def compared(
     if not (options.only_els or options.bank or options.wider):
         pairs(result, own, stem(*kind))
         if not options.no_along:
-            charts.agreement(result, own, "ideal").savefig(DOCS / f"theory-{stem(*kind)}-scatter.png", dpi=110)
+            charts.agreement(result, own, "ideal").savefig(PICTURES / f"theory-{stem(*kind)}-scatter.png", dpi=110)
 
 
 def stem(name: str, architecture: str, padding_mode: str) -> str:
@@ -185,7 +185,7 @@ def pairs(result: Comparison, own: str, name: str) -> None:
     """Ten test images, one of each class: the network's above the machines'."""
     shown = [name for name in (own, "local", "ideal", "gaussian") if name in result.machines]
     rows = {"network": result.images, **{machine: result.machines[machine].images for machine in shown}}
-    plots.pairs({row: images[:10] for row, images in rows.items()}).save(DOCS / f"theory-{name}.png")
+    plots.pairs({row: images[:10] for row, images in rows.items()}).save(PICTURES / f"theory-{name}.png")
 
 
 def draw() -> None:
@@ -202,7 +202,7 @@ def draw() -> None:
         title = ", ".join(kind)
         curves[title] = Calibration(found["sigmas"], OFFERED[kind[1]], one_hot(found["choices"], OFFERED[kind[1]]), {})
         beside[title] = ps.ScaleTable.published(PUBLISHED[kind])
-    charts.calibration_curves(curves, beside).savefig(DOCS / "theory-calibration.png", dpi=110)
+    charts.calibration_curves(curves, beside).savefig(PICTURES / "theory-calibration.png", dpi=110)
 
 
 def kind_of(network: dict) -> tuple[str, str, str]:

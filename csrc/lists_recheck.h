@@ -351,7 +351,7 @@ private:
         log_shift = (second.top + std::log2(whole) - total.m - std::log2(rough)) / LOG2E;
     }
 
-    // Fitted: with these the standard error covers what it should (docs/notes-pruned.md).
+    // Fitted: with these the standard error covers what it should (docs/notes/pruned.md).
     static constexpr double STANDS_OUT = 9;    // a change of more than three standard deviations is taken for one
     static constexpr double CHANGE_DOUBT = 4;  // variance that a change adds, in units of the measured one
     static constexpr double NOISE_DOUBT = 2;   // the same of the rest's windows, in units of what excesses let expect

@@ -16,7 +16,9 @@ import patchscore as ps
 from patchscore.cli import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))
+}
 FEW = 12
 """Training images that a documented command or program gets, whatever it asks for."""
 

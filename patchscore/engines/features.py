@@ -96,7 +96,7 @@ def choose_plan(spectrum: Spectrum | None, d: int, sigma: float, tolerance: floa
     a Gaussian bank, N prod_i sqrt(1 + 2 t) / (1 + t) e^(-t / (1 + 2 t)), t = l_i / sigma^2, divided by 300 for the
     worst pixel. Where float32 sums of products could be off by `tolerance` nats, 1.5 d 2^-22 / sigma^2 with pixels up
     to 1, the plan is `exact`; a logit error of x nats moves a mean of values in [-1, 1] by tanh(x) at most.
-    docs/notes-fused.md holds this against measured errors.
+    docs/notes/fused.md holds this against measured errors.
 
     Args:
         spectrum: of the windows that compete; without one the plan is pixels, split.
