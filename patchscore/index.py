@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from . import checks
 from .bank import PatchBank
-from .files import write_atomically
+from .files import LOCK, TEMPORARY, errors_name, locked, remove_temporaries, write_atomically
 
 FORMAT = 2
 OPTIONS = ("padding_mode", "rank", "cells", "max_windows", "seed")
@@ -159,9 +158,16 @@ class PatchIndex:
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise ValueError(f"path: {path} is a file, takes a folder")
-        ours = any((path / name).exists() for name in ("meta.json", ".lock"))
-        if path.is_dir() and any(path.iterdir()) and not ours:
-            raise ValueError(f"path: {path} holds something other than an index")
+        if path.is_dir() and not (path / "meta.json").exists():
+            # meta.json is the first file of a build, so nothing beside it but an empty lock can be ours.
+            others = [p.name for p in path.iterdir() if p.name != LOCK and not TEMPORARY.fullmatch(p.name)]
+            if others:
+                raise ValueError(
+                    f"path: {path} holds something other than an index ({min(others)!r}, but no meta.json); "
+                    "take another folder"
+                )
+        elif path.is_dir():
+            _read_meta(path, bank)
         checks.integer("seed", seed, at_least=0, at_most=2**31 - 2)
         options = dict(zip(OPTIONS, (padding_mode, rank, cells, max_windows, seed), strict=True))
         meta: dict[str, Any] = {
@@ -173,7 +179,7 @@ class PatchIndex:
             **options,
         }
         path.mkdir(parents=True, exist_ok=True)
-        with _lock(path):
+        with locked(path, f"path: {path} is being built by another process"):
             if (path / "meta.json").exists():
                 kept = _read_meta(path, bank)
                 other = [name for name in options if kept[name] != options[name]]
@@ -183,6 +189,7 @@ class PatchIndex:
                         "take another folder"
                     )
                 meta = kept
+            remove_temporaries(path)
             _write_json(path / "meta.json", meta)
             for k in sizes:
                 if k in meta["patch_sizes"]:
@@ -192,7 +199,8 @@ class PatchIndex:
                     shutil.rmtree(left, ignore_errors=True)
                 partial.mkdir()
                 try:
-                    _Builder(bank, k, partial, meta, progress).run()
+                    with errors_name(partial):
+                        _Builder(bank, k, partial, meta, progress).run()
                     os.replace(partial, target)
                 except BaseException:
                     shutil.rmtree(partial, ignore_errors=True)
@@ -816,8 +824,12 @@ def _search(index: Any, queries: np.ndarray, count: int, probed: int) -> tuple[n
 def _faiss() -> Any:
     try:
         import faiss
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "faiss":
+            raise
         raise ImportError('PatchIndex needs FAISS: pip install "patchscore[cpu]", or "patchscore[gpu]"') from None
+    except ImportError as error:
+        raise ImportError(f"PatchIndex needs FAISS, which is installed but cannot be loaded: {error}") from None
     return faiss
 
 
@@ -834,8 +846,19 @@ def _read_meta(path: Path, bank: PatchBank) -> dict[str, Any]:
     if form != FORMAT:
         raise ValueError(f"{path}: index format {form}, this version reads {FORMAT}; build it again")
     if meta["bank"] != bank.fingerprint:
-        raise ValueError(f"{path}: index of bank {meta['bank'][:16]}, but this bank is {bank.fingerprint[:16]}")
+        raise ValueError(f"{path}: the index of another bank: {_difference(meta, bank)}")
     return meta
+
+
+def _difference(meta: dict[str, Any], bank: PatchBank) -> str:
+    """How the bank of an index differs from this one, and what usually makes them differ."""
+    (n, shape), (images, own) = (meta.get("images"), meta.get("shape")), (len(bank), list(bank.shape))
+    if shape != own:
+        then, now = (" x ".join(map(str, part)) for part in (shape or ["?"], own))
+        return f"it has images of {then}, this bank of {now}; --size and --channels must be as they were"
+    if n != images:
+        return f"it has {n} images, this bank {images}; --limit and --skip-bad must be as they were"
+    return f"as many images of the same shape, {n}, but other pixels or labels"
 
 
 def _check_files(folder: Path, verify: bool) -> None:
@@ -863,18 +886,3 @@ def _sha256(path: Path) -> str:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One builder at a time; the system lets go of the lock when its process ends, however it ends."""
-    with open(path / ".lock", "w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except OSError:
-            raise ValueError(f"path: {path} is being built by another process") from None
-        yield

@@ -384,12 +384,10 @@ def test_index_names_what_it_does_not_take_in_one_line(photos, tmp_path, options
 def test_sample_refuses_a_missing_or_foreign_index_in_one_line(photos, tmp_path):
     pytest.importorskip("faiss")
     make_index(photos, tmp_path / "i")
-    fingerprint = ps.PatchBank.open(photos).fingerprint[:16]
     next(photos.glob("*/*.png")).unlink()
-    other = ps.PatchBank.open(photos).fingerprint[:16]
     cases = {
         ("--index", tmp_path / "none", "--budget", 0.1): "no index here",
-        ("--index", tmp_path / "i", "--budget", 0.1): f"index of bank {fingerprint}, but this bank is {other}",
+        ("--index", tmp_path / "i", "--budget", 0.1): "another bank: it has 12 images, this bank 11; --limit",
         ("--index", tmp_path / "i"): "--index: takes one of --budget and --tolerance",
         ("--budget", 0.1): "--budget: takes an --index",
         ("--tolerance", 0.1, "--device", "cpu"): "--tolerance: takes an --index",

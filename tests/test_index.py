@@ -239,7 +239,7 @@ def test_a_full_disk_leaves_nothing_half_valid(images, tmp_path, monkeypatch, at
 
 def test_another_bank_or_other_options_do_not_mix_into_an_index(images, copied):
     other = ps.PatchBank(smooth_images(12, 3, 12, 10, seed=9))
-    with pytest.raises(ValueError, match=f"index of bank {images.fingerprint[:16]}.*{other.fingerprint[:16]}"):
+    with pytest.raises(ValueError, match="the index of another bank: as many images of the same shape, 12, but other"):
         build(other, 3, copied)
     with pytest.raises(ValueError, match="was built with rank=None, now 8; take another folder"):
         build(images, 7, copied, rank=8)
@@ -274,16 +274,60 @@ def test_a_folder_of_something_else_is_left_alone(images, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["holiday.png"]
 
 
+@pytest.mark.parametrize("lock", ["file", "symlink", "folder", "pipe"])
+def test_a_folder_with_a_lock_of_something_else_is_left_alone(images, tmp_path, lock):
+    """What another program calls .lock makes a folder no index, and is neither emptied nor followed."""
+    (tmp_path / "victim").write_text("precious")
+    path = tmp_path / "project"
+    (path / "k03").mkdir(parents=True)
+    (path / "k03" / "thesis.tex").write_text("precious")
+    place = path / ".lock"
+    {
+        "file": lambda: place.write_text("precious"),
+        "symlink": lambda: place.symlink_to("../victim"),
+        "folder": place.mkdir,
+        "pipe": lambda: os.mkfifo(place),
+    }[lock]()
+    with pytest.raises(ValueError, match=r"holds something other than an index \('k03', but no meta.json"):
+        build(images, 3, path)
+    assert (path / "k03" / "thesis.tex").read_text() == "precious"
+    assert (tmp_path / "victim").read_text() == "precious"
+    if lock == "file":
+        assert place.read_text() == "precious"
+
+    (path / "k03" / "thesis.tex").unlink()
+    (path / "k03").rmdir()
+    if lock == "file":
+        assert build(images, 3, path).patch_sizes == [3]
+        assert place.read_text() == "precious"
+    else:
+        with pytest.raises(ValueError, match=r"\.lock: not a lock file of patchscore"):
+            build(images, 3, path)
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_foreign_meta_json_makes_no_index(images, tmp_path):
+    (tmp_path / "meta.json").write_text('{"title": "my paper"}')
+    (tmp_path / "k03").mkdir()
+    with pytest.raises(ValueError, match=r"meta\.json: damaged, not the description of an index"):
+        build(images, 3, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["k03", "meta.json"]
+
+
 def test_without_faiss_it_says_what_to_install(images, tmp_path, monkeypatch):
     found = builtins.__import__
 
     def without(name, *arguments, **options):
         if name == "faiss":
-            raise ImportError("no faiss")
+            raise error
         return found(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
+    error = ModuleNotFoundError("no faiss", name="faiss")
     with pytest.raises(ImportError, match=r'pip install "patchscore\[cpu\]", or "patchscore\[gpu\]"'):
+        build(images, 3, tmp_path / "i")
+    error = ImportError("libfaiss.so: failed to map segment from shared object")
+    with pytest.raises(ImportError, match=r"installed but cannot be loaded: libfaiss\.so: failed to map segment"):
         build(images, 3, tmp_path / "i")
 
 
@@ -298,10 +342,17 @@ def test_open_maps_what_build_made(images, built):
         opened.at(9)
 
 
-def test_another_bank_is_refused_with_both_fingerprints(images, built):
-    other = ps.PatchBank(smooth_images(12, 3, 12, 10, seed=9))
-    with pytest.raises(ValueError, match=f"index of bank {images.fingerprint[:16]}.*{other.fingerprint[:16]}"):
-        ps.PatchIndex.open(built.path, other)
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ((12, 3, 12, 10, 9), "as many images of the same shape, 12, but other pixels or labels"),
+        ((7, 3, 12, 10), "it has 12 images, this bank 7; --limit and --skip-bad must be as they were"),
+        ((12, 3, 10, 10), "images of 3 x 12 x 10, this bank of 3 x 10 x 10; --size and --channels must be as they"),
+    ],
+)
+def test_another_bank_is_refused_with_what_differs(built, other, message):
+    with pytest.raises(ValueError, match=f"the index of another bank: .*{message}"):
+        ps.PatchIndex.open(built.path, ps.PatchBank(smooth_images(*other)))
 
 
 def test_no_index_is_refused(images, tmp_path):
