@@ -1,0 +1,299 @@
+"""What exact sums cost on a GPU, on paper: units of work a pair, and the rates at which devices do them.
+
+A pair (query pixel, window) costs exponentials, multiply-adds of half floats, issued instructions, and bytes from L2
+and from memory. `rate` turns them into pairs a second; `preferred` orders the engines of a CUDA device by it. Every
+figure is derived: counted in machine code (benchmarks/results/), or published for the device. None was measured.
+
+The kernels alternate between matrix products and the softmax, so the time of a pair is
+
+    max((products + max(exponentials, instructions)) / efficiency, L2 bytes, memory bytes),
+
+each over its rate. An efficiency of 1 is one after the other, each at its full rate; copies overlap with both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..windows import Competition, Group
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates of a GPU. A cycle and a multiprocessor where not said otherwise.
+
+    clock: Hz under load. products: dense multiply-adds of half floats. lanes: of issued instructions.
+    l2_rate, memory_rate: bytes a second. memory: bytes.
+    """
+
+    name: str
+    multiprocessors: int
+    clock: float
+    products: int
+    l2_rate: float
+    memory_rate: float
+    memory: float
+    lanes: int = 128
+    exponentials: int = 16
+
+    @property
+    def units(self) -> float:
+        """Multiprocessor cycles a second."""
+        return self.clock * self.multiprocessors
+
+
+L2_SHARE = 0.61
+"""Share of the L2's peak (5,120 bytes a cycle on A100 and H100) that reads are taken to reach: 5.5e12 bytes/s on an
+H100. Assumed; benchmarks/gpu.py measures it. Half of it would double the cost of rows above 256 columns."""
+
+H100 = Device("H100 SXM", 132, 1.755e9, 2048, L2_SHARE * 5120 * 1.755e9, 3.35e12, 80e9)
+H200 = Device("H200", 132, 1.755e9, 2048, L2_SHARE * 5120 * 1.755e9, 4.8e12, 141e9)
+A100 = Device("A100 SXM", 108, 1.41e9, 1024, L2_SHARE * 5120 * 1.41e9, 2.04e12, 80e9)
+"""Multiprocessors, memory and its rate: data sheets. Exponentials and lanes: CUDA programming guide, throughput of
+arithmetic instructions. Products: the data sheets' dense half-float rates (989 and 312 TFLOPS) over boost clock and
+multiprocessors. Clock: an A100's boost clock, which it holds; an H100's under load, of 1.98 GHz boost."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one pair: operations, and bytes."""
+
+    exponentials: float
+    products: float
+    instructions: float
+    l2_bytes: float
+    memory_bytes: float = 0.0
+
+    def costs(self, device: Device) -> dict[str, float]:
+        """Seconds a pair keeps each unit busy."""
+        return {
+            "exponentials": self.exponentials / (device.exponentials * device.units),
+            "products": self.products / (device.products * device.units),
+            "instructions": self.instructions / (device.lanes * device.units),
+            "L2": self.l2_bytes / device.l2_rate,
+            "memory": self.memory_bytes / device.memory_rate,
+        }
+
+    def seconds(self, device: Device, efficiency: float) -> float:
+        """Of a pair."""
+        cost = self.costs(device)
+        computing = (cost["products"] + max(cost["exponentials"], cost["instructions"])) / efficiency
+        return max(computing, cost["L2"], cost["memory"])
+
+    def binds(self, device: Device, efficiency: float) -> str:
+        """What takes the time."""
+        cost = self.costs(device)
+        softmax = "exponentials" if cost["exponentials"] >= cost["instructions"] else "instructions"
+        computing = (cost["products"] + cost[softmax]) / efficiency
+        if computing < max(cost["L2"], cost["memory"]):
+            return "L2" if cost["L2"] >= cost["memory"] else "memory"
+        return "products" if cost["products"] > cost[softmax] else softmax
+
+
+# Efficiencies: published attention kernels on an H100 over this model's time at efficiency 1 (`attention`). Figure 5 of
+# FlashAttention-3 (arXiv:2407.08608), without causal mask, 16k: TFLOPS at head sizes 64, 128, 256.
+
+PUBLISHED = {
+    "FlashAttention-3": {64: 497, 128: 648, 256: 756},
+    "Triton": {64: 403, 128: 395},
+    "FlashAttention-2": {64: 324, 128: 370, 256: 326},
+}
+TRITON: Range = (0.62, 0.85)
+"""Of a Triton kernel without warp specialisation, at head sizes 128 and 64."""
+SPECIALISED: Range = (0.99, 1.05)
+"""Of warp specialisation with two consumers in turns, as in FlashAttention-3."""
+INTEGER: Range = (0.5, 0.75)
+"""Of `sliding`, whose warps meet at a barrier every row: assumed, there is no published kernel like it."""
+
+QUERIES = 128
+"""Queries of a tile, of `fused` and of attention kernels."""
+
+
+def rate(work: Work, device: Device, efficiency: Range) -> Range:
+    """Pairs a second, low and high."""
+    low, high = (1 / work.seconds(device, share) for share in efficiency)
+    return low, high
+
+
+def middle(of: Range) -> float:
+    return math.sqrt(of[0] * of[1])
+
+
+def attention(head: int, cluster: int = 1) -> Work:
+    """Attention with keys and values of `head` numbers: what peers do to patches, and what published kernels do.
+
+    Keys and values of a tile are read from L2 once for a tile of queries, or once for a `cluster` of tiles that share
+    the copy, as FlashAttention-3 has it above head size 64. Instructions are not counted: where products do not bind,
+    exponentials do.
+    """
+    return Work(exponentials=1, products=2 * head, instructions=0, l2_bytes=4 * head / (QUERIES * cluster))
+
+
+# Engine `fused`.
+
+VALUE_COLUMNS = 16  # values, their low halves and a column of ones: half floats
+VALUE_PRODUCTS = 32  # columns that the second product costs: wgmma reads 64 x 16 weights no faster than 32 columns take
+WHOLE_ROWS = 256  # columns up to which queries stay in registers and shared memory; beyond, blocks of 64 columns
+SOFTMAX_INSTRUCTIONS, ROW_INSTRUCTIONS = 5.5, 64  # of a pair and lane; of a query's row in a tile of patches
+COPY_INSTRUCTIONS = 0.5  # of a byte that a pair brings to shared memory
+PRODUCT_INSTRUCTIONS = 0.01  # of a column, where a warp multiplies itself (mma.sync: before sm_90)
+"""Fitted to benchmarks/results/fused_compile-triton-3.6.json, within a fifth (tests/test_cost.py)."""
+DECISIVE = 0.08
+"""Share of tiles whose weights an exact plan takes again from differences, at two instructions a number: 4 to 11% of
+the tiles of CIFAR-10 and Fashion-MNIST banks of 700 and 1,000 images."""
+
+
+def fused(columns: int, numbers: int = 0, patches: int = 64, queries: int = QUERIES, hopper: bool = True) -> Work:
+    """Engine `fused` at K columns, tiles of `queries` x `patches`; every tile evaluated.
+
+    numbers: C k^2 where the plan is exact, else 0.
+    """
+    whole = columns <= WHOLE_ROWS
+    # Rows and values once a tile of queries; queries again for every tile of patches, where they do not stay.
+    l2_bytes = 2 * (columns + VALUE_COLUMNS) / queries + (0 if whole else 2 * columns / patches)
+    instructions = (
+        SOFTMAX_INSTRUCTIONS + ROW_INSTRUCTIONS / patches + COPY_INSTRUCTIONS * l2_bytes + 2 * DECISIVE * numbers
+    )
+    return Work(
+        exponentials=1 + 1 / patches,
+        products=columns + VALUE_PRODUCTS,
+        instructions=instructions + (0 if hopper else PRODUCT_INSTRUCTIONS * columns),
+        l2_bytes=l2_bytes,
+    )
+
+
+class Plan(Protocol):
+    """The part of a plan of `fused` that decides its cost."""
+
+    @property
+    def columns(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def exact(self) -> bool: ...
+
+
+ROWS_MULTIPLE = 128  # rows of a locked coordinate are filled up to a multiple of it
+KEPT = 0.4  # share of a device's memory that rows may keep
+MAKING = 3  # passes over the rows that making them takes: pixels gathered, rounded, written
+
+
+def fused_seconds(device: Device, group: Group, images: int, batch: int, plan: Plan) -> float:
+    """Of the pixels of one group, at the middle efficiency."""
+    locked = math.prod(len(axis.queries) for axis in (group.rows, group.cols) if axis.locked)
+    queries = batch * group.pixels // locked
+    rows = -(-images * group.windows_per_image // ROWS_MULTIPLE) * ROWS_MULTIPLE
+    tiles = -(-queries // QUERIES)
+    work = fused(plan.columns, plan.size if plan.exact else 0, 128 if plan.columns > WHOLE_ROWS else 64)
+    computing = locked * tiles * QUERIES * rows * work.seconds(device, middle(TRITON))
+    stored = 2 * (plan.columns + VALUE_COLUMNS) * locked * rows
+    passes = 1 if stored <= KEPT * device.memory else 1 + MAKING
+    return max(computing, passes * stored / device.memory_rate)
+
+
+# Engine `sliding`, csrc/sliding: instructions of a warp for 16 queries x 4 tiles of 8 windows, counted in the machine
+# code for sm_90 (benchmarks/sass.py). ROW, by values a pixel: a row of windows is weighed. SLIDE: a step of products,
+# four columns of the patch, slides by one row. Where a diagonal begins, FIRST for two patch rows, BEGIN a step of them.
+
+ROW = {1: 352, 3: 391, 4: 420}
+SLIDE, FIRST, BEGIN = 44, 40, 47
+TILE_QUERIES, TILE_WINDOWS, TILE_PAIRS = 16, 8, 16 * 8 * 4
+STRIP, WARPS = 32, 8  # query rows of a block; its warps
+FLOATS = 2  # a step of products costs so many times more for float32 banks: six products instead of three
+
+
+def sliding_instructions(competition: Competition, group: Group, shape: tuple[int, int, int], floats: bool) -> float:
+    """Lanes of instructions that one noisy and one training image [C, H, W] cost in a group."""
+    channels, height, _ = shape
+    k = competition.patch_size or 1
+    values = 1 if channels == 1 else 4 if channels % 4 == 0 else 3
+    steps = -(-k // 4) * -(-channels // 4) * (FLOATS if floats else 1)
+
+    rows, cols = group.rows, group.cols
+    wraps = competition.padding_mode == "circular" and len(rows.queries) == height <= STRIP and not rows.locked
+    walked = begun = 0  # rows of windows, and how many of them begin a diagonal
+    for first in range(0, len(rows.queries), STRIP):
+        strip = min(STRIP, len(rows.queries) - first)
+        if rows.locked:
+            walked, begun = walked + strip, begun + min(WARPS, strip)
+        else:
+            windows = rows.windows_per_query
+            walked, begun = walked + strip * windows, begun + (strip if wraps else strip + windows - 1)
+
+    blocks = -(-len(cols.queries) // TILE_QUERIES)
+    columns = min(TILE_QUERIES, len(cols.queries)) if cols.locked else cols.windows_per_query
+    tiles = blocks * -(-columns // TILE_WINDOWS) / 4
+    begin = (k + 1) // 2 * (FIRST + steps * BEGIN)
+    return 32 * tiles * (walked * ROW[values] + (walked - begun) * steps * SLIDE + begun * begin)
+
+
+def sliding(competition: Competition, shape: tuple[int, int, int], floats: bool = False) -> Work:
+    """Engine `sliding` in the average pair of a competition; distances are of integers, its products never bind."""
+    instructions = sum(sliding_instructions(competition, group, shape, floats) for group in competition.groups)
+    return Work(1, 0, instructions / competition.pairs_per_image, 0)
+
+
+def sliding_seconds(
+    device: Device, competition: Competition, images: int, batch: int, shape: tuple[int, int, int], floats: bool = False
+) -> float:
+    """Of one competition, at the middle efficiency."""
+    pairs = images * batch * competition.pairs_per_image
+    return pairs * sliding(competition, shape, floats).seconds(device, middle(INTEGER))
+
+
+# The choice.
+
+FUSED_FIRST = ("fused", "sliding", "reference")
+SLIDING_FIRST = ("sliding", "fused", "reference")
+
+
+def device_of(name: str, capability: tuple[int, int], multiprocessors: int, memory: int) -> Device:
+    """What is known of a CUDA device; one that is not known is taken for an A100 or H100 of its own size."""
+    known = A100 if capability < (9, 0) else H200 if "H200" in name else H100
+    share = multiprocessors / known.multiprocessors
+    return Device(
+        name, multiprocessors, known.clock, known.products, known.l2_rate * share, known.memory_rate * share, memory
+    )
+
+
+def preferred(
+    device: Device,
+    competition: Competition,
+    shape: tuple[int, int, int],
+    images: int,
+    batch: int,
+    plan_of: Callable[[Group], Plan],
+    floats: bool = False,
+) -> list[tuple[Competition, tuple[str, ...]]]:
+    """The competition in parts, each with the exact engines of a CUDA device, the one expected to be fastest first.
+
+    Whole images are `sliding`'s, and so are groups locked on both axes: a row of K columns serves no pixel but its own
+    there, and the rows of all coordinates are C k^2 times the bank.
+
+    Args:
+        shape: [C, H, W] of an image.
+        images: of the bank.
+        batch: noisy images.
+        plan_of: what `fused` describes the windows of a group by.
+        floats: whether the bank is float32.
+    """
+    if competition.patch_size is None:
+        return [(competition, SLIDING_FIRST)]
+    found: dict[tuple[str, ...], list[Group]] = {}
+    for group in competition.groups:
+        order = SLIDING_FIRST
+        if not (group.rows.locked and group.cols.locked):
+            alone = Competition(competition.patch_size, competition.padding_mode, (group,))
+            dense = fused_seconds(device, group, images, batch, plan_of(group))
+            if dense <= sliding_seconds(device, alone, images, batch, shape, floats):
+                order = FUSED_FIRST
+        found.setdefault(order, []).append(group)
+    return [
+        (Competition(competition.patch_size, competition.padding_mode, tuple(groups)), order)
+        for order, groups in found.items()
+    ]

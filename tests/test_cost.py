@@ -1,0 +1,139 @@
+"""The cost model against what it was made of: published kernels, counts of machine code, and the kernels' own tiles."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import patchscore as ps
+from patchscore.engines import cost
+from patchscore.windows import Competition
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+def pairs_per_second(teraflops: float, head: int) -> float:
+    """Attention counts four operations a number of the head and pair."""
+    return teraflops * 1e12 / (4 * head)
+
+
+@pytest.mark.parametrize("head", [64, 128, 256])
+def test_published_attention_kernels_lie_in_the_ranges_taken_from_them(head):
+    shared = cost.attention(head, cluster=1 if head == 64 else 2)
+    low, high = cost.rate(shared, cost.H100, cost.SPECIALISED)
+    assert low <= pairs_per_second(cost.PUBLISHED["FlashAttention-3"][head], head) <= high
+    if head in cost.PUBLISHED["Triton"]:
+        low, high = cost.rate(cost.attention(head), cost.H100, cost.TRITON)
+        measured = pairs_per_second(cost.PUBLISHED["Triton"][head], head)
+        assert low * 0.99 <= measured <= high * 1.01
+
+
+def test_flash_attention_3_at_head_size_64_does_1_94e12_pairs_a_second():
+    assert pairs_per_second(cost.PUBLISHED["FlashAttention-3"][64], 64) == pytest.approx(1.94e12, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("columns", "patches", "bytes_a_pair", "allowed"),
+    [(64, 64, 1.25, 4.4e12), (256, 64, 4.25, 1.3e12), (320, 128, 10.25, 0.54e12), (896, 128, 28.25, 0.19e12),
+     (1792, 64, 84.25, 0.065e12)],
+)  # fmt: skip
+def test_l2_bytes_are_those_of_the_tiles(columns, patches, bytes_a_pair, allowed):
+    work = cost.fused(columns, patches=patches)
+    assert work.l2_bytes == bytes_a_pair
+    assert cost.H100.l2_rate / work.l2_bytes == pytest.approx(allowed, rel=0.03)
+
+
+def test_instructions_are_those_counted_in_the_machine_code():
+    rows = json.loads((RESULTS / "fused_compile-triton-3.6.json").read_text())["rows"]
+    checked = 0
+    for row in rows:
+        if "differences" in row["plan"] or row["capability"] != 90:
+            continue
+        queries, patches = map(int, row["tile"].split(" x "))
+        whole = row["block"] == 0
+        work = cost.fused(row["columns"], patches=patches, queries=queries)
+        if whole == (row["columns"] <= cost.WHOLE_ROWS):
+            assert work.instructions == pytest.approx(row["per_pair"], rel=0.2), row["plan"]
+            checked += 1
+    assert checked > 15
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_sliding_counts_are_those_of_the_machine_code(channels):
+    rows = json.loads((RESULTS / "sliding_cuda_sass.json").read_text())["rows"]
+    bank = ps.PatchBank(torch.zeros(1, channels, 32, 32))
+    for row in (row for row in rows if row["channels"] == channels):
+        competition = ps.EquivariantLocalScore(bank, row["k"], padding_mode="circular").competition(row["k"])
+        work = cost.sliding(competition, bank.shape)
+        assert work.instructions == pytest.approx(row["instructions_per_pair"], rel=0.01)
+
+
+@dataclass(frozen=True)
+class Plan:
+    columns: int
+    size: int = 0
+    exact: bool = False
+
+
+def choice(competition, plan, images=50_000, batch=16, shape=(3, 32, 32), device=cost.H100):
+    """The first engine, by group."""
+    parts = cost.preferred(device, competition, shape, images, batch, lambda group: plan)
+    assert sorted(map(repr, competition.groups)) == sorted(repr(group) for part, _ in parts for group in part.groups)
+    for _, order in parts:
+        assert sorted(order) == ["fused", "reference", "sliding"]
+    return {group: order[0] for part, order in parts for group in part.groups}
+
+
+def competition_of(k, mode):
+    return ps.EquivariantLocalScore(ps.PatchBank(torch.zeros(1, 3, 32, 32)), k, padding_mode=mode).competition(k)
+
+
+@pytest.mark.parametrize("device", [cost.H100, cost.H200, cost.A100], ids=lambda device: device.name)
+def test_few_columns_go_to_fused_and_wide_patches_to_sliding(device):
+    assert set(choice(competition_of(5, "circular"), Plan(64), device=device).values()) == {"fused"}
+    assert set(choice(competition_of(17, "circular"), Plan(896), device=device).values()) == {"sliding"}
+    assert set(choice(competition_of(17, "circular"), Plan(1792, 867, True), device=device).values()) == {"sliding"}
+
+
+def test_the_choice_changes_once_as_columns_grow():
+    competition = competition_of(17, "circular")
+    chosen = [next(iter(choice(competition, Plan(columns)).values())) for columns in range(64, 1793, 64)]
+    assert chosen[0] == "fused"
+    assert chosen[-1] == "sliding"
+    assert chosen == sorted(chosen)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_groups_locked_on_both_axes_go_to_sliding(batch):
+    chosen = choice(competition_of(7, "zeros"), Plan(64), batch=batch)
+    corners = [group for group in chosen if group.rows.locked and group.cols.locked]
+    assert len(corners) == 4
+    assert {chosen[group] for group in corners} == {"sliding"}
+    local = ps.LocalScore(ps.PatchBank(torch.zeros(1, 3, 32, 32)), 5).competition(5)
+    assert set(choice(local, Plan(64), batch=batch).values()) == {"sliding"}
+
+
+def test_whole_images_go_to_sliding():
+    whole = Competition(None, "zeros")
+    ((part, order),) = cost.preferred(cost.H100, whole, (3, 32, 32), 10, 1, lambda group: Plan(64))
+    assert part is whole
+    assert order[0] == "sliding"
+
+
+def test_filler_rows_of_locked_coordinates_are_counted():
+    (edge,) = [g for g in competition_of(7, "zeros").groups if g.rows.locked and not g.cols.locked][:1]
+    few, filled = (cost.fused_seconds(cost.H100, edge, images, 1, Plan(320)) for images in (1, 4))
+    assert few == pytest.approx(filled)  # 26 and 104 windows fill the same 128 rows
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "multiprocessors", "known"),
+    [("NVIDIA H100 80GB HBM3", (9, 0), 132, cost.H100), ("NVIDIA H200", (9, 0), 132, cost.H200),
+     ("NVIDIA A100-SXM4-80GB", (8, 0), 108, cost.A100), ("NVIDIA H100 PCIe", (9, 0), 114, cost.H100)],
+)  # fmt: skip
+def test_devices_are_known_by_name_and_size(name, capability, multiprocessors, known):
+    device = cost.device_of(name, capability, multiprocessors, 80 * 2**30)
+    assert device.units == pytest.approx(known.units * multiprocessors / known.multiprocessors)
+    assert device.memory_rate == pytest.approx(known.memory_rate * multiprocessors / known.multiprocessors)
