@@ -500,12 +500,12 @@ PEERS = {
 }
 
 
-def rates(record: dict, size: int, channels: int, cases: tuple[tuple[int, float], ...] | None = None) -> str:
+def rates(record: dict, size: int, channels: int) -> str:
     same = [row for row in record["rows"] if (row["size"], row["channels"]) == (size, channels)]
     found = {(row["k"], row["sigma"], row["engine"]): row for row in same}
     names = [name for name in PEERS if any(name == engine for _, _, engine in found)]
     rows = []
-    for k, sigma in cases or sorted({(k, sigma) for k, sigma, _ in found}):
+    for k, sigma in sorted({(k, sigma) for k, sigma, _ in found}):
         ours = found[k, sigma, "sliding"]["pairs_per_second"]
         cells = [f"{k}, {sigma:g}", f"{ours / 1e9:.2f}"]
         for name in names[1:]:
@@ -516,24 +516,20 @@ def rates(record: dict, size: int, channels: int, cases: tuple[tuple[int, float]
 
 
 def headline() -> str:
-    """The README's tables: exact sums beside peers, whole samples, a GPU."""
-    record = result("exact_cpu")
-    cases = ((3, 0.16), (7, 0.99), (11, 1.92), (17, 3.98))
-    parts = [
-        "Billions of (pixel, window) pairs a second, 32 x 32 in colour; in brackets how many times `sliding` is ahead "
-        f"{measured_on(record)}:",
-        rates(record, 32, 3, cases),
-        "Whole samples, exact and from a share of the windows:",
-        optional(end_to_end),
-    ]
-    if not (RESULTS / "end_to_end.json").exists():
-        parts.append(optional(pruned_samples))
-    devices = sorted(RESULTS.glob("gpu-*.json"))
-    if devices:
-        parts.append(f"On a GPU: [docs/benchmarks.md](docs/benchmarks.md), {', '.join(path.stem for path in devices)}.")
-    else:
-        parts.append("On a GPU: not measured.")
-    return "\n\n".join(parts)
+    """The README's table: the time that every method takes for the same samples, and how close they come."""
+    record = result("end_to_end")
+    found = [row for row in record["rows"] if row["setting"] == "cifar10-20000"]
+    exact = next(row["seconds"] for row in found if row["method"] == "sliding, exact")
+    rows = []
+    for row in found:
+        r2 = "same sum" if row["extrapolated"] else f"{row['r2_median']:.4f}"
+        cells = [PEERS.get(row["method"], row["method"]), f"{row['seconds']:,.0f} s{' *' * row['extrapolated']}"]
+        rows.append([*cells, f"{row['seconds'] / exact:.2g}", r2])
+    images, devices = found[0]["images"], sorted(RESULTS.glob("gpu-*.json"))
+    header = [f"{images} CIFAR-10 images, {record['steps']} steps, 20,000 training images", "time", "relative"]
+    gpu = f"measured on {', '.join(path.stem.removeprefix('gpu-') for path in devices)}" if devices else NOT_MEASURED
+    note = f"\\* Extrapolated from a part of the pairs. r^2: squared correlation with the exact images. GPU: {gpu}."
+    return f"{table([*header, 'r^2'], rows)}\n\n{note} {measured_on(record)}"
 
 
 def optional(block) -> str:

@@ -45,12 +45,14 @@ PATCH_SIZES = (3, 5, 7, 9, 11, 13, 15, 17, 19, 21)
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found.
+    """The result of `calibrate`.
 
-    sigmas: [steps] noise levels, most noise first.
-    patch_sizes: the sizes that competed, ascending.
-    agreement: [steps, n, sizes] cosine, or minus the L2 distance, of machine and network at each step of each walk.
-    settings: what decides the numbers.
+    Attributes:
+        sigmas: [steps] noise levels, most noise first.
+        patch_sizes: the candidate sizes, ascending.
+        agreement: [steps, n, sizes] cosine similarity of the two scores, or minus their L2 distance, at each step of
+            each trajectory.
+        settings: everything that determines the numbers.
     """
 
     sigmas: list[float]
@@ -145,8 +147,9 @@ def calibrate(
         padding_mode: "zeros" or "circular", as in the network.
         metric: "cosine" of the two scores, as published, or "l2", their distance.
         machine: "els", or "local" for windows at the same place only.
-        schedule, steps, sampler, labels, seed, first, batch_size, device, progress: as in `sample`.
-        engine, memory_limit: as of the machines.
+        sampler: as in `sample`, and so are `schedule`, `steps`, `labels`, `seed`, `first`, `batch_size`, `device` and
+            `progress`.
+        engine: of the machines, and so is `memory_limit`.
         resume: a file that is rewritten after every batch, and continued from where it is there.
 
     Raises:

@@ -23,11 +23,12 @@ from .sampling import image_generator
 
 @dataclass(frozen=True)
 class Classification:
-    """What `classify` found.
+    """The result of `classify`.
 
-    classes:   the K labels that were compared.
-    posterior: [B, K] p(class | image), each row adds up to 1.
-    errors:    [B, K] mean over noise levels and draws of |eps - eps_hat|^2, summed over the C H W pixels.
+    Attributes:
+        classes: the K labels that were compared.
+        posterior: [B, K] p(class | image); each row sums to 1.
+        errors: [B, K] mean over noise levels and draws of |eps - eps_hat|^2, summed over the C H W pixels.
     """
 
     classes: tuple[int, ...]

@@ -36,12 +36,15 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Agreement:
-    """One machine beside the network.
+    """Agreement of one machine with the network.
 
-    images: [n, C, H, W] what the machine made of the network's seeds.
-    correlation: [n] with the network's image over all its pixels; r^2 is its square.
-    mse: [n] mean squared difference, of pixels in [-1, 1].
-    step_r2, step_mse: [steps, n] of the two denoised images at each step of the network's walk; NaN if not asked for.
+    Attributes:
+        images: [n, C, H, W] the machine's images, from the network's seeds.
+        correlation: [n] Pearson correlation with the network's image over all pixels; r^2 is its square.
+        mse: [n] mean squared difference of pixels in [-1, 1].
+        step_r2: [steps, n] r^2 of the two denoised images at each step of the network's trajectory; NaN unless asked
+            for.
+        step_mse: [steps, n] their mean squared difference, likewise.
     """
 
     images: Tensor
@@ -58,13 +61,14 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
-    images: [n, C, H, W] the network's.
-    machines: by name, the first being the one that the others are baselines to.
-    sigmas: [steps] noise levels of the walk, most noise first.
-    labels: the class of each image, or None.
-    settings: what made it.
+    Attributes:
+        images: [n, C, H, W] the network's images.
+        machines: agreement of each machine, by name; the first is the machine under test, the others baselines.
+        sigmas: [steps] noise levels of the trajectory, most noise first.
+        labels: the class of each image, or None.
+        settings: the arguments of the comparison.
     """
 
     images: Tensor
@@ -132,7 +136,8 @@ def compare(
     Args:
         network: a denoiser; `patchscore.adapters.network` makes one of any network.
         machines: a denoiser, or several by name (`baselines` gives the usual ones).
-        n, steps, schedule, sampler, labels, seed, first, batch_size, device, progress: as in `sample`.
+        n: number of images, as in `sample`; so are `steps`, `schedule`, `sampler`, `labels`, `seed`, `first`,
+            `batch_size`, `device` and `progress`.
         along: also ask every machine at every step of the network's walk; twice the work.
 
     Raises:

@@ -37,15 +37,20 @@ TILE_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Explanation:
-    """The heaviest windows behind every pixel of B images, heaviest first; places beyond all windows hold image -1.
+    """The T heaviest windows behind every pixel of B images, heaviest first.
 
-    image: [B, T, H, W] int64, the training image of each, by its number in the machine's bank.
-    row, col: [B, T, H, W] int64, the centre of its window there.
-    weight: [B, T, H, W] its share of the mass, w_a.
-    effective: [B, H, W] the effective number of windows, (sum w)^2 / sum w^2.
-    mean: [B, C, H, W] the denoised image D(z) that they all make together.
-    z: [B, C, H, W], sigma: what was denoised, and at which noise level.
-    patch_size: k there; None where whole images compete.
+    Where fewer than T windows compete, the remaining entries have image -1 and weight 0.
+
+    Attributes:
+        image: [B, T, H, W] int64, the training image of each window, by its number in the machine's bank.
+        row: [B, T, H, W] int64, the row of the window's centre.
+        col: [B, T, H, W] int64, its column.
+        weight: [B, T, H, W] the posterior weight w_a; the weights of all windows of a pixel sum to 1.
+        effective: [B, H, W] the effective sample size, (sum w)^2 / sum w^2.
+        mean: [B, C, H, W] the denoised image D(z), the mean over all windows.
+        z: [B, C, H, W] the noisy images.
+        sigma: their noise level.
+        patch_size: k at that level; None where whole images compete.
     """
 
     image: Tensor

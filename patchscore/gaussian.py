@@ -31,7 +31,11 @@ RELATIVE_NULL = 1e-12
 class Axes:
     """Mean and principal axes of n images of d = C H W pixels.
 
-    mean: [d] mu;  basis: [d, r] U, orthonormal columns;  variances: [r] lambda, descending. Outside U it is 0.
+    Attributes:
+        n: number of images.
+        mean: [d] mu.
+        basis: [d, r] U, orthonormal columns.
+        variances: [r] lambda, descending; 0 outside the span of U.
     """
 
     n: int
@@ -113,7 +117,8 @@ class GaussianScore(Denoiser):
 
         Args:
             z: [B, C, H, W] at sigma_from.
-            sigma_from, sigma_to: noise levels, numbers or [B]; either may be the larger.
+            sigma_from: noise level of z, a number or [B].
+            sigma_to: noise level of the result, likewise; either may be the larger.
             labels: as in `denoise`.
 
         Returns:

@@ -27,7 +27,8 @@ class Guided(Denoiser):
     add up.
 
     Args:
-        cond, uncond: denoisers of images of one shape.
+        cond: the conditional denoiser.
+        uncond: the unconditional denoiser, of images of the same shape.
         scale: guidance scale, any finite number.
 
     Raises:

@@ -20,8 +20,11 @@ from . import checks
 class Schedule:
     """Noise levels in sampling order, from most noise to none.
 
-    alphas, sigmas: [n + 1], kept as float64 tensors. The last level is clean: sigma = 0, alpha = 1.
-    start_std: standard deviation of the white noise x that a sampler starts from at the first level.
+    Attributes:
+        name: the schedule's name.
+        alphas: [n + 1] float64. The last level is clean: alpha = 1.
+        sigmas: [n + 1] float64; 0 at the last level.
+        start_std: standard deviation of the white noise x from which a sampler starts at the first level.
 
     Raises:
         TypeError: levels that are not numbers.

@@ -34,13 +34,16 @@ DEFAULT_BATCH = 16
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback gets after each denoising step.
+    """What a callback receives after each denoising step.
 
-    index: 0, 1, ...; of: how many there are.
-    alpha, sigma: the level (alpha_t, sigma_t) that was denoised.
-    x: [B, C, H, W] the noisy images x_t at that level, in the schedule's own convention.
-    x0: [B, C, H, W] what the denoiser made of them.
-    images: which of the images asked for these are.
+    Attributes:
+        index: number of the step, from 0.
+        of: number of steps.
+        alpha: alpha_t of the level that was denoised.
+        sigma: sigma_t of that level.
+        x: [B, C, H, W] the noisy images x_t at that level, in the schedule's convention.
+        x0: [B, C, H, W] the denoised images.
+        images: numbers of these images among those requested.
     """
 
     index: int

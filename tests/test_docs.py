@@ -1,5 +1,6 @@
 """README and docs/ are true: code and commands run, on few images; generated pages are fresh; links lead somewhere."""
 
+import importlib
 import importlib.util
 import re
 import shlex
@@ -168,14 +169,29 @@ def test_other_commands_are_known():
 
 @pytest.mark.parametrize("script", ["tools/reference.py", "benchmarks/report.py"])
 def test_generated_pages_are_fresh(script, monkeypatch):
-    if script == "tools/reference.py":
-        pytest.importorskip("diffusers.pipelines.ddim.pipeline_ddim", reason="diffusers cannot be imported")
     monkeypatch.setattr(sys, "argv", [script, "--check"])
     monkeypatch.syspath_prepend(str((ROOT / script).parent))
     spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.main()  # exits with a message where a page is not what it would write
+
+
+def test_the_library_page_has_every_public_name_once():
+    named = re.findall(r"^::: (\S+)$", PAGES["docs/api.md"], re.MULTILINE)
+    assert len(named) == len(set(named))
+    public = {f"patchscore.{name}" for name in ps.__all__ if name != "__version__"}
+    assert public == {name for name in named if name.count(".") == 1}
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        if not module.endswith("diffusers"):  # an extra
+            assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_every_page_of_docs_is_on_the_site():
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    listed = re.findall(r": (\S+\.md)$", nav, re.MULTILINE)
+    assert sorted(listed) == sorted(page.removeprefix("docs/") for page in PAGES if page.startswith("docs/"))
 
 
 def test_links_and_pictures_lead_somewhere():

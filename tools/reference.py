@@ -1,150 +1,30 @@
-"""Writes docs/api.md from the docstrings and docs/cli.md from the commands' own options.
+"""Writes docs/cli.md from the options of the commands.
 
-python tools/reference.py           # rewrites both
-python tools/reference.py --check   # fails if they are not what the code says
+python tools/reference.py           # rewrites the page
+python tools/reference.py --check   # fails if it is not what the code says
 """
 
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from pathlib import Path
 
 import click
 
-import patchscore as ps
-from patchscore import noise
-from patchscore.adapters import diffusers, k_diffusion, network
 from patchscore.cli import main as command_line
 
 ROOT = Path(__file__).parent.parent
-MADE = "<!-- Written by tools/reference.py; change the {} instead. -->"
-
-SECTIONS = {
-    "Training images": ("PatchBank",),
-    "Denoisers": (
-        "Denoiser",
-        "Estimate",
-        "IdealScore",
-        "LocalScore",
-        "EquivariantLocalScore",
-        "GaussianScore",
-        "Guided",
-        "Switch",
-        "NetworkDenoiser",
-    ),
-    "Patch sizes and noise": ("ScaleTable", "Schedule", "get_schedule"),
-    "Sampling": ("sample", "Step"),
-    "The index": ("PatchIndex",),
-    "Theory and network": ("calibrate", "Calibration", "compare", "Comparison", "baselines"),
-    "Where pixels come from": ("explain", "Explanation", "explain_samples"),
-    "Classification": ("classify", "Classification"),
-    "Partial sums": ("PosteriorSum", "merge"),
-}
-"""Every public name, in the order in which a reader meets them."""
-
-ADAPTERS = (
-    (diffusers, "PatchScoreUNet"),
-    (k_diffusion, "PatchScoreDenoiser"),
-    (network, "from_network"),
-    (network, "from_diffusers"),
+PAGE = ROOT / "docs" / "cli.md"
+MADE = "<!-- Written by tools/reference.py; change the commands instead. -->"
+INTRODUCTION = (
+    "`patchscore COMMAND --help` prints the same in the terminal. An error that you can fix is one line on stderr and "
+    "exit code 2."
 )
 
 
-def api() -> str:
-    listed = [name for names in SECTIONS.values() for name in names]
-    missing = set(ps.__all__) - {"__version__"} ^ set(listed)
-    if missing:
-        raise SystemExit(f"tools/reference.py: SECTIONS and patchscore.__all__ differ in {sorted(missing)}")
-    parts = ["# The library", MADE.format("docstrings")]
-    parts.append(
-        "Everything below is an attribute of `patchscore`, usually imported as `ps`. B items, C channels, H x W."
-    )
-    for title, names in SECTIONS.items():
-        parts.append(f"## {title}")
-        parts += [described(name, getattr(ps, name), "###") for name in names]
-    parts.append("## Schedules")
-    parts += [described(f"noise.{name}", function, "###") for name, function in noise.SCHEDULES.items()]
-    parts.append("## Adapters")
-    parts.append("Modules of `patchscore.adapters`; [adapters.md](adapters.md) shows them at work.")
-    parts += [
-        described(f"{module.__name__.removeprefix('patchscore.')}.{name}", getattr(module, name), "###")
-        for module, name in ADAPTERS
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def described(name: str, thing: object, level: str) -> str:
-    """Heading, signature, docstring; of a class also the public methods and properties it defines itself."""
-    parts = [f"{level} {name}", f"```text\n{signature(name.rpartition('.')[2], thing)}\n```", prose(thing)]
-    for member, value in vars(thing).items() if inspect.isclass(thing) else ():
-        function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
-        if member.startswith("_") or not (inspect.isfunction(function) or isinstance(function, property)):
-            continue
-        text = prose(function)
-        # Without words of its own it does what the class it is from says.
-        if text:
-            whole = f"{name}.{member}"
-            shown = whole if isinstance(function, property) else signature(whole, function)
-            parts += [f"#### {whole}", f"```text\n{shown}\n```", text]
-    return "\n\n".join(part for part in parts if part)
-
-
-def signature(name: str, thing: object) -> str:
-    """One line where it fits, else an argument a line."""
-    shown = inspect.signature(thing)  # type: ignore[arg-type]
-    arguments: list[str] = []
-    kind = None
-    for parameter in shown.parameters.values():
-        if parameter.name in ("self", "cls"):
-            continue
-        if parameter.kind is parameter.KEYWORD_ONLY and kind is not parameter.KEYWORD_ONLY:
-            arguments.append("*")
-        kind = parameter.kind
-        star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(kind, "")
-        annotation = "" if parameter.annotation is parameter.empty else f": {named(parameter.annotation)}"
-        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
-        arguments.append(f"{star}{parameter.name}{annotation}{default}")
-    returns = "" if shown.return_annotation in (shown.empty, None, "None") else f" -> {named(shown.return_annotation)}"
-    line = f"{name}({', '.join(arguments)}){returns}"
-    return line if len(line) <= 110 else f"{name}(\n    " + ",\n    ".join(arguments) + f",\n){returns}"
-
-
-def named(annotation: object) -> str:
-    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
-
-
-def prose(thing: object) -> str:
-    """The docstring as Markdown: headings of sections in bold, argument lists as lists, indented blocks as they are."""
-    text = inspect.cleandoc(getattr(thing, "__doc__", None) or "")
-    if text.startswith(f"{getattr(thing, '__name__', '')}("):  # what dataclass writes where there is none
-        return ""
-    lines: list[str] = []
-    listing = item = False
-    for line in text.splitlines():
-        entry = re.fullmatch(r"    (\S.*?): (.*)" if listing else r"([a-z_0-9]+(?:, [a-z_0-9]+)*): +(.*)", line)
-        if heading := re.fullmatch(r"(Args|Returns|Raises|Yields):", line):
-            listing, item = True, False
-            lines += [f"**{heading[1]}**", ""]
-        elif entry:
-            # A list begins after a blank line.
-            lines += [""] * (not item and bool(lines) and lines[-1] != "") + [f"- `{entry[1]}`: {entry[2]}"]
-            item = True
-        elif item and line.startswith("    "):
-            lines.append("  " + line.strip())
-        else:
-            lines.append(line.strip() if listing else line)
-            listing, item = listing and line != "", False
-    return "\n".join(lines)
-
-
 def cli() -> str:
-    parts = ["# The command line", MADE.format("commands")]
-    parts.append(
-        "`patchscore COMMAND --help` says the same on the terminal. Errors that you can mend take one line, and"
-    )
-    parts[-1] += " exit code 2."
+    parts = ["# The command line", MADE, INTRODUCTION]
     rows = [[f"[{name}](#patchscore-{name})", first_line(command)] for name, command in command_line.commands.items()]
     parts.append(table(["command", "what it does"], rows))
     for name, command in command_line.commands.items():
@@ -197,11 +77,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def main() -> None:
-    for path, made in ((ROOT / "docs" / "api.md", api()), (ROOT / "docs" / "cli.md", cli())):
-        if "--check" not in sys.argv[1:]:
-            path.write_text(made)
-        elif not path.exists() or path.read_text() != made:
-            sys.exit(f"{path.relative_to(ROOT)} is not what the code says: run python tools/reference.py")
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(cli())
+    elif not PAGE.exists() or PAGE.read_text() != cli():
+        sys.exit(f"{PAGE.relative_to(ROOT)} is not what the code says: run python tools/reference.py")
 
 
 if __name__ == "__main__":

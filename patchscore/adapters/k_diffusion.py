@@ -28,7 +28,8 @@ class PatchScoreDenoiser(DenoiserModule):
 
     Args:
         machine: the denoiser.
-        sigma_min, sigma_max: the levels between which EDM's sampler may ask.
+        sigma_min: the lowest noise level that EDM's sampler may ask for.
+        sigma_max: the highest.
 
     Raises:
         TypeError: not a denoiser.
