@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
-INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
+INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/* csrc/*/*)
 
 .PHONY: demo test lint docs bench sanitize gpu-check clean
 

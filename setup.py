@@ -65,8 +65,8 @@ try:
     extensions.append(
         Pybind11Extension(
             "patchscore._native",
-            ["csrc/bindings.cpp", "csrc/sliding_cpu.cpp", "csrc/lists_cpu.cpp"],
-            depends=glob("csrc/*.h"),
+            ["csrc/bindings.cpp", "csrc/sliding/sliding.cpp", "csrc/pruned/lists.cpp"],
+            depends=glob("csrc/**/*.h", recursive=True),
             cxx_std=17,
             extra_compile_args=["-O3", "-fno-math-errno", "-pthread"],
             extra_link_args=["-pthread"],
@@ -78,7 +78,10 @@ except ImportError:
 if nvcc and wanted != "0":
     extensions.append(
         Extension(
-            "patchscore._sliding_cuda", ["csrc/sliding_cuda.cu"], depends=["csrc/cuda_device.h"], optional=not forced
+            "patchscore._sliding_cuda",
+            ["csrc/sliding/sliding.cu"],
+            depends=["csrc/sliding/cuda_device.h"],
+            optional=not forced,
         )
     )
 

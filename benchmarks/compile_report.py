@@ -23,12 +23,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from patchscore.engines import lists_recheck, lists_rows, pruned_cuda
-from patchscore.engines.features import Plan
-from patchscore.engines.fused import configurations, kernel_constants
-from patchscore.engines.tuning import Configuration
-from patchscore.kernels import lists
-from patchscore.kernels.dense import dense_kernel
+from patchscore.engines.autotune import Configuration
+from patchscore.engines.fused.kernel import dense_kernel
+from patchscore.engines.fused.launch import configurations, kernel_constants
+from patchscore.engines.fused.rows import Plan
+from patchscore.engines.pruned import device_index as lists_rows
+from patchscore.engines.pruned import kernels as lists
+from patchscore.engines.pruned import recheck as lists_recheck
+from patchscore.engines.pruned import triton as pruned_cuda
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory a block may have."""

@@ -26,7 +26,7 @@ import record
 import torch
 
 import patchscore as ps
-from patchscore.engines import sliding
+from patchscore.engines.sliding import cpu as sliding
 from patchscore.windows import Competition
 
 STEPS = 20

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 import patchscore as ps
-from patchscore.engines import reference, sliding
+from patchscore.engines import reference
+from patchscore.engines.sliding import cpu as sliding
 from patchscore.windows import Axis, Competition, Group
 
 SIGMA = {3: 0.16, 5: 0.5, 7: 0.99, 11: 1.92, 17: 3.98, 25: 8.0}

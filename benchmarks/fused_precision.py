@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 import patchscore as ps
-from patchscore.engines.features import choose_plan, patch_rows, query_rows, spectrum_of
-from patchscore.engines.fused import TOLERANCE
+from patchscore.engines.fused.launch import TOLERANCE
+from patchscore.engines.fused.rows import choose_plan, patch_rows, query_rows, spectrum_of
 from patchscore.engines.reference import _rows
 from patchscore.windows import Axis, Competition, Group
 

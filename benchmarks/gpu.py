@@ -44,8 +44,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import fused, lists_rows, pruned_cuda, reference, resident, sliding
-from patchscore.engines.features import choose_plan, spectrum_of
+from patchscore.engines import device as resident
+from patchscore.engines import reference
+from patchscore.engines.fused import launch as fused
+from patchscore.engines.fused.rows import choose_plan, spectrum_of
+from patchscore.engines.pruned import device_index as lists_rows
+from patchscore.engines.pruned import triton as pruned_cuda
+from patchscore.engines.sliding import cpu as sliding
 
 TABLE = "cifar10-resnet-zeros"
 CASES = ((3, 0.02), (3, 0.16), (5, 0.1), (5, 0.5), (7, 0.99), (11, 1.92), (17, 3.98), (7, 30.0))

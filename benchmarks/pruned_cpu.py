@@ -22,8 +22,8 @@ import torch
 from torch.nn import functional
 
 import patchscore as ps
-from patchscore.engines import sliding
-from patchscore.engines.pruned import Pruned
+from patchscore.engines.pruned.engine import Pruned
+from patchscore.engines.sliding import cpu as sliding
 from patchscore.windows import Competition
 
 MEMORY = 2**31

@@ -1,6 +1,6 @@
 """Instructions a pair takes in the CUDA kernel, counted in its machine code, and the rate an H200 could reach by them.
 
-Needs no GPU: nvcc compiles csrc/sliding_cuda.cu for sm_90, nvdisasm (of the CUDA toolkit, or triton's) lists it, and
+Needs no GPU: nvcc compiles csrc/sliding/sliding.cu for sm_90, nvdisasm (of the CUDA toolkit, or triton's) lists it, and
 the basic blocks of the loop over windows are told apart by what is in them. Circular, 32 x 32, every
 window weighed; then the kernels of whole images. Writes benchmarks/results/sliding_cuda_sass.json.
 """
@@ -124,7 +124,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "sliding.cubin"
         command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-o", str(cubin)]
-        source = str(record.ROOT / "csrc" / "sliding_cuda.cu")
+        source = str(record.ROOT / "csrc" / "sliding" / "sliding.cu")
         report = subprocess.run([*command, source], capture_output=True, text=True, check=True).stderr
         sass = subprocess.run([options.nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     compiled = re.findall(

@@ -27,8 +27,9 @@ from exact_cpu import smooth
 from torch.nn import functional
 
 import patchscore as ps
-from patchscore.engines import reference, sliding
-from patchscore.engines.pruned import Pruned
+from patchscore.engines import reference
+from patchscore.engines.pruned.engine import Pruned
+from patchscore.engines.sliding import cpu as sliding
 
 MEMORY = 2**31
 BUDGET = 0.01

@@ -10,8 +10,8 @@
 #include <optional>
 #include <tuple>
 
-#include "lists.h"
-#include "sliding.h"
+#include "pruned/lists.h"
+#include "sliding/sliding.h"
 
 namespace py = pybind11;
 

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from patchscore.engines import sliding_cuda
+from patchscore.engines.sliding import cuda as sliding_cuda
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,7 +17,7 @@ def build(folder):
         return None
     library = Path(folder) / "sliding_emulated.so"
     flags = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    with open(ROOT / "csrc" / "sliding_cuda.cu") as source:
+    with open(ROOT / "csrc" / "sliding" / "sliding.cu") as source:
         # From standard input, so that "cuda_device.h" is the one of the folder it is compiled in.
         command = [compiler, *flags, "-x", "c++", "-o", str(library), "-"]
         subprocess.run(command, stdin=source, cwd=ROOT / "tests" / "emulation", check=True)

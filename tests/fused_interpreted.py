@@ -12,7 +12,10 @@ from conftest import MACHINES, machine_named, smooth_images
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import features, fused, reference, tuning
+from patchscore.engines import autotune as tuning
+from patchscore.engines import reference
+from patchscore.engines.fused import launch as fused
+from patchscore.engines.fused import rows as features
 from patchscore.windows import Axis, Competition, Group
 
 LIMIT = 2**30

@@ -19,9 +19,15 @@ from conftest import noisy, smooth_images
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import features, fused, lists_recheck, lists_rows, pruned_cuda, reference, sliding
-from patchscore.engines.pruned import _pixels
-from patchscore.kernels import lists
+from patchscore.engines import reference
+from patchscore.engines.fused import launch as fused
+from patchscore.engines.fused import rows as features
+from patchscore.engines.pruned import device_index as lists_rows
+from patchscore.engines.pruned import kernels as lists
+from patchscore.engines.pruned import recheck as lists_recheck
+from patchscore.engines.pruned import triton as pruned_cuda
+from patchscore.engines.pruned.engine import _pixels
+from patchscore.engines.sliding import cpu as sliding
 from patchscore.windows import Axis, Competition, Group
 
 CPU = torch.device("cpu")

@@ -18,8 +18,10 @@ from conftest import smooth_images
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import features, fused, reference
-from patchscore.engines.features import Plan
+from patchscore.engines import reference
+from patchscore.engines.fused import launch as fused
+from patchscore.engines.fused import rows as features
+from patchscore.engines.fused.rows import Plan
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")

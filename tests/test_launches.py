@@ -16,7 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import patchscore as ps
 from patchscore import checks, machines
-from patchscore.engines import features, fused, lists_recheck, lists_rows, pruned_cuda, tuning
+from patchscore.engines import autotune as tuning
+from patchscore.engines.fused import launch as fused
+from patchscore.engines.fused import rows as features
+from patchscore.engines.pruned import device_index as lists_rows
+from patchscore.engines.pruned import recheck as lists_recheck
+from patchscore.engines.pruned import triton as pruned_cuda
 
 META = torch.device("meta")
 

@@ -16,7 +16,8 @@ from conftest import noisy, smooth_images
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import reference, sliding
+from patchscore.engines import reference
+from patchscore.engines.sliding import cpu as sliding
 
 pytest.importorskip("faiss")
 if sliding.unavailable(torch.device("cpu")):
@@ -456,7 +457,7 @@ def native_arguments(indexed, monkeypatch):
     bank, index = indexed()
     found = {}
     monkeypatch.setattr(
-        "patchscore.engines.pruned._native", SimpleNamespace(scan_lists=lambda scans, *_: found.update(scans[0]))
+        "patchscore.engines.pruned.engine._native", SimpleNamespace(scan_lists=lambda scans, *_: found.update(scans[0]))
     )
     machine = pruned(bank, index, padding_mode="circular", budget=0.1)
     with contextlib.suppress(Exception):

@@ -16,9 +16,12 @@ from conftest import noisy, smooth_images
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import fused, lists_rows, pruned_cuda, sliding
-from patchscore.engines.lists_rows import COLUMNS
-from patchscore.engines.pruned_cuda import TILE
+from patchscore.engines.fused import launch as fused
+from patchscore.engines.pruned import device_index as lists_rows
+from patchscore.engines.pruned import triton as pruned_cuda
+from patchscore.engines.pruned.device_index import COLUMNS
+from patchscore.engines.pruned.triton import TILE
+from patchscore.engines.sliding import cpu as sliding
 
 HERE = Path(__file__).parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

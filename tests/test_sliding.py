@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import patchscore as ps
-from patchscore.engines import reference, sliding
+from patchscore.engines import reference
+from patchscore.engines.sliding import cpu as sliding
 from patchscore.windows import WHOLE_IMAGE, Axis, Competition, Group
 
 native = pytest.importorskip("patchscore._native", reason="the C++ extension was not built")
@@ -359,7 +360,7 @@ def test_arguments_that_do_not_fit_are_value_errors(changes):
 def test_interrupt_stops_within_a_second():
     script = """
 import torch, patchscore as ps
-from patchscore.engines import sliding
+from patchscore.engines.sliding import cpu as sliding
 from patchscore.windows import Axis, Competition, Group
 bank = ps.PatchBank(torch.zeros(20000, 3, 32, 32, dtype=torch.uint8))
 axis = Axis(range(32), range(1, 31))

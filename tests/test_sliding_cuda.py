@@ -12,7 +12,10 @@ from conftest import smooth_images
 from test_sliding import LIMIT, assert_same, broken, circular, local
 
 import patchscore as ps
-from patchscore.engines import reference, resident, sliding, sliding_cuda
+from patchscore.engines import device as resident
+from patchscore.engines import reference
+from patchscore.engines.sliding import cpu as sliding
+from patchscore.engines.sliding import cuda as sliding_cuda
 from patchscore.windows import WHOLE_IMAGE, Axis, Competition, Group
 
 gpu = pytest.mark.gpu
@@ -388,7 +391,7 @@ def test_a_streamed_bank_gives_the_references_sums(kernels, streams, monkeypatch
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_kernels_keep_everything_in_registers(tmp_path, target):
     command = ["nvcc", "-std=c++17", "-O3", f"-arch={target}", "-cubin", "-Xptxas", "-v", "-o", tmp_path / target]
-    source = emulated.ROOT / "csrc" / "sliding_cuda.cu"
+    source = emulated.ROOT / "csrc" / "sliding" / "sliding.cu"
     report = subprocess.run([*command, source], capture_output=True, text=True, check=True).stderr
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert spilled == [("0", "0")] * 15  # six kernels of windows, two of products, four of averages, three that prepare

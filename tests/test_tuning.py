@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from patchscore.engines import tuning
-from patchscore.engines.tuning import Configuration, KernelError, first_that_serves
+from patchscore.engines import autotune as tuning
+from patchscore.engines.autotune import Configuration, KernelError, first_that_serves
 
 SLOW, FAST, BROKEN = Configuration(64, 64, 4, 2), Configuration(128, 64, 4, 3), Configuration(256, 64, 8, 3, 64)
 KEY = ("a card", "a plan", 3)

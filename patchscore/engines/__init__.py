@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from ..windows import Competition
-from . import fused, reference, sliding
-from .pruned import TIED
-from .pruned_cuda import PrunedOnDevice as Pruned
+from . import reference
+from .fused import launch as fused
+from .pruned.engine import TIED
+from .pruned.triton import PrunedOnDevice as Pruned
+from .sliding import cpu as sliding
 
 ENGINES: dict[str, Any] = {"fused": fused, "sliding": sliding, "reference": reference}
 """The exact engines by name, the fastest first: "auto" takes the first that can serve."""

@@ -1,4 +1,4 @@
-// A GPU of one thread, to run the CUDA kernels as plain C++: takes the place of csrc/cuda_device.h.
+// A GPU of one thread, to run the CUDA kernels as plain C++: takes the place of csrc/sliding/cuda_device.h.
 //
 // Every thread of a block is a fiber; warp and block operations hand over to the next fiber until all have come. Shared
 // memory starts as NaN and every access a block makes beyond it ends in a guard that is checked.

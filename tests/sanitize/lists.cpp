@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/lists.h"
+#include "../../csrc/pruned/lists.h"
 
 using patchscore::Scan;
 using patchscore::SIBLINGS;

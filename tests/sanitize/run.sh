@@ -10,7 +10,7 @@ build() {
 }
 # The sliding engine also tells which instruction sets there are.
 for engine in sliding lists; do
-    build -c -o "$out/$engine.o" "$here/../../csrc/${engine}_cpu.cpp"
+    build -c -o "$out/$engine.o" "$here/../../csrc/$([ $engine = lists ] && echo pruned || echo sliding)/$engine.cpp"
 done
 build -o "$out/sliding" "$here/sliding.cpp" "$out/sliding.o"
 build -o "$out/lists" "$here/lists.cpp" "$out/lists.o" "$out/sliding.o"

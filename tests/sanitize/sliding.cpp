@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "../../csrc/sliding.h"
+#include "../../csrc/sliding/sliding.h"
 
 using patchscore::Axis;
 using patchscore::Group;

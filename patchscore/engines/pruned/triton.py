@@ -1,4 +1,4 @@
-"""The GPU half of engine `pruned`, in Triton (patchscore/kernels/lists.py).
+"""The GPU half of engine `pruned`, in Triton (kernels.py).
 
 The same estimate as on the CPU: weights are foreseen for parents first, then for the cells of those that matter; a
 query takes a share of each, as large as the cell's moments let expect, and what it takes stands for the rest. Here a
@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..bank import PatchBank
-from ..index import SIBLINGS, IndexedSize
-from ..posterior import PosteriorSum
-from ..windows import Competition, Group
-from . import fused, reference
-from .features import BIAS_COLUMNS, cache
-from .lists_recheck import PROPOSED, ROUNDS, Recheck, Sample
-from .lists_rows import Cells, Queries, Rows, Selection, Span, columns_for, kernels, pieces, value_columns
-from .pruned import (
+from ...bank import PatchBank
+from ...index import SIBLINGS, IndexedSize
+from ...posterior import PosteriorSum
+from ...windows import Competition, Group
+from .. import reference
+from ..autotune import Configuration, KernelError, first_that_serves, started, wanted
+from ..fused import launch as fused
+from ..fused.rows import BIAS_COLUMNS, cache
+from .device_index import Cells, Queries, Rows, Selection, Span, columns_for, kernels, pieces, value_columns
+from .engine import (
     EDGES,
     FLOOR,
     MOST_CHANNELS,
@@ -40,7 +41,7 @@ from .pruned import (
     _regions,
     _tensors,
 )
-from .tuning import Configuration, KernelError, first_that_serves, started, wanted
+from .recheck import PROPOSED, ROUNDS, Recheck, Sample
 
 TILE = 64
 """Windows of a tile."""

@@ -23,8 +23,8 @@
 #include <utility>
 #include <vector>
 
-#include "simd.h"
-#include "sliding_task.h"
+#include "../common/simd.h"
+#include "../sliding/task.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -206,7 +206,7 @@ PS_INLINE Vector bytes_to_float(const uint8_t* from) {
     return Vector(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
 }
 #define PS_LEVEL 512
-#include "lists_kernel.h"
+#include "kernel-inl.h"
 #undef PS_LEVEL
 }  // namespace avx512
 #if defined(__clang__)
@@ -235,7 +235,7 @@ PS_INLINE Vector bytes_to_float(const uint8_t* from) {
     return both;
 }
 #define PS_LEVEL 256
-#include "lists_kernel.h"
+#include "kernel-inl.h"
 #undef PS_LEVEL
 }  // namespace avx2
 #if defined(__clang__)
@@ -266,7 +266,7 @@ PS_INLINE Vector bytes_to_float(const uint8_t* from) {
     return all;
 }
 #define PS_LEVEL 128
-#include "lists_kernel.h"
+#include "kernel-inl.h"
 #undef PS_LEVEL
 }  // namespace plain
 

@@ -1,6 +1,6 @@
 """The second look of the Triton half of `pruned`: windows that weigh most, as they are in the images.
 
-The same as csrc/lists_recheck.h has for the CPU: a sample of what the scan met is compared pixel by pixel, neighbouring
+The same as lists_recheck.h has for the CPU: a sample of what the scan met is compared pixel by pixel, neighbouring
 pixels propose heavy windows to each other, and exact weights take the place of the scan's.
 """
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..index import IndexedSize
-from ..posterior import PosteriorSum
-from .lists_rows import Cells, Queries, kernels
-from .tuning import started
+from ...index import IndexedSize
+from ...posterior import PosteriorSum
+from ..autotune import started
+from .device_index import Cells, Queries, kernels
 
 ROUNDS = 2
 """How often pixels propose windows to the four beside them (PatchMatch)."""

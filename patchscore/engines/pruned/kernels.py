@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dense import HEADROOM
+from ..fused.kernel import HEADROOM
 
 SIBLINGS = tl.constexpr(16)
 """Cells of a family, as the index has them."""
@@ -737,7 +737,7 @@ DISORDER = tl.constexpr(3.0)
 
 STANDS_OUT = tl.constexpr(9.0)
 """A change of more than three standard deviations is taken for one. This and the next two are fitted on the CPU, whose
-correction is the same (csrc/lists_recheck.h): with them the standard error covers what it should."""
+correction is the same (csrc/pruned/lists_recheck.h): with them the standard error covers what it should."""
 
 CHANGE_DOUBT = tl.constexpr(4.0)
 """Variance that a change adds, in units of the measured one."""

@@ -2,7 +2,7 @@
 
 Stratified sampling over the cells of a PatchIndex. A cell's moments say, in closed form, what weight to expect of its
 windows at a query; the budget is spent in proportion, so near cells are summed whole and far ones by a few windows that
-stand for all (Horvitz & Thompson 1952). The plan and the scan are in C++ (csrc/lists_*); this file says which cells
+stand for all (Horvitz & Thompson 1952). The plan and the scan are in C++ (csrc/pruned/); this file says which cells
 compete at which pixels, and with how many axes and second looks.
 """
 
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..bank import PatchBank
-from ..index import IndexedSize, PatchIndex, Region
-from ..posterior import PosteriorSum
-from ..windows import Competition, Group
-from . import reference, sliding
-from .sliding import _native
+from ...bank import PatchBank
+from ...index import IndexedSize, PatchIndex, Region
+from ...posterior import PosteriorSum
+from ...windows import Competition, Group
+from .. import reference
+from ..sliding import cpu as sliding
+from ..sliding.cpu import _native
 
 DROPPED = 0.02
 """Variance of the axes left out, in units of sigma^2; a log-weight moves by about its root, before the recheck."""

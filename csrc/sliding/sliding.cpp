@@ -15,9 +15,9 @@
 #include <stdexcept>
 #include <thread>
 
-#include "simd.h"
+#include "../common/simd.h"
 #include "sliding.h"
-#include "sliding_task.h"
+#include "task.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -78,7 +78,7 @@ PS_INLINE void exp2_scaled(F (&y)[COUNT], const F (&x)[COUNT], F scale, F) {
     PS_EACH(COUNT) y[i] = fma(y[i], f[i], broadcast(1.000002593e+00f));
     PS_EACH(COUNT) y[i] = _mm512_scalef_ps(y[i], l[i]);
 }
-#include "sliding_kernel.h"
+#include "kernel-inl.h"
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -112,7 +112,7 @@ PS_INLINE void exp2_scaled(F (&y)[COUNT], const F (&x)[COUNT], F scale, F lowest
     PS_EACH(COUNT) y[i] = _mm256_castsi256_ps(_mm256_add_epi32(
         _mm256_castps_si256(y[i]), _mm256_slli_epi32(_mm256_castps_si256(t[i]), 23)));
 }
-#include "sliding_kernel.h"
+#include "kernel-inl.h"
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -152,7 +152,7 @@ PS_INLINE void exp2_scaled(F (&y)[COUNT], const F (&x)[COUNT], F scale, F lowest
         y[i] = F(U32(y[i]) + (U32(t) << 23));
     }
 }
-#include "sliding_kernel.h"
+#include "kernel-inl.h"
 }  // namespace plain
 
 namespace {

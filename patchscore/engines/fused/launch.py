@@ -1,6 +1,6 @@
-"""Engine `fused`: exact to a stated precision on the GPU, in Triton (patchscore/kernels/dense.py).
+"""Engine `fused`: exact to a stated precision on the GPU, in Triton (kernel.py).
 
-Windows become rows of half floats (features.py), and one kernel takes their softmax sums without ever writing a logit.
+Windows become rows of half floats (rows.py), and one kernel takes their softmax sums without ever writing a logit.
 This file cuts the work into launches, merges their partial sums in float64, and falls back where Triton cannot serve.
 """
 
@@ -20,11 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bank import PatchBank
-from ..posterior import PosteriorSum, accumulator_dtype
-from ..windows import Competition, Group
-from . import reference, sliding
-from .features import (
+from ...bank import PatchBank
+from ...posterior import PosteriorSum, accumulator_dtype
+from ...windows import Competition, Group
+from .. import reference
+from ..autotune import Configuration, KernelError, first_that_serves, wanted
+from ..reference import _pixels, _span
+from ..sliding import cpu as sliding
+from .rows import (
     Patches,
     Plan,
     Queries,
@@ -38,8 +41,6 @@ from .features import (
     spectrum_of,
     value_columns,
 )
-from .reference import _pixels, _span
-from .tuning import Configuration, KernelError, first_that_serves, wanted
 
 TOLERANCE = 1e-3
 """Of a denoised pixel, against float64."""
@@ -51,8 +52,8 @@ LARGEST_SPECTRUM = 2048
 
 @functools.cache
 def _kernels() -> ModuleType:
-    """patchscore.kernels.dense; Triton is imported where it is wanted, as it takes its time."""
-    from ..kernels import dense
+    """kernel.py; Triton is imported where it is wanted, as it takes its time."""
+    from . import kernel as dense
 
     return dense
 
@@ -145,7 +146,7 @@ def posterior_sum(
     """Sums over every competing window of every pixel, the denoised pixel within `tolerance` of float64's.
 
     How finely and by how many numbers a window is described follows the smallest sigma of the call; `choose_plan` in
-    features.py states the bound. Whole images (IdealScore) are one matrix product of few queries, which `sliding` takes
+    rows.py states the bound. Whole images (IdealScore) are one matrix product of few queries, which `sliding` takes
     where it is built for CUDA, else torch in float64 (engine `reference`).
 
     Args:

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "sliding.h"
+#include "../sliding/sliding.h"
 
 namespace patchscore {
 

@@ -1,7 +1,7 @@
-"""Engine `sliding`: exact sums straight from the raw images, in C++ and CUDA C++ (csrc/sliding_*).
+"""Engine `sliding`: exact sums straight from the raw images, in C++ and CUDA C++ (csrc/sliding/).
 
 Two windows moved one step together share all but one row or column, so distances slide along diagonals and nothing is
-stored of a bank but its images. This file checks what is asked and passes pointers; sliding_cuda.py serves the GPU.
+stored of a bank but its images. This file checks what is asked and passes pointers; cuda.py serves the GPU.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..bank import PatchBank
-from ..posterior import PosteriorSum
-from ..windows import Axis, Competition
-from . import reference, sliding_cuda
+from ...bank import PatchBank
+from ...posterior import PosteriorSum
+from ...windows import Axis, Competition
+from .. import reference
+from . import cuda as sliding_cuda
 
 try:
     import patchscore._native as _native

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bank import PatchBank
-from ..posterior import accumulator_dtype
-from ..windows import Axis, Competition, Group
-from . import resident
-from .reference import _rows
+from ...bank import PatchBank
+from ...posterior import accumulator_dtype
+from ...windows import Axis, Competition, Group
+from .. import device as resident
+from ..reference import _rows
 
 BIAS_COLUMNS = 3
 PATCH_MULTIPLE = 128

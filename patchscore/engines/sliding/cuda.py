@@ -1,6 +1,6 @@
 """The CUDA half of engine `sliding`: prepares operands, cuts the bank into slabs, starts kernels, adds up their sums.
 
-The kernels (csrc/sliding_cuda.cu) multiply signed bytes, so everything here is counted in steps of a byte pixel:
+The kernels (csrc/sliding/sliding.cu) multiply signed bytes, so everything here is counted in steps of a byte pixel:
 p = 127.5 v - 0.5 is a whole number for a uint8 image, and the noisy image becomes a number of three digits,
 q = h (d0 + d1 / b + d2 / b^2) with h just large enough for the item. All memory is torch's; the library only computes.
 """
@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bank import PatchBank
-from ..posterior import PosteriorSum
-from ..windows import Axis, Competition, Group
-from . import resident
+from ...bank import PatchBank
+from ...posterior import PosteriorSum
+from ...windows import Axis, Competition, Group
+from .. import device as resident
 
 STEPS = 127.5
 """Steps of a byte pixel in a unit of v."""

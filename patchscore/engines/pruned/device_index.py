@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..index import SIBLINGS, IndexedSize
-from .features import BIAS_COLUMNS, cache, cache_limit
+from ...index import SIBLINGS, IndexedSize
+from ..fused.rows import BIAS_COLUMNS, cache, cache_limit
 
 COLUMNS = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256)
 """Numbers of a row: a power of two, or two. A row is a window's leading axes and its bias -|p|^2 / 2 in three parts,
@@ -25,8 +25,8 @@ UPLOADED = 64 * 2**20
 
 @functools.cache
 def kernels() -> ModuleType:
-    """patchscore.kernels.lists; Triton is imported where it is wanted, as it takes its time."""
-    from ..kernels import lists
+    """kernels.py; Triton is imported where it is wanted, as it takes its time."""
+    from . import kernels as lists
 
     return lists
 
