@@ -1,10 +1,15 @@
-# make demo   new images from the built-in data, in out/
-# make test   the test suite
-# make lint   ruff and mypy
-# make docs   what is generated in docs/ and README.md, from the code and from the results of benchmarks
-# make bench  the CPU benchmarks in short, in out-bench/
-# make sanitize   the C++ engines under sanitizers
-# make gpu-check  the tests that need a GPU, then under compute-sanitizer
+# make demo        new images from the built-in data, in out/
+# make test        the test suite
+# make lint        style and types of Python, style of C++, and the files that configure other tools
+# make format      rewrites Python and C++ in the project's style
+# make docs        what is generated in docs/ and README.md, from the code and from the results of benchmarks
+# make site        the documentation site, in site/
+# make bench       the CPU benchmarks in short, in out-bench/
+# make test-triton the tests of the Triton kernels, interpreted and compiled ahead of time, without a GPU
+# make sanitize    the C++ engines under sanitizers
+# make gpu-check   the tests that need a GPU, then under compute-sanitizer
+# make sdist       the source distribution, in dist/
+# make wheel       a wheel for this machine, in dist/; wheel-test installs it into an empty environment and runs it
 # PYTHON=python3.12 picks another interpreter; CONSTRAINTS= drops the pins.
 
 PYTHON ?= python3
@@ -12,8 +17,9 @@ VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/* csrc/*/*)
+CXX_FILES = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(cpp|cu|cuh|h)$$')
 
-.PHONY: demo test lint docs bench sanitize gpu-check clean
+.PHONY: demo test lint format docs site bench test-triton sanitize gpu-check sdist wheel wheel-test clean
 
 # Without a compiler the engine in plain torch serves; fewer training images keep that within minutes too.
 demo: $(VENV)/.installed
@@ -23,17 +29,35 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.installed-test
+lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.citation-file-format --force-filetype yaml CITATION.cff
+
+format: $(VENV)/.installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 docs: $(VENV)/.installed-test
 	$(BIN)/python tools/reference.py
 	$(BIN)/python benchmarks/report.py
 
+# Warnings are errors: a broken link, a page without a place, a parameter documented that there is not.
+site: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.installed-test
 	$(BIN)/patchscore bench
+
+test-triton: $(VENV)/.installed-test
+	$(BIN)/pip install -q $(CONSTRAINTS) 'triton>=3.6'
+	$(BIN)/python -m pytest $$(grep -l needs_triton tests/test_*.py)
 
 # The C++ engines under AddressSanitizer and UBSan, on every instruction set of this machine; some minutes.
 sanitize:
@@ -45,8 +69,27 @@ gpu-check: $(VENV)/.installed-test
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/test_sliding_cuda.py
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/test_sliding_cuda.py
 
+sdist: $(VENV)/.installed-release
+	$(BIN)/python -m build --sdist --outdir dist
+	$(BIN)/twine check --strict dist/*.tar.gz
+
+# On Linux auditwheel gives it the lowest manylinux tag that its symbols allow. Without the CUDA kernels, as published
+# wheels are: PATCHSCORE_CUDA=1 builds them in where nvcc is.
+wheel: $(VENV)/.installed-release
+	rm -rf build/wheel dist/*.whl
+	PATCHSCORE_CUDA=$${PATCHSCORE_CUDA:-0} $(BIN)/python -m build --wheel --outdir build/wheel
+	if [ "$$(uname)" = Linux ]; then PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/*.whl; \
+	    else mkdir -p dist && cp build/wheel/*.whl dist; fi
+	$(BIN)/twine check --strict dist/*.whl
+
+wheel-test: wheel
+	rm -rf build/wheel-env
+	$(PYTHON) -m venv build/wheel-env
+	build/wheel-env/bin/pip install -q $(CONSTRAINTS) dist/*.whl
+	build/wheel-env/bin/python -I tests/wheel.py
+
 clean:
-	rm -rf $(VENV) build out *.egg-info
+	rm -rf $(VENV) build out site dist *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +98,7 @@ $(VENV)/.installed: $(VENV)/bin/python $(INPUTS)
 	$(BIN)/pip install -q $(CONSTRAINTS) -e .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/pip install -q $(CONSTRAINTS) -e '.[test]'
+# What an extra holds, beside the package itself.
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(BIN)/pip install -q $(CONSTRAINTS) -e '.[$*]'
 	touch $@

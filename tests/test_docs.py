@@ -134,14 +134,29 @@ def test_patchscore_commands_run(few_images):
     assert (few_images / "calibrated" / "table.json").exists()
 
 
-def test_other_commands_are_known():
-    import tomllib
+def makefile_targets():
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
-    makefile = (ROOT / "Makefile").read_text()
+
+def test_workflows_run_makefile_targets_only():
+    commands = [
+        command
+        for path in ROOT.glob(".github/workflows/*.yml")
+        for command in re.findall(r"^ *-? *run: *(.+)$", path.read_text(), re.MULTILINE)
+    ]
+    assert commands
+    for command in commands:
+        found = re.fullmatch(r"make ([a-z-]+)( PYTHON=python)?", command)
+        assert found, command
+        assert found[1] in makefile_targets(), command
+
+
+def test_other_commands_are_known():
+    tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for (program, *words), page in commands().items():
         if program == "make":
-            assert re.search(rf"^{words[0]}:", makefile, re.MULTILINE), (page, words)
+            assert words[0] in makefile_targets(), (page, words)
         elif program == "pip" or (program == "python" and words[:2] == ["-m", "pip"]):
             for asked in re.findall(r"\[([\w,]+)\]", " ".join(words)):
                 assert set(asked.split(",")) <= set(extras), (page, words)
@@ -207,8 +222,10 @@ def test_links_and_pictures_lead_somewhere():
                 )
 
 
-def test_the_changelog_starts_with_this_version():
+def test_changelog_and_citation_have_this_version():
     first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert first[1] == ps.__version__
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited[1] == ps.__version__
     done = CliRunner().invoke(main, ["--version"])
     assert done.output.split()[-1] == ps.__version__
