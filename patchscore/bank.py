@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import sources
 from .checks import RANGE_TOLERANCE
+from .pixels import surely_channels_last, to_values
 
 
 class PatchBank:
@@ -53,7 +54,9 @@ class PatchBank:
         doubled = {name for name in self.class_names if self.class_names.count(name) > 1}
         if doubled:
             raise ValueError(f"class_names: {sorted(doubled)[0]!r} names two classes")
-        largest = int(self.labels.max())
+        smallest, largest = int(self.labels.min()), int(self.labels.max())
+        if smallest < 0:
+            raise ValueError(f"class_names: takes labels from 0, got {smallest}")
         if largest >= len(self.class_names):
             raise ValueError(f"class_names: {len(self.class_names)} names for labels up to {largest}")
 
@@ -66,6 +69,10 @@ class PatchBank:
         labels: bool = True,
         limit: int | None = None,
         skip_bad: bool = False,
+        split: str | None = None,
+        image_key: str | None = None,
+        label_key: str | None = None,
+        memory_limit: int | None = None,
     ) -> PatchBank:
         """Reads images from wherever they are; see `patchscore.sources.read`.
 
@@ -78,12 +85,18 @@ class PatchBank:
             labels: whether to read labels where the source has them.
             limit: at most so many images; with labels, as equal a share of every class as there is.
             skip_bad: leave out images that cannot be read, with one warning that counts them.
+            split: which part of a source that comes in parts, such as "train"; a folder with train/ and val/ above its
+                classes needs it.
+            image_key, label_key: the names of images and labels in a source that holds several things.
+            memory_limit: most bytes that the images may take once read; None: the memory of this machine.
 
         Raises:
             ValueError: nothing to read, an unreadable file (named by its path), mixed image sizes without `size`.
             TypeError: a source of a kind that is not taken.
         """
-        images, image_labels, class_names = sources.read(source, size, channels, labels, limit, skip_bad)
+        images, image_labels, class_names = sources.read(
+            source, size, channels, labels, limit, skip_bad, split, image_key, label_key, memory_limit
+        )
         return cls(images, image_labels, class_names)
 
     def __len__(self) -> int:
@@ -147,6 +160,12 @@ class PatchBank:
         known = self.classes
         if isinstance(label, str):
             number = names.index(label) if label in names else _number(label)
+            meant = _number(label)
+            if meant != number and meant in known and number in known:
+                raise ValueError(
+                    f"labels: {label!r} is the name of class {number} and the number of another; give the number as an "
+                    f"int, or the bank other class_names"
+                )
         elif isinstance(label, bool) or not isinstance(label, int):
             raise TypeError(f"labels: got {label!r} of type {type(label).__name__}, takes integers or class names")
         else:
@@ -158,8 +177,7 @@ class PatchBank:
 
     def chunk(self, start: int, stop: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
         """Images start..stop as values in [-1, 1]: [n, C, H, W] in `dtype` on `device`."""
-        raw = self._raw(start, stop).to(device)
-        return raw.to(dtype) / 127.5 - 1 if raw.dtype == torch.uint8 else raw.to(dtype)
+        return to_values(self._raw(start, stop).to(device), dtype)
 
     def _raw(self, start: int, stop: int) -> Tensor:
         return self.images[start:stop] if self.indices is None else self.images[self.indices[start:stop]]
@@ -182,6 +200,10 @@ def _as_images(images: Any) -> Tensor:
         raise TypeError(f"images: got dtype {images.dtype}, takes uint8 or floating point in [-1, 1]")
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images: got shape {list(images.shape)}, takes [N, C, H, W] with nothing empty")
+    if surely_channels_last(tuple(images.shape)):
+        raise ValueError(
+            f"images: shape {list(images.shape)} has its channels last, takes [N, C, H, W]; PatchBank.open takes both"
+        )
     images = images.detach()
     if images.dtype == torch.uint8:
         return images.contiguous()

@@ -75,6 +75,17 @@ def test_only_four_axes_with_nothing_empty_are_taken(shape, dtype):
             PatchBank(images)
 
 
+@pytest.mark.parametrize("shape", [(8, 32, 32, 3), (8, 5, 32, 1), (1, 9, 5, 4)])
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_channels_last_is_refused_with_the_remedy(shape, kind):
+    images = kind(pixels(*shape))
+    with pytest.raises(
+        ValueError, match=r"images: shape .* has its channels last, takes .* PatchBank\.open takes both"
+    ):
+        PatchBank(images)
+    assert PatchBank.open(images).shape == (shape[3], *shape[1:3])
+
+
 @QUICK
 @given(
     st.one_of(hnp.integer_dtypes(), hnp.unsigned_integer_dtypes(), hnp.complex_number_dtypes(), hnp.boolean_dtypes())
@@ -115,6 +126,11 @@ def test_too_few_class_names_are_refused():
         PatchBank(pixels(3, 1, 4, 4), [0, 1, 2], ["a", "b"])
 
 
+def test_class_names_need_labels_from_zero():
+    with pytest.raises(ValueError, match="class_names: takes labels from 0, got -5"):
+        PatchBank(pixels(3, 1, 4, 4), [-5, 0, 1], ["a", "b"])
+
+
 # select.
 
 
@@ -146,6 +162,15 @@ def test_class_name_goes_before_number():
     numbers = PatchBank(pixels(3, 1, 4, 4), [0, 1, 2], ["0", "1", "10"])
     assert numbers.select("10").labels.tolist() == [2]
     assert numbers.select("2").labels.tolist() == [2]
+
+
+def test_text_that_is_a_name_and_another_classes_number_is_refused():
+    bank = PatchBank(pixels(4, 1, 4, 4), [0, 1, 2, 2], ["1", "2", "eel"])
+    with pytest.raises(ValueError, match="labels: '1' is the name of class 0 and the number of another"):
+        bank.select("1")
+    assert bank.select(1).labels.tolist() == [1]
+    assert bank.select("0").labels.tolist() == [0]
+    assert bank.select([0, 2]).select("1").labels.tolist() == [0]
 
 
 @pytest.mark.parametrize("label", [1, -1, 99, "fox", "bee", "--2", "\N{SUPERSCRIPT TWO}", "", 2**70])

@@ -1,5 +1,6 @@
 import gzip
 import io
+import json
 import re
 import struct
 import warnings
@@ -98,8 +99,8 @@ def test_hidden_and_other_files_are_ignored(tmp_path):
     save(tmp_path / ".cache" / "a.png", random_pixels(8, 8))
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     (tmp_path / "cat" / "folder.png").mkdir()
-    (tmp_path / "empty").mkdir()
-    images, _, names = sources.read(tmp_path)
+    with pytest.warns(UserWarning, match=r"left out: 1 \.txt$"):
+        images, _, names = sources.read(tmp_path)
     np.testing.assert_array_equal(images, pixels)
     assert names == ("cat",)
 
@@ -295,6 +296,158 @@ def test_damaged_images_give_a_bank_or_a_value_error(tmp_path, data):
         bank_or_value_error(tmp_path / "set", tmp_path / "set")
 
 
+# What paths say of labels.
+
+
+def image_at(path):
+    return save(path, random_pixels(8, 8, 3))
+
+
+def edm_folder(folder, labels, count=20):
+    """A dataset as EDM's dataset_tool.py unpacks it: a folder for every thousand images, and dataset.json."""
+    entries = []
+    for i in range(count):
+        name = f"{i // 10:05d}/img{i:08d}.png"
+        image_at(folder / name)
+        entries.append([name, labels(i)])
+    (folder / "dataset.json").write_text(json.dumps({"labels": entries}))
+
+
+@pytest.mark.parametrize("label", [lambda i: i % 3, lambda i: [float(i % 3 == c) for c in range(3)]])
+def test_labels_of_dataset_json_go_before_folders(tmp_path, label):
+    edm_folder(tmp_path, label)
+    _, labels, names = sources.read(tmp_path)
+    assert labels.tolist() == [i % 3 for i in range(20)]
+    assert names is None
+
+
+def test_dataset_json_without_labels_has_none(tmp_path):
+    edm_folder(tmp_path, int)
+    (tmp_path / "dataset.json").write_text('{"labels": null}')
+    assert sources.read(tmp_path)[1] is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[",
+        "[" * 100_000,
+        "3",
+        '{"labels": 3}',
+        '{"labels": [3]}',
+        '{"labels": [["a.png", 0]]}',
+        '{"labels": [[[], 1]]}',
+    ],
+)
+def test_dataset_json_of_wrong_content_is_refused_by_name(tmp_path, content):
+    edm_folder(tmp_path, int)
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(ValueError, match=one_line_about(tmp_path / "dataset.json")):
+        sources.read(tmp_path)
+    assert sources.read(tmp_path, labels=False)[1] is None
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ("Train", "test", "valid"), ("train",)])
+def test_splits_above_classes_are_asked_about(tmp_path, splits):
+    for split in splits:
+        for name in ("cat", "dog"):
+            image_at(tmp_path / split / name / "a.png")
+    with pytest.raises(ValueError, match=rf"{splits[0]}.*pass split='{splits[0]}' \(on the command line --split"):
+        sources.read(tmp_path)
+    bank = PatchBank.open(tmp_path, split=splits[0])
+    assert (len(bank), bank.class_names) == (2, ("cat", "dog"))
+    with pytest.raises(ValueError, match="split: got 'other', holds"):
+        sources.read(tmp_path, split="other")
+
+
+def test_split_of_a_source_without_splits_is_refused(tmp_path):
+    class_folder(tmp_path, {"cat": 1, "train": 1})
+    assert sources.read(tmp_path)[2] == ("cat", "train")
+    for source in (tmp_path, random_pixels(4, 8, 8), [random_pixels(8, 8)], "fashion-mnist"):
+        with pytest.raises(ValueError, match=r"split: got 'train', but .* has no splits"):
+            sources.read(source, split="train")
+
+
+def test_folders_named_by_numbers_have_those_labels(tmp_path):
+    pixels = {}
+    for c in (0, 1, 2, 9, 10, 11):
+        pixels[c] = random_pixels(8, 8, 3)
+        save(tmp_path / str(c) / "a.png", pixels[c])
+    bank = PatchBank.open(tmp_path)
+    for c in pixels:
+        for label in (c, str(c)):
+            np.testing.assert_array_equal(bank.select(label).chunk(0, 1)[0], to_values(pixels[c]))
+    assert bank.classes == (0, 1, 2, 9, 10, 11)
+
+
+def to_values(pixels):
+    return pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - 1
+
+
+def test_numbers_with_leading_zeros_keep_their_names_and_words_their_order(tmp_path):
+    for name in ("00", "02", "10"):
+        image_at(tmp_path / "padded" / name / "a.png")
+    _, labels, names = sources.read(tmp_path / "padded")
+    assert labels.tolist() == [0, 2, 10]
+    assert [names[i] for i in labels] == ["00", "02", "10"]
+    for name in ("1", "01", "2"):  # one number for two folders
+        image_at(tmp_path / "doubled" / name / "a.png")
+    assert sources.read(tmp_path / "doubled")[2] == ("01", "1", "2")
+    for name in ("20240131", "3", "20231231"):  # too large to be labels
+        image_at(tmp_path / "dates" / name / "a.png")
+    assert sources.read(tmp_path / "dates")[2] == ("3", "20231231", "20240131")
+
+
+def test_class_without_images_keeps_its_number(tmp_path):
+    image_at(tmp_path / "cat" / "a.png")
+    image_at(tmp_path / "emu" / "a.png")
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "clip.mov").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"no images|left out") as caught:
+        _, labels, names = sources.read(tmp_path)
+    assert labels.tolist() == [0, 2]
+    assert names == ("cat", "dog", "emu")
+    texts = sorted(str(warning.message) for warning in caught)
+    assert texts == [f"{tmp_path}: left out: 1 .mov", f"{tmp_path}: no images of class dog"]
+
+
+def test_files_left_out_are_counted_by_suffix(tmp_path):
+    image_at(tmp_path / "a.png")
+    for name in ("b.mov", "c.MOV", "d.txt", "README"):
+        (tmp_path / name).write_bytes(b"no image")
+    with pytest.warns(
+        UserWarning, match=r"left out: 2 \.mov, 1 \.txt and 1 README$|left out: 2 \.mov, 1 README and 1 \.txt$"
+    ):
+        sources.read(tmp_path)
+
+
+def test_one_folder_around_the_classes_is_no_class(tmp_path):
+    for name in ("cat", "dog"):
+        image_at(tmp_path / "photos" / name / "a.png")
+    assert sources.read(tmp_path)[2] == ("cat", "dog")
+
+
+# Axes.
+
+
+def test_one_image_is_one_image():
+    image = random_pixels(9, 8, 3)
+    images = sources.read(image)[0]
+    np.testing.assert_array_equal(images, image.transpose(2, 0, 1)[None])
+    assert sources.read(image[..., :1])[0].shape == (1, 1, 9, 8)
+    assert sources.read(image[..., 0][None])[0].shape == (1, 1, 9, 8)
+    with pytest.raises(
+        ValueError, match=r"shape \[3, 9, 8\] is one colour image or three gray ones; give \[1, 3, 9, 8\]"
+    ):
+        sources.read(image.transpose(2, 0, 1))
+    # A file of gray images by its format, or by its labels, is what it says.
+    labelled = {"images": random_pixels(3, 9, 8), "labels": [0, 1, 2]}
+    assert sources.read(labelled)[0].shape == (3, 1, 9, 8)
+    with pytest.raises(ValueError, match=r"shape \[8, 9\], takes .*one gray image is \[1, H, W\]"):
+        sources.read(random_pixels(8, 9))
+
+
 # limit.
 
 
@@ -346,7 +499,7 @@ def test_bad_arguments_are_named(arguments, error, text):
         sources.read("fashion-mnist", **arguments)
 
 
-@pytest.mark.parametrize("source", [None, 3, b"photos", {"train": [1]}, {1, 2}, iter([1])])
+@pytest.mark.parametrize("source", [None, 3, b"photos", {1, 2}])
 def test_sources_of_other_kinds_are_type_errors(source):
     with pytest.raises(TypeError, match="source: got"):
         sources.read(source)
@@ -359,7 +512,7 @@ def test_sources_of_other_kinds_are_type_errors(source):
     ("shape", "read_shape"),
     [
         ((5, 9, 8), (5, 1, 9, 8)),
-        ((5, 9, 3), (5, 1, 9, 3)),
+        ((5, 9, 2), (5, 1, 9, 2)),
         ((1, 1, 1), (1, 1, 1, 1)),
         ((5, 3, 9, 8), (5, 3, 9, 8)),
         ((5, 9, 8, 3), (5, 3, 9, 8)),
@@ -406,7 +559,7 @@ def test_npz_keys(tmp_path, keys):
         {},
         {"images": random_pixels(4, 8, 8), "labels": np.zeros(3, dtype=int)},
         {"images": random_pixels(4, 8, 8), "labels": np.zeros(4)},
-        {"images": random_pixels(4, 8, 8), "labels": np.array(["a"] * 4)},
+        {"images": random_pixels(4, 8, 8), "labels": np.array([0, -5, 1, 0]), "class_names": np.array(["a", "b"])},
         {"images": random_pixels(4, 8, 8), "labels": np.full(4, 2**64 - 1, dtype=np.uint64)},
         {"images": random_pixels(4, 8, 8), "labels": np.array([0, 1, 2, 3]), "class_names": np.array(["a"])},
         {"images": np.full((4, 8, 8), "x")},
@@ -425,6 +578,34 @@ def test_npz_of_wrong_content_is_refused_by_name(tmp_path, arrays):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises((ValueError, TypeError), match=one_line_about(tmp_path / "a.npz")):
         PatchBank.open(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    "labels", [["eel", "ant", "eel", "bee"], np.array(["eel", "ant", "eel", "bee"])], ids=["list", "array"]
+)
+def test_texts_are_labels_numbered_in_their_order(tmp_path, labels):
+    pixels = random_pixels(4, 8, 8)
+    np.savez(tmp_path / "a.npz", images=pixels, labels=np.array(labels))
+    items = [{"image": image, "label": label} for image, label in zip(pixels, labels, strict=True)]
+    for source in (tmp_path / "a.npz", {"image": pixels, "label": labels}, items):
+        _, numbers, names = sources.read(source)
+        assert (numbers.tolist(), names) == ([2, 0, 2, 1], ("ant", "bee", "eel"))
+    # The numbers do not depend on how much is read.
+    assert sources.read(items, limit=3)[1:][1] == ("ant", "bee", "eel")
+    with pytest.raises(ValueError, match=r"source\[1\]: a label that is a number, where others are texts"):
+        sources.read([(pixels[0], "ant"), (pixels[1], 3)])
+
+
+def test_one_hot_labels_are_the_classes(tmp_path):
+    pixels, one_hot = random_pixels(4, 8, 8), np.eye(3)[[2, 0, 2, 1]]
+    np.savez(tmp_path / "a.npz", images=pixels, labels=one_hot)
+    items = list(zip(pixels, torch.from_numpy(one_hot), strict=True))
+    for source in (tmp_path / "a.npz", {"images": torch.from_numpy(pixels), "labels": one_hot}, items):
+        assert sources.read(source)[1].tolist() == [2, 0, 2, 1]
+    several = {"images": pixels, "labels": np.ones((4, 3))}
+    with pytest.raises(ValueError, match=r"labels of shape \[4, 3\] that are not one-hot.*labels=False"):
+        sources.read(several)
+    assert sources.read(several, labels=False)[1] is None
 
 
 @pytest.mark.parametrize("dtype", ["int64", "int16", ">u4", "int32"])
@@ -750,7 +931,6 @@ def test_gray_among_colour_is_colour():
         ([np.zeros((8, 8), dtype=np.uint8), None], TypeError, r"source\[1\]: got NoneType"),
         ([{"text": 1}], TypeError, r"source\[0\]: got a dict of \['text'\]"),
         ([(1, 2, 3)], TypeError, r"source\[0\]: got 3 things"),
-        ([(np.zeros((8, 8), dtype=np.uint8), "cat")], TypeError, r"source\[0\]: got a label of type str"),
         ([(np.zeros((8, 8), dtype=np.uint8), 1.5)], TypeError, r"source\[0\]: got a label of type float"),
         ([(np.zeros((8, 8), dtype=np.uint8), 2**70)], TypeError, r"source\[0\]: got a label of type int"),
         ([np.zeros((8, 9, 7), dtype=np.uint8)], ValueError, r"source\[0\]: in shape \[8, 9, 7\]"),

@@ -1,0 +1,90 @@
+"""IDX files, as MNIST and Fashion-MNIST are distributed, plain or gzipped.
+
+An IDX file is two zero bytes, a type, the number of axes, each axis as a big-endian uint32, then the values.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .arrays import array_source
+from .source import Source, Wanted, named
+from .tree import integers
+
+_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_DEFLATE_RATIO = 1032
+"""What deflate can shrink at most; a gzipped header that declares more than this is wrong before reading on."""
+
+
+_SPLITS = {"train": "train", "test": "t10k"}
+
+
+def idx_folder(folder: Path, wanted: Wanted) -> Source | None:
+    """The images of a folder that holds MNIST's files; None if it does not."""
+    found = {}
+    for split, prefix in _SPLITS.items():
+        names = (f"{prefix}-images{mark}idx3-ubyte{suffix}" for mark in "-." for suffix in ("", ".gz"))
+        path = next((folder / name for name in names if os.path.isfile(folder / name)), None)
+        if path is not None:
+            found[split] = path
+    return idx_file(found[wanted.choose_split(str(folder), found, "train")], wanted) if found else None
+
+
+def idx_file(path: Path, wanted: Wanted) -> Source:
+    """The images of one file, with the labels of the file beside it by the MNIST naming (images-idx3, labels-idx1)."""
+    images = _values(path)
+    if images.ndim not in (3, 4):
+        raise ValueError(f"{path}: IDX of {images.ndim} axes, images take 3 or 4")
+    label_path = _labels_beside(path) if wanted.labels else None
+    if label_path is None:
+        return array_source(str(path), images, gray=True)
+    with named(label_path):
+        labels = integers(_values(label_path), len(images))
+    return array_source(str(path), images, labels, gray=True)
+
+
+def _labels_beside(path: Path) -> Path | None:
+    name, found = re.subn(r"images([-.])idx\d", r"labels\1idx1", path.name.removesuffix(".gz"))
+    candidates = [path.with_name(name + suffix) for suffix in ("", ".gz")] if found else []
+    if path.suffix == ".gz":
+        candidates.reverse()
+    return next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
+
+
+def _values(path: Path) -> np.ndarray:
+    with named(path):
+        with open(path, "rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rb") if zipped else open(path, "rb") as file:
+            return _parsed(file, os.path.getsize(path) * (_DEFLATE_RATIO if zipped else 1))
+
+
+def _parsed(file: Any, most_bytes: int) -> np.ndarray:
+    magic = file.read(4)
+    if len(magic) < 4 or magic[:2] != b"\x00\x00" or magic[2] not in _TYPES or not magic[3]:
+        raise ValueError(f"not an IDX file (it starts with {magic.hex(' ') or 'nothing'})")
+    header = file.read(4 * magic[3])
+    if len(header) < 4 * magic[3]:
+        raise ValueError("IDX header is cut short")
+    shape = tuple(int(n) for n in np.frombuffer(header, dtype=">u4"))
+    dtype = np.dtype(_TYPES[magic[2]])
+    declared = math.prod(shape) * dtype.itemsize
+    if declared > most_bytes:
+        raise ValueError(f"IDX header declares {declared} bytes of values {list(shape)}, more than the file can hold")
+    values = memoryview(bytearray(declared))
+    position = 0
+    while position < declared:
+        got = file.readinto(values[position : position + (1 << 24)])
+        if not got:
+            raise ValueError(f"IDX file is cut short: {position} of {declared} bytes of values {list(shape)}")
+        position += got
+    if file.read(1):
+        raise ValueError(f"IDX file goes on after the {declared} bytes of values {list(shape)} that it declares")
+    return np.frombuffer(values, dtype=dtype).reshape(shape)

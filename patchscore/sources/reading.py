@@ -1,0 +1,295 @@
+"""Reads a source into one array: chooses which items to take, loads them, and brings them to one size and type.
+
+No source is held at full size beside its resized copy unless it came as one array.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from .. import checks
+from .image import Prepared, Span, prepared
+from .opening import opened
+from .source import Source, UnreadableImage, Wanted
+
+Images = tuple[np.ndarray, "np.ndarray | None", "tuple[str, ...] | None"]
+
+
+def read(
+    source: Any,
+    size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    labels: bool = True,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    split: str | None = None,
+    image_key: str | None = None,
+    label_key: str | None = None,
+    memory_limit: int | None = None,
+) -> Images:
+    """Reads images [N, C, H, W] (uint8, or float32 in [-1, 1]), labels [N] int64 or None, and class names or None.
+
+    docs/data.md lists the sources and how their labels and axes are read.
+
+    Integers are pixels from 0 to 255. Floats are pixels in [-1, 1], with one exception: where all values of a source
+    are multiples of 1/255 from 0 to 1, even ones among them, they are 8-bit images as torchvision's ToTensor leaves
+    them, and go back to uint8 unchanged. (In [-1, 1] an 8-bit pixel u / 127.5 - 1 is an odd multiple of 1/255.) Any
+    other source without a negative value could be either, and is refused.
+
+    Args:
+        source: a path, an array, a dict of arrays or columns, a dataset, an iterable, or the name of a built-in set.
+        size: size x size or (height, width). Images of another aspect ratio are cropped about their centre to the
+            target's, then resized with PIL's bilinear filter; None keeps the size, which must then be the same for all.
+        channels: 1 or 3 converts to gray (ITU-R 601 luma) or RGB. None keeps them, RGB where gray and RGB are mixed.
+        labels: whether to read labels where the source has them.
+        limit: at most so many images: the first ones, and with labels the first ones of every class, as equal a share
+            of each as there is. The order is kept.
+        skip_bad: leave out images that cannot be read (not whole files of another kind), with one warning.
+        split: which part of a source that comes in parts: "train", "test", "val" or as the source names them.
+        image_key, label_key: the names of images and labels in a source that holds several things.
+        memory_limit: most bytes that the images may take once read; None: the memory of this machine.
+
+    Raises:
+        ValueError: nothing to read, something unreadable (named by its path), mixed image sizes without `size`, a
+            source of several parts without `split`, or more than `memory_limit`.
+        TypeError: a source or an argument of a type that is not taken.
+        ImportError: a source that an optional package reads, which is not installed; names the extra to install.
+    """
+    target = _checked_size(size)
+    if channels is not None and (isinstance(channels, bool) or channels not in (1, 3)):
+        raise ValueError(f"channels: got {channels!r}, takes 1, 3 or None")
+    limit = None if limit is None else checks.integer("limit", limit, at_least=1)
+    most = _memory_of_machine() if memory_limit is None else checks.integer("memory_limit", memory_limit, at_least=1)
+    for name, value in (("split", split), ("image_key", image_key), ("label_key", label_key)):
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name}: got {value!r}, takes a text")
+    with warnings.catch_warnings():
+        # Pillow warns of images beyond 89 million pixels; ours are refused by name beyond MOST_PIXELS.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        found = opened(source, Wanted(labels, limit, split, image_key, label_key))
+        if found.count == 0:
+            raise ValueError(f"{found.name}: no images found")
+        collected = _Collected(found.name, found.count if limit is None else min(limit, found.count), most)
+        item_labels, taken, bad = _load(found, collected, target, channels, limit, skip_bad)
+    if not taken:
+        raise ValueError(f"{found.name}: none of its {found.count} images can be read; the first: {bad[min(bad)]}")
+    if bad:
+        shown = "; ".join(str(bad[i]) for i in sorted(bad)[:3]) + ("; ..." if len(bad) > 3 else "")
+        warnings.warn(f"{found.name}: left out {len(bad)} images that cannot be read: {shown}", stacklevel=3)
+
+    order = np.argsort(taken)
+    images = collected.finish()
+    if (np.diff(order) < 0).any():
+        images = images[order]
+    if not labels or all(label is None for label in item_labels):
+        return images, None, None
+    if None in item_labels:
+        missing = taken[item_labels.index(None)]
+        raise ValueError(f"{found.item_name(missing)}: no label, where other images have one; or pass labels=False")
+    numbers, names = _numbered(item_labels, taken, found)
+    return images, numbers[order], names if names and 0 <= numbers.min() <= numbers.max() < len(names) else None
+
+
+def _load(
+    source: Source,
+    collected: _Collected,
+    size: tuple[int, int] | None,
+    channels: int | None,
+    limit: int | None,
+    skip_bad: bool,
+) -> tuple[list[Any], list[int], dict[int, UnreadableImage]]:
+    """Puts the images to take into `collected`; returns their labels, their item numbers, and the bad ones."""
+
+    def load(i: int) -> Prepared | UnreadableImage:
+        try:
+            image, label = source.item(i)
+            return prepared(image, source.item_name(i), label, size, channels)
+        except UnreadableImage as error:
+            return error
+
+    # Which items to take: without the bad ones, of which some only show when their turn comes.
+    item_labels: list[Any] = []
+    taken: list[int] = []
+    bad: dict[int, UnreadableImage] = {}
+    while True:
+        good = np.array([i for i in range(source.count) if i not in bad], dtype=np.int64)
+        known = set(taken)
+        wanted = [i for i in _fair_share(good, source.labels, limit).tolist() if i not in known]
+        if not wanted:
+            return item_labels, taken, bad
+        with closing(_map(load, wanted, source)) as loaded:
+            for i, result in zip(wanted, loaded, strict=True):
+                if isinstance(result, UnreadableImage):
+                    if not skip_bad:
+                        raise ValueError(str(result)) from result.__cause__
+                    bad[i] = result
+                else:
+                    collected.add(result, source.item_name(i))
+                    item_labels.append(result.label)
+                    taken.append(i)
+
+
+def _numbered(labels: list[Any], taken: list[int], source: Source) -> tuple[np.ndarray, tuple[str, ...] | None]:
+    """Labels as numbers, and the names of the classes. Texts are numbered in their order, numbers stay."""
+    texts = {label for label in labels if isinstance(label, str)}
+    if not texts:
+        return np.array([_label_number(n, source.item_name(i)) for n, i in zip(labels, taken, strict=True)]), (
+            source.class_names
+        )
+    odd = next((i for label, i in zip(labels, taken, strict=True) if not isinstance(label, str)), None)
+    if odd is not None:
+        raise ValueError(f"{source.item_name(odd)}: a label that is a number, where others are texts")
+    names = source.class_names
+    if names is None or not texts <= set(names):
+        names = tuple(sorted(texts))
+    number = {name: i for i, name in enumerate(names)}
+    return np.array([number[label] for label in labels], dtype=np.int64), names
+
+
+def _label_number(label: Any, name: str) -> int:
+    try:
+        return int(np.int64(operator.index(label)))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise TypeError(
+            f"{name}: got a label of type {type(label).__name__}, takes an integer or a text; or pass labels=False"
+        ) from None
+
+
+# The arguments.
+
+
+def _checked_size(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    if isinstance(size, (tuple, list)):
+        if len(size) != 2:
+            raise ValueError(f"size: got {size!r}, takes a number or (height, width)")
+        return checks.integer("size", size[0], at_least=1), checks.integer("size", size[1], at_least=1)
+    side = checks.integer("size", size, at_least=1)
+    return side, side
+
+
+def _memory_of_machine() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 40
+
+
+# Which items are taken, and how they are loaded.
+
+
+def _fair_share(items: np.ndarray, labels: np.ndarray | None, limit: int | None) -> np.ndarray:
+    """The items to take, at most `limit`, in order: the first of every class before the second of any, and so on."""
+    if limit is None or len(items) <= limit:
+        return items
+    if labels is None:
+        return items[:limit]
+    classes = labels[items]
+    by_class = np.argsort(classes, kind="stable")
+    rank = np.empty(len(items), dtype=np.int64)
+    rank[by_class] = np.arange(len(items)) - np.searchsorted(classes[by_class], classes[by_class])
+    return items[np.sort(np.lexsort((classes, rank))[:limit])]
+
+
+def _map(load: Callable[[int], Any], items: Sequence[int], source: Source) -> Generator[Any, None, None]:
+    """load(i) for all items, in order, on the source's threads, under a progress bar."""
+    bar = tqdm(total=len(items), desc="reading images", unit="image", delay=2, disable=None, leave=False)
+    pool = ThreadPoolExecutor(source.threads) if source.threads > 1 else None
+    try:
+        for result in map(load, items) if pool is None else pool.map(load, items):
+            bar.update()
+            yield result
+    finally:
+        bar.close()
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+# All images: one array.
+
+
+class _Collected:
+    """Images of one shape, collected in one array as they come."""
+
+    def __init__(self, source: str, capacity: int, most_bytes: int):
+        self.source = source
+        self.capacity = capacity
+        self.most_bytes = most_bytes
+        self.filled = 0
+        self.array: np.ndarray = np.empty((0, 0, 0, 0), dtype=np.uint8)
+        self.span: Span | None = None
+        self.first_name = ""
+
+    def add(self, image: Prepared, name: str) -> None:
+        pixels = image.pixels
+        if self.filled == 0:
+            self._check_memory(pixels.shape, pixels.dtype)
+            self.array = np.empty((self.capacity, *pixels.shape), dtype=pixels.dtype)
+            self.first_name, self.span = name, image.span
+        self._check_same_size(pixels, name)
+        self._merge_span(image.span, name)
+        # Gray among RGB is RGB.
+        if (pixels.shape[0], self.array.shape[1]) == (1, 3):
+            pixels = np.repeat(pixels, 3, axis=0)
+        elif (pixels.shape[0], self.array.shape[1]) == (3, 1):
+            self._check_memory(pixels.shape, self.array.dtype)
+            self.array = np.repeat(self.array, 3, axis=1)
+        # Multiples of 1/255 among other floats are floats.
+        if pixels.dtype == np.uint8 and self.array.dtype != np.uint8:
+            pixels = pixels.astype(np.float32) / 255
+        elif pixels.dtype != np.uint8 and self.array.dtype == np.uint8:
+            self._check_memory(self.array.shape[1:], np.dtype(np.float32))
+            self.array = self.array.astype(np.float32) / 255
+        self.array[self.filled] = pixels
+        self.filled += 1
+
+    def _check_memory(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        needed = self.capacity * math.prod(shape) * dtype.itemsize
+        if needed > self.most_bytes:
+            raise ValueError(
+                f"{self.source}: {self.capacity} images of {' x '.join(map(str, shape))} take {needed / 1e9:.3g} GB, "
+                f"more than the memory limit of {self.most_bytes / 1e9:.3g} GB; pass size or limit (on the command "
+                f"line --size, --limit)"
+            )
+
+    def _check_same_size(self, pixels: np.ndarray, name: str) -> None:
+        here, there = pixels.shape, self.array.shape[1:]
+        if here[1:] != there[1:]:
+            raise ValueError(
+                f"mixed image sizes: {self.first_name} is {there[1]} x {there[2]} (height x width), {name} is "
+                f"{here[1]} x {here[2]}; pass size (on the command line --size) to bring all to one"
+            )
+        if here[0] != there[0] and {here[0], there[0]} != {1, 3}:
+            raise ValueError(f"mixed channels: {self.first_name} has {there[0]}, {name} has {here[0]}")
+
+    def _merge_span(self, span: Span | None, name: str) -> None:
+        if (span is None) != (self.span is None):
+            kinds = ("8-bit", "floating point") if span is None else ("floating point", "8-bit")
+            raise ValueError(f"{name}: {kinds[0]} image among {kinds[1]} ones")
+        if span is not None and self.span is not None:
+            low, high = min(span.low, self.span.low), max(span.high, self.span.high)
+            self.span = Span(low, high, span.has_even or self.span.has_even)
+
+    def finish(self) -> np.ndarray:
+        images = self.array[: self.filled]
+        if self.span is None or self.span.low < 0:
+            return images
+        if images.dtype == np.uint8 and self.span.has_even and self.span.low < self.span.high:
+            return images
+        raise ValueError(
+            f"{self.source}: floating point values from {self.span.low:.4g} to {self.span.high:.4g} could mean [0, 1] "
+            f"or [-1, 1]; scale them to [-1, 1] (2 x - 1, in torchvision Normalize(0.5, 0.5)), or where they are that "
+            f"already, pass the array to PatchBank itself"
+        )
