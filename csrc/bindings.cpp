@@ -62,8 +62,7 @@ bool interrupted() {
 }
 
 // patch_size, circular, groups, and m, s, s2, v to add to.
-using CompetitionArguments =
-    std::tuple<int, bool, py::buffer, py::buffer, py::buffer, py::buffer, py::buffer>;
+using CompetitionArguments = std::tuple<int, bool, py::buffer, py::buffer, py::buffer, py::buffer, py::buffer>;
 
 patchscore::Competition competition_of(const CompetitionArguments& arguments, const std::vector<py::ssize_t>& shape) {
     const auto& [patch_size, circular, groups, m, s, s2, v] = arguments;
@@ -287,7 +286,8 @@ PYBIND11_MODULE(_native, module) {
                "Adds the posterior sums of z [B, C, H, W] over images [N, C, H, W] to those of competitions, a list of "
                "(patch_size, circular, groups, m, s, s2, v): m, s, s2 [B, 1, H, W], v [B, C, H, W]; groups [G, 8] are "
                "rows and columns as (first query, end, first window, end), -1 locks.");
-    module.def("scan_lists", &scan_lists, py::arg("scans"), py::arg("threads"), py::arg("simd"),
-               "Estimates the posterior sums of windows from a share of the cells; a scan is a dictionary of what struct "
-               "Scan in csrc/lists.h holds.");
+    module.def(
+        "scan_lists", &scan_lists, py::arg("scans"), py::arg("threads"), py::arg("simd"),
+        "Estimates the posterior sums of windows from a share of the cells; a scan is a dictionary of what struct "
+        "Scan in csrc/lists.h holds.");
 }

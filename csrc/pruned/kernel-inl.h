@@ -1,27 +1,80 @@
-// The scan of one cell, compiled once per instruction set: included inside namespace PS_SIMD, which brings
-// half_to_float, bytes_to_float, QT and VT, queries and vectors of windows at a time, and SPLIT.
+// The scan of one cell, compiled once per level (each-level-inl.h).
 //
 // A lane is a window. A cell's windows are turned to float once for all of its queries, sixteen beside each other, and
 // queries' features broadcast against them. They lie in random order, so a lane of a query's sums is a random group of
 // the cell; what the lanes scatter is what the scan's error is estimated from.
 
-typedef float F __attribute__((vector_size(64)));
-typedef int32_t I __attribute__((vector_size(64)));
-typedef uint32_t U __attribute__((vector_size(64)));
+#define PS_LANES 16
+#include "../common/vector-inl.h"
+
+// Queries and vectors of windows at a time, and parts of a sum, that keep the registers and the multiply-add units busy.
+#if PS_LEVEL == 512
+constexpr int QT = 4, VT = 3, SPLIT = 2;
+#elif PS_LEVEL == 256
+constexpr int QT = 2, VT = 2, SPLIT = 1;
+#else
+constexpr int QT = 2, VT = 1, SPLIT = 1;
+#endif
+
+// Sixteen half floats, and sixteen bytes, as floats. Half floats without hardware: the exponent moves over, subnormals
+// come out of a product.
+#if PS_LEVEL == 512
+PS_INLINE F half_to_float(const uint16_t* from) {
+    return F(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+}
+PS_INLINE F bytes_to_float(const uint8_t* from) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return F(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
+}
+#elif PS_LEVEL == 256
+PS_INLINE F half_to_float(const uint16_t* from) {
+    const __m256 x[2] = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))),
+                         _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8)))};
+    F both;
+    __builtin_memcpy(&both, x, sizeof both);
+    return both;
+}
+PS_INLINE F bytes_to_float(const uint8_t* from) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m256 x[2] = {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+                         _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+    F both;
+    __builtin_memcpy(&both, x, sizeof both);
+    return both;
+}
+#else
+PS_INLINE F half_to_float(const uint16_t* from) {
+    float to[LANES];
+    for (int d = 0; d < LANES; ++d) {
+        const uint32_t bits = uint32_t(from[d] & 0x7fff) << 13 | uint32_t(from[d] & 0x8000) << 16;
+        float x;
+        std::memcpy(&x, &bits, sizeof x);
+        to[d] = x * 0x1p112f;
+    }
+    F all;
+    __builtin_memcpy(&all, to, sizeof all);
+    return all;
+}
+PS_INLINE F bytes_to_float(const uint8_t* from) {
+    F all;
+    for (int i = 0; i < LANES; ++i) all[i] = float(from[i]);
+    return all;
+}
+#endif
 
 // The sum of each of LANES vectors, as `transpose` and an addition of all rows would give it.
 PS_INLINE F sums_of(F (&x)[LANES]) {
-    PS_UNROLL16 for (int i = 0; i < 8; ++i) {
+    PS_UNROLL for (int i = 0; i < 8; ++i) {
         const F a = x[i], b = x[i + 8];
         x[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
                __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
     }
-    PS_UNROLL16 for (int i = 0; i < 4; ++i) {
+    PS_UNROLL for (int i = 0; i < 4; ++i) {
         const F a = x[i], b = x[i + 4];
         x[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
                __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
     }
-    PS_UNROLL16 for (int i = 0; i < 2; ++i) {
+    PS_UNROLL for (int i = 0; i < 2; ++i) {
         const F a = x[i], b = x[i + 2];
         x[i] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
                __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
@@ -30,50 +83,6 @@ PS_INLINE F sums_of(F (&x)[LANES]) {
     return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
            __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
-
-PS_INLINE F broadcast(float x) { return F{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-PS_INLINE F load(const float* at) {
-    F x;
-    __builtin_memcpy(&x, at, sizeof x);
-    return x;
-}
-PS_INLINE void store(float* at, F x) { __builtin_memcpy(at, &x, sizeof x); }
-PS_INLINE bool any(I mask) {
-    I m = mask;
-    int32_t all = 0;
-    for (int i = 0; i < LANES; ++i) all |= m[i];
-    return all != 0;
-}
-#if PS_LEVEL == 512
-PS_INLINE bool any_above(F a, F b) { return _mm512_cmp_ps_mask(__m512(a), __m512(b), _CMP_GT_OQ) != 0; }
-PS_INLINE unsigned above(F a, F b) { return _mm512_cmp_ps_mask(__m512(a), __m512(b), _CMP_GT_OQ); }
-PS_INLINE F exp2f_(F x) {  // 2^x to 2.6e-6 for x <= 64; 0 far below
-    const __m512 l = __m512(x), f = _mm512_reduce_ps(l, 9);
-    F y = broadcast(1.353416792e-02f) * F(f) + 5.201146061e-02f;
-    y = y * F(f) + 2.414427569e-01f;
-    y = y * F(f) + 6.930038345e-01f;
-    y = y * F(f) + 1.000002593e+00f;
-    return F(_mm512_scalef_ps(__m512(y), l));
-}
-#else
-PS_INLINE bool any_above(F a, F b) { return any(a > b); }
-PS_INLINE unsigned above(F a, F b) {
-    const I mask = a > b;
-    unsigned bits = 0;
-    for (int i = 0; i < LANES; ++i) bits |= unsigned(mask[i] & 1) << i;
-    return bits;
-}
-PS_INLINE F exp2f_(F x) {
-    constexpr float ROUND = 12582912.f;  // 1.5 * 2^23
-    x = x > -126.f ? x : broadcast(-126.f);
-    const F t = x + ROUND, f = x - (t - ROUND);
-    F y = broadcast(9.570101911e-03f) * f + 5.591786032e-02f;
-    y = y * f + 2.402474483e-01f;
-    y = y * f + 6.931218147e-01f;
-    y = y * f + 9.999992614e-01f;
-    return F(I(y) + (I(t) << 23));
-}
-#endif
 
 PS_INLINE float sum_of(F x) {
     x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -84,24 +93,24 @@ PS_INLINE float sum_of(F x) {
 
 // rows [LANES][LANES] -> columns, by halves, quarters, ..
 PS_INLINE void transpose(F (&x)[LANES]) {
-    PS_UNROLL16 for (int i = 0; i < 8; ++i) {
+    PS_UNROLL for (int i = 0; i < 8; ++i) {
         const F a = x[i], b = x[i + 8];
         x[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
         x[i + 8] = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
     }
-    PS_UNROLL16 for (int j = 0; j < 8; ++j) {
+    PS_UNROLL for (int j = 0; j < 8; ++j) {
         const int i = (j & 3) + (j & 4) * 2;
         const F a = x[i], b = x[i + 4];
         x[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
         x[i + 4] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
     }
-    PS_UNROLL16 for (int j = 0; j < 8; ++j) {
+    PS_UNROLL for (int j = 0; j < 8; ++j) {
         const int i = (j & 1) + (j & 6) * 2;
         const F a = x[i], b = x[i + 2];
         x[i] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
         x[i + 2] = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
     }
-    PS_UNROLL16 for (int j = 0; j < 8; ++j) {
+    PS_UNROLL for (int j = 0; j < 8; ++j) {
         const int i = 2 * j;
         const F a = x[i], b = x[i + 1];
         x[i] = __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
@@ -119,12 +128,12 @@ PS_INLINE void product_tile(const float* a, int64_t a_pitch, const float* b, int
     for (int64_t d = 0; d < depth; ++d, b += columns) {
         F x[VECTORS];
         for (int v = 0; v < VECTORS; ++v) x[v] = load(b + v * LANES);
-        PS_UNROLL16 for (int i = 0; i < ROWS; ++i) {
+        PS_UNROLL for (int i = 0; i < ROWS; ++i) {
             const F y = broadcast(a[i * a_pitch + d]);
             for (int v = 0; v < VECTORS; ++v) sum[i][v] += y * x[v];
         }
     }
-    PS_UNROLL16 for (int i = 0; i < ROWS; ++i)
+    PS_UNROLL for (int i = 0; i < ROWS; ++i)
         for (int v = 0; v < VECTORS; ++v) store(out + i * columns + v * LANES, sum[i][v]);
 }
 
@@ -191,24 +200,24 @@ PS_INLINE void scan_tile(const CellTask& t, Run<C>* runs, int entry, int first, 
     const F scale = broadcast(t.scale);
     // Each sum in SPLIT parts, so that even few of them keep the multiply-add units busy.
     F dot[Q][V], odd[Q][V];
-    PS_UNROLL16 for (int v = 0; v < V; ++v)
+    PS_UNROLL for (int v = 0; v < V; ++v)
         for (int i = 0; i < Q; ++i) dot[i][v] = -load(t.block_squares + w + v * LANES), odd[i][v] = F{};
     const float* q[Q];
-    PS_UNROLL16 for (int i = 0; i < Q; ++i) q[i] = runs[entry + i].q;
+    PS_UNROLL for (int i = 0; i < Q; ++i) q[i] = runs[entry + i].q;
     for (int64_t d = 0; d + SPLIT <= r; d += SPLIT) {
         F x[V], z[V];
-        PS_UNROLL16 for (int v = 0; v < V; ++v) {
+        PS_UNROLL for (int v = 0; v < V; ++v) {
             x[v] = load(p + (int64_t(v) * r + d) * LANES);
             if (SPLIT > 1) z[v] = load(p + (int64_t(v) * r + d + 1) * LANES);
         }
-        PS_UNROLL16 for (int i = 0; i < Q; ++i)
+        PS_UNROLL for (int i = 0; i < Q; ++i)
             for (int v = 0; v < V; ++v) {
                 dot[i][v] += x[v] * q[i][d];
                 if (SPLIT > 1) odd[i][v] += z[v] * q[i][d + 1];
             }
     }
     if (SPLIT > 1)
-        PS_UNROLL16 for (int i = 0; i < Q; ++i)
+        PS_UNROLL for (int i = 0; i < Q; ++i)
             for (int v = 0; v < V; ++v) {
                 if (r % 2) dot[i][v] += load(p + (int64_t(v) * r + r - 1) * LANES) * q[i][r - 1];
                 dot[i][v] += odd[i][v];
@@ -216,7 +225,7 @@ PS_INLINE void scan_tile(const CellTask& t, Run<C>* runs, int entry, int first, 
 
     F lanes;
     for (int i = 0; i < LANES; ++i) lanes[i] = float(i);
-    PS_UNROLL16 for (int i = 0; i < Q; ++i) {
+    PS_UNROLL for (int i = 0; i < Q; ++i) {
         Run<C>& run = runs[entry + i];
         if (PS_RARELY(first + w + V * LANES > run.take))
             for (int v = 0; v < V; ++v)
@@ -237,7 +246,7 @@ PS_INLINE void scan_tile(const CellTask& t, Run<C>* runs, int entry, int first, 
                 run.m = m, lowest = m - t.negligible;
                 set_cut(t, t.entries[entry + i], run);
             }
-            F e = exp2f_((dot[i][v] - run.m) * scale);
+            F e = exp2((dot[i][v] - run.m) * scale);
             e = dot[i][v] > lowest ? e : F{};  // as where all are, so that company changes nothing
             const F weight = t.counts ? e * load(t.block_counts + at) : e;
             run.y[0] += weight;
@@ -338,7 +347,7 @@ PS_INLINE void unpack(const CellTask& t, int first, int count) {
         for (int d = 0; d < r; d += LANES) {
             F x[LANES];
             // Beyond the last axis other numbers follow, at the end of the file sixteen zeros.
-            PS_UNROLL16 for (int i = 0; i < LANES; ++i) x[i] = half_to_float(rows[i] + d);
+            PS_UNROLL for (int i = 0; i < LANES; ++i) x[i] = half_to_float(rows[i] + d);
             transpose(x);
             const int axes = r - d < LANES ? r - d : LANES;
             for (int j = 0; j < axes; ++j) {
@@ -463,7 +472,7 @@ static void exponentials(const float* expected, int64_t cells, float top, float*
         F x = (load(expected + c) - top) * BITS;
         x = x > -115.f ? x : broadcast(-115.f);
         x = x < 0.f ? x : F{};
-        store(share + c, exp2f_(x));
+        store(share + c, exp2(x));
     }
 }
 
@@ -509,18 +518,18 @@ static int64_t choose_parents(ParentsTask& t, int32_t* chosen) {
 template <int Q>
 PS_INLINE void foresee_tile(const Foreseeing* asked, int rank, const float* weights) {
     F a[Q], b[Q];
-    PS_UNROLL16 for (int i = 0; i < Q; ++i) a[i] = load(weights), b[i] = load(weights + LANES);
+    PS_UNROLL for (int i = 0; i < Q; ++i) a[i] = load(weights), b[i] = load(weights + LANES);
     weights += 2 * LANES;
     for (int d = 0; d < rank; ++d, weights += 4 * LANES) {
         const F linear = load(weights), square = load(weights + LANES);
         const F linear2 = load(weights + 2 * LANES), square2 = load(weights + 3 * LANES);
-        PS_UNROLL16 for (int i = 0; i < Q; ++i) {
+        PS_UNROLL for (int i = 0; i < Q; ++i) {
             const F x = broadcast(asked[i].q[d]);
             a[i] += (linear + square * x) * x;
             b[i] += (linear2 + square2 * x) * x;
         }
     }
-    PS_UNROLL16 for (int i = 0; i < Q; ++i) store(asked[i].to, a[i]), store(asked[i].to + LANES, b[i]);
+    PS_UNROLL for (int i = 0; i < Q; ++i) store(asked[i].to, a[i]), store(asked[i].to + LANES, b[i]);
 }
 
 static void foresee(const Foreseeing* asked, int64_t count, int rank, const float* weights) {
@@ -547,7 +556,7 @@ static float shares_and_scores(const CellsTask& t, float* share, float* score, f
     const auto exponential = [](F x) {
         x = x * BITS;
         x = x > -115.f ? x : broadcast(-115.f);
-        return exp2f_(x < 0.f ? x : F{});
+        return exp2(x < 0.f ? x : F{});
     };
     F sum = F{};
     for (int64_t f = 0; f < t.families; ++f) {
@@ -605,7 +614,7 @@ static int64_t plan_cells_of(CellsTask& t, Planned* planned) {
             F bits = (load(t.foreseen + 2 * c + LANES) - t.top2) * BITS;
             bits = bits < 60.f ? bits : broadcast(60.f);
             bits = bits > -115.f ? bits : broadcast(-115.f);
-            variance = (n > 0.f) & (variance > 0.f) ? variance * exp2f_(bits) : F{};
+            variance = (n > 0.f) & (variance > 0.f) ? variance * exp2(bits) : F{};
             unseen[0] += variance;
             for (int k = 0; k < C; ++k) {
                 const float* const moments = t.moments + first * 2 * C;

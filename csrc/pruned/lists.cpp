@@ -9,36 +9,19 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <exception>
-#include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <new>
-#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "../common/memory.h"
 #include "../common/simd.h"
+#include "../common/threads.h"
 #include "../sliding/task.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#define PS_INLINE static inline __attribute__((always_inline))
-#define PS_RARELY(condition) __builtin_expect(condition, 0)
-#if defined(__clang__)
-#define PS_UNROLL16 _Pragma("unroll")
-#else
-#define PS_UNROLL16 _Pragma("GCC unroll 16")
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
 
 namespace patchscore {
 
@@ -189,86 +172,8 @@ struct ListLevel {
 
 }  // namespace
 
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx2,fma,f16c")
-#endif
-namespace avx512 {
-constexpr int QT = 4, VT = 3, SPLIT = 2;
-PS_INLINE Vector half_to_float(const uint16_t* from) {
-    return Vector(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
-}
-PS_INLINE Vector bytes_to_float(const uint8_t* from) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return Vector(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
-}
-#define PS_LEVEL 512
-#include "kernel-inl.h"
-#undef PS_LEVEL
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-namespace avx2 {
-constexpr int QT = 2, VT = 2, SPLIT = 1;
-PS_INLINE Vector half_to_float(const uint16_t* from) {
-    const __m256 x[2] = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))),
-                         _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8)))};
-    Vector both;
-    __builtin_memcpy(&both, x, sizeof both);
-    return both;
-}
-PS_INLINE Vector bytes_to_float(const uint8_t* from) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    const __m256 x[2] = {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
-                         _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
-    Vector both;
-    __builtin_memcpy(&both, x, sizeof both);
-    return both;
-}
-#define PS_LEVEL 256
-#include "kernel-inl.h"
-#undef PS_LEVEL
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif  // x86-64
-
-namespace plain {
-constexpr int QT = 2, VT = 1, SPLIT = 1;
-// Half floats without hardware: the exponent moves over, subnormals come out of a product.
-PS_INLINE Vector half_to_float(const uint16_t* from) {
-    float to[LANES];
-    for (int d = 0; d < LANES; ++d) {
-        const uint32_t bits = uint32_t(from[d] & 0x7fff) << 13 | uint32_t(from[d] & 0x8000) << 16;
-        float x;
-        std::memcpy(&x, &bits, sizeof x);
-        to[d] = x * 0x1p112f;
-    }
-    Vector all;
-    __builtin_memcpy(&all, to, sizeof all);
-    return all;
-}
-PS_INLINE Vector bytes_to_float(const uint8_t* from) {
-    Vector all;
-    for (int i = 0; i < LANES; ++i) all[i] = float(from[i]);
-    return all;
-}
-#define PS_LEVEL 128
-#include "kernel-inl.h"
-#undef PS_LEVEL
-}  // namespace plain
+#define PS_KERNEL "../pruned/kernel-inl.h"
+#include "../common/each-level-inl.h"
 
 namespace {
 
@@ -295,20 +200,6 @@ int64_t padded(int64_t count) {
     return (count + LANES - 1) / LANES * LANES;
 }
 
-template <typename T>
-class Aligned {
-    T* memory;
-
-public:
-    explicit Aligned(int64_t count)
-        : memory(static_cast<T*>(::operator new(size_t(count) * sizeof(T), std::align_val_t(64)))) {}
-    ~Aligned() { ::operator delete(memory, std::align_val_t(64)); }
-    Aligned(Aligned&& other) noexcept : memory(std::exchange(other.memory, nullptr)) {}
-    Aligned(const Aligned&) = delete;
-    Aligned& operator=(const Aligned&) = delete;
-    T* get() const { return memory; }
-};
-
 }  // namespace
 
 }  // namespace patchscore
@@ -323,37 +214,16 @@ namespace {
 
 // Threads that serve lists of work, one list after the other, each with its own scratch.
 class Crew {
+    ThreadPool pool;
     std::vector<Workspace> spaces;
-    Interrupt& interrupt;
 
 public:
-    Crew(int threads, Interrupt& interrupt) : spaces(size_t(std::max(1, threads))), interrupt(interrupt) {}
+    Crew(int threads, Interrupt& interrupt) : pool(threads, interrupt), spaces(size_t(pool.size())) {}
 
     template <typename Work, typename Act>
     void serve(const std::vector<Work>& work, Act act) {
-        std::atomic<size_t> next{0};
-        std::exception_ptr failure;
-        std::mutex mutex;
-        const auto serve = [&](size_t thread) noexcept {
-            const bool calling = thread == 0;
-            try {
-                for (size_t w; (w = next++) < work.size() && !interrupt.stopped(calling);)
-                    act(work[w], spaces[thread], calling);
-            } catch (...) {
-                const std::lock_guard<std::mutex> lock(mutex);
-                if (!failure) failure = std::current_exception();
-                interrupt.stop = true;
-            }
-        };
-        std::vector<std::thread> others;
-        try {
-            for (size_t i = 1; i < spaces.size() && i < work.size(); ++i) others.emplace_back([&, i] { serve(i); });
-        } catch (const std::system_error&) {
-            // No more threads to be had: those that started serve.
-        }
-        serve(0);
-        for (std::thread& other : others) other.join();
-        if (failure) std::rethrow_exception(failure);
+        pool.each(int64_t(work.size()),
+                  [&](int64_t w, int thread) { act(work[size_t(w)], spaces[size_t(thread)], thread == 0); });
     }
 };
 

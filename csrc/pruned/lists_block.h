@@ -8,13 +8,6 @@ namespace patchscore {
 
 namespace {
 
-// Aligned pointer into a vector that is large enough.
-float* room(std::vector<float>& memory, int64_t count) {
-    if (int64_t(memory.size()) < count + LANES) memory.resize(size_t(count + LANES));
-    const auto at = reinterpret_cast<uintptr_t>(memory.data());
-    return memory.data() + (64 - at % 64) % 64 / sizeof(float);
-}
-
 constexpr int AT_ONCE = 48;          // queries whose weights are foreseen together ..
 constexpr int64_t FAMILIES_AT_ONCE = 24000;  // .. as long as they have no more families in all
 
@@ -25,13 +18,14 @@ struct Families {
     float top;                       // log of the greatest weight expected of a parent
     double far[1 + MOST_CHANNELS];   // what is foreseen of other parents, relative to that
     std::vector<int32_t> parents;
-    std::vector<float> memory;
-    float* foreseen() { return room(memory, count * 2 * SIBLINGS); }  // [families, 2, SIBLINGS] log E[w], log E[w^2]
+    Buffer<float> memory;
+    float* foreseen() { return memory.room(count * 2 * SIBLINGS); }  // [families, 2, SIBLINGS] log E[w], log E[w^2]
 };
 
 // A thread's scratch, for regions of any size.
 struct Workspace {
-    std::vector<float> flat, squares, parents, parent_share, ranked, share, score, competing, block, runs;
+    std::vector<float> flat, squares;
+    Buffer<float> parents, parent_share, ranked, share, score, competing, block, runs;
     std::array<Families, AT_ONCE> foreseen;
     std::vector<Foreseeing> asked;
     std::vector<int64_t> first_asked;
@@ -43,7 +37,7 @@ struct Workspace {
 // A range of cells, and what is found there: one thread reads it for all queries of a block.
 struct Stretch {
     std::vector<float> m;            // [queries] references of the sums
-    Aligned<float> sums;             // [queries, LANES]
+    Buffer<float> sums;             // [queries, LANES]
     std::vector<Samples> samples;    // [queries]
     std::vector<Entry> entries;
     std::vector<int64_t> first_entry;
@@ -106,7 +100,7 @@ public:
         project(begin, end, space);
         const int rank = scan.foreseen_rank;
         space.squares.resize(size_t(AT_ONCE * 2 * rank));
-        float* const parents = room(space.parents, AT_ONCE * region.parent_row);
+        float* const parents = space.parents.room(AT_ONCE * region.parent_row);
         for (int i = begin; i < end; i += AT_ONCE) {
             if (interrupt.stopped(calling)) return;
             const int some = std::min(AT_ONCE, end - i);
@@ -267,7 +261,7 @@ private:
 
     void choose(const float* of_parents, Families& families, Workspace& space) {
         const float parent_top = level.greatest(of_parents, region.parent_competing.data(), region.parent_row);
-        float* const parent_share = room(space.parent_share, region.parent_row);
+        float* const parent_share = space.parent_share.room(region.parent_row);
         level.exponentials(of_parents, region.parent_row, parent_top, parent_share);
         double all, rising;
         level.windows_taken(parent_share, region.parent_competing.data(), region.parent_row, 1, 0, all, rising);
@@ -286,7 +280,7 @@ private:
             // At low noise weights are foreseen badly: about so many at least, by the rank among one parent in so many.
             const int64_t step = 1 + region.parents / 384, some = (region.parents + step - 1) / step;
             const int64_t rank = std::min(some - 1, int64_t(least * double(some)));
-            float* const ranked = room(space.ranked, some);
+            float* const ranked = space.ranked.room(some);
             for (int64_t i = 0; i < some; ++i)
                 ranked[i] = parent_share[i * step] * region.parent_competing[size_t(i * step)];
             std::nth_element(ranked, ranked + rank, ranked + some, std::greater<float>());
@@ -302,8 +296,8 @@ private:
 
     void plan_query(int i, Families& f, Workspace& space) {
         const int64_t families = f.count, cells = families * SIBLINGS;
-        float *const share = room(space.share, cells), *const score = room(space.score, cells);
-        float* const competing = room(space.competing, cells);
+        float *const share = space.share.room(cells), *const score = space.score.room(cells);
+        float* const competing = space.competing.room(cells);
         CellsTask t{};
         t.share = share, t.score = score, t.competing = competing, t.foreseen = f.foreseen();
         t.all_competing = lists.competing, t.parents = f.parents.data();
@@ -431,8 +425,8 @@ private:
         t.q = q, t.m = stretch.m.data(), t.sums = stretch.sums.get(), t.calibration = calibration.data();
         t.negligible = float(NEGLIGIBLE_BITS / bits), t.rise = float(16 / bits);
         t.samples = stretch.samples.data(), t.recheck = recheck, t.luck = luck.data();
-        t.runs = room(space.runs, largest * RUN_FLOATS);
-        t.block = room(space.block, BLOCK * (scan.used_rank + 2 + channels));
+        t.runs = space.runs.room(largest * RUN_FLOATS);
+        t.block = space.block.room(BLOCK * (scan.used_rank + 2 + channels));
         t.block_squares = t.block + BLOCK * scan.used_rank, t.block_counts = t.block_squares + BLOCK;
         t.block_values = t.block_counts + BLOCK;
         space.luck.resize(BLOCK);

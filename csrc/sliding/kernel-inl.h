@@ -1,13 +1,13 @@
-// The sliding kernel, compiled once per instruction set: included inside namespace PS_SIMD, which brings vectors F.
+// The sliding kernel, compiled once per level (each-level-inl.h).
 //
 // A squared window distance is a sum over k columns and k rows of squared pixel differences. Along a diagonal both sums
 // slide: a window of k steps is a suffix of one block of k steps plus a prefix of the next (van Herk), so any k costs
 // three additions an axis. Nothing is ever subtracted, so a small distance carries no rounding left by large ones.
 
+#include "../common/vector-inl.h"
+
 // a + b on the multiplication pipe: where additions would wait for each other while it idles.
-PS_INLINE F plus(F a, F b) {
-    return fma(a, broadcast(1.f), b);
-}
+PS_INLINE F plus(F a, F b) { return fma(a, broadcast(1.f), b); }
 
 // Rows outside: the noisy image wraps or is zero; a training row is only asked for outside where both are zero.
 PS_INLINE const float* query_row(const Task& t, int row) {
@@ -51,10 +51,10 @@ PS_INLINE void squares(F (&e)[U], const float* q, const float* p, int channels) 
 
 // What a row of horizontal window sums h does to the vertical sums.
 enum Into {
-    SET,          // to = h
-    ADD,          // to = from + h
-    SET_KEEP,     // to = keep = h
-    ADD_KEEP,     // to = from + h, keep = h
+    SET,       // to = h
+    ADD,       // to = from + h
+    SET_KEEP,  // to = keep = h
+    ADD_KEEP,  // to = from + h, keep = h
 };
 
 struct Rows {
@@ -98,8 +98,7 @@ PS_INLINE void slide(const Task& t, const Panel& panel, const Diagonals& d, cons
             F e[U], h[U];
             squares<C, U>(e, q + x * n, p + int64_t(x) * n * LANES, n);
             PS_EACH(U) h[i] = K > 1 ? plus(sums[HELD - 1][i], e[i]) : e[i];
-            for (int held = HELD - 1; held > 0; --held)
-                PS_EACH(U) sums[held][i] = sums[held - 1][i] + e[i];
+            for (int held = HELD - 1; held > 0; --held) PS_EACH(U) sums[held][i] = sums[held - 1][i] + e[i];
             PS_EACH(U) sums[0][i] = e[i];
             if (x >= K - 1) emit(x - K + 1, h);
         }
@@ -196,7 +195,7 @@ static void slide_row(const Task& t, const Panel& panel, int query, int window, 
 
 // Makes `to`, a squared distance, the query's reference and rescales its sums to it.
 static void refer_to(const Task& t, double to, float* lanes, int pixel) {
-    const double factor = exp2((to - t.reference[pixel]) * double(t.scale));
+    const double factor = std::exp2((to - t.reference[pixel]) * double(t.scale));
     double* sums = t.sums + int64_t(pixel) * (2 + t.channels);
     for (int part = 0; part < 2 + t.channels; ++part) {
         const double by = part == 1 ? factor * factor : factor;
@@ -222,7 +221,7 @@ template <int C>
 struct Query {
     float* lanes;
     int pixel;
-    bool distant;          // so far from all windows that float32 distances are not exact enough
+    bool distant;            // so far from all windows that float32 distances are not exact enough
     F reference, far, near;  // distances beyond `far` weigh nothing, nearer than `near` too much
     F s, s2, v[C ? C : 1];
 };
@@ -306,7 +305,7 @@ PS_COLD bool weigh_exactly(const Task& t, int pixel, F far, const F* distance, i
             if (!(each[lane] < limit[0])) continue;
             const double exact = exact_distance(t, pixel, (values - t.p) / (t.channels * LANES) + i, lane);
             if (exact < t.reference[pixel]) refer_to(t, exact, lanes, pixel);
-            const double w = exp2((t.reference[pixel] - exact) * double(t.scale));
+            const double w = std::exp2((t.reference[pixel] - exact) * double(t.scale));
             sums[0] += w;
             sums[1] += w * w;
             for (int c = 0; c < t.channels; ++c)
@@ -321,8 +320,7 @@ template <int C, int COUNT>
 PS_INLINE void weigh(Query<C>& query, const Task& t, const Scale& by, const F (&distance)[COUNT], const float* values) {
     const int n = C ? C : t.channels;
     F nearest = distance[0];
-    if (COUNT == 4)
-        nearest = minimum(minimum(distance[0], distance[1]), minimum(distance[2], distance[3]));
+    if (COUNT == 4) nearest = minimum(minimum(distance[0], distance[1]), minimum(distance[2], distance[3]));
     if (!any_above(query.far, nearest)) return;
     F x[COUNT], w[COUNT];
     if (PS_RARELY(query.distant || any_above(query.near, nearest))) {
@@ -380,8 +378,7 @@ static void evaluate(const Task& t, const Panel& panel, const float* const (&sta
             for (int entry = 0; entry < entries; entry += GROUP) {
                 F distance[GROUP];
                 PS_EACH(GROUP) distance[i] = load(state[0] + at + (entry + i) * LANES);
-                for (int row = 1; row < ROWS; ++row)
-                    PS_EACH(GROUP) {
+                for (int row = 1; row < ROWS; ++row) PS_EACH(GROUP) {
                         const F more = load(state[row] + at + (entry + i) * LANES);
                         distance[i] = row % 2 ? plus(more, distance[i]) : distance[i] + more;
                     }
@@ -552,10 +549,14 @@ static void panel_of_channels(const Task& t, const Panel& panel) {
 
 static void panel_entry(const Task& t, const Panel& panel) {
     switch (t.channels) {
-        case 1: return panel_of_channels<1>(t, panel);
-        case 3: return panel_of_channels<3>(t, panel);
-        case 4: return panel_of_channels<4>(t, panel);
-        default: return panel_of_channels<0>(t, panel);
+        case 1:
+            return panel_of_channels<1>(t, panel);
+        case 3:
+            return panel_of_channels<3>(t, panel);
+        case 4:
+            return panel_of_channels<4>(t, panel);
+        default:
+            return panel_of_channels<0>(t, panel);
     }
 }
 
@@ -619,7 +620,7 @@ static void whole_entry(const WholeTask& t) {
         m = t.logits[i] > m ? t.logits[i] : m;
     }
     for (int i = 0; i < t.count; ++i) {
-        const double w = exp(t.logits[i] - m);
+        const double w = std::exp(t.logits[i] - m);
         t.weights[i] = float(w);
         s += w;
         s2 += w * w;

@@ -1,159 +1,28 @@
 // The sliding engine on the CPU: cuts a problem into units, spreads them over threads, merges the results in order.
 //
-// A unit is one chunk of training images against one or a few noisy images, in every competition of a pass. Chunks depend on the bank alone and are
-// merged in their order, so the numbers are the same for any thread count and in any batch.
+// A unit is one chunk of training images against one or a few noisy images, in every competition of a pass. Chunks
+// depend on the bank alone and are merged in their order, so the numbers are the same for any thread count and in any
+// batch.
+#include "sliding.h"
+
 #include <algorithm>
 #include <cmath>
 #include <condition_variable>
-#include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <limits>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <stdexcept>
-#include <thread>
 
+#include "../common/memory.h"
 #include "../common/simd.h"
-#include "sliding.h"
+#include "../common/threads.h"
 #include "task.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for a mistake.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
-#define PS_INLINE static inline __attribute__((always_inline))
-#define PS_LAMBDA __attribute__((always_inline))
-#define PS_RARELY(condition) __builtin_expect(condition, 0)
-#define PS_COLD static __attribute__((noinline, cold))
-#if defined(__clang__)
-#define PS_UNROLL _Pragma("unroll")
-#else
-#define PS_UNROLL _Pragma("GCC unroll 8")
-#endif
-
-// One operation on each of a few independent vectors: written next to each other, their latencies overlap.
-#define PS_EACH(count) PS_UNROLL for (int i = 0; i < (count); ++i)
 
 namespace patchscore {
 
-// The kernel once per instruction set. exp2_scaled(x, scale, lowest) is 2^(max(x, lowest) scale) to 2.6e-6: with n the
-// nearest integer, found by adding a number so large that no fraction is left, 2^f is a polynomial and n goes straight
-// into the exponent.
-#define PS_EXP2_COEFFICIENTS \
-    constexpr float C0 = 9.999992614e-01f, C1 = 6.931218147e-01f, C2 = 2.402474483e-01f, C3 = 5.591786032e-02f, \
-                    C4 = 9.570101911e-03f, ROUND = 12582912.f;  // 1.5 * 2^23
-
-#if defined(__x86_64__)
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx2,fma")
-#endif
-namespace avx512 {
-using F = __m512;
-constexpr int LANES = 16;
-PS_INLINE F load(const float* at) { return _mm512_load_ps(at); }
-PS_INLINE void store(float* at, F x) { _mm512_store_ps(at, x); }
-PS_INLINE F broadcast(float x) { return _mm512_set1_ps(x); }
-PS_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-PS_INLINE F maximum(F a, F b) { return _mm512_max_ps(a, b); }
-PS_INLINE F minimum(F a, F b) { return _mm512_min_ps(a, b); }
-PS_INLINE bool any_above(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
-template <int COUNT>
-PS_INLINE void exp2_scaled(F (&y)[COUNT], const F (&x)[COUNT], F scale, F) {
-    F f[COUNT], l[COUNT];
-    PS_EACH(COUNT) l[i] = x[i] * scale;
-    PS_EACH(COUNT) f[i] = _mm512_reduce_ps(l[i], 9);  // l - floor(l); scalef gives 2^floor(l), and 0 far below
-    PS_EACH(COUNT) y[i] = fma(broadcast(1.353416792e-02f), f[i], broadcast(5.201146061e-02f));
-    PS_EACH(COUNT) y[i] = fma(y[i], f[i], broadcast(2.414427569e-01f));
-    PS_EACH(COUNT) y[i] = fma(y[i], f[i], broadcast(6.930038345e-01f));
-    PS_EACH(COUNT) y[i] = fma(y[i], f[i], broadcast(1.000002593e+00f));
-    PS_EACH(COUNT) y[i] = _mm512_scalef_ps(y[i], l[i]);
-}
-#include "kernel-inl.h"
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-using F = __m256;
-constexpr int LANES = 8;
-PS_EXP2_COEFFICIENTS
-PS_INLINE F load(const float* at) { return _mm256_load_ps(at); }
-PS_INLINE void store(float* at, F x) { _mm256_store_ps(at, x); }
-PS_INLINE F broadcast(float x) { return _mm256_set1_ps(x); }
-PS_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-PS_INLINE F maximum(F a, F b) { return _mm256_max_ps(a, b); }
-PS_INLINE F minimum(F a, F b) { return _mm256_min_ps(a, b); }
-PS_INLINE bool any_above(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
-template <int COUNT>
-PS_INLINE void exp2_scaled(F (&y)[COUNT], const F (&x)[COUNT], F scale, F lowest) {
-    F l[COUNT], t[COUNT], f[COUNT];
-    PS_EACH(COUNT) l[i] = maximum(x[i], lowest);
-    PS_EACH(COUNT) t[i] = fma(l[i], scale, broadcast(ROUND));
-    PS_EACH(COUNT) f[i] = fma(l[i], scale, broadcast(ROUND) - t[i]);
-    PS_EACH(COUNT) y[i] = fma(broadcast(C4), f[i], broadcast(C3));
-    PS_EACH(COUNT) y[i] = fma(y[i], f[i], broadcast(C2));
-    PS_EACH(COUNT) y[i] = fma(y[i], f[i], broadcast(C1));
-    PS_EACH(COUNT) y[i] = fma(y[i], f[i], broadcast(C0));
-    PS_EACH(COUNT) y[i] = _mm256_castsi256_ps(_mm256_add_epi32(
-        _mm256_castps_si256(y[i]), _mm256_slli_epi32(_mm256_castps_si256(t[i]), 23)));
-}
-#include "kernel-inl.h"
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif  // x86-64
-
-namespace plain {
-typedef float F __attribute__((vector_size(16)));
-typedef int32_t I __attribute__((vector_size(16)));
-typedef uint32_t U32 __attribute__((vector_size(16)));
-constexpr int LANES = 4;
-PS_EXP2_COEFFICIENTS
-PS_INLINE F load(const float* at) { return *reinterpret_cast<const F*>(at); }
-PS_INLINE void store(float* at, F x) { *reinterpret_cast<F*>(at) = x; }
-PS_INLINE F broadcast(float x) { return F{x, x, x, x}; }
-PS_INLINE F fma(F a, F b, F c) { return a * b + c; }
-PS_INLINE F choose(I mask, F a, F b) { return F((I(a) & mask) | (I(b) & ~mask)); }
-PS_INLINE F maximum(F a, F b) { return choose(a > b, a, b); }
-PS_INLINE F minimum(F a, F b) { return choose(a < b, a, b); }
-PS_INLINE bool any_above(F a, F b) {
-    const I above = a > b;
-    return (above[0] | above[1] | above[2] | above[3]) != 0;
-}
-template <int COUNT>
-PS_INLINE void exp2_scaled(F (&y)[COUNT], const F (&x)[COUNT], F scale, F lowest) {
-    PS_EACH(COUNT) {
-        const F l = maximum(x[i], lowest) * scale;
-        const F t = l + broadcast(ROUND);
-        const F f = l - (t - broadcast(ROUND));
-        y[i] = fma(broadcast(C4), f, broadcast(C3));
-        y[i] = fma(y[i], f, broadcast(C2));
-        y[i] = fma(y[i], f, broadcast(C1));
-        y[i] = fma(y[i], f, broadcast(C0));
-        y[i] = F(U32(y[i]) + (U32(t) << 23));
-    }
-}
-#include "kernel-inl.h"
-}  // namespace plain
+#define PS_KERNEL "../sliding/kernel-inl.h"
+#include "../common/each-level-inl.h"
 
 namespace {
 
@@ -165,44 +34,11 @@ const Level LEVELS[] = {
     {"plain", plain::LANES, plain::pack_entry, plain::panel_entry, plain::whole_entry},
 };
 
-// Weights below 2^-126 are nothing here, and slow: rounds them to zero while it lives.
-class FlushSubnormals {
-#if defined(__x86_64__)
-    unsigned saved = _mm_getcsr();
-
-public:
-    FlushSubnormals() { _mm_setcsr(saved | 0x8040); }
-    ~FlushSubnormals() { _mm_setcsr(saved); }
-#else
-public:
-    FlushSubnormals() {}
-#endif
-};
-
-// Zeroed memory, aligned for any vector.
-template <typename T>
-class Buffer {
-    struct Free {
-        void operator()(void* at) const { std::free(at); }
-    };
-    std::unique_ptr<T, Free> memory;
-
-public:
-    explicit Buffer(int64_t count) {
-        const size_t bytes = (size_t(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
-        void* at = std::aligned_alloc(64, bytes);
-        if (!at) throw std::bad_alloc();
-        std::memset(at, 0, bytes);
-        memory.reset(static_cast<T*>(at));
-    }
-    T* get() const { return memory.get(); }
-};
-
-constexpr int64_t STATE_BYTES = int64_t(4) << 20;   // state of one panel: wider groups are cut into strips
-constexpr int64_t LANE_BYTES = int64_t(12) << 20;   // accumulators kept from block to block; larger ones are flushed
+constexpr int64_t STATE_BYTES = int64_t(4) << 20;    // state of one panel: wider groups are cut into strips
+constexpr int64_t LANE_BYTES = int64_t(12) << 20;    // accumulators kept from block to block; larger ones are flushed
 constexpr int64_t THREAD_BYTES = int64_t(32) << 20;  // of a thread, where several noisy images would pass it
 constexpr int64_t KEPT_BYTES = int64_t(16) << 20;    // of all noisy images of a unit: beyond it caches fail, measured
-constexpr int CHUNKS = 32;                          // a bank is cut into about so many
+constexpr int CHUNKS = 32;                           // a bank is cut into about so many
 
 int round_up(int64_t x, int64_t to) { return int((x + to - 1) / to * to); }
 
@@ -211,16 +47,19 @@ struct WindowPlan {
     const Competition& competition;
     const int channels, height, width, lanes;
     std::vector<Panel> panels;
-    int64_t queries = 0;              // of all panels together
+    int64_t queries = 0;  // of all panels together
     int64_t windows_per_image = 0;
-    bool keep_lanes;                  // accumulators live through a chunk, not only through a panel
-    int flush_every;                  // blocks
+    bool keep_lanes;  // accumulators live through a chunk, not only through a panel
+    int flush_every;  // blocks
     int q_margin, q_pitch;
-    int64_t q_floats, lane_floats;    // for each noisy image
+    int64_t q_floats, lane_floats;  // for each noisy image
     int64_t state_floats = 0, scratch_floats;
 
     WindowPlan(const Problem& problem, const Competition& competition, int lanes)
-        : competition(competition), channels(problem.channels), height(problem.height), width(problem.width),
+        : competition(competition),
+          channels(problem.channels),
+          height(problem.height),
+          width(problem.width),
           lanes(lanes) {
         plan_panels();
         plan_sizes();
@@ -248,8 +87,8 @@ struct WindowPlan {
                 panel.diagonals = diagonals_of(panel.cols, width, competition.circular);
                 panel.entries = cols.competing();
                 panel.pitch = cols.locked ? 1 : pitch;
-                panel.state_row = cols.locked ? panel.cols.queries()
-                                              : int64_t(panel.cols.queries() + 2 * MARGIN) * panel.pitch;
+                panel.state_row =
+                    cols.locked ? panel.cols.queries() : int64_t(panel.cols.queries() + 2 * MARGIN) * panel.pitch;
                 panel.slots = slots;
                 panel.first_query = queries;
                 queries += int64_t(rows.queries()) * panel.cols.queries();
@@ -288,26 +127,25 @@ struct WindowPlan {
         flush_every = int(std::max<int64_t>(1, PAIRS_A_FLUSH / std::max<int64_t>(1, windows_per_image)));
     }
 
-    int64_t item_bytes() const {
-        return (q_floats + lane_floats) * 4 + int64_t(height) * width * (3 + channels) * 8;
-    }
+    int64_t item_bytes() const { return (q_floats + lane_floats) * 4 + int64_t(height) * width * (3 + channels) * 8; }
 };
 
 // What all units of a pass over the bank share: one competition by whole images, or some by windows.
 struct Pass {
     const Problem& problem;
     const Level& level;
-    const Competition* const whole;   // or null
+    const Competition* const whole;  // or null
     std::vector<WindowPlan> windows;
-    int64_t chunk;                    // images
-    int chunks, items = 1;            // units: chunks x groups of `items` noisy images
+    int64_t chunk;          // images
+    int chunks, items = 1;  // units: chunks x groups of `items` noisy images
     float value_of_byte[256];
-    std::vector<Span> pixels;         // of a training image that are looked at
+    std::vector<Span> pixels;  // of a training image that are looked at
     int64_t block_floats, state_floats = 0, scratch_floats = 0;
 
     // Competitions first .. first + count of the problem.
     Pass(const Problem& problem, const Level& level, size_t first, size_t count)
-        : problem(problem), level(level),
+        : problem(problem),
+          level(level),
           whole(problem.competitions[first].patch_size ? nullptr : &problem.competitions[first]) {
         for (int u = 0; u < 256; ++u) value_of_byte[u] = float(u) / 127.5f - 1.f;
         chunk = std::max<int64_t>(16, round_up((problem.count + CHUNKS - 1) / CHUNKS, 16));
@@ -348,8 +186,10 @@ struct Pass {
         // Packing a block is work too: where there is little else, several noisy images share it.
         int64_t most_windows = 0;
         for (const WindowPlan& plan : windows) most_windows = std::max(most_windows, plan.windows_per_image);
-        if (whole) items = std::min(problem.batch, 16);
-        else if (most_windows < 64) items = std::min(problem.batch, 8);
+        if (whole)
+            items = std::min(problem.batch, 16);
+        else if (most_windows < 64)
+            items = std::min(problem.batch, 8);
         const int64_t share = std::min(THREAD_BYTES, problem.memory_limit / std::max(1, problem.threads));
         while (items > 1 && (bytes_per_thread() > share || items * kept_bytes() > KEPT_BYTES)) items /= 2;
         while (items > 1 && int64_t(chunks) * ((problem.batch + items - 1) / items) < 4 * problem.threads) items /= 2;
@@ -384,7 +224,9 @@ class Worker {
 
 public:
     Worker(const Pass& pass, Interrupt& interrupt, bool calling_thread)
-        : pass(pass), interrupt(interrupt), calling_thread(calling_thread),
+        : pass(pass),
+          interrupt(interrupt),
+          calling_thread(calling_thread),
           pixels(int64_t(pass.problem.height) * pass.problem.width) {}
     virtual ~Worker() = default;
     virtual void compute(int first_item, int items, int64_t start, int64_t stop) = 0;
@@ -419,7 +261,10 @@ class WindowWorker : public Worker {
         std::vector<Task> tasks;
 
         Kept(const WindowPlan& plan, int64_t items, int64_t pixels)
-            : plan(plan), q(plan.q_floats * items), lanes(plan.lane_floats * items), reference(pixels * items),
+            : plan(plan),
+              q(plan.q_floats * items),
+              lanes(plan.lane_floats * items),
+              reference(pixels * items),
               sums(pixels * (2 + plan.channels) * items) {}
     };
     Buffer<float> block, state, scratch;
@@ -427,7 +272,9 @@ class WindowWorker : public Worker {
 
 public:
     WindowWorker(const Pass& pass, Interrupt& interrupt, bool calling_thread)
-        : Worker(pass, interrupt, calling_thread), block(pass.block_floats), state(pass.state_floats),
+        : Worker(pass, interrupt, calling_thread),
+          block(pass.block_floats),
+          state(pass.state_floats),
           scratch(pass.scratch_floats) {
         for (const WindowPlan& plan : pass.windows) competitions.emplace_back(plan, pass.items, pixel_count());
     }
@@ -439,8 +286,9 @@ public:
             kept.tasks.clear();
             for (int item = 0; item < items; ++item) kept.tasks.push_back(task(kept, first_item + item, item));
         }
-        const Images images = {problem.images, problem.images_are_bytes, problem.indices, problem.channels,
-                               problem.height, problem.width, pass.value_of_byte, pass.pixels};
+        const Images images = {
+            problem.images, problem.images_are_bytes, problem.indices, problem.channels, problem.height,
+            problem.width,  pass.value_of_byte,       pass.pixels};
         const int lanes = pass.level.lanes;
         for (int64_t at = start, blocks = 1; at < stop; at += lanes, ++blocks) {
             pass.level.pack(images, at, int(std::min<int64_t>(lanes, stop - at)), block.get());
@@ -528,9 +376,17 @@ class WholeWorker : public Worker {
 
 public:
     WholeWorker(const Pass& pass, Interrupt& interrupt, bool calling_thread)
-        : Worker(pass, interrupt, calling_thread), values(pixel_count() * pass.problem.channels),
-          padded(pass.whole_padded()), p(padded * pass.chunk), q(padded), weights(pass.chunk), logits(pass.chunk),
-          v(values * pass.items), m(size_t(pass.items)), s(size_t(pass.items)), s2(size_t(pass.items)) {}
+        : Worker(pass, interrupt, calling_thread),
+          values(pixel_count() * pass.problem.channels),
+          padded(pass.whole_padded()),
+          p(padded * pass.chunk),
+          q(padded),
+          weights(pass.chunk),
+          logits(pass.chunk),
+          v(values * pass.items),
+          m(size_t(pass.items)),
+          s(size_t(pass.items)),
+          s2(size_t(pass.items)) {}
 
     void compute(int first_item, int items, int64_t start, int64_t stop) override {
         const Pass& pass = the_pass();
@@ -548,8 +404,8 @@ public:
         for (int item = 0; item < items && !stopped(); ++item) {
             std::copy_n(problem.z + (first_item + item) * values, values, q.get());
             const double sigma = problem.sigma[first_item + item];
-            pass.level.whole({values, padded, q.get(), p.get(), int(stop - start), 0.5 / (sigma * sigma),
-                              logits.get(), weights.get(), &m[size_t(item)], &s[size_t(item)], &s2[size_t(item)],
+            pass.level.whole({values, padded, q.get(), p.get(), int(stop - start), 0.5 / (sigma * sigma), logits.get(),
+                              weights.get(), &m[size_t(item)], &s[size_t(item)], &s2[size_t(item)],
                               v.get() + item * values});
         }
     }
@@ -572,31 +428,20 @@ class Queue {
     std::mutex mutex;
     std::condition_variable turned;
     std::vector<int> turn;  // per group of noisy images: the chunk that may merge now
-    std::exception_ptr failure;
 
 public:
     Queue(const Pass& pass, Interrupt& interrupt)
         : pass(pass), interrupt(interrupt), turn(size_t(pass.units() / pass.chunks), 0) {}
 
-    void work(bool calling_thread) noexcept {
-        try {
-            const FlushSubnormals flush_subnormals;
-            std::unique_ptr<Worker> worker;
-            if (pass.whole)
-                worker = std::make_unique<WholeWorker>(pass, interrupt, calling_thread);
-            else
-                worker = std::make_unique<WindowWorker>(pass, interrupt, calling_thread);
-            for (int64_t unit; (unit = next++) < pass.units() && !interrupt.stopped(calling_thread);)
-                if (!serve(*worker, unit, calling_thread)) break;
-        } catch (...) {
-            const std::lock_guard<std::mutex> lock(mutex);
-            if (!failure) failure = std::current_exception();
-            interrupt.stop = true;
-        }
-    }
-
-    void rethrow() const {
-        if (failure) std::rethrow_exception(failure);
+    void work(bool calling_thread) {
+        const FlushSubnormals flush_subnormals;
+        std::unique_ptr<Worker> worker;
+        if (pass.whole)
+            worker = std::make_unique<WholeWorker>(pass, interrupt, calling_thread);
+        else
+            worker = std::make_unique<WindowWorker>(pass, interrupt, calling_thread);
+        for (int64_t unit; (unit = next++) < pass.units() && !interrupt.stopped(calling_thread);)
+            if (!serve(*worker, unit, calling_thread)) break;
     }
 
 private:
@@ -672,15 +517,7 @@ bool run(const Pass& pass, Interrupt& interrupt) {
                                     " bytes, one thread takes " + std::to_string(pass.bytes_per_thread()));
     const int64_t threads = std::max<int64_t>(1, std::min({int64_t(problem.threads), affordable, pass.units()}));
     Queue queue(pass, interrupt);
-    std::vector<std::thread> others;
-    try {
-        for (int64_t i = 1; i < threads; ++i) others.emplace_back([&queue] { queue.work(false); });
-    } catch (const std::system_error&) {
-        // No more threads to be had: those that started serve.
-    }
-    queue.work(true);
-    for (std::thread& other : others) other.join();
-    queue.rethrow();
+    ThreadPool(threads, interrupt).run([&](int thread) { queue.work(thread == 0); });
     return !interrupt.stop;
 }
 

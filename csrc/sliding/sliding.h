@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "../common/interrupt.h"
+
 namespace patchscore {
 
 // One axis of a group: query coordinates [q0, q1) against window centres [w0, w1), or each against itself (locked).
@@ -25,28 +27,25 @@ struct Group {
 
 // Which windows compete, and their sums.
 struct Competition {
-    int patch_size;           // odd, or 0 for whole images
-    bool circular;            // how z goes on beyond its border; otherwise zeros
+    int patch_size;  // odd, or 0 for whole images
+    bool circular;   // how z goes on beyond its border; otherwise zeros
     std::vector<Group> groups;
-    double *m, *s, *s2;       // [batch, height, width], or [batch] for whole images; preset to -inf, 0, 0
-    double* v;                // [batch, channels, height, width], preset to 0
+    double *m, *s, *s2;  // [batch, height, width], or [batch] for whole images; preset to -inf, 0, 0
+    double* v;           // [batch, channels, height, width], preset to 0
 };
 
 struct Problem {
     int batch, channels, height, width;
-    const float* z;           // [batch, channels, height, width]
-    const double* sigma;      // [batch]
-    const void* images;       // [.., channels, height, width], bytes (v = u / 127.5 - 1) or float
+    const float* z;       // [batch, channels, height, width]
+    const double* sigma;  // [batch]
+    const void* images;   // [.., channels, height, width], bytes (v = u / 127.5 - 1) or float
     bool images_are_bytes;
-    const int64_t* indices;   // [count] positions in `images`, or null for 0 .. count - 1
+    const int64_t* indices;  // [count] positions in `images`, or null for 0 .. count - 1
     int64_t count;
     std::vector<Competition> competitions;
     int threads;
-    int64_t memory_limit;     // bytes beyond z, the bank and the result
+    int64_t memory_limit;  // bytes beyond z, the bank and the result
 };
-
-// Called now and then on the calling thread; true asks to stop.
-using Poll = bool (*)();
 
 // False if `poll` asked to stop; the result is then incomplete. Throws std::invalid_argument where the problem or the
 // instruction set named by `simd` ("" takes the widest) cannot be served.

@@ -3,6 +3,8 @@
 // What it computes is checked by tests/test_pruned.py; here only that no access leaves its memory and no arithmetic is
 // undefined. Buffers are as large as what they hold, but for the zeros at the end of an index's file. Results must come
 // out finite and the same for one thread and for three.
+#include "../../csrc/pruned/lists.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -11,8 +13,6 @@
 #include <initializer_list>
 #include <string>
 #include <vector>
-
-#include "../../csrc/pruned/lists.h"
 
 using patchscore::Scan;
 using patchscore::SIBLINGS;
@@ -61,9 +61,16 @@ struct Case {
 };
 
 Case::Case(int channels, int k, int rank)
-    : channels(channels), k(k), rank(rank), height(k > 7 ? k + 3 : 12), width(k > 7 ? k + 2 : 10),
-      images(one_of({1, 3, 40, 40})), cells(SIBLINGS * (rank <= 8 && k < 5 && chance(0.2f) ? 70 : one_of({1, 3}))),
-      items(one_of({1, 3})), circular(chance(0.5f)), edge(k > 1 && !circular && chance(0.5f)) {
+    : channels(channels),
+      k(k),
+      rank(rank),
+      height(k > 7 ? k + 3 : 12),
+      width(k > 7 ? k + 2 : 10),
+      images(one_of({1, 3, 40, 40})),
+      cells(SIBLINGS * (rank <= 8 && k < 5 && chance(0.2f) ? 70 : one_of({1, 3}))),
+      items(one_of({1, 3})),
+      circular(chance(0.5f)),
+      edge(k > 1 && !circular && chance(0.5f)) {
     scan.channels = channels, scan.height = height, scan.width = width, scan.patch_size = k;
     scan.lists.cells = cells, scan.lists.rank = rank;
     scan.sigma = one_of({1e-3, 0.02, 0.3, 2., 100.});
@@ -132,8 +139,10 @@ void Case::make_cells() {
 
     const bool repeated = chance(0.5f);
     data = std::vector<uint8_t>(size_t(before + stored * (2 * rank + 8) + 32));
-    if (lists.values_are_bytes) value_bytes = std::vector<uint8_t>(size_t(stored * channels));
-    else value_floats = std::vector<float>(size_t(stored * channels));
+    if (lists.values_are_bytes)
+        value_bytes = std::vector<uint8_t>(size_t(stored * channels));
+    else
+        value_floats = std::vector<float>(size_t(stored * channels));
     if (repeated) {
         counts = std::vector<uint16_t>(size_t(stored)), repeats = std::vector<float>(1 << 16);
         for (int i = 0; i < 9; ++i) repeats[size_t(i)] = float(i < 8 ? 1 + i : 5000);
@@ -173,8 +182,10 @@ void Case::make_cells() {
             for (int i = 0; i < channels; ++i) {
                 const float value = pixel(i, row, col);
                 const size_t at = size_t(w * channels + i);
-                if (lists.values_are_bytes) value_bytes[at] = uint8_t(std::lround((value + 1) * 127.5f));
-                else value_floats[at] = value;
+                if (lists.values_are_bytes)
+                    value_bytes[at] = uint8_t(std::lround((value + 1) * 127.5f));
+                else
+                    value_floats[at] = value;
                 value_sums[size_t(i)] += weight * double(value);
                 value_sums[size_t(channels + i)] += weight * double(value * value);
             }
@@ -209,8 +220,7 @@ void Case::make_queries() {
     z = std::vector<float>(size_t(items * channels) * size_t(high * wide));
     // A training image and noise, so that weights differ.
     const float noise = float(std::min(3., scan.exact_sigma));
-    for (size_t i = 0; i < z.size(); ++i)
-        z[i] = image_floats[i % image_floats.size()] + noise * (3 * uniform() - 1.5f);
+    for (size_t i = 0; i < z.size(); ++i) z[i] = image_floats[i % image_floats.size()] + noise * (3 * uniform() - 1.5f);
     scan.z = z.data();
     // Places go round the border where windows of the interior compete, and are the windows' own otherwise.
     const patchscore::Lists& lists = scan.lists;

@@ -8,11 +8,12 @@ build() {
     "${CXX:-c++}" -std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all \
         -pthread -Wall "$@"
 }
+build -o "$out/common" "$here/common.cpp"
 # The sliding engine also tells which instruction sets there are.
-for engine in sliding lists; do
-    build -c -o "$out/$engine.o" "$here/../../csrc/$([ $engine = lists ] && echo pruned || echo sliding)/$engine.cpp"
-done
+build -c -o "$out/sliding.o" "$here/../../csrc/sliding/sliding.cpp"
+build -c -o "$out/lists.o" "$here/../../csrc/pruned/lists.cpp"
 build -o "$out/sliding" "$here/sliding.cpp" "$out/sliding.o"
 build -o "$out/lists" "$here/lists.cpp" "$out/lists.o" "$out/sliding.o"
+"$out/common"
 "$out/sliding"
 "$out/lists"

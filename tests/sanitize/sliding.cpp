@@ -2,13 +2,13 @@
 //
 // What it computes is checked by tests/test_sliding.py; here only that no access leaves its memory and no arithmetic is
 // undefined. Sums must come out finite and alike on all instruction sets.
+#include "../../csrc/sliding/sliding.h"
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
 #include <vector>
-
-#include "../../csrc/sliding/sliding.h"
 
 using patchscore::Axis;
 using patchscore::Group;
@@ -107,8 +107,8 @@ int main() {
                 for (const std::vector<int>& sizes : calls) {
                     std::vector<double> first;
                     for (const std::string& level : levels) {
-                        const std::vector<double> means = run(level.c_str(), 2, channels, height, width, 19, sizes, kind,
-                                                              width == 9, channels == 3, sigma, 1 + channels % 2);
+                        const std::vector<double> means = run(level.c_str(), 2, channels, height, width, 19, sizes,
+                                                              kind, width == 9, channels == 3, sigma, 1 + channels % 2);
                         if (first.empty()) first = means;
                         for (size_t i = 0; i < means.size(); ++i)
                             if (!(std::abs(means[i] - first[i]) < 1e-3)) {
