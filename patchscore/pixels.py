@@ -6,7 +6,6 @@ from the shape alone whether it is the third from last or the last, and everythi
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,16 +42,12 @@ def is_one_image(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and shape[2] in (1, 3, 4) and min(shape[:2]) > MOST_CHANNELS
 
 
-def channels_first(array: np.ndarray, name: str) -> np.ndarray:
-    """A view [..., C, H, W] of an array whose channels are third from last or last.
-
-    Raises:
-        ValueError: the shape does not tell which.
-    """
-    axis = channel_axis(array.shape)
+def known_channel_axis(shape: tuple[int, ...], name: str) -> int:
+    """-3 or -1; ValueError where the shape does not tell."""
+    axis = channel_axis(shape)
     if axis is None:
         raise ValueError(
-            f"{name}: in shape {list(array.shape)} either the channels come first or last, and which cannot be told by "
-            f"their number; PatchBank(array) takes [N, C, H, W] only"
+            f"{name}: in shape {list(shape)} either the channels come first or last, and which cannot be told by their "
+            f"number; PatchBank(array) takes [N, C, H, W] only"
         )
-    return array if axis == -3 else np.moveaxis(array, -1, -3)
+    return axis

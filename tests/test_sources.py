@@ -348,7 +348,7 @@ def test_dataset_json_of_wrong_content_is_refused_by_name(tmp_path, content):
     assert sources.read(tmp_path, labels=False)[1] is None
 
 
-@pytest.mark.parametrize("splits", [("train", "val"), ("Train", "test", "valid"), ("train",)])
+@pytest.mark.parametrize("splits", [("train", "val"), ("Train", "test", "valid")])
 def test_splits_above_classes_are_asked_about(tmp_path, splits):
     for split in splits:
         for name in ("cat", "dog"):

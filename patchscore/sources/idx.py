@@ -10,11 +10,12 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, cast
 
 import numpy as np
 
 from .arrays import array_source
+from .rows import Rows
 from .source import Source, Wanted, named
 from .tree import integers
 
@@ -26,15 +27,26 @@ _DEFLATE_RATIO = 1032
 _SPLITS = {"train": "train", "test": "t10k"}
 
 
+def has_idx(folder: Path) -> bool:
+    """Whether a folder holds MNIST's files."""
+    return bool(_images_in(folder))
+
+
 def idx_folder(folder: Path, wanted: Wanted) -> Source | None:
     """The images of a folder that holds MNIST's files; None if it does not."""
+    found = _images_in(folder)
+    return idx_file(found[wanted.choose_split(str(folder), found, "train")], wanted) if found else None
+
+
+def _images_in(folder: Path) -> dict[str, Path]:
+    """The files of images of each split."""
     found = {}
     for split, prefix in _SPLITS.items():
         names = (f"{prefix}-images{mark}idx3-ubyte{suffix}" for mark in "-." for suffix in ("", ".gz"))
         path = next((folder / name for name in names if os.path.isfile(folder / name)), None)
         if path is not None:
             found[split] = path
-    return idx_file(found[wanted.choose_split(str(folder), found, "train")], wanted) if found else None
+    return found
 
 
 def idx_file(path: Path, wanted: Wanted) -> Source:
@@ -46,7 +58,9 @@ def idx_file(path: Path, wanted: Wanted) -> Source:
     if label_path is None:
         return array_source(str(path), images, gray=True)
     with named(label_path):
-        labels = integers(_values(label_path), len(images))
+        held = _values(label_path)
+        wanted.check_memory(str(label_path), math.prod(held.shape) * held.dtype.itemsize)
+        labels = integers(held.whole(), len(images))
     return array_source(str(path), images, labels, gray=True)
 
 
@@ -58,33 +72,39 @@ def _labels_beside(path: Path) -> Path | None:
     return next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
 
 
-def _values(path: Path) -> np.ndarray:
+def _values(path: Path) -> Rows:
     with named(path):
         with open(path, "rb") as raw:
             zipped = raw.read(2) == b"\x1f\x8b"
-        with gzip.open(path, "rb") if zipped else open(path, "rb") as file:
-            return _parsed(file, os.path.getsize(path) * (_DEFLATE_RATIO if zipped else 1))
+
+        def reopen() -> BinaryIO:
+            return cast(BinaryIO, gzip.open(path, "rb") if zipped else open(path, "rb"))
+
+        with reopen() as file:
+            shape, dtype = _header(file)
+            start = 4 + 4 * len(shape)
+        declared = math.prod(shape) * dtype.itemsize
+        held = os.path.getsize(path)
+        if declared > held * (_DEFLATE_RATIO if zipped else 1):
+            raise ValueError(
+                f"IDX header declares {declared} bytes of values {list(shape)}, more than the file can hold"
+            )
+        if not zipped and held != start + declared:
+            how = "is cut short" if held < start + declared else "goes on after its values"
+            raise ValueError(f"IDX file {how}: {held - start} of {declared} bytes of values {list(shape)}")
+    return Rows(reopen, start, shape, dtype)
 
 
-def _parsed(file: Any, most_bytes: int) -> np.ndarray:
+def _header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
     magic = file.read(4)
     if len(magic) < 4 or magic[:2] != b"\x00\x00" or magic[2] not in _TYPES or not magic[3]:
         raise ValueError(f"not an IDX file (it starts with {magic.hex(' ') or 'nothing'})")
     header = file.read(4 * magic[3])
     if len(header) < 4 * magic[3]:
         raise ValueError("IDX header is cut short")
-    shape = tuple(int(n) for n in np.frombuffer(header, dtype=">u4"))
-    dtype = np.dtype(_TYPES[magic[2]])
-    declared = math.prod(shape) * dtype.itemsize
-    if declared > most_bytes:
-        raise ValueError(f"IDX header declares {declared} bytes of values {list(shape)}, more than the file can hold")
-    values = memoryview(bytearray(declared))
-    position = 0
-    while position < declared:
-        got = file.readinto(values[position : position + (1 << 24)])
-        if not got:
-            raise ValueError(f"IDX file is cut short: {position} of {declared} bytes of values {list(shape)}")
-        position += got
-    if file.read(1):
-        raise ValueError(f"IDX file goes on after the {declared} bytes of values {list(shape)} that it declares")
-    return np.frombuffer(values, dtype=dtype).reshape(shape)
+    return tuple(int(n) for n in np.frombuffer(header, dtype=">u4")), np.dtype(_TYPES[magic[2]])
+
+
+def is_idx(start: bytes) -> bool:
+    """Whether bytes begin as an IDX file does."""
+    return len(start) >= 4 and start[:2] == b"\0\0" and start[2] in _TYPES and 1 <= start[3] <= 8

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..checks import RANGE_TOLERANCE
-from ..pixels import channels_first
+from ..pixels import known_channel_axis
 from .source import UnreadableImage, unreadable
 
 MOST_PIXELS = 100_000_000
@@ -195,7 +195,7 @@ def laid_out(image: np.ndarray, name: str) -> np.ndarray:
     """[C, H, W] of one image that is an array."""
     if image.ndim not in (2, 3) or 0 in image.shape:
         raise ValueError(f"{name}: got shape {list(image.shape)}, takes an image [C, H, W], [H, W, C] or [H, W]")
-    return image[None] if image.ndim == 2 else channels_first(image, name)
+    return image[None] if image.ndim == 2 else np.moveaxis(image, known_channel_axis(image.shape, name), 0)
 
 
 def _array_pixels(array: np.ndarray, name: str) -> tuple[np.ndarray, Span | None]:

@@ -77,7 +77,7 @@ def read(
     with warnings.catch_warnings():
         # Pillow warns of images beyond 89 million pixels; ours are refused by name beyond MOST_PIXELS.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        found = opened(source, Wanted(labels, limit, split, image_key, label_key))
+        found = opened(source, Wanted(labels, limit, split, image_key, label_key, most))
         if found.count == 0:
             raise ValueError(f"{found.name}: no images found")
         collected = _Collected(found.name, found.count if limit is None else min(limit, found.count), most)

@@ -45,16 +45,18 @@ class Wanted:
     split: str | None = None
     image_key: str | None = None
     label_key: str | None = None
+    memory_limit: int = 1 << 40
     unused: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.unused = {name for name in ("split", "image_key", "label_key") if getattr(self, name) is not None}
 
     def choose_split(self, name: str, offered: Iterable[str], default: str | None = None) -> str:
-        """The split to read, one of those offered; without a default the caller has to say which."""
+        """The split to read, one of those offered; without a default the caller has to say which of several."""
         offered = list(offered)
         self.unused.discard("split")
-        split = self.split or default
+        usual = default if default in offered else offered[0] if len(offered) == 1 else None
+        split = self.split or usual
         if split is None or split not in offered:
             got = "" if self.split is None else f"split: got {split!r}, "
             raise ValueError(
@@ -76,6 +78,14 @@ class Wanted:
         if image is None:
             raise ValueError(f"{name}: holds {listed(held)}, takes images called {listed(images)}; or pass image_key=")
         return image, label if self.labels else None
+
+    def check_memory(self, name: str, needed: int) -> None:
+        """ValueError where something that has to be read whole takes more bytes than are allowed."""
+        if needed > self.memory_limit:
+            raise ValueError(
+                f"{name}: takes {needed / 1e9:.3g} GB to read, more than the memory limit of "
+                f"{self.memory_limit / 1e9:.3g} GB"
+            )
 
     def check_used(self, name: str) -> None:
         """ValueError where a wish met a source that knows nothing of it."""
