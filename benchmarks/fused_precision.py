@@ -17,8 +17,7 @@ import torch.nn.functional as F
 import patchscore as ps
 from patchscore.engines.fused.launch import TOLERANCE
 from patchscore.engines.fused.rows import choose_plan, patch_rows, query_rows, spectrum_of
-from patchscore.engines.reference import _rows
-from patchscore.windows import Axis, Competition, Group
+from patchscore.windows import Axis, Competition, Group, windows_as_rows
 
 SIGMAS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 10.0, 30.0, 100.0)
 IMAGES = {3: 500, 5: 400, 7: 400, 11: 250, 17: 250}
@@ -47,7 +46,7 @@ def measure(bank: ps.PatchBank, unseen: torch.Tensor, k: int, queries: int) -> l
     pick = torch.randperm(len(x) * 1024, generator=generator)[:queries]
 
     def windows(images: torch.Tensor, size: int, coordinates: range, mode: str = "constant") -> torch.Tensor:
-        return _rows(F.pad(images, (size // 2,) * 4, mode=mode), size, coordinates, coordinates, group)[0]
+        return windows_as_rows(F.pad(images, (size // 2,) * 4, mode=mode), size, coordinates, coordinates, group)[0]
 
     each = [bank.chunk(i, i + 1, torch.float64) for i in range(len(bank))]
     p = torch.cat([windows(image, k, axis.centres) for image in each])

@@ -4,12 +4,13 @@ from .adapters.network import NetworkDenoiser
 from .bank import PatchBank
 from .calibrate import Calibration, calibrate
 from .classification import Classification, classify
+from .denoiser import Denoiser, Estimate
 from .evaluate import Comparison, baselines, compare
 from .explain import Explanation, explain, explain_samples
 from .gaussian import GaussianScore
 from .guidance import Guided, Switch
 from .index import PatchIndex
-from .machines import Denoiser, EquivariantLocalScore, Estimate, IdealScore, LocalScore
+from .machines import EquivariantLocalScore, IdealScore, LocalScore
 from .noise import Schedule, get_schedule
 from .posterior import PosteriorSum, merge
 from .sampling import Step, sample

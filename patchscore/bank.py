@@ -148,6 +148,10 @@ class PatchBank:
             self._selections[key] = selection
         return self._selections[key]
 
+    def of_class(self, label: int | None) -> PatchBank:
+        """The images of one class by its number, or all of them for None."""
+        return self if label is None else self.select(label)
+
     def label_ids(self, labels: Iterable[int | str]) -> list[int]:
         """Labels or class names as label numbers that occur in this bank; ValueError for any other."""
         wanted = [label.item() if isinstance(label, (Tensor, np.generic)) else label for label in labels]

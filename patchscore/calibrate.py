@@ -20,18 +20,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checks, engines
+from . import checks
 from .bank import PatchBank
+from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Labels, ScoreMachine, alike, check_labels
 from .files import write_atomically
-from .machines import (
-    DEFAULT_MEMORY_LIMIT,
-    Denoiser,
-    EquivariantLocalScore,
-    Labels,
-    LocalScore,
-    ScoreMachine,
-    check_labels,
-)
+from .machines import EquivariantLocalScore, LocalScore
 from .noise import Schedule, get_schedule
 from .sampling import DEFAULT_BATCH, Step, labels_in_turn, sample
 from .scales import ScaleTable
@@ -225,20 +218,12 @@ def calibrate(
 
 def denoised_by_each(machines: Sequence[ScoreMachine], z: Tensor, sigma: float, labels: Labels) -> list[Tensor]:
     """What each of several machines over one bank makes of z, in one pass over the bank where the engine has one."""
-    _, engine = engines.choose(machines[0].engine, z.device, z.dtype)
-    together = getattr(engine, "posterior_sums", None)
-    if together is None:
-        return [machine.denoise(z, sigma, labels) for machine in machines]
     bank = machines[0].bank
-    parts: dict[int | None, list[int]] = {}
-    for item, label in enumerate(check_labels(labels, bank, len(z))):
-        parts.setdefault(label, []).append(item)
     means = [torch.empty_like(z) for _ in machines]
     sigmas = torch.full((len(z),), sigma, dtype=torch.float64)
-    for label, items in parts.items():
-        own = bank if label is None else bank.select(label)
-        competitions = [machine.competition(machine.patch_size_at(sigma)) for machine in machines]
-        totals = together(z[items], sigmas[items], own, competitions, machines[0].memory_limit)
+    competitions = [machine.competition(machine.patch_size_at(sigma)) for machine in machines]
+    for label, items in alike(check_labels(labels, bank, len(z))):
+        totals = machines[0].exact_sums(z[items], sigmas[items], bank.of_class(label), competitions)
         for mean, total in zip(means, totals, strict=True):
             mean[items] = total.mean.to(z.dtype)
     return means

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from . import checks
 from .checks import RANGE_TOLERANCE
-from .machines import Denoiser, check_noisy
+from .denoiser import Denoiser, check_noisy
 from .sampling import image_generator
 
 

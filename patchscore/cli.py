@@ -25,12 +25,13 @@ from .adapters.network import from_network
 from .bank import PatchBank
 from .calibrate import METRICS, PATCH_SIZES, SUMMARIES
 from .calibrate import calibrate as run_calibration
+from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, ScoreMachine
 from .evaluate import baselines as known_machines
 from .evaluate import compare as run_comparison
 from .explain import Walk, explain_samples, mosaic_rows
 from .files import write_atomically
 from .index import OPTIONS, PatchIndex
-from .machines import DEFAULT_MEMORY_LIMIT, Denoiser, EquivariantLocalScore, IdealScore, LocalScore, ScoreMachine
+from .machines import EquivariantLocalScore, IdealScore, LocalScore
 from .networks import load_network
 from .noise import SCHEDULES, get_schedule
 from .pages import explanation_page
@@ -151,7 +152,7 @@ Published tables, made for 32 x 32 images: """
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Image i depends on the seed and on i alone.")
 @click.option("--batch-size", type=int, default=DEFAULT_BATCH, show_default=True, help="Images denoised together.")
-@click.option("--engine", default="auto", show_default=True, metavar="|".join(["auto", *engines.ENGINES, "pruned"]))
+@click.option("--engine", default="auto", show_default=True, metavar="|".join(["auto", *engines.NAMES, "pruned"]))
 @click.option(
     "--index",
     "index_path",
@@ -213,7 +214,9 @@ def sample(
         raise ValueError(f"--out: {out} lies in the folder of training images")
     if index_path is None and budget is not None:
         raise ValueError("--budget: takes an --index; `patchscore index` makes one")
-    rounds = machine == "els" and not engines.fused.unavailable(torch.device(device))
+    rounds = (
+        machine == "els" and engines.chosen(engines.EXACT, "auto", torch.device(device), torch.float32).name == "fused"
+    )
     if index_path is None and tolerance is not None and not rounds:
         raise ValueError("--tolerance: takes an --index (`patchscore index` makes one), or els on CUDA with Triton")
     if index_path is not None and (budget is None) == (tolerance is None):
@@ -390,8 +393,8 @@ def info(source: str, size: int | None, channels: str | None, limit: int | None,
             click.echo(f"{k:<12} {interior:<15,} {pairs:<25.3g} {_bytes(4 * image_channels * k * k * interior)}")
 
     click.echo(f"\nengines on {device}")
-    for name, engine in engines.ENGINES.items():
-        click.echo(f"  {name:<10} {engine.unavailable(torch.device(device)) or 'ready'}")
+    for engine, reason, _ in engines.candidates(engines.EXACT, "auto", torch.device(device), torch.float32):
+        click.echo(f"  {engine.name:<10} {reason or 'ready'}")
     faiss = "" if importlib.util.find_spec("faiss") else "; FAISS is missing, pip install faiss-cpu"
     click.echo(f"  {'pruned':<10} with an index, which `patchscore index` makes{faiss}")
 
@@ -488,7 +491,7 @@ def _network_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Working memory in GiB.",
         ),
         click.option("--device", default="auto", show_default=True, help="auto takes cuda if there is."),
-        click.option("--engine", default="auto", show_default=True, metavar="|".join(["auto", *engines.ENGINES])),
+        click.option("--engine", default="auto", show_default=True, metavar="|".join(["auto", *engines.NAMES])),
         click.option("--batch-size", type=int, default=DEFAULT_BATCH, show_default=True, help="Images at a time."),
         click.option("--seed", type=int, default=0, show_default=True),
         click.option(
@@ -772,7 +775,7 @@ def explain(
 def _of_all_windows(machine: ScoreMachine, record: dict[str, Any], walks: list[Walk]) -> str:
     """What to say of a run that looked at a share of the windows, through an index; nothing of any other."""
     made = record["settings"]
-    if not made.get("index") or record["noted"]["engine"] in engines.ENGINES:
+    if not made.get("index") or record["noted"]["engine"] in engines.NAMES:
         return ""
     least = f"budget {made['budget']:g}" if made.get("budget") else f"tolerance {made['tolerance']:g}"
     if machine.pruned is None:

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from . import checks
 from .bank import PatchBank
+from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Labels
 from .files import write_atomically
 from .gaussian import GaussianScore
-from .machines import DEFAULT_MEMORY_LIMIT, Denoiser, EquivariantLocalScore, IdealScore, Labels, LocalScore
+from .machines import EquivariantLocalScore, IdealScore, LocalScore
 from .noise import Schedule, get_schedule
 from .sampling import DEFAULT_BATCH, Step, labels_in_turn, sample
 from .scales import ScaleTable

@@ -19,14 +19,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checks, engines, plots
+from . import checks, plots
 from .bank import PatchBank
-from .engines.reference import _pixels, _rows
-from .machines import Labels, ScoreMachine, check_labels, check_noisy, check_sigma
+from .denoiser import Labels, ScoreMachine, alike, check_labels, check_noisy, check_sigma
 from .noise import get_schedule
 from .posterior import PosteriorSum
 from .sampling import Step, labels_in_turn, sample
-from .windows import Axis, Competition, Group
+from .windows import Axis, Competition, Group, rows_as_pixels, windows_as_rows
 
 SPARE = 8
 """Windows found beyond those asked for, so that rounding in the search does not decide who is among them."""
@@ -281,20 +280,15 @@ def explain(
     place = None if pixel is None else _place(pixel, machine.shape)
     k = machine.patch_size_at(level)
     competition = _narrowed(machine.competition(k), place)
-    exact = machine.engine if machine.engine in engines.ENGINES else "auto"
-    _, engine = engines.choose(exact, z.device, z.dtype)
 
-    parts: dict[int | None, list[int]] = {}
-    for item, label in enumerate(check_labels(labels, machine.bank, len(z))):
-        parts.setdefault(label, []).append(item)
     height, width = z.shape[2:]
     found = torch.full((3, len(z), top, height, width), -1, device=z.device)
     weight = z.new_zeros((len(z), top, height, width), dtype=torch.float64)
     effective, mean = z.new_empty((len(z), height, width), dtype=torch.float64), torch.empty_like(z)
-    for label, items in parts.items():
-        bank = machine.bank if label is None else machine.bank.select(label)
-        levels = torch.full((len(items),), level, dtype=torch.float64)
-        total: PosteriorSum = engine.posterior_sum(z[items], levels, bank, competition, machine.memory_limit)
+    levels = torch.full((len(z),), level, dtype=torch.float64)
+    for label, items in alike(check_labels(labels, machine.bank, len(z))):
+        bank = machine.bank.of_class(label)
+        (total,) = machine.exact_sums(z[items], levels[items], bank, [competition])
         mean[items] = total.mean.to(z.dtype)
         effective[items] = total.ess[:, 0].double().expand(-1, height, width)
         near = nearest_windows(z[items], bank, competition, top + SPARE, machine.memory_limit)
@@ -332,7 +326,7 @@ def nearest_windows(z: Tensor, bank: PatchBank, competition: Competition, count:
             band = Group(rows, group.cols)
             best = _nearest_in_group(z, bank, band, competition, count)
             spot = (..., slice(rows.queries.start, rows.queries.stop), _span(group.cols.queries))
-            found[spot] = torch.stack([_pixels(part, batch, band) for part in best])
+            found[spot] = torch.stack([rows_as_pixels(part, batch, band) for part in best])
     return found
 
 
@@ -341,14 +335,14 @@ def _nearest_in_group(z: Tensor, bank: PatchBank, group: Group, competition: Com
     k = competition.patch_size or 0
     padding = (k // 2,) * 4
     noisy = F.pad(z.float(), padding, mode="circular" if competition.padding_mode == "circular" else "constant")
-    q = _rows(noisy, k, group.rows.queries, group.cols.queries, group)  # [L, Q, d]
+    q = windows_as_rows(noisy, k, group.rows.queries, group.cols.queries, group)  # [L, Q, d]
     best = q.new_full((*q.shape[:2], count), -torch.inf)
     which = torch.full(best.shape, -1, device=z.device)
     windows = group.windows_per_image
 
     per_image = q.shape[0] * windows * (q.shape[2] + q.shape[1]) * 4
     for start, train in _chunks(bank, z, per_image):
-        p = _rows(F.pad(train, padding), k, group.rows.centres, group.cols.centres, group)  # [L, M, d]
+        p = windows_as_rows(F.pad(train, padding), k, group.rows.centres, group.cols.centres, group)  # [L, M, d]
         score = torch.baddbmm(p.square().sum(-1)[:, None] * -0.5, q, p.mT)  # [L, Q, M]
         values, places = _largest(score, count)
         best, order = torch.cat([best, values], -1).topk(count, -1)

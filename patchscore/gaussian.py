@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from . import checks
 from .bank import PatchBank
-from .machines import DEFAULT_MEMORY_LIMIT, Denoiser, Estimate, Labels, check_labels, check_noisy, check_sigma
+from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Estimate, Labels, check_labels, check_noisy, check_sigma
 from .posterior import accumulator_dtype
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .machines import Denoiser, Estimate, Labels, check_noisy, check_sigma, labels_per_item
+from .denoiser import Denoiser, Estimate, Labels, check_noisy, check_sigma, labels_per_item
 
 
 class Guided(Denoiser):

@@ -80,13 +80,33 @@ class PosteriorSum:
         variance = (self.vv - 2 * mean * self.vs + mean**2 * self.ss).clamp(min=0) / self.s**2
         return variance.sqrt().nan_to_num(nan=2.0).clamp(max=2.0)
 
+    @property
+    def fields(self) -> dict[str, Tensor]:
+        """The tensors it has, by name."""
+        found = {name: getattr(self, name) for name in ("m", "s", "v", "s2", "vv", "vs", "ss")}
+        return {name: x for name, x in found.items() if x is not None}
+
+    def block(self, items: slice, rows: slice, cols: slice) -> PosteriorSum:
+        """The sums of some pixels, as views."""
+        return self._with({name: x[items, :, rows, cols] for name, x in self.fields.items()})
+
     def add_(self, part: PosteriorSum, items: slice, rows: slice, cols: slice) -> None:
         """Merges, in place, sums for a block of pixels: `part` covers items x rows x cols of this one."""
-        names = ("m", "s", "v", "s2") + (("vv", "vs", "ss") if self.vv is not None else ())
-        block = PosteriorSum(**{name: getattr(self, name)[items, :, rows, cols] for name in names})
+        block = self.block(items, rows, cols)
         merged = merge(block, part)
-        for name in names:
-            getattr(block, name).copy_(getattr(merged, name))
+        for name, x in block.fields.items():
+            x.copy_(getattr(merged, name))
+
+    def to(self, device: torch.device) -> PosteriorSum:
+        """The same sums on `device`."""
+        return self._with({name: x.to(device) for name, x in self.fields.items()})
+
+    def _with(self, fields: dict[str, Tensor]) -> PosteriorSum:
+        return PosteriorSum(**fields, pairs=None)
+
+    def with_pairs(self, pairs: int) -> PosteriorSum:
+        """The same sums, of so many evaluated pairs."""
+        return replace(self, pairs=pairs)
 
 
 def merge(a: PosteriorSum, b: PosteriorSum) -> PosteriorSum:

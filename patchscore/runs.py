@@ -24,10 +24,11 @@ import torch
 
 from . import engines, plots
 from .bank import PatchBank
+from .denoiser import ScoreMachine
 from .explain import Walk, count_sources, nearest_images, usual_nearness
 from .files import write_atomically
 from .index import OPTIONS, PatchIndex
-from .machines import EquivariantLocalScore, IdealScore, LocalScore, ScoreMachine
+from .machines import EquivariantLocalScore, IdealScore, LocalScore
 from .noise import get_schedule
 from .sampling import Step, labels_in_turn, sample
 from .scales import ScaleTable
@@ -342,7 +343,7 @@ def reopen(
         machine = IdealScore(bank)
     elif kind == "ls":
         machine = LocalScore(bank, table)
-    elif built is None or engine in engines.ENGINES:  # one that was named comes before the index
+    elif built is None or engine in engines.NAMES:  # one that was named comes before the index
         machine = EquivariantLocalScore(
             bank, table, padding_mode, tolerance=shares["tolerance"] if built is None else None
         )

@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checks
+from .denoiser import Denoiser, Labels, labels_per_item, listed_labels
 from .gaussian import GaussianScore
-from .machines import Denoiser, Labels, labels_per_item, listed_labels
 from .noise import Schedule, get_schedule
 
 Denoise = Callable[[Tensor, float], Tensor]

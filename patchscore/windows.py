@@ -1,4 +1,4 @@
-"""Which training windows compete at which pixel: the words a machine uses to ask and an engine to answer.
+"""Which training windows compete at which pixel, and how windows lie in images.
 
 A competition is a product of its two axes. On a free axis every query coordinate competes with one range of training
 coordinates; on a locked axis it competes with itself alone. The image splits into groups of pixels that share a rule:
@@ -7,7 +7,10 @@ one group in the interior, eight more along edges and corners where a machine is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -71,5 +74,35 @@ class Competition:
             return 1
         return sum(group.pixels * group.windows_per_image for group in self.groups)
 
+    def only(self, groups: Sequence[Group]) -> Competition:
+        """The same rule for some of its groups."""
+        return Competition(self.patch_size, self.padding_mode, tuple(groups))
+
 
 WHOLE_IMAGE = Competition(patch_size=None, padding_mode="zeros")
+
+
+# Windows and images.
+
+
+def span(coordinates: range) -> slice:
+    """The slice of an axis that holds these coordinates."""
+    return slice(coordinates.start, coordinates.stop)
+
+
+def windows_as_rows(images: Tensor, k: int, rows: range, cols: range, group: Group) -> Tensor:
+    """k x k windows of padded images at rows x cols as [L, n * free, C k^2], L being the group's locked coordinates."""
+    windows = images.unfold(2, k, 1).unfold(3, k, 1)[:, :, span(rows), span(cols)]
+    n, channels = windows.shape[:2]
+    lr, fr = (len(rows), 1) if group.rows.locked else (1, len(rows))
+    lc, fc = (len(cols), 1) if group.cols.locked else (1, len(cols))
+    split = windows.reshape(n, channels, lr, fr, lc, fc, k, k)
+    return split.permute(2, 4, 0, 3, 5, 1, 6, 7).reshape(lr * lc, n * fr * fc, channels * k * k)
+
+
+def rows_as_pixels(x: Tensor, batch: int, group: Group) -> Tensor:
+    """The inverse of `windows_as_rows` for results: [L, B * free, C] back to [B, C, rows, cols]."""
+    rows, cols = len(group.rows.queries), len(group.cols.queries)
+    lr, fr = (rows, 1) if group.rows.locked else (1, rows)
+    lc, fc = (cols, 1) if group.cols.locked else (1, cols)
+    return x.reshape(lr, lc, batch, fr, fc, -1).permute(2, 5, 0, 3, 1, 4).reshape(batch, -1, rows, cols)

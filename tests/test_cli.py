@@ -336,7 +336,8 @@ def test_index_builds_what_sample_then_uses(photos, tmp_path):
 
 
 def test_sample_takes_a_tolerance_without_an_index_where_fused_serves(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(engines.fused, "unavailable", lambda device: None)
+    monkeypatch.setattr(engines.Fused, "runs_on", lambda self, device: True)
+    monkeypatch.setattr(engines.Fused, "unavailable", lambda self, device: None)
     out = tmp_path / "out"
     result = sample(photos, out, "--tolerance", 0.01, "--engine", "reference")
     assert result.exit_code == 0, result.output

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,23 +10,57 @@ from conftest import noisy
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import reference
+from patchscore.engines import base, reference
+from patchscore.engines.base import Engine, EngineError
+from patchscore.engines.reference import Reference
 
 CPU = torch.device("cpu")
 
 
+class Warp(Engine):
+    """An engine made up for the tests."""
+
+    name = "warp"
+    missing: str | None = None
+    left: str | None = None
+    failure: Exception | None = None
+
+    def runs_on(self, device):
+        return True
+
+    def unavailable(self, device):
+        return self.missing
+
+    def lacks(self, z, sigma, bank, competition):
+        return self.left if competition.groups and competition.groups[0].rows.locked else None
+
+    def posterior_sum(self, z, sigma, bank, competition, memory_limit, ess=True):
+        if self.failure is not None:
+            raise self.failure
+        return reference.posterior_sum(z, sigma, bank, competition, memory_limit)
+
+
 @pytest.fixture
-def fastest_is_missing(monkeypatch):
-    broken = SimpleNamespace(unavailable=lambda device: "its compiler is on holiday", posterior_sum=None)
-    monkeypatch.setattr(engines, "ENGINES", {"warp": broken, "reference": reference})
-    monkeypatch.setattr(engines, "_warned", set())
+def warp(monkeypatch):
+    """It comes before `reference`, the only other engine."""
+    engine = Warp()
+    monkeypatch.setattr(engines, "EXACT", (engine, Reference()))
+    monkeypatch.setattr(engines, "NAMES", ("warp", "reference"))
+    monkeypatch.setattr(base, "_warned", set())
+    return engine
 
 
-def test_auto_takes_the_first_that_can_serve(monkeypatch):
-    ready = SimpleNamespace(unavailable=lambda device: None)
-    monkeypatch.setattr(engines, "ENGINES", {"warp": ready, "reference": reference})
-    assert engines.choose("auto", CPU) == ("warp", ready)
-    assert engines.choose("reference", CPU) == ("reference", reference)
+@pytest.fixture
+def fastest_is_missing(warp):
+    warp.missing = "its compiler is on holiday"
+
+
+def test_auto_takes_the_first_that_can_serve(warp, bank):
+    machine = ps.EquivariantLocalScore(bank, 3)
+    z = noisy(bank, 1.0, dtype=torch.float32)
+    assert machine.engine_on() == "warp"
+    assert machine.estimate(z, 1.0).engine == "warp"
+    assert ps.EquivariantLocalScore(bank, 3, engine="reference").estimate(z, 1.0).engine == "reference"
 
 
 @pytest.mark.parametrize("engine", ["auto", "warp"])
@@ -39,6 +72,44 @@ def test_a_missing_engine_warns_once_and_the_next_serves(fastest_is_missing, eng
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         machine.denoise(z, 1.0)
+
+
+def test_groups_that_an_engine_leaves_go_to_the_next_and_no_number_changes(warp, bank):
+    warp.left = "its windows are tied to their place"
+    z = noisy(bank, 1.0, batch=2, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shared = ps.EquivariantLocalScore(bank, 3).estimate(z, 1.0)
+    alone = ps.EquivariantLocalScore(bank, 3, engine="reference").estimate(z, 1.0)
+    assert shared.engine == "reference and warp"
+    assert torch.equal(shared.mean, alone.mean)
+    assert torch.equal(shared.ess, alone.ess)
+    assert shared.pairs == alone.pairs
+
+
+def test_an_engine_that_fails_during_a_call_warns_and_the_next_serves(warp, bank):
+    warp.failure = EngineError("its kernel failed to compile")
+    z = noisy(bank, 1.0, dtype=torch.float32)
+    with pytest.warns(RuntimeWarning, match="'warp' cannot serve: its kernel failed to compile"):
+        assert ps.EquivariantLocalScore(bank, 3).estimate(z, 1.0).engine == "reference"
+
+
+def test_any_other_error_is_the_callers(warp, bank):
+    warp.failure = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        ps.EquivariantLocalScore(bank, 3).denoise(noisy(bank, 1.0, dtype=torch.float32), 1.0)
+
+
+@pytest.mark.parametrize(
+    "change", [{"missing": "its compiler is on holiday"}, {"failure": EngineError("no registers")}]
+)
+def test_strict_turns_every_fallback_into_an_error(warp, change, bank, monkeypatch):
+    monkeypatch.setenv("PATCHSCORE_STRICT", "1")
+    vars(warp).update(change)
+    z = noisy(bank, 1.0, dtype=torch.float32)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="engine 'warp' cannot serve: (its compiler|no registers).*STRICT"):
+            ps.EquivariantLocalScore(bank, 3).denoise(z, 1.0)
 
 
 def test_explain_choice_says_which_and_why(fastest_is_missing, bank):

@@ -17,8 +17,7 @@ import torch
 from conftest import smooth_images
 
 import patchscore as ps
-from patchscore import engines
-from patchscore.engines import reference
+from patchscore.engines import base, reference
 from patchscore.engines.fused import launch as fused
 from patchscore.engines.fused import rows as features
 from patchscore.engines.fused.rows import Plan
@@ -151,15 +150,17 @@ def test_without_triton_the_engine_names_the_extra(monkeypatch):
     assert "patchscore[gpu]" in (fused.unavailable(torch.device("cuda")) or "")
 
 
-def test_on_the_cpu_auto_passes_it_over_in_silence(recwarn, monkeypatch):
+def test_on_the_cpu_auto_passes_it_over_in_silence_and_a_named_one_warns(recwarn, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(engines, "_warned", set())
-    assert fused.unavailable(CPU) == "it runs on CUDA, not on cpu"
-    assert engines.choose("auto", CPU)[0] != "fused"
+    monkeypatch.setattr(base, "_warned", set())
+    bank = ps.PatchBank(smooth_images(2, 1, 6, 6))
+    z = bank.chunk(0, 1)
+    assert ps.EquivariantLocalScore(bank, 3).estimate(z, 1.0).engine != "fused"
     assert not recwarn.list
-    assert "fused: cannot serve" in engines.explain_choice("auto", CPU)
-    with pytest.warns(RuntimeWarning, match="'fused' cannot serve: it runs on CUDA"):
-        engines.choose("fused", CPU)
+    machine = ps.EquivariantLocalScore(bank, 3, engine="fused")
+    assert "fused: cannot serve, it does not run on cpu" in machine.explain_choice()
+    with pytest.warns(RuntimeWarning, match="'fused' cannot serve: it does not run on cpu"):
+        machine.denoise(z, 1.0)
 
 
 # On a GPU.

@@ -21,7 +21,7 @@ from patchscore.engines.pruned import device_index as lists_rows
 from patchscore.engines.pruned import triton as pruned_cuda
 from patchscore.engines.pruned.device_index import COLUMNS
 from patchscore.engines.pruned.triton import TILE
-from patchscore.engines.sliding import cpu as sliding
+from patchscore.engines.sliding import cuda as sliding_cuda
 
 HERE = Path(__file__).parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -100,18 +100,21 @@ def indexed(tmp_path):
 @pytest.fixture
 def on_cuda(monkeypatch):
     """As if there were a GPU on which all engines could be asked."""
-    monkeypatch.setattr(engines, "_warned", set())
     monkeypatch.setattr(fused, "_kernels", lambda: None)
     monkeypatch.setattr(fused, "_broken", None)
     monkeypatch.setattr(pruned_cuda, "_broken", None)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(sliding, "unavailable", lambda device: None)
+    monkeypatch.setattr(sliding_cuda, "unavailable", lambda: None)
 
 
 def chosen(machine):
     """As `machine.engine_on("cuda")`, which asks for a GPU."""
-    return engines.choose(machine.engine, CUDA, pruned=machine.pruned)[0]
+    return engines.chosen(machine.engines, machine.engine, CUDA, torch.float32).name
+
+
+def explained(machine):
+    return engines.explain_choice(machine.engines, machine.engine, CUDA, torch.float32)
 
 
 def test_auto_on_cuda_is_fused_and_with_an_index_and_a_budget_pruned(indexed, on_cuda, recwarn):
@@ -122,7 +125,7 @@ def test_auto_on_cuda_is_fused_and_with_an_index_and_a_budget_pruned(indexed, on
     assert not recwarn.list
 
 
-def test_without_triton_one_warning_and_the_next_engine(indexed, on_cuda, monkeypatch):
+def test_without_triton_the_next_engine_serves(indexed, on_cuda, monkeypatch):
     bank, index = indexed
 
     def missing():
@@ -130,21 +133,16 @@ def test_without_triton_one_warning_and_the_next_engine(indexed, on_cuda, monkey
 
     monkeypatch.setattr(fused, "_kernels", missing)
     machine = ps.EquivariantLocalScore(bank, 3, index=index, budget=0.1)
-    with pytest.warns(RuntimeWarning) as caught:
-        assert chosen(machine) == "sliding"
-    assert len(caught) == 1
-    assert "Triton is missing" in str(caught[0].message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert chosen(machine) == "sliding"
+    assert chosen(machine) == "sliding"
+    assert "pruned: cannot serve, Triton is missing" in explained(machine)
 
 
 def test_after_a_failed_compile_the_next_engine_serves(indexed, on_cuda, monkeypatch):
     bank, index = indexed
     monkeypatch.setattr(pruned_cuda, "_broken", "its kernel failed to compile (ptxas died)")
     machine = ps.EquivariantLocalScore(bank, 3, index=index, budget=0.1)
-    with pytest.warns(RuntimeWarning, match="'pruned' cannot serve: its kernel failed to compile .ptxas died"):
-        assert chosen(machine) == "fused"
+    assert chosen(machine) == "fused"
+    assert "pruned: cannot serve, its kernel failed to compile (ptxas died)" in explained(machine)
 
 
 def test_more_channels_than_it_takes_are_named(tmp_path, on_cuda):
@@ -152,8 +150,8 @@ def test_more_channels_than_it_takes_are_named(tmp_path, on_cuda):
     bank = ps.PatchBank(smooth_images(6, 5, 9, 9))
     index = ps.PatchIndex.build(bank, 3, tmp_path / "i", progress=False)
     machine = ps.EquivariantLocalScore(bank, 3, index=index, budget=0.1)
-    with pytest.warns(RuntimeWarning, match="up to 4 channels, not 5"):
-        assert chosen(machine) == "fused"
+    assert chosen(machine) == "fused"
+    assert "up to 4 channels, not 5" in explained(machine)
 
 
 # On a GPU.

@@ -21,7 +21,7 @@ except ImportError as error:
         f'patchscore.adapters.diffusers needs diffusers ({error}): pip install "patchscore[diffusers]"'
     ) from None
 
-from ..machines import Denoiser, Labels
+from ..denoiser import Denoiser, Labels
 from .module import DenoiserModule
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")

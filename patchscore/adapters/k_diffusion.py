@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..machines import Denoiser
+from ..denoiser import Denoiser
 from .module import DenoiserModule
 
 

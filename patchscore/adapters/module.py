@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..machines import Denoiser, Labels
+from ..denoiser import Denoiser, Labels
 
 
 class DenoiserModule(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..machines import Denoiser, Estimate, Labels, check_noisy, check_sigma, labels_per_item
+from ..denoiser import Denoiser, Estimate, Labels, check_noisy, check_sigma, labels_per_item
 from ..networks import Network
 
 PREDICTIONS = ("epsilon", "v", "x0", "score")

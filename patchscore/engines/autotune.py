@@ -16,11 +16,12 @@ import torch
 
 from ..files import write_atomically
 from ..version import __version__
+from .base import EngineError
 
 Result = TypeVar("Result")
 
 
-class KernelError(RuntimeError):
+class KernelError(EngineError):
     """No configuration of the kernel could be compiled and started."""
 
 

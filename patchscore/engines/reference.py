@@ -15,31 +15,38 @@ from torch import Tensor
 
 from ..bank import PatchBank
 from ..posterior import PosteriorSum, accumulator_dtype
-from ..windows import Axis, Competition, Group
+from ..windows import Axis, Competition, Group, rows_as_pixels, span, windows_as_rows
+from .base import Engine
 
 TILE_BYTES = 64 * 2**20
 """Working memory of a tile where `memory_limit` allows it; larger tiles leave the cache and were no faster."""
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Why this engine cannot serve on `device`: it always can."""
-    return None
+class Reference(Engine):
+    """The definition, on every device that torch has."""
+
+    name = "reference"
+    float64 = True
+
+    def runs_on(self, device: torch.device) -> bool:
+        return True
+
+    def posterior_sum(
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        ess: bool = True,
+    ) -> PosteriorSum:
+        return posterior_sum(z, sigma, bank, competition, memory_limit)
 
 
 def posterior_sum(
     z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
 ) -> PosteriorSum:
-    """Sums over every competing window of every pixel.
-
-    Args:
-        z: [B, C, H, W] noisy images z = x_0 + sigma eps, float32 or float64. Exponentials are taken in this dtype.
-        sigma: [B], positive.
-        bank: the training images that compete.
-        competition: which windows compete where.
-        memory_limit: bytes of working memory beyond z, the bank and the result.
-
-    Returns:
-        PosteriorSum with parts [B, 1 or C, H, W]; for whole images m, s and s2 are [B, 1, 1, 1].
+    """`Engine.posterior_sum`; exponentials are taken in z's dtype.
 
     Raises:
         ValueError: `memory_limit` cannot hold the smallest tile.
@@ -52,7 +59,7 @@ def posterior_sum(
         for items, images, part in _tiles(group, z.shape, len(bank), competition.patch_size, memory_limit):
             train = bank.chunk(images.start, images.stop, exact, z.device)
             tile = _tile(z[items], sigma[items], train, part, competition)
-            total.add_(tile, items, _span(part.rows.queries), _span(part.cols.queries))
+            total.add_(tile, items, span(part.rows.queries), span(part.cols.queries))
     return total
 
 
@@ -68,11 +75,13 @@ def _tile(z: Tensor, sigma: Tensor, train: Tensor, group: Group, competition: Co
     rows, cols = group.rows, group.cols
 
     # Windows as rows of d numbers, and the values at their centres beside a column of ones.
-    q = _rows(noisy, k, rows.queries, cols.queries, group)  # [L, Q, d]
-    p = _rows(F.pad(train, padding), k, rows.centres, cols.centres, group)  # [L, M, d]
-    v = _rows(F.pad(train, (0, 0, 0, 0, 0, 1), value=1.0), 1, rows.centres, cols.centres, group)  # [L, M, C + 1]
+    q = windows_as_rows(noisy, k, rows.queries, cols.queries, group)  # [L, Q, d]
+    p = windows_as_rows(F.pad(train, padding), k, rows.centres, cols.centres, group)  # [L, M, d]
+    v = windows_as_rows(
+        F.pad(train, (0, 0, 0, 0, 0, 1), value=1.0), 1, rows.centres, cols.centres, group
+    )  # [L, M, C + 1]
     sigma_at = sigma.to(z.device, exact).reshape(-1, 1, 1, 1).expand(-1, 1, *z.shape[2:])
-    sigma2 = _rows(sigma_at, 1, rows.queries, cols.queries, group).square()  # [L, Q, 1]
+    sigma2 = windows_as_rows(sigma_at, 1, rows.queries, cols.queries, group).square()  # [L, Q, 1]
 
     # Log-weights -|q - p|^2 / (2 sigma^2) = (q.p - |p|^2 / 2) / sigma^2 - |q|^2 / (2 sigma^2), the last term common to
     # all windows of a pixel: one product gives the first, and the reference takes the second.
@@ -86,7 +95,7 @@ def _tile(z: Tensor, sigma: Tensor, train: Tensor, group: Group, competition: Co
     w = torch.sub(logits, largest, out=torch.empty_like(logits, dtype=z.dtype)).exp_().to(exact)
     wv = w @ v
     sums = (m, wv[..., -1:], wv[..., :-1], torch.linalg.vecdot(w, w)[..., None])
-    return PosteriorSum(*(_pixels(x.to(exact), len(z), group) for x in sums))
+    return PosteriorSum(*(rows_as_pixels(x.to(exact), len(z), group) for x in sums))
 
 
 def _whole_images(z: Tensor, sigma: Tensor, bank: PatchBank, memory_limit: int) -> PosteriorSum:
@@ -155,25 +164,3 @@ def _row_parts(rows: Axis, n_queries: int, n_windows: int) -> Iterator[Axis]:
         else:
             for start in range(0, len(rows.windows), n_windows):
                 yield Axis(queries, rows.windows[start : start + n_windows])
-
-
-def _rows(images: Tensor, k: int, rows: range, cols: range, group: Group) -> Tensor:
-    """k x k windows of padded images at rows x cols, as [L, n * free, C k^2], L being the locked coordinates."""
-    windows = images.unfold(2, k, 1).unfold(3, k, 1)[:, :, rows.start : rows.stop, cols.start : cols.stop]
-    n, channels = windows.shape[:2]
-    lr, fr = (len(rows), 1) if group.rows.locked else (1, len(rows))
-    lc, fc = (len(cols), 1) if group.cols.locked else (1, len(cols))
-    split = windows.reshape(n, channels, lr, fr, lc, fc, k, k)
-    return split.permute(2, 4, 0, 3, 5, 1, 6, 7).reshape(lr * lc, n * fr * fc, channels * k * k)
-
-
-def _pixels(x: Tensor, batch: int, group: Group) -> Tensor:
-    """The inverse of `_rows` for results: [L, B * free, C] back to [B, C, rows, cols]."""
-    rows, cols = len(group.rows.queries), len(group.cols.queries)
-    lr, fr = (rows, 1) if group.rows.locked else (1, rows)
-    lc, fc = (cols, 1) if group.cols.locked else (1, cols)
-    return x.reshape(lr, lc, batch, fr, fc, -1).permute(2, 5, 0, 3, 1, 4).reshape(batch, -1, rows, cols)
-
-
-def _span(coordinates: range) -> slice:
-    return slice(coordinates.start, coordinates.stop)

@@ -1,7 +1,7 @@
 """Engine `fused`: exact to a stated precision on the GPU, in Triton (kernel.py).
 
 Windows become rows of half floats (rows.py), and one kernel takes their softmax sums without ever writing a logit.
-This file cuts the work into launches, merges their partial sums in float64, and falls back where Triton cannot serve.
+This file cuts the work into launches and merges their partial sums in float64.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import functools
 import itertools
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,11 +21,9 @@ from torch import Tensor
 
 from ...bank import PatchBank
 from ...posterior import PosteriorSum, accumulator_dtype
-from ...windows import Competition, Group
-from .. import reference
+from ...windows import Competition, Group, rows_as_pixels, span
 from ..autotune import Configuration, KernelError, first_that_serves, wanted
-from ..reference import _pixels, _span
-from ..sliding import cpu as sliding
+from ..base import Engine
 from .rows import (
     Patches,
     Plan,
@@ -110,14 +107,13 @@ def kernel_constants(plan: Plan, channels: int, configuration: Configuration) ->
 # What the engine is asked.
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Why this engine cannot serve on `device`, or None.
+def runs_on(device: torch.device) -> bool:
+    """CUDA devices; under Triton's interpreter (TRITON_INTERPRET=1) the CPU too, slowly, for tests."""
+    return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
-    Under Triton's interpreter (TRITON_INTERPRET=1) it serves the CPU, slowly, for tests.
-    """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
-        return f"it runs on CUDA, not on {device.type}"
+
+def unavailable(device: torch.device) -> str | None:
+    """What is missing to serve on `device`, or None."""
     try:
         _kernels()
     except ImportError as error:
@@ -146,8 +142,7 @@ def posterior_sum(
     """Sums over every competing window of every pixel, the denoised pixel within `tolerance` of float64's.
 
     How finely and by how many numbers a window is described follows the smallest sigma of the call; `choose_plan` in
-    rows.py states the bound. Whole images (IdealScore) are one matrix product of few queries, which `sliding` takes
-    where it is built for CUDA, else torch in float64 (engine `reference`).
+    rows.py states the bound.
 
     Args:
         z: [B, C, H, W] noisy images z = x_0 + sigma eps, float32 or float64.
@@ -159,35 +154,47 @@ def posterior_sum(
         tolerance: of a denoised pixel, absolute.
 
     Returns:
-        PosteriorSum with parts [B, 1 or C, H, W]; for whole images m, s and s2 are [B, 1, 1, 1].
+        PosteriorSum with parts [B, 1 or C, H, W].
 
     Raises:
+        KernelError: the kernel does not compile here.
         ValueError: `memory_limit` cannot hold the rows of one image.
     """
-    if competition.patch_size is None:
-        exact = reference if sliding.unavailable(z.device) else sliding
-        return exact.posterior_sum(z, sigma, bank, competition, memory_limit)
     try:
         with torch.cuda.device(z.device) if z.device.type == "cuda" else contextlib.nullcontext():
             return _posterior_sum(z, sigma, bank, competition, memory_limit, tolerance)
     except KernelError as error:
         global _broken
         _broken = f"its kernel failed to compile ({error})"
-        warnings.warn(f"engine 'fused' cannot serve: {_broken}; 'reference' does", RuntimeWarning, stacklevel=3)
-        return reference.posterior_sum(z, sigma, bank, competition, memory_limit)
+        raise KernelError(_broken) from error
 
 
 @dataclass(frozen=True)
-class Fused:
-    """The engine bound to a tolerance of its own."""
+class Fused(Engine):
+    """The engine, with the error that a denoised pixel may have."""
 
-    tolerance: float
+    tolerance: float = TOLERANCE
+    name = "fused"
+
+    def runs_on(self, device: torch.device) -> bool:
+        return runs_on(device)
 
     def unavailable(self, device: torch.device) -> str | None:
         return unavailable(device)
 
+    def lacks(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> str | None:
+        if competition.patch_size is None:
+            return "whole images are one matrix product of few queries"
+        return None
+
     def posterior_sum(
-        self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        ess: bool = True,
     ) -> PosteriorSum:
         return posterior_sum(z, sigma, bank, competition, memory_limit, self.tolerance)
 
@@ -221,7 +228,7 @@ def _posterior_sum(
                 for patches in _all_patches(bank, k, group, plan, spectrum, unit, device, limit, keep):
                     parts.append(launch(queries, patches, plan, z.shape[1]))
                 sums = _merged(parts, queries, z.shape[1], unit)
-                m, s, v, s2 = (_pixels(x, len(z[some]), group) for x in sums)
+                m, s, v, s2 = (rows_as_pixels(x, len(z[some]), group) for x in sums)
             except torch.OutOfMemoryError:
                 # Give back what is kept; then fewer images at a time, then fewer patches.
                 if items == 1 and not keep:
@@ -232,7 +239,7 @@ def _posterior_sum(
                 cache.clear()
                 torch.cuda.empty_cache()
                 continue
-            total.add_(PosteriorSum(m, s, v, s2), some, _span(group.rows.queries), _span(group.cols.queries))
+            total.add_(PosteriorSum(m, s, v, s2), some, span(group.rows.queries), span(group.cols.queries))
             first += items
     return total
 

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ...bank import PatchBank
 from ...posterior import accumulator_dtype
-from ...windows import Axis, Competition, Group
+from ...windows import Axis, Competition, Group, windows_as_rows
 from .. import device as resident
-from ..reference import _rows
 
 BIAS_COLUMNS = 3
 PATCH_MULTIPLE = 128
@@ -170,7 +169,7 @@ def spectrum_of(bank: PatchBank, k: int, device: torch.device) -> Spectrum:
         chosen = range(0, len(bank), -(-len(bank) // SPECTRUM_IMAGES))
         for start in chosen:
             image = bank.chunk(start, start + 1, torch.float32, device)
-            windows = _rows(image, k, *_unpadded(k, rows, cols), group)[0]
+            windows = windows_as_rows(image, k, *_unpadded(k, rows, cols), group)[0]
             total += windows.sum(0, dtype=dtype)
             second += windows.T @ windows
             squares += image.square().mean()
@@ -217,9 +216,9 @@ def query_rows(
     exact = accumulator_dtype(z.device)
     mode = "circular" if competition.padding_mode == "circular" else "constant"
     padded = F.pad(z.to(exact), (k // 2,) * 4, mode=mode)
-    q = _rows(padded, k, group.rows.queries, group.cols.queries, group)  # [L, Q, d]
+    q = windows_as_rows(padded, k, group.rows.queries, group.cols.queries, group)  # [L, Q, d]
     sigma_at = sigma.reshape(-1, 1, 1, 1).expand(-1, 1, *z.shape[2:])
-    s2 = _rows(sigma_at, 1, group.rows.queries, group.cols.queries, group)[..., 0].square()  # [L, Q]
+    s2 = windows_as_rows(sigma_at, 1, group.rows.queries, group.cols.queries, group)[..., 0].square()  # [L, Q]
     dropped = torch.zeros_like(s2)
     if plan.axes:
         assert spectrum is not None
@@ -308,7 +307,7 @@ def patch_rows(
 
     if plan.axes:
         assert spectrum is not None
-        p = _rows(F.pad(images, padding), k, *where) - (spectrum.mean * unit).to(torch.float32)  # [L, M, d]
+        p = windows_as_rows(F.pad(images, padding), k, *where) - (spectrum.mean * unit).to(torch.float32)  # [L, M, d]
         square = p.square().sum(-1, dtype=exact)
         p = p @ spectrum.axes[:, : plan.size].to(torch.float32)
         square -= p.square().sum(-1, dtype=exact)
@@ -319,16 +318,16 @@ def patch_rows(
         # Halves of pixels first, windows of halves second: windows are many times as many.
         high_pixels = images.to(torch.float16)
         low_pixels = (images - high_pixels).to(torch.float16)
-        high = _rows(F.pad(high_pixels, padding), k, *where)
+        high = windows_as_rows(F.pad(high_pixels, padding), k, *where)
         blocks = [high] + [high] * plan.q_lo
         pixels = high_pixels.to(exact)
         if plan.p_lo:
-            blocks.append(_rows(F.pad(low_pixels, padding), k, *where))
+            blocks.append(windows_as_rows(F.pad(low_pixels, padding), k, *where))
             pixels = pixels + low_pixels
         squares = pixels.square().sum(1, keepdim=True)
         ones = torch.ones(1, 1, k, 1, dtype=exact, device=device)
         box = F.conv2d(F.conv2d(F.pad(squares, padding), ones), ones.mT)  # [n, 1, H, W]
-        square = _rows(box, 1, *where)[..., 0]
+        square = windows_as_rows(box, 1, *where)[..., 0]
 
     bias = -0.5 * square  # [L, M]
     parts = []
@@ -344,7 +343,7 @@ def patch_rows(
     rows[:, square.shape[1] :, plan.bias] = -torch.inf
 
     channels = images.shape[1]
-    centres = _rows(images, 1, *where)  # [L, M, C]
+    centres = windows_as_rows(images, 1, *where)  # [L, M, C]
     values = torch.zeros(len(square), length, value_columns(channels), dtype=torch.float16, device=device)
     filled = values[:, : square.shape[1]]
     filled[..., :channels] = centres

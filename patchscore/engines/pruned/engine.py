@@ -8,7 +8,6 @@ compete at which pixels, and with how many axes and second looks.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -22,9 +21,8 @@ from ...bank import PatchBank
 from ...index import IndexedSize, PatchIndex, Region
 from ...posterior import PosteriorSum
 from ...windows import Competition, Group
-from .. import reference
-from ..sliding import cpu as sliding
-from ..sliding.cpu import _native
+from ..base import Engine
+from ..sliding.cpu import SlidingCpu, _native
 
 DROPPED = 0.02
 """Variance of the axes left out, in units of sigma^2; a log-weight moves by about its root, before the recheck."""
@@ -52,7 +50,6 @@ LEAST_RECHECKED, MOST_RECHECKED = 0.5, 8
 """The recheck's windows at least and at most, in units of RECHECK; by the variance that is left out."""
 
 SUMS = ("m", "s", "v", "s2", "vv", "vs", "ss")
-TIED = "windows tied to their place are not in an index"
 
 MOST_CHANNELS = 4
 QUERY_BYTES = 100_000  # of plan, sums and sample, generously
@@ -76,7 +73,7 @@ class Request(NamedTuple):
     share: float
 
 
-class Pruned:
+class Pruned(Engine):
     """The engine bound to an index and to what it may spend.
 
     Args:
@@ -93,29 +90,39 @@ class Pruned:
         self.seed = seed
         self._allowed: dict[int, tuple[PatchBank, Tensor, dict[int, Tensor]]] = {}
 
+    name = "pruned"
+    exact = False
+
+    def runs_on(self, device: torch.device) -> bool:
+        return True
+
     def unavailable(self, device: torch.device) -> str | None:
         """Why this engine cannot serve on `device`, or None."""
         if self.index.bank.shape[0] > MOST_CHANNELS:
             return f"it takes up to {MOST_CHANNELS} channels, not {self.index.bank.shape[0]}"
-        return sliding.unavailable(device)
+        return SlidingCpu().unavailable(torch.device("cpu"))
 
-    def lacks(self, competition: Competition) -> str | None:
-        """Why it cannot serve this competition, or None."""
+    def lacks(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> str | None:
+        """Whole images, corners, sizes that the index lacks, and edges where it has none, are summed exactly."""
         if competition.patch_size is None:
             return "whole images are not in an index"
-        if all(group.rows.locked and group.cols.locked for group in competition.groups):
-            return TIED
         if competition.patch_size not in self.index.patch_sizes:
             return f"the index has patch sizes {self.index.patch_sizes}, not {competition.patch_size}"
+        part = self.index.at(competition.patch_size)
+        if any(not list(_regions(part, group)) for group in competition.groups):
+            return "windows that are tied to their place are not in an index"
         return None
 
     def posterior_sum(
-        self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        ess: bool = True,
     ) -> PosteriorSum:
-        """Estimated sums over the competing windows, with their sampling covariance; the rest as other engines.
-
-        Corners, and edges where the index has none, are summed exactly.
-        """
+        """Estimated sums over the competing windows, with their sampling covariance."""
         assert competition.patch_size is not None
         part = self.index.at(competition.patch_size)
         z32 = z.detach().to("cpu", torch.float32)
@@ -123,17 +130,11 @@ class Pruned:
         around = "circular" if competition.padding_mode == "circular" else "constant"
         padded = functional.pad(z32, margins, mode=around).contiguous()
         total = PosteriorSum.empty(z.shape, "cpu", sampled=True)
-        exact: list[Group] = []
-        estimated: list[tuple[int, range, range]] = []
-        for group in competition.groups:
-            regions = list(_regions(part, group))
-            estimated += regions
-            if not regions:
-                exact.append(group)
+        estimated = [place for group in competition.groups for place in _regions(part, group)]
         pairs = 0
         # Whole images at a time, for their pixels learn from each other.
         step = max(1, memory_limit // (z.shape[2] * z.shape[3] * QUERY_BYTES))
-        for start in range(0, len(z) if estimated else 0, step):
+        for start in range(0, len(z), step):
             requests: list[Request] = []
             for region, rows, cols in estimated:
                 requests += self._requests(
@@ -145,16 +146,7 @@ class Pruned:
                 block = {name: x.unflatten(0, shape).permute(0, 3, 1, 2) for name, x in _tensors(sums).items()}
                 pairs += sums.pairs or 0
                 _put(total, items, request.rows, request.cols, _of(block))
-        if exact:
-            engine = reference if sliding.unavailable(torch.device("cpu")) else sliding
-            rest = Competition(competition.patch_size, competition.padding_mode, tuple(exact))
-            for group in exact:
-                pairs += len(z) * len(bank) * group.pixels * group.windows_per_image
-            sums = engine.posterior_sum(z32, sigma, bank, rest, memory_limit)
-            for group in exact:
-                rows, cols = group.rows.queries, group.cols.queries
-                _put(total, torch.arange(len(z)), rows, cols, _pixels(sums, rows, cols))
-        return dataclasses.replace(total, pairs=pairs)
+        return total.with_pairs(pairs)
 
     def _requests(
         self,
@@ -212,10 +204,7 @@ class Pruned:
         """Sums [queries, 1 or C] of every request."""
         scans = [self._prepare(request, padded, bank) for request in requests]
         _native.scan_lists(scans, torch.get_num_threads(), os.environ.get("PATCHSCORE_SIMD", ""))
-        return [
-            dataclasses.replace(_of({name: _column(scan[name]) for name in SUMS}), pairs=int(scan["pairs"][0]))
-            for scan in scans
-        ]
+        return [_of({name: _column(scan[name]) for name in SUMS}).with_pairs(int(scan["pairs"][0])) for scan in scans]
 
     def _prepare(self, request: Request, padded: Tensor, bank: PatchBank) -> dict[str, Any]:
         """What the native scan reads of a request and its region, and room for what it finds."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,8 +21,7 @@ from torch.nn import functional
 from ...bank import PatchBank
 from ...index import SIBLINGS, IndexedSize
 from ...posterior import PosteriorSum
-from ...windows import Competition, Group
-from .. import reference
+from ...windows import Competition
 from ..autotune import Configuration, KernelError, first_that_serves, started, wanted
 from ..fused import launch as fused
 from ..fused.rows import BIAS_COLUMNS, cache
@@ -36,7 +34,6 @@ from .engine import (
     RECHECK,
     SHARPEST,
     Pruned,
-    _pixels,
     _put,
     _regions,
     _tensors,
@@ -112,9 +109,15 @@ class PrunedOnDevice(Pruned):
         return super().unavailable(device)
 
     def posterior_sum(
-        self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        ess: bool = True,
     ) -> PosteriorSum:
-        if unavailable(z.device) is not None:
+        if not fused.runs_on(z.device) or unavailable(z.device) is not None:
             return super().posterior_sum(z, sigma, bank, competition, memory_limit)
         try:
             with torch.cuda.device(z.device) if z.device.type == "cuda" else contextlib.nullcontext():
@@ -122,8 +125,7 @@ class PrunedOnDevice(Pruned):
         except KernelError as error:
             global _broken
             _broken = f"its kernel failed to compile ({error})"
-            warnings.warn(f"engine 'pruned' cannot serve: {_broken}; 'reference' does", RuntimeWarning, stacklevel=3)
-            return reference.posterior_sum(z, sigma, bank, competition, memory_limit)
+            raise KernelError(_broken) from error
 
     def _on_device(
         self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
@@ -132,13 +134,7 @@ class PrunedOnDevice(Pruned):
         part = self.index.at(competition.patch_size)
         noisy = z.detach().to(torch.float32)
         total = PosteriorSum.empty(z.shape, z.device, sampled=True)
-        places: list[Place] = []
-        exact: list[Group] = []
-        for group in competition.groups:
-            regions = list(_regions(part, group))
-            places += [Place(*place) for place in regions]
-            if not regions:
-                exact.append(group)
+        places = [Place(*place) for group in competition.groups for place in _regions(part, group)]
         pairs = 0
         for level in sigma.unique().tolist():
             alike = (sigma == level).nonzero().flatten()
@@ -152,14 +148,7 @@ class PrunedOnDevice(Pruned):
                 for place, sums in zip(places, scan.run(), strict=True):
                     _put(total, items, place.rows, place.cols, sums)
                 pairs += scan.pairs
-        if exact:
-            rest = Competition(competition.patch_size, competition.padding_mode, tuple(exact))
-            sums = fused.posterior_sum(noisy, sigma, bank, rest, memory_limit)
-            for group in exact:
-                pairs += len(z) * len(bank) * group.pixels * group.windows_per_image
-                rows, cols = group.rows.queries, group.cols.queries
-                _put(total, torch.arange(len(z)), rows, cols, _pixels(sums, rows, cols))
-        return replace(total, pairs=pairs)
+        return total.with_pairs(pairs)
 
     def images(self, device: torch.device) -> Tensor:
         """The index's images as stored, kept on the device."""

@@ -1,7 +1,7 @@
-"""Engine `sliding`: exact sums straight from the raw images, in C++ and CUDA C++ (csrc/sliding/).
+"""Engine `sliding` on the CPU: exact sums straight from the raw images, in C++ (csrc/sliding/).
 
 Two windows moved one step together share all but one row or column, so distances slide along diagonals and nothing is
-stored of a bank but its images. This file checks what is asked and passes pointers; cuda.py serves the GPU.
+stored of a bank but its images. This file passes pointers; cuda.py is the engine's half on the GPU.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from torch import Tensor
 from ...bank import PatchBank
 from ...posterior import PosteriorSum
 from ...windows import Axis, Competition
-from .. import reference
-from . import cuda as sliding_cuda
+from ..base import Engine
 
 try:
     import patchscore._native as _native
@@ -25,35 +24,42 @@ except ImportError as error:  # not built, or built for another Python
     _missing = str(error)
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Why this engine cannot serve on `device`, or None."""
-    if device.type == "cuda":
-        return sliding_cuda.unavailable()
-    if device.type != "cpu":
-        return f"it runs on the CPU and on CUDA devices, not on {device.type}"
-    if _native is None:
-        return f"the C++ extension was not built ({_missing})"
-    return None
+class SlidingCpu(Engine):
+    """`sliding` on the CPU, in float32 with float64 totals, on torch.get_num_threads() threads.
+
+    The numbers do not depend on the number of threads, on `memory_limit` or on what else is in the batch.
+    PATCHSCORE_SIMD (avx512, avx2 or plain) forces an instruction set.
+    """
+
+    name = "sliding"
+
+    def runs_on(self, device: torch.device) -> bool:
+        return device.type == "cpu"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return None if _native is not None else f"the C++ extension was not built ({_missing})"
+
+    def posterior_sum(
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        ess: bool = True,
+    ) -> PosteriorSum:
+        return posterior_sum(z, sigma, bank, competition, memory_limit)
+
+    def posterior_sums(
+        self, z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
+    ) -> list[PosteriorSum]:
+        return posterior_sums(z, sigma, bank, competitions, memory_limit)
 
 
 def posterior_sum(
     z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
 ) -> PosteriorSum:
-    """Sums over every competing window of every pixel, in float32 with float64 totals, on torch.get_num_threads().
-
-    The numbers do not depend on the number of threads, on `memory_limit` or on what else is in the batch.
-    PATCHSCORE_SIMD (avx512, avx2 or plain) forces an instruction set.
-
-    Args:
-        z: [B, C, H, W] noisy images z = x_0 + sigma eps, float32 or float64.
-        sigma: [B], positive.
-        bank: the training images that compete.
-        competition: which windows compete where.
-        memory_limit: bytes of working memory beyond z, the bank and the result. A thread takes less than 32 MiB up to
-            128 x 128 in colour, and fewer threads are started where the limit asks for it.
-
-    Returns:
-        PosteriorSum with parts [B, 1 or C, H, W]; for whole images m, s and s2 are [B, 1, 1, 1].
+    """`Engine.posterior_sum`. A thread takes less than 32 MiB up to 128 x 128 in colour; `memory_limit` bounds threads.
 
     Raises:
         ValueError: `memory_limit` cannot hold one thread, PATCHSCORE_SIMD names what this machine has not, or the
@@ -70,20 +76,6 @@ def posterior_sums(
     One pass over the bank serves them all, where `memory_limit` and, on the CPU, 32 MiB a thread have room for their
     sums; otherwise a few passes do. The numbers are those of separate calls.
     """
-    if z.device.type != "cuda":
-        return _on_cpu(z, sigma, bank, competitions, memory_limit)
-    # Patches beyond the kernels' shared memory or integers are a plain matrix product.
-    served = [competition for competition in competitions if sliding_cuda.serves(bank, competition, z.device)]
-    sums = iter(sliding_cuda.posterior_sums(z, sigma, bank, served, memory_limit))
-    return [
-        next(sums) if competition in served else reference.posterior_sum(z, sigma, bank, competition, memory_limit)
-        for competition in competitions
-    ]
-
-
-def _on_cpu(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
-) -> list[PosteriorSum]:
     assert _native is not None, "unavailable() says when this engine cannot serve"
     totals = [_empty(z, competition) for competition in competitions]
     _native.sliding(

@@ -22,6 +22,7 @@ from ...bank import PatchBank
 from ...posterior import PosteriorSum
 from ...windows import Axis, Competition, Group
 from .. import device as resident
+from ..base import Engine
 
 STEPS = 127.5
 """Steps of a byte pixel in a unit of v."""
@@ -119,6 +120,39 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
 library, _missing = _found()
 
 
+class SlidingCuda(Engine):
+    """`sliding` on CUDA devices; patches beyond its shared memory or integers are left to the next engine."""
+
+    name = "sliding"
+
+    def runs_on(self, device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return unavailable()
+
+    def lacks(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> str | None:
+        if serves(bank, competition, z.device):
+            return None
+        return "its shared memory or its integers are too small for these patches"
+
+    def posterior_sum(
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        ess: bool = True,
+    ) -> PosteriorSum:
+        return posterior_sums(z, sigma, bank, [competition], memory_limit)[0]
+
+    def posterior_sums(
+        self, z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
+    ) -> list[PosteriorSum]:
+        return posterior_sums(z, sigma, bank, competitions, memory_limit)
+
+
 def unavailable() -> str | None:
     """Why no CUDA device can be served, or None."""
     if library is None:
@@ -139,7 +173,7 @@ def serves(bank: PatchBank, competition: Competition, device: torch.device) -> b
 def posterior_sums(
     z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
 ) -> list[PosteriorSum]:
-    """The sums of every competition, of windows in one pass over the bank; arguments as of `sliding.posterior_sums`.
+    """The sums of every competition, of windows in one pass over the bank; arguments as of `Engine.posterior_sums`.
 
     Every competition must be one that `serves`. Work is queued on the current stream of z's device.
     """

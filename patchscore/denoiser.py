@@ -1,0 +1,272 @@
+"""Denoiser: the interface of everything that estimates x_0 from z = x_0 + sigma eps, and what all of them share.
+
+`Estimate` is what a call returns. `ScoreMachine` is the denoiser that sums over a bank: it checks its input, splits a
+batch by class and patch size, and has engines take the sums. Which windows compete is the business of machines.py.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import checks, engines
+from .bank import PatchBank
+from .posterior import PosteriorSum
+from .scales import ScaleTable
+from .windows import Competition
+
+Labels: TypeAlias = int | str | Sequence[int | str | None] | Tensor | None
+
+DEFAULT_MEMORY_LIMIT = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A denoised batch with its standard error, effective sample size and cost.
+
+    mean:   [B, C, H, W] the denoised images D(z).
+    stderr: [B, C, H, W] standard error of `mean`; zero from engines that sum over every competing window. From `pruned`
+            it covers sampling and the axes that features leave out.
+    ess:    [B, H, W] effective number of windows behind each pixel, (sum w)^2 / sum w^2.
+    pairs:  how many (query pixel, window) pairs were evaluated.
+    engine: the engine that served; several, joined by "and", where groups of pixels or patch sizes differ.
+    """
+
+    mean: Tensor
+    stderr: Tensor
+    ess: Tensor
+    pairs: int
+    engine: str
+
+
+class Denoiser(ABC):
+    """Anything that estimates x_0 from z = x_0 + sigma eps: the interface samplers and adapters take.
+
+    Nothing here is differentiable: results carry no autograd graph.
+    """
+
+    shape: tuple[int, int, int]
+    """(C, H, W) of the images it denoises."""
+
+    @abstractmethod
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
+        """The denoised images with their effective sample sizes and errors.
+
+        Args:
+            z: [B, C, H, W] noisy images z = x_0 + sigma eps, on any device.
+            sigma: noise level in units of pixel values ([-1, 1] is two wide): a number, or [B].
+            labels: one class for all items, or one for each ([B]; None among them means every class).
+
+        Raises:
+            ValueError: wrong shape, NaN or infinite pixels, sigma not positive and finite, unknown label.
+            TypeError: an argument of a type that is not taken.
+        """
+
+    def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
+        """`estimate(...).mean`: [B, C, H, W] on z's device, float64 if z is, else float32."""
+        return self.estimate(z, sigma, labels).mean
+
+    @torch.no_grad()
+    def score(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
+        """grad log p_t(x) = (alpha D(x / alpha) - x) / sigma^2 at x = alpha x_0 + sigma eps; levels: numbers or [B]."""
+        alpha, sigma = _per_item(alpha, x, "alpha"), _per_item(sigma, x, "sigma")
+        return (alpha * self._denoise_scaled(x, alpha, sigma, labels) - x) / sigma**2
+
+    @torch.no_grad()
+    def eps(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
+        """The predicted noise (x - alpha D(x / alpha)) / sigma at x = alpha x_0 + sigma eps; levels: numbers or [B]."""
+        alpha, sigma = _per_item(alpha, x, "alpha"), _per_item(sigma, x, "sigma")
+        return (x - alpha * self._denoise_scaled(x, alpha, sigma, labels)) / sigma
+
+    def _denoise_scaled(self, x: Tensor, alpha: Tensor, sigma: Tensor, labels: Labels) -> Tensor:
+        return self.denoise(x / alpha, (sigma / alpha).flatten(), labels)
+
+
+class ScoreMachine(Denoiser):
+    """A denoiser that sums over a bank: checks its input, splits the batch by class and patch size, asks an engine."""
+
+    def __init__(
+        self,
+        bank: PatchBank,
+        patch_size: int | ScaleTable | None,
+        engine: str,
+        memory_limit: int,
+        pruned: engines.Pruned | None = None,
+        tolerance: float | None = None,
+    ):
+        if not isinstance(bank, PatchBank):
+            raise TypeError(f"bank: got {type(bank).__name__}, takes a PatchBank")
+        self.bank = bank
+        self.shape = bank.shape
+        self.patch_size = patch_size
+        if engine == "pruned" and pruned is None:
+            raise ValueError('engine: "pruned" takes an index and a budget or a tolerance')
+        self.engine = checks.one_of("engine", engine, ["auto", *engines.NAMES] + ["pruned"] * (pruned is not None))
+        self.memory_limit = checks.integer("memory_limit", memory_limit, at_least=1)
+        self.pruned = pruned
+        """The engine that samples, where the machine was given an index."""
+        self.tolerance = tolerance
+        """What `fused`, which rounds, may add to the error of a denoised pixel; None: its default."""
+        self.engines = engines.available(pruned, tolerance)
+        """What serves, in order of preference."""
+
+    @abstractmethod
+    def competition(self, k: int | None) -> Competition:
+        """Which windows compete at which pixel, at patch size k."""
+
+    def patch_size_at(self, sigma: float) -> int | None:
+        """The patch size used at noise level `sigma`; None where whole images compete."""
+        return self.patch_size(sigma) if isinstance(self.patch_size, ScaleTable) else self.patch_size
+
+    def engine_on(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+        """The name of the engine that serves images of `dtype` on `device`."""
+        return engines.chosen(self.engines, self.engine, checks.device(device), dtype).name
+
+    def explain_choice(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+        """Which engine serves images of `dtype` on `device`, and why not those before it, a line each."""
+        return engines.explain_choice(self.engines, self.engine, checks.device(device), dtype)
+
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
+        return self._estimate(z, sigma, labels, ess=True)
+
+    def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
+        return self._estimate(z, sigma, labels, ess=False).mean
+
+    @torch.no_grad()
+    def _estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels, ess: bool) -> Estimate:
+        z = check_noisy(z, self.shape)
+        sigmas = check_sigma(sigma, len(z))
+        classes = check_labels(labels, self.bank, len(z))
+        sizes = [self.patch_size_at(level) for level in sigmas.tolist()]
+
+        mean, stderr, pairs, names = torch.empty_like(z), torch.zeros_like(z), 0, set()
+        found_ess = z.new_empty(len(z), *z.shape[2:])
+        for (label, k), items in alike(list(zip(classes, sizes, strict=True))):
+            bank, some, competition = self.bank.of_class(label), z[items], self.competition(k)
+            total, served = engines.serve(
+                self.engines, self.engine, some, sigmas[items], bank, competition, self.memory_limit, ess
+            )
+            mean[items] = total.mean.to(z.device, z.dtype)
+            stderr[items] = total.stderr.to(z.device, z.dtype)
+            found_ess[items] = total.ess[:, 0].to(z.device, z.dtype).expand(len(some), *z.shape[2:])
+            pairs += len(some) * len(bank) * competition.pairs_per_image if total.pairs is None else total.pairs
+            names.update(served)
+        return Estimate(mean, stderr, found_ess, pairs, " and ".join(sorted(names)))
+
+    def exact_sums(
+        self, z: Tensor, sigmas: Tensor, bank: PatchBank, competitions: Sequence[Competition]
+    ) -> list[PosteriorSum]:
+        """Exact sums of several competitions over (a class of) the bank, whatever the machine samples from."""
+        exact = [engine for engine in self.engines if engine.exact]
+        named = self.engine if self.engine in engines.NAMES else "auto"
+        return engines.serve_each(exact, named, z, sigmas, bank, competitions, self.memory_limit)
+
+    def __repr__(self) -> str:
+        options = {name: getattr(self, name, None) for name in ("patch_size", "padding_mode", "engine")}
+        listed = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
+        return f"{type(self).__name__}({self.bank!r}{listed})"
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def alike(keys: Sequence[Key]) -> list[tuple[Key, slice | list[int]]]:
+    """The items of a batch that share a key, such as their class, which are served together.
+
+    Items in a row come as a slice: a list would be copied to the device, and the host wait for it.
+    """
+    numbers: dict[Key, list[int]] = {}
+    for item, key in enumerate(keys):
+        numbers.setdefault(key, []).append(item)
+    rows = [(key, found, range(found[0], found[-1] + 1)) for key, found in numbers.items()]
+    return [(key, slice(row.start, row.stop) if len(row) == len(found) else found) for key, found, row in rows]
+
+
+def check_noisy(z: Tensor, shape: tuple[int, int, int], name: str = "z") -> Tensor:
+    if not isinstance(z, Tensor) or not z.is_floating_point():
+        got = str(z.dtype) if isinstance(z, Tensor) else type(z).__name__
+        raise TypeError(f"{name}: got {got}, takes a floating point tensor [B, C, H, W]")
+    if z.ndim != 4 or tuple(z.shape[1:]) != shape:
+        takes = f"[B, {shape[0]}, {shape[1]}, {shape[2]}]"
+        raise ValueError(f"{name}: got shape {list(z.shape)}, takes {takes} as the bank's")
+    # Of pixels that a CUDA graph records nothing is known yet.
+    if not _recording(z.device) and not torch.isfinite(z).all():
+        raise ValueError(f"{name}: NaN or infinite pixels")
+    return z if z.dtype == torch.float64 else z.to(torch.float32)
+
+
+def _recording(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def check_sigma(sigma: float | Tensor, batch: int) -> Tensor:
+    """[B] float64 on the CPU, where patch sizes are looked up."""
+    sigmas = _as_numbers("sigma", sigma).detach().to("cpu", torch.float64)
+    if sigmas.ndim > 1 or (sigmas.ndim == 1 and len(sigmas) not in (1, batch)):
+        raise ValueError(f"sigma: got shape {list(sigmas.shape)}, takes a number or [{batch}]")
+    sigmas = sigmas.expand(batch)
+    bad = [value for value in sigmas.tolist() if not (value > 0 and math.isfinite(value))]
+    if bad:
+        raise ValueError(f"sigma: got {bad[0]}, takes positive finite numbers")
+    # Below this the nearest window has all the weight, and squares would underflow.
+    return sigmas.clamp(min=1e-9)
+
+
+def listed_labels(labels: Labels) -> list[int | str | None] | None:
+    """Labels as a list, None where there is one for all."""
+    if labels is None or isinstance(labels, (int, str)):
+        return None
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        raise TypeError(f"labels: got a tensor of {labels.dtype}, takes integers")
+    try:
+        listed = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    except TypeError:
+        raise TypeError(f"labels: got {labels!r}, takes a label or one for each item") from None
+    return listed if isinstance(listed, list) else None
+
+
+def labels_per_item(labels: Labels, batch: int) -> list[int | str | None]:
+    """One label for each item, from one for all or one for each."""
+    listed = listed_labels(labels)
+    if listed is None:
+        return [labels] * batch  # type: ignore[list-item]
+    if len(listed) != batch:
+        raise ValueError(f"labels: got {len(listed)} for a batch of {batch}")
+    return listed
+
+
+def check_labels(labels: Labels, bank: PatchBank, batch: int) -> list[int | None]:
+    """`labels_per_item` as label numbers that occur in the bank."""
+    return [None if label is None else bank.label_ids([label])[0] for label in labels_per_item(labels, batch)]
+
+
+def _as_numbers(name: str, value: Any) -> Tensor:
+    """A number or several as a real tensor, in float64 where they were no tensor."""
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        numbers = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name}: got {value!r}, takes a number or one for each item") from None
+    if numbers.is_complex() or numbers.dtype == torch.bool:
+        raise TypeError(f"{name}: got {numbers.dtype}, takes a number or one for each item")
+    return numbers
+
+
+def _per_item(value: float | Tensor, x: Tensor, name: str) -> Tensor:
+    """A number or [B] as [B or 1, 1, 1, 1] beside x."""
+    if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
+        got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x: got {got}, takes a floating point tensor [B, C, H, W]")
+    value = _as_numbers(name, value).to(x.device, x.dtype)
+    if value.ndim > 1 or (value.ndim == 1 and len(value) not in (1, len(x))):
+        raise ValueError(f"{name}: got shape {list(value.shape)}, takes a number or [{len(x)}]")
+    if not (torch.isfinite(value) & (value > 0)).all():
+        raise ValueError(f"{name}: got {value.tolist()}, takes positive finite numbers")
+    return value.reshape(-1, 1, 1, 1)

@@ -1,0 +1,224 @@
+"""What an engine is, and the one place where engines are chosen and fall back.
+
+An engine takes posterior sums over the windows that compete and knows nothing of machines, schedules or noise
+conventions: z = x_0 + sigma eps is all it sees. Engines never call each other. `serve` asks them in order of
+preference, group of pixels by group; what one cannot serve goes to the next, and `reference`, the last, takes all.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..bank import PatchBank
+from ..posterior import PosteriorSum
+from ..windows import Competition, span
+
+
+class EngineError(RuntimeError):
+    """An engine found out during a call that it cannot serve here: its kernels do not compile. The next one serves."""
+
+
+class Engine(ABC):
+    """Takes posterior sums. `name` is what users call it by; two engines of one name serve different devices."""
+
+    name: ClassVar[str]
+    exact: ClassVar[bool] = True
+    """Whether it sums over every competing window."""
+    float64: ClassVar[bool] = False
+    """Whether its sums have float64 digits where z has."""
+
+    @abstractmethod
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether it was written for this kind of device."""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """What is missing on this machine (a compiler, a library, a newer GPU), or None."""
+        return None
+
+    def lacks(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> str | None:
+        """Why these sums are left to the next engine by design, or None. Asked of each group of pixels alone."""
+        return None
+
+    @abstractmethod
+    def posterior_sum(
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        ess: bool = True,
+    ) -> PosteriorSum:
+        """Sums over the competing windows of every pixel.
+
+        Args:
+            z: [B, C, H, W] noisy images z = x_0 + sigma eps, float32 or float64.
+            sigma: [B] float64 on the CPU, positive.
+            bank: the training images that compete.
+            competition: which windows compete where.
+            memory_limit: bytes of working memory beyond z, the bank, the result and what is kept between calls.
+            ess: False where the effective sample size will not be asked for: s2 may then be anything.
+
+        Returns:
+            PosteriorSum with parts [B, 1 or C, H, W]; for whole images m, s and s2 are [B, 1, 1, 1].
+
+        Raises:
+            EngineError: the engine cannot serve on this machine after all; `unavailable` says so from then on.
+            ValueError: `memory_limit` cannot hold the smallest piece of work.
+        """
+
+    def posterior_sums(
+        self, z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
+    ) -> list[PosteriorSum]:
+        """`posterior_sum` of several competitions, as calibration compares patch sizes; in one pass where it can."""
+        return [self.posterior_sum(z, sigma, bank, competition, memory_limit) for competition in competitions]
+
+
+# The choice.
+
+
+def strict() -> bool:
+    """Whether every fallback is an error: PATCHSCORE_STRICT=1, for tests and benchmarks on GPUs."""
+    return os.environ.get("PATCHSCORE_STRICT", "0") not in ("", "0")
+
+
+def candidates(
+    engines: Sequence[Engine], named: str, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[Engine, str | None, bool]]:
+    """Engines in the order they are asked: (engine, why it cannot serve or None, whether that is worth a warning).
+
+    The named one first; engines written for another device are left out unless named. float64 images ask for float64
+    digits, and "auto" takes an engine that has them.
+    """
+    ordered = [engine for engine in engines if engine.name == named]
+    # Of two halves of one engine the one for this device speaks.
+    ordered = [engine for engine in ordered if engine.runs_on(device)] or ordered[:1]
+    ordered += [engine for engine in engines if engine.name != named]
+    for engine in ordered:
+        if not engine.runs_on(device):
+            yield engine, f"it does not run on {device.type}", engine.name == named
+        elif dtype == torch.float64 and not engine.float64 and engine.name != named:
+            yield engine, "it computes in float32", False
+        else:
+            yield engine, engine.unavailable(device), True
+
+
+def chosen(engines: Sequence[Engine], named: str, device: torch.device, dtype: torch.dtype) -> Engine:
+    """The first engine that can serve, for most groups of pixels."""
+    return next(engine for engine, reason, _ in candidates(engines, named, device, dtype) if reason is None)
+
+
+def explain_choice(engines: Sequence[Engine], named: str, device: torch.device, dtype: torch.dtype) -> str:
+    """One line an engine: which one serves, and why not those before it."""
+    lines: list[str] = []
+    for engine, reason, _ in candidates(engines, named, device, dtype):
+        if reason is None:
+            why = "named" if engine.name == named else "the fastest that can"
+            return "\n".join([*lines, f"{engine.name}: serves {str(dtype).removeprefix('torch.')} on {device} ({why})"])
+        lines.append(f"{engine.name}: cannot serve, {reason}")
+    raise AssertionError("engine reference always serves")
+
+
+def serve(
+    engines: Sequence[Engine],
+    named: str,
+    z: Tensor,
+    sigma: Tensor,
+    bank: PatchBank,
+    competition: Competition,
+    memory_limit: int,
+    ess: bool = True,
+) -> tuple[PosteriorSum, list[str]]:
+    """The sums of every pixel, and the names of the engines that took them.
+
+    Raises:
+        RuntimeError: with PATCHSCORE_STRICT=1, an engine that would have served cannot.
+    """
+    parts: list[tuple[PosteriorSum, Competition]] = []
+    names: list[str] = []
+    pending: Competition | None = competition
+    for engine, reason, worth_a_warning in candidates(engines, named, z.device, z.dtype):
+        if reason is not None:
+            if worth_a_warning:
+                _warn(engine, reason)
+            continue
+        taken, left = _split(engine, z, sigma, bank, pending)
+        if taken is None:
+            continue
+        try:
+            sums = engine.posterior_sum(z, sigma, bank, taken, memory_limit, ess=ess)
+        except EngineError as error:
+            _warn(engine, str(error))
+            continue
+        parts.append((sums, taken))
+        names.append(engine.name)
+        pending = left
+        if pending is None:
+            return _joined(parts, z, bank), names
+    raise AssertionError("engine reference always serves")
+
+
+def serve_each(
+    engines: Sequence[Engine],
+    named: str,
+    z: Tensor,
+    sigma: Tensor,
+    bank: PatchBank,
+    competitions: Sequence[Competition],
+    memory_limit: int,
+) -> list[PosteriorSum]:
+    """`serve` for several competitions, in one pass over the bank where one engine takes them all."""
+    for engine, reason, _ in candidates(engines, named, z.device, z.dtype):
+        if reason is None:
+            if all(engine.lacks(z, sigma, bank, competition) is None for competition in competitions):
+                return engine.posterior_sums(z, sigma, bank, competitions, memory_limit)
+            break
+    return [serve(engines, named, z, sigma, bank, one, memory_limit)[0] for one in competitions]
+
+
+def _split(
+    engine: Engine, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition | None
+) -> tuple[Competition | None, Competition | None]:
+    """The groups that the engine takes and those it leaves, each None where there are none."""
+    assert competition is not None
+    if not competition.groups:
+        takes = engine.lacks(z, sigma, bank, competition) is None
+        return (competition, None) if takes else (None, competition)
+    taken = [group for group in competition.groups if engine.lacks(z, sigma, bank, competition.only([group])) is None]
+    left = [group for group in competition.groups if group not in taken]
+    return competition.only(taken) if taken else None, competition.only(left) if left else None
+
+
+def _joined(parts: list[tuple[PosteriorSum, Competition]], z: Tensor, bank: PatchBank) -> PosteriorSum:
+    """One sum from those of disjoint pixels."""
+    if len(parts) == 1:
+        return parts[0][0]
+    sampled = any(sums.vv is not None for sums, _ in parts)
+    total = PosteriorSum.empty(z.shape, parts[0][0].m.device, sampled)
+    pairs = 0
+    for sums, taken in parts:
+        pairs += len(z) * len(bank) * taken.pairs_per_image if sums.pairs is None else sums.pairs
+        for group in taken.groups:
+            rows, cols = span(group.rows.queries), span(group.cols.queries)
+            total.add_(sums.block(slice(None), rows, cols).to(total.m.device), slice(None), rows, cols)
+    return total.with_pairs(pairs)
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _warn(engine: Engine, reason: str) -> None:
+    """Says once a process that an engine cannot serve; with PATCHSCORE_STRICT=1 it is an error."""
+    message = f"engine {engine.name!r} cannot serve: {reason}"
+    if strict():
+        raise RuntimeError(f"{message} (PATCHSCORE_STRICT=1 forbids the next one)")
+    if (engine.name, reason) not in _warned:
+        _warned.add((engine.name, reason))
+        warnings.warn(f"{message}; the next one does", RuntimeWarning, stacklevel=5)
