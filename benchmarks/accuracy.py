@@ -33,9 +33,9 @@ def rows_for(machine: str, k: int, channels: int) -> list[dict]:
         oracle_sigma = max(sigma, 1e-3)
         pixels = few_pixels(*bank.shape[1:], k)
         expected = [denoise_pixel(z[0].numpy(), oracle_sigma, train, machine, k, i, j)[0] for i, j in pixels]
-        for engine in engines.ENGINES:
+        for engine in engines.NAMES:
             for dtype in (torch.float64, torch.float32) if engine == "reference" else (torch.float32,):
-                if engines.ENGINES[engine].unavailable(torch.device("cpu")):
+                if engines.chosen(engines.EXACT, engine, torch.device("cpu"), torch.float32).name != engine:
                     continue
                 denoised = machine_named(machine, bank, k, engine=engine).denoise(z.to(dtype), sigma)
                 got = [denoised[0, :, i, j].double().numpy() for i, j in pixels]

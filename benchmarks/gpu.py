@@ -244,8 +244,9 @@ def by_engine(engine, z, sigma, bank, machine):
 def served(bench: Bench) -> dict:
     """Exact engines that can serve this device, the slow definition aside."""
     found = {}
-    for name, engine in engines.ENGINES.items():
-        if engine is reference:
+    for engine in engines.EXACT:
+        name = engine.name
+        if name == "reference" or not engine.runs_on(bench.device):
             continue
         reason = engine.unavailable(bench.device)
         if reason is None:

@@ -108,7 +108,7 @@ def test_strict_turns_every_fallback_into_an_error(warp, change, bank, monkeypat
     vars(warp).update(change)
     z = noisy(bank, 1.0, dtype=torch.float32)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="engine 'warp' cannot serve: (its compiler|no registers).*STRICT"):
+        with pytest.raises(RuntimeError, match=r"engine 'warp' cannot serve: (its compiler|no registers).*STRICT"):
             ps.EquivariantLocalScore(bank, 3).denoise(z, 1.0)
 
 

@@ -222,7 +222,7 @@ class TestOnGpu:
         assert sum("synchroniz" in str(warning.message) for warning in caught) < 12
 
     def test_it_agrees_with_the_scan_on_the_cpu(self, large):
-        if sliding.unavailable(CPU):
+        if engines.SlidingCpu().unavailable(CPU):
             pytest.skip("the C++ extension was not built")
         bank, index = large
         z = noisy(bank, 1.0, 2, dtype=torch.float32)

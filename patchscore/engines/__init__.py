@@ -31,6 +31,7 @@ __all__ = [
     "Engine",
     "EngineError",
     "Pruned",
+    "SlidingCpu",
     "available",
     "candidates",
     "chosen",
