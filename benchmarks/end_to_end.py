@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import exact_cpu
+import peers.top_k
+import peers.uniform
 import pruned_cpu
 import record
 import torch
@@ -60,7 +62,7 @@ def exact(z, sigma, bank, competition):
     return sliding.posterior_sum(z, sigma, bank, competition, MEMORY).mean
 
 
-def top_k(index: ps.PatchIndex) -> Callable:
+def nearest_windows(index: ps.PatchIndex) -> Callable:
     """Softmax over the nearest windows that FAISS finds where both axes are free; exact sums along the border."""
 
     def mean(z, sigma, bank, competition):
@@ -71,7 +73,7 @@ def top_k(index: ps.PatchIndex) -> Callable:
         border = Competition(k, competition.padding_mode, tuple(g for g in competition.groups if g not in free))
         found = exact(z, sigma, bank, border) if border.groups else torch.zeros_like(z)
         if free:
-            inside = pruned_cpu.top_k(z, sigma, index, k, NPROBE).to(torch.float64)
+            inside = peers.top_k.interior_mean(z, sigma, index, k, NPROBE).to(torch.float64)
             found = found.to(torch.float64)
             found[:, :, r : r + inside.shape[2], r : r + inside.shape[3]] = inside
         return found
@@ -125,12 +127,12 @@ class Setting:
             machine = ps.EquivariantLocalScore(self.bank, self.table, index=index, budget=BUDGET)
             images, fast = self.sampled(machine)
             self.add(f"pruned, budget {BUDGET:g}{self.also}", fast, images, truth, build_seconds=built)
-            images, seconds = self.sampled(Machine(self.bank, self.table, top_k(index)))
-            self.add(f"FAISS top-{pruned_cpu.NEAREST}, nprobe {NPROBE}{self.also}", seconds, images, truth)
+            images, seconds = self.sampled(Machine(self.bank, self.table, nearest_windows(index)))
+            self.add(f"FAISS top-{peers.top_k.NEAREST}, nprobe {NPROBE}{self.also}", seconds, images, truth)
         if fast is not None:
             # Exact sums over as many images as take as long as pruned.
             count = min(len(self.bank), max(16, round(len(self.bank) * fast / slow)))
-            some = torch.randperm(len(self.bank), generator=torch.Generator().manual_seed(1))[:count]
+            some = peers.uniform.images(count, len(self.bank), torch.Generator().manual_seed(1))
             part = ps.PatchBank(self.bank.images[some])
             images, seconds = self.sampled(ps.EquivariantLocalScore(part, self.table, engine="sliding"))
             self.add(f"uniform subset, {count:,} images", seconds, images, truth)

@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import peers
 import record
 import torch
-import torch.nn.functional as F
 
 import patchscore as ps
 from patchscore.engines import reference
@@ -55,94 +55,18 @@ def by_engine(engine) -> Denoise:
     return denoise
 
 
-def query_rows(z, k):
-    """Windows of z as rows [H W, d]."""
-    return F.unfold(F.pad(z, (k // 2,) * 4, mode="circular"), k)[0].T.contiguous()
-
-
-def window_rows(train, k):
-    """Competing windows and their centres: [M, d], [M, C]."""
-    r = k // 2
-    windows = F.unfold(train, k).transpose(1, 2).flatten(0, 1)
-    centres = train[:, :, r : train.shape[2] - r, r : train.shape[3] - r].flatten(2).transpose(1, 2).flatten(0, 1)
-    return windows.contiguous(), centres.contiguous()
-
-
-def attention(z, sigma, train, k):
-    """scaled_dot_product_attention, |p|^2 as one more column."""
-    p, v = window_rows(train, k)
-    q = query_rows(z, k) / sigma**2
-    keys = torch.cat([p, p.square().sum(1, keepdim=True) / (-2 * sigma**2)], 1)
-    queries = torch.cat([q, torch.ones(len(q), 1)], 1)
-    # The fused CPU kernel wants values as wide as keys; without it the logits are materialised, which is slower.
-    values = F.pad(v, (0, keys.shape[1] - v.shape[1]))
-    out = F.scaled_dot_product_attention(queries[None, None], keys[None, None], values[None, None], scale=1.0)
-    return out[0, 0, :, : v.shape[1]].T
-
-
-def online_softmax(logits_and_values):
-    m = s = acc = None
-    for logits, values in logits_and_values:  # [Q, M], [M, C]
-        top = logits.amax(1, keepdim=True)
-        new = top if m is None else torch.maximum(m, top)
-        w = logits.sub_(new).exp_()
-        if m is None:
-            s, acc = w.sum(1, keepdim=True), w @ values
-        else:
-            fade = (m - new).exp()
-            s, acc = s * fade + w.sum(1, keepdim=True), acc * fade + w @ values
-        m = new
-    return (acc / s).T
-
-
-def gemm(z, sigma, train, k, chunk=1024):
-    """Chunked matrix product and online softmax."""
-    p, v = window_rows(train, k)
-    q = query_rows(z, k) / sigma**2
-    bias = p.square().sum(1) / (-2 * sigma**2)
-    return online_softmax(
-        (torch.addmm(bias[a : a + chunk], q, p[a : a + chunk].T), v[a : a + chunk]) for a in range(0, len(p), chunk)
-    )
-
-
-def convolution(z, sigma, train, k, chunk=1024):
-    """The published formulation: training windows are the filters of a convolution over z."""
-    p, v = window_rows(train, k)
-    padded = F.pad(z, (k // 2,) * 4, mode="circular") / sigma**2
-    bias = p.square().sum(1) / (-2 * sigma**2)
-    filters = p.reshape(-1, z.shape[1], k, k)
-
-    def logits(a):
-        return F.conv2d(padded, filters[a : a + chunk], bias[a : a + chunk])[0].flatten(1).T.contiguous()
-
-    return online_softmax((logits(a), v[a : a + chunk]) for a in range(0, len(p), chunk))
-
-
-def keops() -> Denoise | None:
-    try:
-        from pykeops.torch import Vi, Vj
-    except ImportError:
-        return None
-
-    def denoise(z, sigma, train, k):
-        p, v = window_rows(train, k)
-        q = query_rows(z, k)
-        logits = -Vi(q).sqdist(Vj(p)) / (2 * sigma**2)
-        return logits.sumsoftmaxweight(Vj(v), dim=1).T
-
-    return denoise
+def by_peer(prepare: peers.Prepare) -> Denoise:
+    """Windows are materialised anew in every call, as the bank may not fit in memory so."""
+    return lambda z, sigma, train, k: prepare(z, sigma, train, k)()[0].flatten(1)
 
 
 def contenders() -> dict[str, Denoise]:
-    found = {
+    serving = peers.found(torch.device("cpu"), lambda reason: print(f"skipped {reason}"))
+    return {
         "sliding": by_engine(sliding),
         "reference": by_engine(reference),
-        "attention": attention,
-        "gemm": gemm,
-        "convolution": convolution,
+        **{name: by_peer(prepare) for name, prepare in serving.items()},
     }
-    guest = keops()
-    return found | ({"keops": guest} if guest else {})
 
 
 # Data.
@@ -151,17 +75,9 @@ def contenders() -> dict[str, Denoise]:
 def images_of(path: str | None, channels: int, size: int, count: int) -> torch.Tensor:
     """uint8 [count, channels, size, size]: from a folder or tar of image files, or smooth random ones."""
     if path is None:
-        return smooth(channels, size, count)
+        return record.smooth(channels, size, count)
     found = record.shuffled(record.opened(path, size=size, channels=channels, limit=count))
     return found.repeat(-(-count // len(found)), 1, 1, 1)[:count].contiguous()
-
-
-def smooth(channels: int, size: int, count: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn(count, channels, size // 4, size // 4, generator=generator)
-    fine = F.interpolate(coarse, size=(size, size), mode="bicubic")
-    fine += 0.1 * torch.randn(fine.shape, generator=generator)
-    return ((fine * 0.5).clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
 
 
 # Measuring.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import record
 import torch
-from torch.nn import functional
+from peers import screening, top_k, uniform
 
 import patchscore as ps
 from patchscore.engines.pruned.engine import Pruned
@@ -32,7 +32,6 @@ BUDGET = 0.01
 LESS = (0.0003, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.007)
 SWEEP = {"budget": (0.001, 0.003, 0.01, 0.03), "share": (0.01, 0.03, 0.1, 0.3), "nprobe": (4, 16, 64, 256)}
 SWEPT = (3, 7, 11, 17)
-NEAREST = 1000  # windows of a top-k cut
 FASHION = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
 
 
@@ -53,26 +52,7 @@ def subset(z, sigma, bank, competition, images):
 
 def screened(z, sigma, bank, coarse, competition, count):
     """Exact sums over the `count` images nearest to z at a quarter of the resolution."""
-    small = functional.avg_pool2d(z, 4).flatten(1)
-    nearest = torch.cdist(small, coarse).amin(0).topk(count, largest=False).indices
-    return subset(z, sigma, bank, competition, nearest)
-
-
-def top_k(z, sigma, index, k, nprobe):
-    """Softmax over the nearest windows that FAISS finds, in the interior: [B, C, rows, cols]."""
-    part, r = index.at(k), k // 2
-    place = part.regions[0]
-    windows = z.unfold(2, k, 1).unfold(3, k, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).contiguous()
-    found = part.faiss_index
-    found.nprobe = nprobe
-    near, ids = found.search(part.project(windows, 0).numpy(), NEAREST)
-    near, ids = torch.from_numpy(near), torch.from_numpy(ids)
-    weights = torch.softmax(torch.where(ids < 0, -torch.inf, -near / (2 * float(sigma[0]) ** 2)), 1).nan_to_num()
-    rows, cols = len(place.rows), len(place.cols)
-    image, at = ids.clamp(min=0) // (rows * cols), ids.clamp(min=0) % (rows * cols)
-    values = index.images[image, :, r + at // cols, r + at % cols].float() / 127.5 - 1
-    mean = (weights[..., None] * values).sum(1)
-    return mean.unflatten(0, (len(z), rows, cols)).permute(0, 3, 1, 2)
+    return subset(z, sigma, bank, competition, screening.images(z, coarse, count))
 
 
 def inside(x, k):
@@ -91,7 +71,7 @@ def interior(competition: Competition) -> Competition:
 
 def steps_of(setting: str, bank, held_out, index, table, repeats):
     machine = ps.EquivariantLocalScore(bank, table, padding_mode="zeros")
-    coarse = functional.avg_pool2d(bank.chunk(0, len(bank)), 4).flatten(1)
+    coarse = screening.coarse(bank.chunk(0, len(bank)))
     schedule = ps.get_schedule("cosine", 20)
     generator = torch.Generator().manual_seed(0)
     rows, sweep = [], []
@@ -136,14 +116,14 @@ def steps_of(setting: str, bank, held_out, index, table, repeats):
         row["interior_rms"], row["interior_seconds"] = rms(inside(estimate.mean, k) - reference), limit
         _, whole = timed(exact, z, sigma, bank, inner)
         count = max(16, round(len(bank) * limit / whole))
-        some = torch.randperm(len(bank), generator=generator)[:count]
+        some = uniform.images(count, len(bank), generator)
         got, row["subset_seconds"] = timed(subset, z, sigma, bank, inner, some)
         row["subset_rms"] = rms(inside(got, k) - reference)
         got, row["screened_seconds"] = timed(screened, z, sigma, bank, coarse, inner, count)
         row["screened_rms"] = rms(inside(got, k) - reference)
         row["top_k_rms"], row["top_k_seconds"] = torch.inf, 0.0
         for nprobe in (1, 4, 16, 64, 256, 1024):
-            got, spent = timed(top_k, z, sigma, index, k, nprobe)
+            got, spent = timed(top_k.interior_mean, z, sigma, index, k, nprobe)
             if spent > 1.2 * limit and row["top_k_seconds"]:
                 break
             row["top_k_rms"], row["top_k_seconds"], row["top_k_nprobe"] = rms(got - reference), spent, nprobe
@@ -198,11 +178,11 @@ def curve(setting, z, sigma, bank, coarse, index, k, level, inner, reference, ge
         engine = Pruned(index, budget, None, seed=0)
         point("pruned", budget, engine.posterior_sum, z, sigma, bank, inner, MEMORY)
     for share in SWEEP["share"]:
-        some = torch.randperm(len(bank), generator=generator)[: max(16, round(share * len(bank)))]
+        some = uniform.images(max(16, round(share * len(bank))), len(bank), generator)
         point("uniform subset", share, subset, z, sigma, bank, inner, some)
         point("screened images", share, screened, z, sigma, bank, coarse, inner, len(some))
     for nprobe in SWEEP["nprobe"]:
-        point("FAISS top-k", nprobe, top_k, z, sigma, index, k, nprobe)
+        point("FAISS top-k", nprobe, top_k.interior_mean, z, sigma, index, k, nprobe)
     return points
 
 

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 import patchscore as ps
 
@@ -79,6 +80,15 @@ def opened(source: str | Path, **options) -> ps.PatchBank:
         archive.extractall(folder, filter="data")
         within = list(Path(folder).iterdir())  # the classes, or a folder of them
         return ps.PatchBank.open(within[0] if len(within) == 1 else folder, **options)
+
+
+def smooth(channels: int, size: int, count: int) -> torch.Tensor:
+    """uint8 [count, channels, size, size] smooth random images, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(count, channels, size // 4, size // 4, generator=generator)
+    fine = F.interpolate(coarse, size=(size, size), mode="bicubic")
+    fine += 0.1 * torch.randn(fine.shape, generator=generator)
+    return ((fine * 0.5).clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
 
 
 def shuffled(bank: ps.PatchBank) -> torch.Tensor:

@@ -23,7 +23,6 @@ from pathlib import Path
 import record
 import sass
 import torch
-from exact_cpu import smooth
 from torch.nn import functional
 
 import patchscore as ps
@@ -377,7 +376,7 @@ def main() -> None:
     if options.images:
         images = record.shuffled(record.opened(options.images, size=SIDE, channels=3))
     else:
-        images = smooth(3, SIDE, 2000)
+        images = record.smooth(3, SIDE, 2000)
     data = options.images.name if options.images else "smooth random"
     series = SHORT if options.short else SERIES
     windows = 30_000 if options.short else WINDOWS

@@ -1,0 +1,24 @@
+"""Softmax over the nearest windows that a FAISS index finds: a cut without a stated error."""
+
+from __future__ import annotations
+
+import torch
+
+NEAREST = 1000  # windows
+
+
+def interior_mean(z, sigma, index, k, nprobe):
+    """[B, C, rows, cols] where both axes are free; `nprobe` cells are searched."""
+    part, r = index.at(k), k // 2
+    place = part.regions[0]
+    windows = z.unfold(2, k, 1).unfold(3, k, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).contiguous()
+    found = part.faiss_index
+    found.nprobe = nprobe
+    near, ids = found.search(part.project(windows, 0).numpy(), NEAREST)
+    near, ids = torch.from_numpy(near), torch.from_numpy(ids)
+    weights = torch.softmax(torch.where(ids < 0, -torch.inf, -near / (2 * float(sigma[0]) ** 2)), 1).nan_to_num()
+    rows, cols = len(place.rows), len(place.cols)
+    image, at = ids.clamp(min=0) // (rows * cols), ids.clamp(min=0) % (rows * cols)
+    values = index.images[image, :, r + at // cols, r + at % cols].float() / 127.5 - 1
+    mean = (weights[..., None] * values).sum(1)
+    return mean.unflatten(0, (len(z), rows, cols)).permute(0, 3, 1, 2)
