@@ -1,9 +1,13 @@
 """What the GPU does: ceilings, engines beside peers, banks, batches, samples, several sizes at once, and whole images.
 
-A pair is a query pixel and a competing window. Every section is written as soon as it is done, to
-benchmarks/results/gpu-<device>.json, so that a run cut short, or a section that fails, leaves what the others found.
-`--dry` goes through all of it on tiny data, on the CPU under Triton's interpreter where there is no GPU, and writes
-nothing.
+A pair is a query pixel and a competing window. No speed is reported of an engine that is wrong: each case is held
+against `reference` in float64 on a few images first, PATCHSCORE_STRICT=1 forbids another engine to serve, and a row
+says which one did. Beside a rate stand the range that the cost model derives for it, clock and power.
+
+Every section is written as soon as it is done, to gpu-<device>.json in benchmarks/results (or PATCHSCORE_RESULTS), so
+that a run cut short, or a section that fails, leaves what the others found; `--only` runs some sections and keeps what
+other runs of the same commit wrote. `--dry` goes through all of it on tiny data, on the CPU under Triton's interpreter
+where there is no GPU, and writes nothing.
 
 The rows of `pruned` need FAISS, to build an index (on the CPU). Without `--indexes` that is one of 2,000 images, built
 in a temporary folder; with it, the index of the whole bank is opened there, or built, which takes long:
@@ -15,8 +19,8 @@ in a temporary folder; with it, the index of the whole bank is opened there, or 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
+import json
 import os
 import re
 import statistics
@@ -25,93 +29,138 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
+os.environ["PATCHSCORE_STRICT"] = "1"
 if "--dry" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import record
-import report
 
 if "--dry" in sys.argv:
     sys.path.append(str(record.ROOT / "tests"))
     import interpreted  # noqa: F401
+import ceilings
+import peers
+import report
+import sensors
 import torch
-import torch.nn.functional as F
-from exact_cpu import online_softmax, query_rows, smooth, window_rows
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from peers import golddiff
 
 import patchscore as ps
-from patchscore import engines
+from patchscore.engines import cost
 from patchscore.engines import device as resident
-from patchscore.engines import reference
 from patchscore.engines.fused import launch as fused
 from patchscore.engines.fused.rows import choose_plan, spectrum_of
-from patchscore.engines.pruned import device_index as lists_rows
 from patchscore.engines.pruned import triton as pruned_cuda
 from patchscore.engines.sliding import cpu as sliding
 
 TABLE = "cifar10-resnet-zeros"
 CASES = ((3, 0.02), (3, 0.16), (5, 0.1), (5, 0.5), (7, 0.99), (11, 1.92), (17, 3.98), (7, 30.0))
 """(k, sigma) where engines and peers meet: low noise, and the noise each patch size is calibrated to, high noise."""
+QUICK = ((3, 0.02), (7, 0.99), (17, 3.98))
+COMPILED = ((7, 0.99),)
+"""The cases of peers that torch compiles, some ten seconds each."""
 PRUNED_CASES = ((3, 0.16), (7, 0.99), (11, 1.92), (17, 3.98))
 BUDGETS = (0.001, 0.003, 0.01, 0.03)
+BATCH = 16
 MEMORY = 8 * 2**30
 FEW = 300
 """Images that errors against float64 are taken on."""
 
-Result = TypeVar("Result")
+
+def bound(engine: str, sigma: float) -> float:
+    """The error that an exact engine promises for a pixel."""
+    return fused.TOLERANCE if engine == "fused" or sigma < 0.05 else 1e-4
+
+
+class Wrong(Exception):
+    """An engine is wrong, or another one served: no speed of it is reported."""
 
 
 class Bench:
     """The device, the clock and the record of one run."""
 
     def __init__(self, options: argparse.Namespace):
-        self.dry = options.dry
+        self.dry, self.quick = options.dry, options.quick
+        self.only: list[str] | None = options.only
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         self.deadline = time.monotonic() + options.seconds
-        self.repeats = 1 if self.dry else 5
+        self.repeats = 0 if self.dry else 3 if self.quick else 5
+        self.sensors = sensors.Sensors()
+        self.ran: list[str] = []
         self.content: dict[str, object] = {"device": self.name, "rows": [], "skipped": [], "failed": []}
+        self.earlier = {} if self.dry or self.only is None else self.written()
 
-    def section(self, work: Callable[..., Result], *arguments: object) -> Result | None:
+    @property
+    def file(self) -> str:
+        return "gpu-" + re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+    def written(self) -> dict:
+        """What earlier runs of the same commit wrote."""
+        path = record.RESULTS / f"{self.file}.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        return found if found.get("commit") == record.provenance()["commit"] else {}
+
+    def section(self, name: str, work: Callable, *arguments: object) -> object:
         """One part of the run, written when it ends: what fails in it does not take the others along."""
-        name = work.__name__.replace("_", " ")
+        if self.only is not None and name not in self.only:
+            return None
         if self.out_of_time(name):
             return None
+        self.name_of_section = name
+        self.ran.append(name)
         start = time.monotonic()
         try:
             return work(self, *arguments)
         except Exception as error:
-            if self.dry:
-                raise
-            self.content["failed"].append(
-                f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            )
-            traceback.print_exc()
-            torch.cuda.empty_cache()
+            self.fail(name, error)
             return None
         finally:
             self.content.setdefault("section_seconds", []).append([name, time.monotonic() - start])
             self.flush()
 
+    def fail(self, what: str, error: Exception) -> None:
+        """Notes it and goes on; a dry run stops."""
+        if self.dry:
+            raise error
+        lines = str(error).strip().splitlines() or [""]
+        self.content["failed"].append(f"{what}: {type(error).__name__}: {lines[0]}")
+        traceback.print_exception(error)
+        torch.cuda.empty_cache()
+
+    def skip(self, what: str) -> None:
+        if what not in self.content["skipped"]:
+            self.content["skipped"].append(what)
+            print(f"skipped {what}", flush=True)
+
     def out_of_time(self, what: str) -> bool:
         late = time.monotonic() > self.deadline
         if late:
-            self.content["skipped"].append(f"{what}: out of time")
-            print(f"{what}: skipped, out of time", flush=True)
+            self.skip(f"{what}: out of time")
         return late
 
     def add(self, **row: object) -> None:
+        row = {"section": self.name_of_section, **row}
         self.content["rows"].append(row)
         shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
         print(" ".join(f"{key}={value}" for key, value in shown.items()), flush=True)
 
     def flush(self) -> None:
-        if not self.dry:
-            slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
-            record.write(f"gpu-{slug}", __doc__.splitlines()[0], **self.content)
+        if self.dry:
+            return
+        others = [row for row in self.earlier.get("rows", []) if row["section"] not in self.ran]
+        kept = {name: value for name, value in self.earlier.items() if name not in self.content}
+        content = {**kept, **self.content, "rows": [*others, *self.content["rows"]]}
+        for name in ("skipped", "failed"):
+            before = [what for what in self.earlier.get(name, []) if what.partition(":")[0] not in self.ran]
+            content[name] = list(dict.fromkeys([*before, *self.content[name]]))
+        for name in record.provenance():
+            content.pop(name, None)
+        content.pop("what", None)
+        record.write(self.file, __doc__.splitlines()[0], **content)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -124,137 +173,103 @@ class Bench:
         self.synchronize()
         return time.perf_counter() - start
 
-    def interleaved(self, works: dict[str, Callable[[], object]]) -> dict[str, float]:
-        """Median seconds of each, in turns, after one to warm up: for ratios."""
-        for work in works.values():
-            self.once(work)
-        rounds = [{name: self.once(work) for name, work in works.items()} for _ in range(self.repeats)]
-        return {name: statistics.median(times[name] for times in rounds) for name in works}
+    def interleaved(self, works: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
+        """Median, least and most seconds of each, in turns, after one to warm up; what fails then is left out.
 
-    def seconds(self, work: Callable[[], object], repeats: int | None = None) -> dict[str, float]:
-        """Median, least and most of several runs, after one to warm up; peak memory of all of them."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        first = self.once(work)
-        times = [first] if self.dry else [self.once(work) for _ in range(repeats or self.repeats)]
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        Clock and power are those of all turns; peak memory is that of the first call, which compiles.
+        """
+        first, peak = {}, {}
+        for name, work in works.items():
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                first[name] = self.once(work)
+            except Wrong:
+                raise
+            except (RuntimeError, NotImplementedError, ImportError) as error:
+                self.fail(f"{self.name_of_section}: {name}", error)
+                continue
+            peak[name] = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
+        rounds: dict[str, list[float]] = {name: [] for name in first}
+        since = time.perf_counter()
+        for _ in range(self.repeats):
+            for name in first:
+                rounds[name].append(self.once(works[name]))
+        times = {name: of or [first[name]] for name, of in rounds.items()}
+        sensed = self.sensors.between(since, time.perf_counter())
         return {
-            "seconds_median": statistics.median(times),
-            "seconds_min": min(times),
-            "seconds_max": max(times),
-            "first_seconds": first,
-            "peak_gib": peak / 2**30,
+            name: {
+                "seconds_median": statistics.median(of),
+                "seconds_min": min(of),
+                "seconds_max": max(of),
+                "first_seconds": first[name],
+                "peak_gib": peak[name],
+                **sensed,
+            }
+            for name, of in times.items()
         }
 
-
-# Ceilings.
-
-
-def ceilings(bench: Bench) -> None:
-    """Bytes copied, products of half floats and exponentials a second, as torch's own kernels reach them."""
-    n = 256 if bench.dry else 8192
-    a = torch.randn(n, n, dtype=torch.float16, device=bench.device)
-    source = torch.empty(n * n * (1 if bench.dry else 8), dtype=torch.float32, device=bench.device)
-    target = torch.empty_like(source)
-    x = torch.randn(n * n, dtype=torch.float16, device=bench.device)
-    tuned = {
-        "bytes_per_second": (lambda: target.copy_(source), 2 * source.nbytes),
-        "fp16_multiply_adds_per_second": (lambda: a @ a, n**3),
-        # Half floats, so that memory does not bound it: 4 bytes an exponential.
-        "exponentials_per_second": (lambda: torch.exp2(x, out=x), x.numel()),
-    }
-    bench.content["ceilings"] = {
-        name: operations / bench.seconds(work)["seconds_min"] for name, (work, operations) in tuned.items()
-    }
-    print(bench.content["ceilings"], flush=True)
+    def seconds(self, work: Callable[[], object]) -> dict[str, float]:
+        """Of one contender."""
+        return self.interleaved({"": work})[""]
 
 
-# Contenders beside ours: prepare(z, sigma, train, k) gives a function that answers [C, H * W].
+@dataclass
+class Call:
+    """One call of a machine: noisy images at one noise level over a bank."""
 
+    bank: ps.PatchBank
+    k: int | None
+    sigma: float
+    z: torch.Tensor
+    mode: str = "circular"
 
-def rows_with_bias(z, sigma, train, k, dtype):
-    """Queries over sigma^2 with ones, windows with their bias, values as wide; head size a multiple of 8."""
-    p, v = window_rows(train, k)
-    p, v = p.to(z.device), v.to(z.device)
-    q = query_rows(z, k) / sigma**2
-    width = -(-(p.shape[1] + 1) // 8) * 8
-    keys = F.pad(torch.cat([p, p.square().sum(1, keepdim=True) / (-2 * sigma**2)], 1), (0, width - p.shape[1] - 1))
-    queries = F.pad(torch.cat([q, torch.ones_like(q[:, :1])], 1), (0, width - p.shape[1] - 1))
-    values = F.pad(v, (0, width - v.shape[1]))
-    return (x.to(dtype)[None, None] for x in (queries, keys, values))
+    def machine(self, engine: str, bank: ps.PatchBank | None = None, **options) -> ps.Denoiser:
+        bank = self.bank if bank is None else bank
+        options = {"engine": engine, "memory_limit": MEMORY, **options}
+        if self.k is None:
+            return ps.IdealScore(bank, **options)
+        return ps.EquivariantLocalScore(bank, self.k, padding_mode=self.mode, **options)
 
+    def work(self, engine: str, **options) -> Callable[[], ps.Estimate]:
+        machine = self.machine(engine, **options)
 
-def attention(dtype: torch.dtype, backend: SDPBackend):
-    def prepare(z, sigma, train, k):
-        q, p, v = rows_with_bias(z, sigma, train, k, dtype)
-        channels = z.shape[1]
+        def call() -> ps.Estimate:
+            est = machine.estimate(self.z, self.sigma)
+            served = est.engine.split("+") if engine == "auto" else [est.engine]
+            if engine != "auto" and served != [engine]:
+                raise Wrong(f"{engine} was named, {est.engine} served")
+            return est
 
-        def work():
-            on_cpu = contextlib.nullcontext() if z.device.type == "cpu" else sdpa_kernel(backend)
-            with on_cpu:
-                return F.scaled_dot_product_attention(q, p, v, scale=1.0)[0, 0, :, :channels].T
+        return call
 
-        return work
+    @property
+    def pairs(self) -> int:
+        return len(self.z) * len(self.bank) * self.machine("reference").competition(self.k).pairs_per_image
 
-    return prepare
+    def few(self) -> Call:
+        """One noisy image over a few images."""
+        bank = self.bank if len(self.bank) <= FEW else ps.PatchBank(self.bank.images[:FEW])
+        return Call(bank, self.k, self.sigma, self.z[:1], self.mode)
 
+    def exact(self) -> torch.Tensor:
+        return self.machine("reference").denoise(self.z.double(), self.sigma)
 
-def gemm(z, sigma, train, k, chunk=65536):
-    p, v = window_rows(train, k)
-    q, bias = query_rows(z, k) / sigma**2, p.square().sum(1) / (-2 * sigma**2)
+    def error(self, engine: str) -> float:
+        """The worst pixel against float64 on a few images; Wrong where it is more than the engine promises."""
+        small = self.few()
+        worst = (small.work(engine)().mean - small.exact()).abs().nan_to_num(torch.inf).max().item()
+        if worst > bound(engine, self.sigma):
+            raise Wrong(f"{engine} at k = {self.k}, sigma = {self.sigma:g}, {self.mode}: off by {worst:.3g}")
+        return worst
 
-    def work():
-        parts = range(0, len(p), chunk)
-        return online_softmax(
-            (torch.addmm(bias[a : a + chunk], q, p[a : a + chunk].T), v[a : a + chunk]) for a in parts
-        )
-
-    return work
-
-
-def convolution(z, sigma, train, k, chunk=16384):
-    """The published formulation: training windows are the filters of a convolution over z."""
-    p, v = window_rows(train, k)
-    padded = F.pad(z, (k // 2,) * 4, mode="circular") / sigma**2
-    bias, filters = p.square().sum(1) / (-2 * sigma**2), p.reshape(-1, z.shape[1], k, k)
-
-    def logits(a):
-        return F.conv2d(padded, filters[a : a + chunk], bias[a : a + chunk])[0].flatten(1).T.contiguous()
-
-    def work():
-        return online_softmax((logits(a), v[a : a + chunk]) for a in range(0, len(p), chunk))
-
-    return work
-
-
-PEERS = {
-    "attention fp16": attention(torch.float16, SDPBackend.FLASH_ATTENTION),
-    "attention fp32": attention(torch.float32, SDPBackend.EFFICIENT_ATTENTION),
-    "gemm": gemm,
-    "convolution": convolution,
-}
-
-
-def by_engine(engine, z, sigma, bank, machine):
-    competition = machine.competition(machine.patch_size)
-    sigmas = torch.full((len(z),), sigma, dtype=torch.float64)
-    return lambda: engine.posterior_sum(z, sigmas, bank, competition, MEMORY)
-
-
-def served(bench: Bench) -> dict:
-    """Exact engines that can serve this device, the slow definition aside."""
-    found = {}
-    for engine in engines.EXACT:
-        name = engine.name
-        if name == "reference" or not engine.runs_on(bench.device):
-            continue
-        reason = engine.unavailable(bench.device)
-        if reason is None:
-            found[name] = engine
-        else:
-            bench.content["skipped"].append(f"{name}: {reason}")
-            print(f"{name}: skipped, {reason}")
-    return found
+    def about(self) -> dict[str, object]:
+        channels, side, _ = self.bank.shape
+        windows = len(self.bank) * (max(1, side - (self.k or side) + 1) ** 2 if self.k else 1)
+        return {
+            "k": self.k or "whole", "sigma": self.sigma, "channels": channels, "size": side, "padding": self.mode,
+            "batch": len(self.z), "images": len(self.bank), "windows": windows, "pairs": self.pairs,
+        }  # fmt: skip
 
 
 def noisy(bank: ps.PatchBank, sigma: float, batch: int, device: torch.device) -> torch.Tensor:
@@ -262,92 +277,118 @@ def noisy(bank: ps.PatchBank, sigma: float, batch: int, device: torch.device) ->
     return (x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))).to(device)
 
 
-def described(k: int, sigma: float, bank: ps.PatchBank, device: torch.device) -> dict[str, object]:
-    """How `fused` describes a window there."""
-    d = bank.shape[0] * k * k
-    uint8 = bank.images.dtype == torch.uint8
-    plan = choose_plan(spectrum_of(bank, k, device), d, sigma, fused.TOLERANCE, uint8, axes=True)
+def first_images(bank: ps.PatchBank, count: int) -> ps.PatchBank:
+    return bank if count >= len(bank) else ps.PatchBank(bank.images[:count])
+
+
+def rated(times: dict[str, float], pairs: int, batch: int) -> dict[str, float]:
+    seconds = times["seconds_median"]
+    return {**times, "pairs_per_second": pairs / seconds, "seconds_per_image": seconds / batch}
+
+
+def described(call: Call, device: torch.device) -> dict[str, object]:
+    """How `fused` describes a window there, and the rate that the cost model derives."""
+    d = call.bank.shape[0] * call.k**2
+    uint8 = call.bank.images.dtype == torch.uint8
+    plan = choose_plan(spectrum_of(call.bank, call.k, device), d, call.sigma, fused.TOLERANCE, uint8, axes=True)
     precision = "exact" if plan.exact else "fp16 split" if plan.q_lo else "fp16"
-    return {"rank": plan.size if plan.axes else d, "columns": plan.columns, "precision": precision}
+    work = cost.fused(plan.columns, d if plan.exact else 0, 128 if plan.columns > cost.WHOLE_ROWS else 64)
+    about = {"rank": plan.size if plan.axes else d, "columns": plan.columns, "precision": precision}
+    return about | derived(work, cost.TRITON, device)
+
+
+def derived(work: cost.Work, efficiency: cost.Range, device: torch.device) -> dict[str, object]:
+    """The model's range, on a device it knows."""
+    if device.type != "cuda":
+        return {}
+    of = torch.cuda.get_device_properties(device)
+    known = cost.device_of(of.name, (of.major, of.minor), of.multi_processor_count, of.total_memory)
+    low, high = cost.rate(work, known, efficiency)
+    return {"derived_low": low, "derived_high": high, "derived_binds": work.binds(known, cost.middle(efficiency))}
+
+
+def details(engine: str, call: Call, device: torch.device) -> dict[str, object]:
+    if engine == "fused":
+        return described(call, device)
+    if engine == "sliding" and call.k:
+        competition = call.machine("reference").competition(call.k)
+        return derived(cost.sliding(competition, call.bank.shape), cost.INTEGER, device)
+    return {}
 
 
 # Sections.
 
 
-def beside_peers(bench: Bench, bank: ps.PatchBank) -> None:
-    """Every contender on the same queries, circular padding; errors on a few images, rates on many."""
-    few, cases = (3, ((3, 0.16), (5, 2.0))) if bench.dry else (FEW, CASES)
-    ours = served(bench)
-    for k, sigma in cases:
-        if bench.out_of_time(f"peers at k = {k}, sigma = {sigma}"):
-            return
-        small = ps.PatchBank(bank.images[:few])
-        z = noisy(bank, sigma, 1, bench.device)
-        machine = ps.EquivariantLocalScore(small, k, padding_mode="circular")
-        exact = by_engine(reference, z.double(), sigma, small, machine)().mean[0].flatten(1)
-        pairs_per_image = machine.competition(k).pairs_per_image
-        common = {"k": k, "sigma": sigma, "channels": bank.shape[0], "size": bank.shape[2], "batch": 1}
+def units(bench: Bench) -> None:
+    """Ceilings."""
+    bench.content["ceilings"] = {
+        name: operations / bench.seconds(work)["seconds_min"]
+        for name, (work, operations) in ceilings.works(bench.device, bench.dry).items()
+    }
+    print(bench.content["ceilings"], flush=True)
 
-        for name, engine in ours.items():
-            error = (by_engine(engine, z, sigma, small, machine)().mean[0].flatten(1) - exact).abs().max().item()
-            large = small if bench.dry else ps.PatchBank(bank.images[:10_000])
-            times = bench.seconds(by_engine(engine, z, sigma, large, machine))
-            pairs = len(large) * pairs_per_image
-            row = common | {"engine": name, "windows": pairs // z[0, 0].numel(), "pairs": pairs, "error": error}
-            row |= described(k, sigma, large, bench.device) if name == "fused" else {}
-            bench.add(**row, **times, pairs_per_second=pairs / times["seconds_median"])
-        for name, prepare in PEERS.items():
-            try:
-                train = small.chunk(0, few, device=bench.device)
-                error = (prepare(z, sigma, train, k)().double() - exact).abs().nan_to_num(torch.inf).max().item()
-                wide = 1 if bench.dry else max(1, min(len(bank), 2 * 10**9 // (k * k * 3 * 4 * 900)))
-                train = bank.chunk(0, min(wide, 1500), device=bench.device)
-                times = bench.seconds(prepare(z, sigma, train, k), repeats=3)
-            except (RuntimeError, NotImplementedError) as reason:
-                bench.content["skipped"].append(f"{name} at k = {k}: {str(reason).splitlines()[0]}")
-                print(f"{name} at k = {k}: {str(reason).splitlines()[0]}", flush=True)
+
+def cases_of(bench: Bench) -> tuple[tuple[int, float], ...]:
+    return ((3, 0.16), (5, 2.0)) if bench.dry else QUICK if bench.quick else CASES
+
+
+def beside_peers(bench: Bench, bank: ps.PatchBank, engine: str) -> None:
+    """An engine and every peer on the same queries, in turns, circular padding; rates on as many images as fit."""
+    peers_of = peers.found(bench.device, bench.skip) if engine == "fused" else {}
+    for k, sigma in cases_of(bench):
+        if bench.out_of_time(f"{bench.name_of_section}: k = {k}, sigma = {sigma:g}"):
+            return
+        batch = 1 if bench.dry else BATCH
+        z = noisy(bank, sigma, batch, bench.device)
+        calls = {engine: Call(first_images(bank, 3 if bench.dry else 10_000), k, sigma, z)}
+        works, errors, more = {}, {}, {}
+        try:
+            errors[engine] = calls[engine].error(engine)
+            works[engine] = calls[engine].work(engine)
+            more[engine] = details(engine, calls[engine], bench.device)
+        except Exception as error:
+            bench.fail(f"{bench.name_of_section}: {engine} at k = {k}, sigma = {sigma:g}", error)
+
+        small = calls[engine].few()
+        exact = small.exact() if peers_of else None
+        # Their windows are materialised: a share of the memory for each.
+        fit = 2 * 10**9 // (k * k * 3 * 4 * 900)
+        for name, prepare in peers_of.items():
+            compiled = name in ("compiled attention", "FlexAttention")
+            if compiled and not bench.dry and (k, sigma) not in COMPILED:
                 continue
-            pairs = len(train) * pairs_per_image
-            row = common | {"engine": name, "windows": pairs // z[0, 0].numel(), "pairs": pairs, "error": error}
-            bench.add(**row, **times, pairs_per_second=pairs / times["seconds_median"])
+            try:
+                train = small.bank.chunk(0, len(small.bank), device=bench.device)
+                found = prepare(small.z, sigma, train, k)()
+                errors[name] = (found.double() - exact).abs().nan_to_num(torch.inf).max().item()
+                calls[name] = Call(first_images(bank, 3 if bench.dry else max(1, min(fit, 1500))), k, sigma, z)
+                works[name] = prepare(
+                    z, sigma, calls[name].bank.chunk(0, len(calls[name].bank), device=bench.device), k
+                )
+            except Exception as error:  # of other people's code: out of memory, no kernel for it, no compiler
+                bench.fail(f"{bench.name_of_section}: {name} at k = {k}", error)
+        for name, times in bench.interleaved(works).items():
+            rate = rated(times, calls[name].pairs, batch)
+            bench.add(engine=name, **calls[name].about(), error=errors[name], **more.get(name, {}), **rate)
         bench.flush()
 
 
-def off(engine, k: int, sigma: float, bank: ps.PatchBank, mode: str, z: torch.Tensor) -> float:
-    """The worst pixel against `reference` in float64, on FEW images of the bank."""
-    small = bank if len(bank) <= FEW else ps.PatchBank(bank.images[:FEW])
-    machine = ps.EquivariantLocalScore(small, k, padding_mode=mode)
-    exact = by_engine(reference, z.double(), sigma, small, machine)().mean
-    return (by_engine(engine, z, sigma, small, machine)().mean - exact).abs().max().item()
-
-
-def rates(bench: Bench, bank: ps.PatchBank, what: str, cases: list[tuple[int, float, int, int]]) -> None:
-    """`fused` at (k, sigma, images, batch), zeros padding."""
+def rates(bench: Bench, bank: ps.PatchBank, engine: str, cases: list[tuple[int, float, int, int]]) -> None:
+    """An engine at (k, sigma, images, batch), zeros padding."""
     for k, sigma, images, batch in cases:
-        if bench.out_of_time(f"{what}, k = {k}, batch {batch}"):
+        if bench.out_of_time(f"{bench.name_of_section}: k = {k}, batch {batch}"):
             return
-        part = bank if images >= len(bank) else ps.PatchBank(bank.images[:images])
-        machine = ps.EquivariantLocalScore(part, k, padding_mode="zeros")
-        z = noisy(bank, sigma, batch, bench.device)
-        error = off(fused, k, sigma, part, "zeros", z[:1])
-        times = bench.seconds(by_engine(fused, z, sigma, part, machine), repeats=3)
-        pairs = batch * len(part) * machine.competition(k).pairs_per_image
-        interior = max(1, bank.shape[2] - k + 1) ** 2
+        call = Call(first_images(bank, images), k, sigma, noisy(bank, sigma, batch, bench.device), "zeros")
+        try:
+            error = 0.0 if engine == "auto" else call.error(engine)
+            work = call.work(engine)
+            served = work().engine
+            rate = rated(bench.seconds(work), call.pairs, batch)
+        except Exception as problem:
+            bench.fail(f"{bench.name_of_section}: {engine} at k = {k}, batch {batch}", problem)
+            continue
         bench.add(
-            section=what,
-            engine="fused",
-            k=k,
-            sigma=sigma,
-            channels=bank.shape[0],
-            size=bank.shape[2],
-            batch=batch,
-            windows=len(part) * interior,
-            pairs=pairs,
-            error=error,
-            **described(k, sigma, part, bench.device),
-            **times,
-            pairs_per_second=pairs / times["seconds_median"],
-            seconds_per_image=times["seconds_median"] / batch,
+            engine=served, asked=engine, **call.about(), error=error, **details(served, call, bench.device), **rate
         )
         bench.flush()
 
@@ -356,75 +397,63 @@ def graph(bench: Bench, bank: ps.PatchBank) -> None:
     """One dense call of 16 images launched by the host, and replayed as a CUDA graph: what launching costs."""
     if bench.device.type != "cuda":
         return
-    part = ps.PatchBank(bank.images[:2000])
-    machine = ps.EquivariantLocalScore(part, 7, engine="fused", memory_limit=MEMORY)
-    z = noisy(bank, 0.99, 16, bench.device)
-    machine.denoise(z, 0.99)
+    call = Call(first_images(bank, 2000), 7, 0.99, noisy(bank, 0.99, BATCH, bench.device), "zeros")
+    machine = call.machine("fused")
+    call.work("fused")()
     recorded = torch.cuda.CUDAGraph()
     with torch.cuda.graph(recorded):
-        machine.denoise(z, 0.99)
-    seconds = bench.interleaved({"launched": lambda: machine.denoise(z, 0.99), "replayed": recorded.replay})
-    for name, median in seconds.items():
-        bench.add(section=f"graph: {name}", engine="fused", k=7, sigma=0.99, batch=16, seconds_median=median)
+        machine.denoise(call.z, call.sigma)
+    works = {"launched": lambda: machine.denoise(call.z, call.sigma), "replayed": recorded.replay}
+    for name, times in bench.interleaved(works).items():
+        bench.add(engine="fused", how=name, **call.about(), **rated(times, call.pairs, BATCH))
 
 
 def several_sizes(bench: Bench, bank: ps.PatchBank) -> None:
     """`sliding` at each patch size alone, and at all of them in one pass over the bank, circular padding."""
     sigma, sizes = 1.0, ((3, 5) if bench.dry else tuple(range(3, 18, 2)))
-    part = ps.PatchBank(bank.images[:10_000])
-    z, sigmas = noisy(bank, sigma, 1, bench.device), torch.full((1,), sigma, dtype=torch.float64)
-    machines = [ps.EquivariantLocalScore(part, k, padding_mode="circular") for k in sizes]
-    competitions = [machine.competition(machine.patch_size) for machine in machines]
-    together = "all in one pass"
-    works = {str(k): by_engine(sliding, z, sigma, part, machine) for k, machine in zip(sizes, machines, strict=True)}
-    works[together] = lambda: sliding.posterior_sums(z, sigmas, part, competitions, MEMORY)
+    part, z = first_images(bank, 10_000), noisy(bank, sigma, 1, bench.device)
+    calls = {str(k): Call(part, k, sigma, z) for k in sizes}
+    competitions = [call.machine("sliding").competition(call.k) for call in calls.values()]
+    levels, together = torch.full((1,), sigma, dtype=torch.float64), "all in one pass"
+    works = {k: call.work("sliding") for k, call in calls.items()}
+    works[together] = lambda: sliding.posterior_sums(z, levels, part, competitions, MEMORY)
     seconds = bench.interleaved(works)
-    common = {"engine": "sliding", "sigma": sigma, "channels": bank.shape[0], "size": bank.shape[2], "batch": 1}
-    pairs = {str(c.patch_size): len(part) * c.pairs_per_image for c in competitions}
+    pairs = {k: call.pairs for k, call in calls.items()}
     pairs[together] = sum(pairs.values())
-    for name, median in seconds.items():
-        row = {"section": "sizes", "k": name, "pairs": pairs[name], "seconds_median": median}
-        bench.add(**common, **row, pairs_per_second=pairs[name] / median)
-    alone = [seconds[str(k)] for k in sizes]
-    bench.content["sizes together"] = {
-        "over_slowest": seconds[together] / max(alone),
-        "over_separate_calls": seconds[together] / sum(alone),
-    }
+    for name, times in seconds.items():
+        about = {"k": name, "sigma": sigma, "batch": 1, "pairs": pairs[name]}
+        bench.add(engine="sliding", **about, **rated(times, pairs[name], 1))
+    alone = [times["seconds_median"] for name, times in seconds.items() if name != together]
+    whole = seconds[together]["seconds_median"]
+    bench.content["sizes together"] = {"over_slowest": whole / max(alone), "over_separate_calls": whole / sum(alone)}
     print(bench.content["sizes together"], flush=True)
 
 
 def whole_images(bench: Bench, bank: ps.PatchBank) -> None:
     """`sliding` beside the float64 product of `reference` where whole images compete, by batch."""
     for batch in (1,) if bench.dry else (1, 16, 64):
-        if bench.out_of_time(f"whole images, batch {batch}"):
+        if bench.out_of_time(f"{bench.name_of_section}: batch {batch}"):
             return
-        z, machine = noisy(bank, 1.0, min(batch, len(bank)), bench.device), ps.IdealScore(bank)
-        ours = {"sliding": sliding, "reference": reference}
-        seconds = bench.interleaved({name: by_engine(engine, z, 1.0, bank, machine) for name, engine in ours.items()})
-        for name, median in seconds.items():
-            row = {"section": "whole images", "engine": name, "k": "whole", "sigma": 1.0, "batch": batch}
-            bench.add(**row, images=len(bank), seconds_median=median, pixels_per_second=bank.images.numel() / median)
+        batch = min(batch, len(bank))
+        call = Call(bank, None, 1.0, noisy(bank, 1.0, batch, bench.device))
+        error = call.error("sliding")
+        for name, times in bench.interleaved({name: call.work(name) for name in ("sliding", "reference")}).items():
+            rate = rated(times, call.pairs, batch)
+            bytes_of = bank.images.numel() / times["seconds_median"]
+            bench.add(engine=name, **call.about(), error=error if name == "sliding" else 0.0, **rate,
+                      pixels_per_second=bytes_of)  # fmt: skip
 
 
 def streamed(bench: Bench, bank: ps.PatchBank) -> None:
     """`sliding` on a bank that lies in the device's memory, and on the same streamed through pinned memory."""
     if bench.device.type != "cuda":
         return
-    z, sigmas = noisy(bank, 1.0, 1, bench.device), torch.full((1,), 1.0).double()
-    competition = ps.EquivariantLocalScore(bank, 7, padding_mode="circular").competition(7)
-
-    def work(share: float) -> object:
-        resident.RESIDENT_SHARE = share
-        if share == 0.0:
-            resident.copies.clear()
-        return sliding.posterior_sum(z, sigmas, bank, competition, MEMORY)
-
-    share = resident.RESIDENT_SHARE
-    pairs = len(bank) * competition.pairs_per_image
+    call = Call(bank, 7, 1.0, noisy(bank, 1.0, 1, bench.device))
+    work, share = call.work("sliding"), resident.RESIDENT_SHARE
     for where, used in (("resident", share), ("streamed", 0.0)):
-        times = bench.seconds(lambda used=used: work(used))
-        row = {"section": where, "engine": "sliding", "k": 7, "sigma": 1.0, "batch": 1, "pairs": pairs}
-        bench.add(**row, **times, pairs_per_second=pairs / times["seconds_median"])
+        resident.RESIDENT_SHARE = used
+        resident.copies.clear()
+        bench.add(engine="sliding", how=where, **call.about(), **rated(bench.seconds(work), call.pairs, 1))
     resident.RESIDENT_SHARE = share
 
 
@@ -433,109 +462,128 @@ def index_of(bank: ps.PatchBank, sizes: list[int], folder: Path, cells: int | No
     return ps.PatchIndex.build(bank, sizes, folder / f"{bank.fingerprint[:16]}.index", cells=cells)
 
 
+def golddiff_of(call: Call, engine: str) -> Callable[[], torch.Tensor]:
+    """The images that GoldDiff chooses for each noisy image, summed by an exact engine."""
+    everything = call.bank.chunk(0, len(call.bank), device=call.z.device)
+
+    def work() -> torch.Tensor:
+        generator, means = torch.Generator().manual_seed(0), []
+        for z in call.z:
+            chosen = golddiff.images(z, call.sigma, everything, generator).cpu()
+            part = ps.PatchBank(call.bank.images[chosen])
+            means.append(call.machine(engine, part).denoise(z[None], call.sigma))
+        return torch.cat(means)
+
+    return work
+
+
 def shares(bench: Bench, index: ps.PatchIndex, cases: tuple[tuple[int, float], ...], batch: int) -> None:
-    """`pruned` at several budgets beside `fused` on the same queries, zeros padding: time, error and stated error."""
+    """`pruned` at several budgets beside `fused` and GoldDiff's images on the same queries, zeros padding."""
     bank = index.bank
     for k, sigma in cases:
-        if bench.out_of_time(f"pruned at k = {k}"):
+        if bench.out_of_time(f"{bench.name_of_section}: k = {k}"):
             return
-        z = noisy(bank, sigma, batch, bench.device)
-        machine = ps.EquivariantLocalScore(bank, k, engine="fused")
-        whole = by_engine(fused, z, sigma, bank, machine)
-        exact, times = whole().mean, bench.seconds(whole, repeats=3)
-        pairs = batch * len(bank) * machine.competition(k).pairs_per_image
-        common = {"section": "pruned", "k": k, "sigma": sigma, "channels": bank.shape[0], "size": bank.shape[2]}
-        common |= {"batch": batch, "windows": len(bank) * max(1, bank.shape[2] - k + 1) ** 2}
-        rate = {"pairs": pairs, "pairs_per_second": pairs / times["seconds_median"]}
-        each = {"seconds_per_image": times["seconds_median"] / batch}
-        bench.add(**common, engine="fused", **rate, **times, **each, **described(k, sigma, bank, bench.device))
-        for budget in BUDGETS[-1:] if bench.dry else BUDGETS:
-            part = ps.EquivariantLocalScore(bank, k, index=index, budget=budget)
-            work, kept = by_engine(part.pruned, z, sigma, bank, part), []
-            times = bench.seconds(lambda work=work, kept=kept: kept.append(work()))
-            found = kept.pop()
-            error = found.mean - exact
-            bench.add(
-                **common,
-                engine="pruned",
-                budget=budget,
-                rank=index.at(k).rank,
-                columns=lists_rows.columns_for(index.at(k)),
-                precision="fp16",
-                pairs=found.pairs,
-                pairs_per_second=found.pairs / times["seconds_median"],
-                pairs_share=found.pairs / pairs,
-                error=error.abs().max().item(),
-                rms=error.square().mean().sqrt().item(),
-                stderr_rms=found.stderr.square().mean().sqrt().item(),
-                within_2_stderr=(error.abs() <= 2 * found.stderr + 1e-3).double().mean().item(),
-                seconds_per_image=times["seconds_median"] / batch,
-                **times,
-            )
+        call = Call(bank, k, sigma, noisy(bank, sigma, batch, bench.device), "zeros")
+        error = call.error("fused")
+        dense = call.work("fused")
+        exact = dense().mean
+        summed = "fused" if sliding.unavailable(bench.device) else "sliding"
+        works = {"fused": dense, "golddiff": golddiff_of(call, summed)}
+        budgets = {f"pruned {budget:g}": budget for budget in (BUDGETS[-1:] if bench.dry else BUDGETS)}
+        for name, budget in budgets.items():
+            works[name] = call.work("pruned", index=index, budget=budget)
+        answers: dict[str, object] = {}
+        keeping = {name: lambda name=name, work=work: answers.update({name: work()}) for name, work in works.items()}
+        for name, times in bench.interleaved(keeping).items():
+            about, rate = call.about(), rated(times, call.pairs, batch)
+            if name == "fused":
+                bench.add(engine=name, **about, error=error, **described(call, bench.device), **rate)
+                continue
+            got = answers[name]
+            mean = got.mean if isinstance(got, ps.Estimate) else got
+            off = mean - exact
+            measured = {"error": off.abs().max().item(), "rms": off.square().mean().sqrt().item()}
+            if isinstance(got, ps.Estimate):
+                measured |= {
+                    "budget": budgets[name],
+                    "pairs_share": got.pairs / call.pairs,
+                    "stderr_rms": got.stderr.square().mean().sqrt().item(),
+                    "within_2_stderr": (off.abs() <= 2 * got.stderr + fused.TOLERANCE).double().mean().item(),
+                }
+                about["pairs"], rate["pairs_per_second"] = got.pairs, got.pairs / times["seconds_median"]
+                bench.add(engine=got.engine, **about, **measured, **rate)
+            else:
+                # Their pairs are those of the subset; what is compared is error and time.
+                del rate["pairs_per_second"], about["pairs"]
+                bench.add(engine=f"GoldDiff's images, {summed}", **about, **measured, **rate)
         bench.flush()
 
 
 def pruned(bench: Bench, bank: ps.PatchBank, folder: Path | None) -> ps.PatchIndex | None:
     """The rows of engine `pruned`; the index of the whole bank where there is one."""
     if importlib.util.find_spec("faiss") is None:
-        bench.content["skipped"].append("pruned: FAISS is not installed")
-        print("pruned: skipped, FAISS is not installed", flush=True)
+        bench.skip("pruned: FAISS is not installed")
         return None
     if folder is not None and not bench.dry:
         index = index_of(bank, sorted(set(ps.ScaleTable.published(TABLE).sizes[1:])), folder)
-        shares(bench, index, PRUNED_CASES, 16)
+        shares(bench, index, PRUNED_CASES, BATCH)
         return index
     if bench.dry:
         pruned_cuda.RECHECK = 4  # the interpreter takes milliseconds for each
     with tempfile.TemporaryDirectory() as there:
-        small = ps.PatchBank(bank.images[: 4 if bench.dry else 2000])
+        small = first_images(bank, 4 if bench.dry else 2000)
         cases = ((3, 0.5),) if bench.dry else PRUNED_CASES[:2]
         index = index_of(small, [k for k, _ in cases], Path(there), 16 if bench.dry else None)
-        shares(bench, index, cases, 1 if bench.dry else 16)
+        shares(bench, index, cases, 1 if bench.dry else BATCH)
     return None
 
 
 def samples(bench: Bench, bank: ps.PatchBank, index: ps.PatchIndex | None = None) -> None:
     """20 steps of DDIM with the published table, 16 images at once, over the whole bank; compiled before."""
-    name = "fused" if index is None else "pruned"
-    n, steps = (1, 2) if bench.dry else (16, 20)
+    engine = "auto" if index is None else "pruned"
+    engine = "fused" if bench.dry else engine
+    n, steps = (1, 2) if bench.dry else (BATCH, 20)
     table = ps.ScaleTable.constant(3) if bench.dry else ps.ScaleTable.published(TABLE)
     options = {} if index is None else {"index": index, "tolerance": 0.01}
-    machine = ps.EquivariantLocalScore(bank, table, engine=name, memory_limit=MEMORY, **options)
+    machine = ps.EquivariantLocalScore(bank, table, engine=engine, memory_limit=MEMORY, **options)
+    served: list[str] = []
 
     def work():
+        served.clear()
         return ps.sample(machine, n=n, steps=steps, schedule="cosine", seed=0, device=bench.device, progress=False)
 
-    times = bench.seconds(work, repeats=1)
-    bench.add(
-        section="samples",
-        engine=name,
-        table=TABLE,
-        steps=steps,
-        batch=n,
-        images=len(bank),
-        **times,
-        seconds_per_image=times["seconds_median"] / n,
-    )
+    levels = ps.get_schedule("cosine", steps).ratios[:-1].tolist()
+    pairs = n * len(bank) * sum(machine.competition(table(level)).pairs_per_image for level in levels)
+    times = bench.seconds(work)
+    about = {"table": TABLE, "steps": steps, "batch": n, "images": len(bank), "pairs": pairs}
+    bench.add(engine=engine, **about, **rated(times, pairs, n))
 
 
-def images_of(path: Path | None, dry: bool) -> torch.Tensor:
+def images_of(path: Path | None, options: argparse.Namespace) -> torch.Tensor:
     """uint8 images of a folder or tar, resized to 32 x 32, or smooth random ones."""
-    if path is None or dry:
-        return smooth(3, 8 if dry else 32, 4 if dry else 50_000)
+    if path is None or options.dry:
+        return record.smooth(3, 8 if options.dry else 32, 4 if options.dry else 20_000 if options.quick else 50_000)
     return record.shuffled(record.opened(path, size=32))
+
+
+SECTIONS = (
+    "ceilings", "peers", "banks", "batches", "graph", "samples", "pruned", "pruned samples", "steps", "sliding",
+    "several sizes", "whole images", "streamed",
+)  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, help="folder or tar of images; else smooth random")
     parser.add_argument("--seconds", type=float, default=440, help="start nothing after so many")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="sections, in the order of the run")
+    parser.add_argument("--quick", action="store_true", help="three cases, three repeats, 20,000 images at most")
     parser.add_argument("--indexes", type=Path, help="folder of indexes of the whole bank, some 40 GB with all sizes")
     parser.add_argument("--index-only", action="store_true", help="build the index in --indexes and stop")
     parser.add_argument("--dry", action="store_true", help="tiny data, no result")
     options = parser.parse_args()
     if options.index_only:
-        whole = ps.PatchBank(images_of(options.images, False))
+        whole = ps.PatchBank(images_of(options.images, options))
         index_of(whole, sorted(set(ps.ScaleTable.published(TABLE).sizes[1:])), options.indexes)
         return
     bench = Bench(options)
@@ -544,43 +592,47 @@ def main() -> None:
     if options.images and not options.images.exists():
         print(f"{options.images}: not found, taking smooth random images", file=sys.stderr)
         options.images = None
-    bank = ps.PatchBank(images_of(options.images, options.dry))
+    images = images_of(options.images, options)
+    bank = ps.PatchBank(images[:20_000] if options.quick else images)
     data = options.images.name if options.images and not options.dry else "smooth random"
     import triton
 
-    bench.content |= {"data": data, "images": len(bank), "triton": triton.__version__}
+    bench.content |= {"data": data, "images": len(bank), "triton": triton.__version__, "quick": options.quick}
     # Step 1 is the last that is sampled, step 19 the first.
     levels = ps.get_schedule("cosine", 20).ratios[:-1].flip(0).tolist()[:19]
     scale = ps.ScaleTable.published(TABLE)
 
-    bench.section(ceilings)
+    bench.section("ceilings", units)
     # Peers in float32 compute in float32.
     torch.backends.cudnn.allow_tf32 = False
-    bench.section(beside_peers, bank)
+    bench.section("peers", beside_peers, bank, "fused")
     if options.dry:
-        bench.section(rates, bank, "sizes", [(3, 0.5, 4, 1)])
-        bench.section(rates, bank, "banks", [(3, 2.0, 2, 2)])
+        bench.section("banks", rates, bank, "fused", [(3, 2.0, 2, 2)])
     else:
         banks = [millions * 10**6 // 26**2 for millions in (1, 10)] + [len(bank)]  # windows of k = 7
-        bench.section(rates, bank, "banks", [(7, 0.99, images, 4) for images in banks])
-        bench.section(rates, bank, "batches", [(7, 0.99, len(bank), batch) for batch in (1, 4, 16)])
-    bench.section(graph, bank)
-    bench.section(samples, bank)
-    index = bench.section(pruned, bank, options.indexes)
+        bench.section("banks", rates, bank, "fused", [(7, 0.99, images, 4) for images in banks])
+        bench.section("batches", rates, bank, "fused", [(7, 0.99, len(bank), batch) for batch in (1, 4, 16)])
+    bench.section("graph", graph, bank)
+    bench.section("samples", samples, bank)
+    index = bench.section("pruned", pruned, bank, options.indexes)
     if index is not None:
-        bench.section(samples, bank, index)
-    if not options.dry:
-        # Many plans over few images: they take the first configuration, as compiling is what takes time.
-        os.environ["PATCHSCORE_AUTOTUNE"] = "0"
-        bench.section(rates, bank, "sizes", [(scale(sigma), sigma, 10_000, 4) for sigma in levels])
+        bench.section("pruned samples", samples, bank, index)
+    # Many plans over few images: they take the first configuration, as compiling is what takes time.
+    os.environ["PATCHSCORE_AUTOTUNE"] = "0"
+    steps = [(3, 0.5, 4, 1)] if options.dry else [(scale(sigma), sigma, 10_000, 4) for sigma in levels]
+    bench.section("steps", rates, bank, "fused", steps)
     if reason := sliding.unavailable(bench.device):
-        print(f"sliding: skipped, {reason}")
+        bench.skip(f"sliding: {reason}")
     else:
-        bench.section(several_sizes, bank)
-        bench.section(whole_images, bank)
-        bench.section(streamed, bank)
+        bench.section("sliding", beside_peers, bank, "sliding")
+        bench.section("several sizes", several_sizes, bank)
+        bench.section("whole images", whole_images, bank)
+        bench.section("streamed", streamed, bank)
     bench.flush()
+    bench.sensors.close()
     print(report.gpu_table(bench.content["rows"]))
+    if bench.content["failed"]:
+        sys.exit("failed: " + "; ".join(bench.content["failed"]))
 
 
 if __name__ == "__main__":
