@@ -477,6 +477,10 @@ def golddiff_of(call: Call, engine: str) -> Callable[[], torch.Tensor]:
     return work
 
 
+def keep(name: str, work: Callable[[], object], answers: dict[str, object]) -> Callable[[], None]:
+    return lambda: answers.update({name: work()})
+
+
 def shares(bench: Bench, index: ps.PatchIndex, cases: tuple[tuple[int, float], ...], batch: int) -> None:
     """`pruned` at several budgets beside `fused` and GoldDiff's images on the same queries, zeros padding."""
     bank = index.bank
@@ -493,7 +497,7 @@ def shares(bench: Bench, index: ps.PatchIndex, cases: tuple[tuple[int, float], .
         for name, budget in budgets.items():
             works[name] = call.work("pruned", index=index, budget=budget)
         answers: dict[str, object] = {}
-        keeping = {name: lambda name=name, work=work: answers.update({name: work()}) for name, work in works.items()}
+        keeping = {name: keep(name, work, answers) for name, work in works.items()}
         for name, times in bench.interleaved(keeping).items():
             about, rate = call.about(), rated(times, call.pairs, batch)
             if name == "fused":

@@ -1,11 +1,16 @@
-"""What every figure script shares: where results go, what is written beside them, and how the data is opened."""
+"""What every figure script shares: where results go, what is written beside them, and how the data is opened.
 
+python benchmarks/record.py FOLDER       adds the steps of gpu_quick.sh to the gpu-*.json it wrote in FOLDER
+"""
+
+import csv
 import datetime
 import json
 import os
 import platform
 import re
 import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -46,7 +51,7 @@ def provenance() -> dict[str, object]:
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
-    commit = _git("describe", "--always")
+    commit = os.environ.get("PATCHSCORE_COMMIT") or _git("describe", "--always") or "unknown"
     # What figure scripts write themselves does not count.
     changed = _git(
         "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs", ":!README.md"
@@ -60,7 +65,20 @@ def provenance() -> dict[str, object]:
 
 
 def _git(*command: str) -> str:
-    return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """Nothing where there is no git, or no repository: a copy of the tree on a rented machine."""
+    try:
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def add_steps(folder: Path) -> None:
+    """How every step of gpu_quick.sh ended, into the results beside its steps.tsv: red tests withhold rates."""
+    with (folder / "steps.tsv").open() as file:
+        steps = list(csv.DictReader(file, delimiter="\t"))
+    for path in folder.glob("gpu-*.json"):
+        record = json.loads(path.read_text())
+        path.write_text(as_json({**record, "steps": steps}) + "\n")
 
 
 def rounded(value: object) -> object:
@@ -107,3 +125,7 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
+
+
+if __name__ == "__main__":
+    add_steps(Path(sys.argv[1]))

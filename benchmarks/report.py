@@ -559,24 +559,34 @@ def files() -> str:
     return table(["file", "what", "machine", "versions", "commit", "date", "`python benchmarks/...`"], rows)
 
 
-def gpu_table(rows: list[dict]) -> str:
-    """Rows of gpu.py, which prints this too."""
+def red_engines(record: dict) -> set[str]:
+    """Engines whose GPU tests did not pass in the run of gpu_quick.sh that made the record."""
+    ended = {step["step"]: step["status"] for step in record.get("steps", [])}
+    return {engine for engine in ("fused", "pruned", "sliding") if ended.get(f"tests-{engine}", "passed") != "passed"}
+
+
+def gpu_table(rows: list[dict], red: set[str] = frozenset()) -> str:
+    """Rows of gpu.py, which prints this too; no speed of an engine whose tests are red."""
 
     def cells(row: dict) -> list[str]:
         named = [str(row.get(name, "")) for name in ("engine", "k", "sigma", "batch")]
+        if red & set(row["engine"].split("+")):
+            return [row["section"], *named, *[""] * 4, "not reported: its tests are red", *[""] * 7]
         return [
-            str(row.get("section", "beside peers")),
+            row["section"],
             *named,
             f"{row['windows']:,}" if "windows" in row else "",
             *(str(row.get(name, "")) for name in ("columns", "precision", "budget")),
             f"{row['pairs_per_second'] / 1e12:.3f}" if "pairs_per_second" in row else "",
+            f"{row['derived_low'] / 1e12:.2f} to {row['derived_high'] / 1e12:.2f}" if "derived_low" in row else "",
+            f"{row['clock_mhz'] / 1e3:.2f}, {row['power_watts']:.0f}" if "clock_mhz" in row else "",
             *(f"{row[name]:.1e}" if name in row else "" for name in ("error", "rms", "stderr_rms")),
             f"{1e3 * row['seconds_median'] / row.get('batch', 1):.2f}",
             f"{row['peak_gib']:.1f}" if "peak_gib" in row else "",
         ]
 
     header = ["section", "engine", "k", "sigma", "batch", "windows", "columns", "precision", "budget", "1e12 pairs/s"]
-    header += ["worst pixel", "rms", "rms stated", "ms an image", "peak GiB"]
+    header += ["derived", "GHz, W", "worst pixel", "rms", "rms stated", "ms an image", "peak GiB"]
     return table(header, [cells(row) for row in rows])
 
 
@@ -588,7 +598,7 @@ def gpu() -> str:
     for path in devices:
         record = json.loads(path.read_text())
         lacking = {"Not measured": record["skipped"], "Failed": record["failed"]}
-        parts.append(f"{record['device']}, {measured_on(record)}:\n\n{gpu_table(record['rows'])}")
+        parts.append(f"{record['device']}, {measured_on(record)}:\n\n{gpu_table(record['rows'], red_engines(record))}")
         parts += [
             "\n".join([f"{what} there:\n", *(f"- {of}" for of in some)]) for what, some in lacking.items() if some
         ]

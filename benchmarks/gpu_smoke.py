@@ -1,0 +1,108 @@
+"""One small call of one kernel, held against `reference` on the CPU: the first thing to run on a GPU, and what a
+sanitizer or a profiler runs.
+
+    python benchmarks/gpu_smoke.py sliding-circular          (exit status 0 where the numbers are right)
+    ncu ... python benchmarks/gpu_smoke.py fused --large     (of the size that benchmarks time; not checked)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+
+os.environ["PATCHSCORE_STRICT"] = "1"
+os.environ.setdefault("PATCHSCORE_AUTOTUNE", "0")
+
+import record
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    sys.path.append(str(record.ROOT / "tests"))
+    import interpreted  # noqa: F401
+import torch
+
+import patchscore as ps
+
+
+@dataclass(frozen=True)
+class Case:
+    """engine, patch size (None: whole images), noise, padding, side and number of the images, and their type."""
+
+    engine: str
+    k: int | None
+    sigma: float
+    padding: str = "circular"
+    side: int = 16
+    images: int = 40
+    floats: bool = False
+    local: bool = False
+
+
+CASES = {
+    "fused": Case("fused", 3, 0.5),
+    "fused-split": Case("fused", 3, 0.1, "zeros"),  # two halves of the query; tiles that are skipped
+    "fused-exact": Case("fused", 3, 0.02, "zeros"),  # weights from differences
+    "fused-blocks": Case("fused", 11, 0.5, images=60),  # more columns than stay in shared memory
+    "pruned": Case("pruned", 3, 0.3, "zeros", images=200),
+    # No multiple of 8 windows a row: tiles with pairs that do not exist.
+    "sliding-circular": Case("sliding", 5, 0.2, side=32),
+    "sliding-zeros": Case("sliding", 7, 0.5, "zeros"),
+    "sliding-local": Case("sliding", 3, 0.5, local=True),
+    "sliding-floats": Case("sliding", 3, 0.2, floats=True),
+    "whole-images": Case("sliding", None, 1.0),
+}
+BUDGET = 0.2
+LARGE = {"side": 32, "images": 10_000}
+
+
+def machine_of(case: Case, bank: ps.PatchBank, engine: str, **options) -> ps.Denoiser:
+    if case.k is None:
+        return ps.IdealScore(bank, engine=engine, **options)
+    if case.local:
+        return ps.LocalScore(bank, case.k, engine=engine, **options)
+    return ps.EquivariantLocalScore(bank, case.k, padding_mode=case.padding, engine=engine, **options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--large", action="store_true", help="as large as what benchmarks time; not checked")
+    parser.add_argument("--dry", action="store_true", help="tiny, for an interpreter")
+    options = parser.parse_args()
+    case = CASES[options.case]
+    if options.large:
+        case = Case(**{**vars(case), **LARGE})
+    if options.dry:
+        case = Case(**{**vars(case), "side": max(8, (case.k or 0) + 2), "images": 5})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = record.smooth(3, case.side, case.images)
+    bank = ps.PatchBank(images / 127.5 - 1 if case.floats else images)
+    batch = 16 if options.large else 2
+    x0 = bank.chunk(0, batch)
+    z = x0 + case.sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+
+    with tempfile.TemporaryDirectory() as folder:
+        more = {}
+        if case.engine == "pruned":
+            more = {"index": ps.PatchIndex.build(bank, [case.k], f"{folder}/smoke.index", progress=False)}
+            more["budget"] = BUDGET
+        est = machine_of(case, bank, case.engine, **more).estimate(z.to(device), case.sigma)
+        if options.large:
+            return
+        exact = machine_of(case, bank, "reference").denoise(z.double(), case.sigma)
+    error = (est.mean.cpu() - exact).abs()
+    # What the engines promise for sigma >= 0.05, or below; an estimate lies within four standard errors.
+    promised = 1e-3 if case.engine == "fused" or case.sigma < 0.05 else 1e-4
+    limit = 4 * est.stderr.cpu() + 2e-3 if case.engine == "pruned" else torch.full_like(error, promised)
+    wrong = ~(error <= limit)
+    share = 0.01 if case.engine == "pruned" else 0.0  # of the pixels; the tails of an estimate are not Gaussian
+    print(f"{options.case} on {device}: {est.engine} served, worst pixel {error.max().item():.2g}, "
+          f"{int(wrong.sum())} of {wrong.numel()} beyond what is promised")  # fmt: skip
+    if est.engine != case.engine or wrong.double().mean() > share:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
