@@ -1,6 +1,7 @@
 """Puts measured numbers into README.md and docs/: every block between <!-- name --> and <!-- /name --> is made here.
 
-From the files in benchmarks/results/ alone. What has no file yet is marked as not measured, with the command for it.
+From the files in benchmarks/results/ and, for what is derived on paper, paper.py. What has no file yet is marked as not
+measured, with the command for it.
 
 python benchmarks/report.py           # rewrites the blocks
 python benchmarks/report.py --check   # fails if they are not what the results say
@@ -11,6 +12,10 @@ import re
 import statistics
 import sys
 from pathlib import Path
+
+import paper
+
+from patchscore.engines import cost
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -173,25 +178,17 @@ def fused_compiled() -> str:
     for row in record["rows"]:
         if row["capability"] != 90:
             continue
-        rest = min(row["exponential_ceiling"], row["issue_ceiling"])
-        one_after_other = 1 / (1 / row["matrix_ceiling"] + 1 / rest)
+        work, skipped = paper.compiled_work(row)
         cells = [row["plan"], str(row["columns"]), f"{row['tile']}, {row['warps']}w, {row['stages']}st"]
         cells += [str(row[key]) for key in ("registers", "spilled_bytes")]
         cells += [f"{row['shared_bytes'] / 1024:.0f}", str(row["wgmma"])]
         cells += [f"{row['per_pair']:.1f}", f"{row['exponentials_per_pair']:.2f}"]
         cells += [f"{row[key] / 1e12:.1f}" for key in ("exponential_ceiling", "issue_ceiling", "matrix_ceiling")]
-        if row["per_pair_of_a_skipped_tile"]:
-            # What is left of a tile that is passed over: the first product and its maxima.
-            h200 = record["h200"]
-            units = h200["clock"] * h200["multiprocessors"]
-            issue = h200["lanes"] * units / row["per_pair_of_a_skipped_tile"]
-            matrix = h200["products"] * units / row["columns"]
-            cells.append(f"{1 / (1 / issue + 1 / matrix) / 1e12:.1f} to {min(issue, matrix) / 1e12:.1f} (skipped)")
-        else:
-            cells.append(f"{one_after_other / 1e12:.1f} to {min(rest, row['matrix_ceiling']) / 1e12:.1f}")
+        cells.append(f"{paper.DEVICE.l2_rate / work.l2_bytes / 1e12:.2g}")
+        cells.append(paper.shown(cost.rate(work, paper.DEVICE, cost.TRITON)) + " (skipped)" * skipped)
         rows.append(cells)
     header = ["plan", "K", "tile", "regs", "spilled", "KiB shared", "wgmma", "instr / pair", "exp / pair"]
-    header += ["exp", "issue", "matrix", "expected"]
+    header += ["exp", "issue", "matrix", "L2", "derived"]
     return f"Triton {record['triton']}, sm_90 ({record['commit']}, {record['date']}):\n\n{table(header, rows)}"
 
 
@@ -206,16 +203,16 @@ def pruned_compiled() -> str:
         cells += [str(row[key]) for key in ("registers", "spilled_bytes")]
         cells += [f"{row['shared_bytes'] / 1024:.0f}", str(row["wgmma"])]
         if "per_pair" in row:
-            rest = min(row["exponential_ceiling"], row["issue_ceiling"])
-            one_after_other = 1 / (1 / row["matrix_ceiling"] + 1 / rest)
+            work = paper.compiled_scan(row)
             cells += [f"{row['per_pair']:.1f}", f"{row['exponentials_per_pair']:.2f}"]
             cells += [f"{row[key] / 1e12:.1f}" for key in ("exponential_ceiling", "issue_ceiling", "matrix_ceiling")]
-            cells.append(f"{one_after_other / 1e12:.1f} to {min(rest, row['matrix_ceiling']) / 1e12:.1f}")
+            cells.append(f"{paper.DEVICE.l2_rate / work.l2_bytes / 1e12:.2g}")
+            cells.append(paper.shown(cost.rate(work, paper.DEVICE, cost.TRITON)))
         else:
-            cells += [""] * 6
+            cells += [""] * 7
         rows.append(cells)
     header = ["kernel", "K", "tile", "regs", "spilled", "KiB shared", "wgmma", "instr / pair", "exp / pair"]
-    header += ["exp", "issue", "matrix", "expected"]
+    header += ["exp", "issue", "matrix", "L2", "derived"]
     return f"Triton {record['triton']}, sm_90 ({record['commit']}, {record['date']}):\n\n{table(header, rows)}"
 
 
@@ -664,7 +661,6 @@ def scaling() -> str:
 
 
 def on_paper() -> str:
-    record = result("scaling")
     rows = [
         [
             f"{row['windows']:.0e}".replace("e+", "e"),
@@ -678,11 +674,54 @@ def on_paper() -> str:
             f"{row['seconds']:.2g}",
             row["binds"],
         ]
-        for row in record["on_paper"]
+        for row in paper.larger_banks()
     ]
     header = ["windows", "k, sigma", "images", "pairs", "bank, GB", "engine", "GPUs", "GB a GPU", "s a step", "binds"]
-    given = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in record["constants"].items())
-    return f"{table(header, rows)}\n\nOf an H200, in bytes, seconds and cycles: {given}."
+    device = paper.DEVICE
+    note = (
+        f"Derived for {device.name}s of {device.multiprocessors} multiprocessors at {device.clock / 1e9:g} GHz, "
+        f"{device.memory / 1e9:.0f} GB at {device.memory_rate:.2g} bytes/s, L2 at {device.l2_rate:.2g} bytes/s "
+        f"(assumed), PCIe at {paper.BUS:.2g} and NVLink at {paper.LINK:.2g} bytes/s; not measured."
+    )
+    return f"{table(header, rows)}\n\n{note}"
+
+
+def expected_steps() -> str:
+    """Each step of a published table over all of CIFAR-10, by engine."""
+    steps = paper.steps()
+    rows = [
+        [
+            f"{row['sigma']:.3g}",
+            str(row["k"]),
+            f"{row['columns']}{' (exact)' if row['exact'] else ''}",
+            f"{row['pairs']:.2g}".replace("e+", "e"),
+            *(f"{row[engine]:.1f}" for engine in ("fused", "sliding", "auto")),
+            f"`{row['interior']}`",
+        ]
+        for row in steps
+    ]
+    mean = [f"{sum(row[engine] for row in steps) / len(steps):.1f}" for engine in ("fused", "sliding", "auto")]
+    rows.append(["mean", "", "", "", *mean, ""])
+    header = ["sigma", "k", "K", "pairs an image", "ms an image: `fused`", "`sliding`", "`auto`", "interior by"]
+    note = (
+        f"Derived, not measured: {paper.BATCH} images at once on {paper.DEVICE.name}, {paper.IMAGES:,} images of "
+        f"CIFAR-10, zero padding, `{paper.TABLE}`; K of the next lower noise in the table of columns:"
+    )
+    return f"{note}\n\n{table(header, rows)}"
+
+
+def anchors() -> str:
+    """The model beside published attention kernels."""
+    rows = []
+    for name, of in cost.PUBLISHED.items():
+        for head, teraflops in of.items():
+            work = cost.attention(head, 2 if name == "FlashAttention-3" and head > 64 else 1)
+            published = teraflops * 1e12 / (4 * head)
+            share = published * work.seconds(cost.H100, 1.0)
+            rows.append([name, str(head), str(teraflops), f"{published / 1e12:.2f}",
+                         f"{1 / work.seconds(cost.H100, 1.0) / 1e12:.2f}", f"{share:.2f}"])  # fmt: skip
+    header = ["kernel", "head size", "published TFLOPS", "1e12 pairs/s", "model at efficiency 1", "efficiency"]
+    return f"H100, half floats, no causal mask, 16k tokens (arXiv:2407.08608, figure 5):\n\n{table(header, rows)}"
 
 
 BLOCKS = (
@@ -694,6 +733,8 @@ BLOCKS = (
     end_to_end,
     scaling,
     on_paper,
+    expected_steps,
+    anchors,
     gpu,
     agreement,
     flow,

@@ -1,8 +1,8 @@
 """Time and memory of the CPU engines against bank size, image size, batch, patch size and threads, with exponents.
 
 One quantity at a time around one base (32 x 32 in colour, k = 7, sigma = 0.99, zeros padding), engines in turns at
-every point, for at most --seconds. Then banks of 1e9 and 1e10 windows on paper, for one and eight GPUs, from stated
-constants. Writes benchmarks/results/scaling.json and docs/images/scaling.png.
+every point, for at most --seconds. Writes benchmarks/results/scaling.json and docs/images/scaling.png; larger banks are
+in paper.py.
 
     python benchmarks/scaling.py --images cifar10/train           (under 10 minutes)
     python benchmarks/scaling.py --short                          (under 2, on smooth random images)
@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 
 import record
-import sass
 import torch
 from torch.nn import functional
 
@@ -217,107 +216,6 @@ def fits(rows: list[dict]) -> list[dict]:
     return found
 
 
-# On paper.
-
-H200 = {
-    "memory": 141e9,  # bytes
-    "memory_rate": 4.8e12,  # bytes a second
-    "bus_rate": 50e9,  # bytes a second from host memory (PCIe 5.0 x16, as reached)
-    "link_rate": 400e9,  # bytes a second between GPUs of one machine (NVLink, one way)
-    "clock": 1.755e9,
-    "multiprocessors": 132,
-    "exponentials": 16,  # a cycle and multiprocessor
-    "products": 2048,  # fp16 multiply-adds a cycle and multiprocessor
-}
-RESIDENT = 0.4  # share of the memory that rows and indexes may take (features.CACHE_SHARE)
-QUERIES_A_TILE = 128  # rows are read from memory once for so many queries
-VALUE_COLUMNS = 32  # what the second product costs, in columns
-INDEX_BYTES = 40  # of a window in an index on the GPU, besides its row
-PIXELS = 64  # of a side: ImageNet at 64 x 64, in colour
-PAPER_CASES = ((3, 0.2), (7, 1.0), (17, 4.0))
-
-
-def on_paper() -> list[dict]:
-    """Bytes, pairs and seconds a step of one noisy image, by the resource that takes longest."""
-    columns = columns_of()
-    slides = slides_of()
-    rows = []
-    for windows in (1e9, 1e10):
-        for k, sigma in PAPER_CASES:
-            inside = (PIXELS - k + 1) ** 2
-            images = windows / inside
-            pairs = inside * windows
-            common = {"windows": windows, "k": k, "sigma": sigma, "images": images, "pairs": pairs}
-            common["bank_bytes"] = images * 3 * PIXELS**2
-            for gpus in (1, 8):
-                made = {"fused": fused_paper(windows, pairs, inside, columns[k, sigma], common["bank_bytes"], gpus)}
-                made["sliding"] = sliding_paper(pairs, slides[k], common["bank_bytes"], gpus)
-                made["pruned"] = pruned_paper(windows, pairs, inside, min(columns[k, sigma], 256), gpus)
-                for engine, costs in made.items():
-                    held = costs.pop("bytes")
-                    # The sums of every pixel, from every GPU but one: m, s, v, s2 in float64.
-                    costs["link"] = (gpus - 1) * 8 * 6 * PIXELS**2 / H200["link_rate"]
-                    binding = max(costs, key=lambda name: costs[name])
-                    row = {**common, "engine": engine, "gpus": gpus, "bytes_a_gpu": held / gpus}
-                    rows.append({**row, "seconds": costs[binding], "binds": binding, "costs": costs})
-    return rows
-
-
-def fused_paper(windows: float, pairs: float, queries: int, columns: int, bank_bytes: float, gpus: int) -> dict:
-    """Every pair: K columns and 32 of values on the matrix units, and one exponential."""
-    rows = windows * 2 * columns
-    units = H200["clock"] * H200["multiprocessors"] * gpus
-    fits_in = rows / gpus <= RESIDENT * H200["memory"]
-    costs = {
-        "matrix units": pairs * (columns + VALUE_COLUMNS) / (H200["products"] * units),
-        "exponential units": pairs / (H200["exponentials"] * units),
-        # Rows are read once for a tile of queries; where they do not stay they are written once and read again.
-        "memory": rows * (math.ceil(queries / QUERIES_A_TILE) + (not fits_in)) / (H200["memory_rate"] * gpus),
-        "bus": 0.0 if bank_bytes / gpus <= RESIDENT * H200["memory"] else bank_bytes / (H200["bus_rate"] * gpus),
-    }
-    return {"bytes": rows if fits_in else bank_bytes, **costs}
-
-
-def sliding_paper(pairs: float, rate: float, bank_bytes: float, gpus: int) -> dict:
-    """Every pair at the rate that the machine code is bound by; the bank's bytes from memory or over the bus."""
-    fits_in = bank_bytes / gpus <= RESIDENT * H200["memory"]
-    over = H200["memory_rate"] if fits_in else H200["bus_rate"]
-    return {
-        "bytes": bank_bytes,
-        "instructions": pairs / (rate * gpus),
-        "memory" if fits_in else "bus": bank_bytes / (over * gpus),
-    }
-
-
-def pruned_paper(windows: float, pairs: float, queries: int, columns: int, gpus: int) -> dict:
-    """1% of the pairs, and the plan: every query meets every cell once."""
-    held = windows * (2 * columns + INDEX_BYTES)
-    units = H200["clock"] * H200["multiprocessors"] * gpus
-    cells = min(131_072, 16 * math.sqrt(windows / gpus)) * gpus
-    fits_in = held / gpus <= RESIDENT * H200["memory"]
-    costs = {
-        "matrix units": (BUDGET * pairs * (columns + 2 * VALUE_COLUMNS) + queries * cells * columns)
-        / (H200["products"] * units),
-        "exponential units": (BUDGET * pairs + queries * cells) / (H200["exponentials"] * units),
-        # Nearly every cell is looked into by some query.
-        "memory" if fits_in else "bus": held / ((H200["memory_rate"] if fits_in else H200["bus_rate"]) * gpus),
-    }
-    return {"bytes": held, **costs}
-
-
-def columns_of() -> dict[tuple[int, float], int]:
-    """K of the rows at each case, as chosen for 50,000 images of CIFAR-10."""
-    rows = record.read("fused_precision")["rows"]
-    return {(row["k"], row["sigma"]): row["columns_50000"] for row in rows}
-
-
-def slides_of() -> dict[int, float]:
-    """Pairs a second that the CUDA kernel of `sliding` is bound by, in colour, counted in its machine code."""
-    rows = record.read("sliding_cuda_sass")["rows"]
-    slower = H200["clock"] / sass.CLOCK  # its own page takes the boost clock; here all engines have one
-    return {row["k"]: slower * row["predicted_pairs_per_second"] for row in rows if row["channels"] == 3}
-
-
 # Drawing.
 
 LABELS = {
@@ -404,7 +302,7 @@ def main() -> None:
             "fits": fits(bench.rows),
             "skipped": bench.skipped,
         }
-    record.write("scaling", __doc__.splitlines()[0], **content, constants=H200, on_paper=on_paper())
+    record.write("scaling", __doc__.splitlines()[0], **content)
     draw(content["rows"], content["fits"], record.PICTURES / "scaling.png")
     for fit in content["fits"]:
         exponents = ", ".join(f"{name} ~ x^{fit[name]:.2f}" for name in ("seconds", "memory", "pairs") if name in fit)
