@@ -20,7 +20,7 @@ import record
 import torch
 
 import patchscore as ps
-from patchscore.engines import reference
+from patchscore.engines import native, reference
 from patchscore.engines.sliding import cpu as sliding
 from patchscore.windows import Axis, Competition, Group
 
@@ -198,7 +198,7 @@ def main() -> None:
     if options.images and not Path(options.images).exists():
         print(f"{options.images}: not found, taking smooth random images", file=sys.stderr)
         options.images = None
-    if reason := sliding.unavailable(torch.device("cpu")):
+    if reason := native.missing:
         sys.exit(f"engine sliding: {reason}")
 
     engines, rows = contenders(), []

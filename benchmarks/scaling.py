@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional
 
 import patchscore as ps
-from patchscore.engines import reference
+from patchscore.engines import native, reference
 from patchscore.engines.pruned.engine import Pruned
 from patchscore.engines.sliding import cpu as sliding
 
@@ -136,7 +136,7 @@ class Bench:
         works = {}
         for name in ("sliding", "reference", "pruned"):
             engine = {"sliding": sliding, "reference": reference}.get(name)
-            if name == "sliding" and sliding.unavailable(torch.device("cpu")):
+            if name == "sliding" and native.missing:
                 continue
             share = 1 if series == "windows" else FEWER.get(name, 1)
             bank = bank_of(self.images, windows * share, side, k, LEAST_IMAGES.get(name, 16))

@@ -121,7 +121,7 @@ class PatchBank:
             digest = hashlib.sha256(f"{self.images.dtype} {len(self)} {self.shape}".encode())
             step = max(1, (1 << 24) // self.images[0].nbytes)
             for start in range(0, len(self), step):
-                digest.update(self._raw(start, start + step).cpu().numpy().tobytes())
+                digest.update(self.stored(start, start + step).cpu().numpy().tobytes())
             if self.labels is not None:
                 digest.update(self.labels.numpy().tobytes())
             self._fingerprint = digest.hexdigest()
@@ -181,9 +181,10 @@ class PatchBank:
 
     def chunk(self, start: int, stop: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
         """Images start..stop as values in [-1, 1]: [n, C, H, W] in `dtype` on `device`."""
-        return to_values(self._raw(start, stop).to(device), dtype)
+        return to_values(self.stored(start, stop).to(device), dtype)
 
-    def _raw(self, start: int, stop: int) -> Tensor:
+    def stored(self, start: int, stop: int) -> Tensor:
+        """Images start..stop as they are stored, uint8 or float: [n, C, H, W]."""
         return self.images[start:stop] if self.indices is None else self.images[self.indices[start:stop]]
 
     def __repr__(self) -> str:

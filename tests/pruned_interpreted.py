@@ -19,7 +19,7 @@ from conftest import noisy, smooth_images
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import reference
+from patchscore.engines import native, reference
 from patchscore.engines.fused import launch as fused
 from patchscore.engines.fused import rows as features
 from patchscore.engines.pruned import device_index as lists_rows
@@ -27,7 +27,6 @@ from patchscore.engines.pruned import kernels as lists
 from patchscore.engines.pruned import recheck as lists_recheck
 from patchscore.engines.pruned import triton as pruned_cuda
 from patchscore.engines.pruned.engine import _pixels
-from patchscore.engines.sliding import cpu as sliding
 from patchscore.windows import Axis, Competition, Group
 
 CPU = torch.device("cpu")
@@ -783,7 +782,7 @@ def test_the_correction_is_that_of_plain_python(guided):
 
 
 def test_without_a_kernel_the_scan_on_the_cpu_serves(indexed, monkeypatch):
-    if sliding.unavailable(CPU):
+    if native.missing:
         pytest.skip("the C++ extension was not built")
     bank, index = indexed()
     monkeypatch.setattr(fused, "_broken", "on holiday")

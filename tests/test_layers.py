@@ -90,3 +90,37 @@ def test_the_test_sees_imports():
     assert ("bank", "sources.__init__") in found
     assert ("engines.fused.launch", "engines.fused.kernel") in found  # in a function, from a subpackage
     assert ("denoiser", "engines.__init__") in found
+
+
+def room(path):
+    """Who may know a private name: an engine's package, any other part of the package."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:2]) if parts[0] == "engines" else parts[0]
+
+
+def test_no_private_name_leaves_its_room():
+    trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    own = {}
+    for path, tree in trees.items():
+        names = own.setdefault(room(path), {"_make", "_replace", "_asdict", "_fields"})  # what namedtuples have
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Store):
+                names.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    used = {
+        (path, name)
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom)
+            else [node.attr]
+            if isinstance(node, ast.Attribute)
+            else []
+        )
+        if name.startswith("_") and not name.startswith("__")
+    }
+    assert len(used) > 100  # the test sees private names
+    foreign = sorted(f"{path.relative_to(PACKAGE)}: {name}" for path, name in used if name not in own[room(path)])
+    assert not foreign

@@ -16,11 +16,10 @@ from conftest import noisy, smooth_images
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import reference
-from patchscore.engines.sliding import cpu as sliding
+from patchscore.engines import native, reference
 
 pytest.importorskip("faiss")
-if sliding.unavailable(torch.device("cpu")):
+if native.missing:
     pytest.skip("the C++ extension was not built", allow_module_level=True)
 
 ROOT = Path(__file__).parent.parent
@@ -457,7 +456,7 @@ def native_arguments(indexed, monkeypatch):
     bank, index = indexed()
     found = {}
     monkeypatch.setattr(
-        "patchscore.engines.pruned.engine._native", SimpleNamespace(scan_lists=lambda scans, *_: found.update(scans[0]))
+        "patchscore.engines.pruned.engine.native", SimpleNamespace(scan_lists=lambda scans, *_: found.update(scans[0]))
     )
     machine = pruned(bank, index, padding_mode="circular", budget=0.1)
     with contextlib.suppress(Exception):
@@ -525,15 +524,15 @@ def test_the_native_scan_refuses_what_does_not_fit(native_arguments, spoilt):
     if changed.get("counts") == "given":
         changed["counts"] = np.zeros(native_arguments["sizes"].sum(), np.uint16)
     with pytest.raises(ValueError):
-        sliding._native.scan_lists([{**native_arguments, **changed}], 1, "")
+        native.native.scan_lists([{**native_arguments, **changed}], 1, "")
 
 
 def test_the_native_scan_writes_where_it_may_and_knows_its_instruction_sets(native_arguments):
     read_only = np.zeros_like(native_arguments["s"])
     read_only.flags.writeable = False
     with pytest.raises((ValueError, BufferError)):
-        sliding._native.scan_lists([{**native_arguments, "s": read_only}], 1, "")
+        native.native.scan_lists([{**native_arguments, "s": read_only}], 1, "")
     with pytest.raises(ValueError, match="mmx"):
-        sliding._native.scan_lists([native_arguments], 1, "mmx")
-    sliding._native.scan_lists([native_arguments], 1, "")
+        native.native.scan_lists([native_arguments], 1, "mmx")
+    native.native.scan_lists([native_arguments], 1, "")
     assert native_arguments["pairs"][0] > 0

@@ -16,6 +16,7 @@ from conftest import noisy, smooth_images
 
 import patchscore as ps
 from patchscore import engines
+from patchscore.engines import native
 from patchscore.engines.fused import launch as fused
 from patchscore.engines.pruned import device_index as lists_rows
 from patchscore.engines.pruned import triton as pruned_cuda
@@ -222,7 +223,7 @@ class TestOnGpu:
         assert sum("synchroniz" in str(warning.message) for warning in caught) < 12
 
     def test_it_agrees_with_the_scan_on_the_cpu(self, large):
-        if engines.SlidingCpu().unavailable(CPU):
+        if native.missing:
             pytest.skip("the C++ extension was not built")
         bank, index = large
         z = noisy(bank, 1.0, 2, dtype=torch.float32)

@@ -262,16 +262,15 @@ def test_unknown_instruction_set_is_refused(monkeypatch):
 
 
 def test_without_the_extension_the_engine_says_so(monkeypatch):
-    monkeypatch.setattr(sliding, "_native", None)
-    monkeypatch.setattr(sliding, "_missing", "No module named 'patchscore._native'", raising=False)
-    reason = sliding.unavailable(torch.device("cpu"))
-    assert reason is not None
-    assert "not built" in reason
+    monkeypatch.setattr(sliding, "missing", "the C++ extension was not built (No module named 'patchscore._native')")
+    assert "not built" in (sliding.SlidingCpu().unavailable(torch.device("cpu")) or "")
 
 
 def test_other_devices_are_declined():
-    assert sliding.unavailable(torch.device("cpu")) is None
-    assert "mps" in (sliding.unavailable(torch.device("mps")) or "")
+    engine = sliding.SlidingCpu()
+    assert engine.unavailable(torch.device("cpu")) is None
+    assert engine.runs_on(torch.device("cpu"))
+    assert not engine.runs_on(torch.device("mps"))
 
 
 def native_arguments(**changes):

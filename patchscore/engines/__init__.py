@@ -32,6 +32,7 @@ __all__ = [
     "EngineError",
     "Pruned",
     "SlidingCpu",
+    "SlidingCuda",
     "available",
     "candidates",
     "chosen",

@@ -261,10 +261,10 @@ def _stored(bank: PatchBank, start: int, stop: int, device: torch.device) -> Ten
     """Images start..stop as stored, on the device: of a copy that is kept there, or, where all of them would fill too
     much of its memory, sent through pinned memory, which the host does not wait for."""
     if device.type != "cuda":
-        return bank._raw(start, stop).to(device)
+        return bank.stored(start, stop).to(device)
     kept = resident.on_device(bank.images, device)
     if kept is None:
-        return bank._raw(start, stop).pin_memory().to(device, non_blocking=True)
+        return bank.stored(start, stop).pin_memory().to(device, non_blocking=True)
     if bank.indices is None:
         return kept[start:stop]
     return kept[bank.indices[start:stop].pin_memory().to(device, non_blocking=True)]

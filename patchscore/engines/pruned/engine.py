@@ -22,7 +22,7 @@ from ...index import IndexedSize, PatchIndex, Region
 from ...posterior import PosteriorSum
 from ...windows import Competition, Group
 from ..base import Engine
-from ..sliding.cpu import SlidingCpu, _native
+from ..native import missing, native
 
 DROPPED = 0.02
 """Variance of the axes left out, in units of sigma^2; a log-weight moves by about its root, before the recheck."""
@@ -100,7 +100,7 @@ class Pruned(Engine):
         """Why this engine cannot serve on `device`, or None."""
         if self.index.bank.shape[0] > MOST_CHANNELS:
             return f"it takes up to {MOST_CHANNELS} channels, not {self.index.bank.shape[0]}"
-        return SlidingCpu().unavailable(torch.device("cpu"))
+        return missing
 
     def lacks(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> str | None:
         """Whole images, corners, sizes that the index lacks, and edges where it has none, are summed exactly."""
@@ -203,7 +203,8 @@ class Pruned(Engine):
     def _scan(self, requests: Sequence[Request], padded: Tensor, bank: PatchBank) -> list[PosteriorSum]:
         """Sums [queries, 1 or C] of every request."""
         scans = [self._prepare(request, padded, bank) for request in requests]
-        _native.scan_lists(scans, torch.get_num_threads(), os.environ.get("PATCHSCORE_SIMD", ""))
+        assert native is not None
+        native.scan_lists(scans, torch.get_num_threads(), os.environ.get("PATCHSCORE_SIMD", ""))
         return [_of({name: _column(scan[name]) for name in SUMS}).with_pairs(int(scan["pairs"][0])) for scan in scans]
 
     def _prepare(self, request: Request, padded: Tensor, bank: PatchBank) -> dict[str, Any]:

@@ -16,12 +16,7 @@ from ...bank import PatchBank
 from ...posterior import PosteriorSum
 from ...windows import Axis, Competition
 from ..base import Engine
-
-try:
-    import patchscore._native as _native
-except ImportError as error:  # not built, or built for another Python
-    _native = None
-    _missing = str(error)
+from ..native import missing, native
 
 
 class SlidingCpu(Engine):
@@ -37,7 +32,7 @@ class SlidingCpu(Engine):
         return device.type == "cpu"
 
     def unavailable(self, device: torch.device) -> str | None:
-        return None if _native is not None else f"the C++ extension was not built ({_missing})"
+        return missing
 
     def posterior_sum(
         self,
@@ -76,9 +71,9 @@ def posterior_sums(
     One pass over the bank serves them all, where `memory_limit` and, on the CPU, 32 MiB a thread have room for their
     sums; otherwise a few passes do. The numbers are those of separate calls.
     """
-    assert _native is not None, "unavailable() says when this engine cannot serve"
+    assert native is not None, "unavailable() says when this engine cannot serve"
     totals = [_empty(z, competition) for competition in competitions]
-    _native.sliding(
+    native.sliding(
         z=z.detach().to("cpu", torch.float32).contiguous().numpy(),
         sigma=sigma.detach().to("cpu", torch.float64).contiguous().numpy(),
         images=bank.images.numpy(),
