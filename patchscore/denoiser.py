@@ -132,21 +132,19 @@ class ScoreMachine(Denoiser):
         """Which engine serves images of `dtype` on `device`, and why not those before it, a line each."""
         return engines.explain_choice(self.engines, self.engine, checks.device(device), dtype)
 
-    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
-        return self._estimate(z, sigma, labels, ess=True)
-
     def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
-        return self._estimate(z, sigma, labels, ess=False).mean
+        return self.estimate(z, sigma, labels, ess=False).mean
 
     @torch.no_grad()
-    def _estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels, ess: bool) -> Estimate:
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, ess: bool = True) -> Estimate:
+        """As of `Denoiser`; with ess=False the effective sample size is left out (NaN), which saves a GPU some work."""
         z = check_noisy(z, self.shape)
         sigmas = check_sigma(sigma, len(z))
         classes = check_labels(labels, self.bank, len(z))
         sizes = [self.patch_size_at(level) for level in sigmas.tolist()]
 
         mean, stderr, pairs, names = torch.empty_like(z), torch.zeros_like(z), 0, set()
-        found_ess = z.new_empty(len(z), *z.shape[2:])
+        effective = z.new_full((len(z), *z.shape[2:]), torch.nan)
         for (label, k), items in alike(list(zip(classes, sizes, strict=True))):
             bank, some, competition = self.bank.of_class(label), z[items], self.competition(k)
             total, served = engines.serve(
@@ -154,10 +152,11 @@ class ScoreMachine(Denoiser):
             )
             mean[items] = total.mean.to(z.device, z.dtype)
             stderr[items] = total.stderr.to(z.device, z.dtype)
-            found_ess[items] = total.ess[:, 0].to(z.device, z.dtype).expand(len(some), *z.shape[2:])
+            if ess:
+                effective[items] = total.ess[:, 0].to(z.device, z.dtype).expand(len(some), *z.shape[2:])
             pairs += len(some) * len(bank) * competition.pairs_per_image if total.pairs is None else total.pairs
             names.update(served)
-        return Estimate(mean, stderr, found_ess, pairs, " and ".join(sorted(names)))
+        return Estimate(mean, stderr, effective, pairs, " and ".join(sorted(names)))
 
     def exact_sums(
         self, z: Tensor, sigmas: Tensor, bank: PatchBank, competitions: Sequence[Competition]
