@@ -102,14 +102,14 @@ def test_engines_that_sum_for_several_sizes_at_once_are_asked_once(bank, monkeyp
 
     asked = []
 
-    def posterior_sums(z, sigma, bank, competitions, memory_limit):
+    def posterior_sums(self, z, sigma, bank, competitions, memory_limit):
         asked.append([competition.patch_size for competition in competitions])
         return [reference.posterior_sum(z, sigma, bank, one, memory_limit) for one in competitions]
 
     machines = [ps.EquivariantLocalScore(bank, k, engine="reference") for k in (3, 5)]
     z = torch.randn(3, *bank.shape)
     alone = denoised_by_each(machines, z, 0.7, [0, 1, None])
-    monkeypatch.setattr(reference, "posterior_sums", posterior_sums, raising=False)
+    monkeypatch.setattr(reference.Reference, "posterior_sums", posterior_sums)
     together = denoised_by_each(machines, z, 0.7, [0, 1, None])
     assert asked == [[3, 5]] * 3
     for a, b in zip(alone, together, strict=True):
