@@ -17,6 +17,7 @@ import torch
 from record import write
 
 import patchscore as ps
+from patchscore.pixels import to_values
 
 SIGMAS = (0.25, 0.5, 1.0, 2.0)
 K = 9
@@ -38,7 +39,7 @@ def main() -> None:
     for path in (options.images, options.labels):
         if not path.exists():
             sys.exit(f"skipped: held-out Fashion-MNIST is not at {path}")
-    held_out = torch.from_numpy(idx(options.images)[: options.count, None].astype(np.float32)) / 127.5 - 1
+    held_out = to_values(torch.from_numpy(idx(options.images)[: options.count, None]))
     truth = torch.from_numpy(idx(options.labels)[: options.count].astype(np.int64))
 
     bank = ps.PatchBank.open("fashion-mnist")

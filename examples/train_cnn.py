@@ -22,6 +22,7 @@ from tqdm import tqdm
 import patchscore as ps
 from patchscore.files import write_atomically
 from patchscore.networks import ARCHITECTURES, save_network
+from patchscore.pixels import to_values
 
 EMA = 0.999
 DROPPED_LABELS = 0.1
@@ -74,8 +75,7 @@ def main() -> None:
         # The batch of this step, from (seed, step) alone, drawn on the CPU.
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
         chosen = torch.randint(len(bank), (options.batch_size,), generator=generator)
-        x0 = bank.images[chosen]
-        x0 = x0 / 127.5 - 1 if x0.dtype == torch.uint8 else x0
+        x0 = to_values(bank.images[chosen])
         if options.flip:
             flipped = torch.rand(len(x0), generator=generator) < 0.5
             x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)

@@ -23,6 +23,7 @@ from . import checks, plots
 from .bank import PatchBank
 from .denoiser import Labels, ScoreMachine, alike, check_labels, check_noisy, check_sigma
 from .noise import get_schedule
+from .pixels import to_values
 from .posterior import PosteriorSum
 from .sampling import Step, labels_in_turn, sample
 from .windows import Axis, Competition, Group, rows_as_pixels, windows_as_rows
@@ -425,7 +426,7 @@ def _images(bank: PatchBank, numbers: Tensor, device: torch.device) -> Tensor:
     """[n, C, H, W] float64: those images of a bank or a selection, by their number in it."""
     numbers = numbers.cpu()
     raw = bank.images[numbers if bank.indices is None else bank.indices[numbers]].to(device)
-    return raw.double() / 127.5 - 1 if raw.dtype == torch.uint8 else raw.double()
+    return to_values(raw, torch.float64)
 
 
 def _within(bank: PatchBank, selection: PatchBank) -> Tensor:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from . import checks
 from .bank import PatchBank
 from .files import LOCK, TEMPORARY, errors_name, locked, remove_temporaries, write_atomically
+from .pixels import to_values
 
 FORMAT = 2
 OPTIONS = ("padding_mode", "rank", "cells", "max_windows", "seed")
@@ -371,9 +372,7 @@ class IndexedSize:
         offsets = torch.arange(-r, r + 1)
         for p in range(len(ids)):
             members, place = torch.unique(image[p], return_inverse=True)
-            chosen = self.index.images[members].double()
-            if self.index.bank.images.dtype == torch.uint8:
-                chosen = chosen / 127.5 - 1
+            chosen = to_values(self.index.images[members], torch.float64)
             i = (row[p][:, None] + offsets)[:, None, :, None]
             j = (col[p][:, None] + offsets)[:, None, None, :]
             c = torch.arange(chosen.shape[1])[None, :, None, None]
@@ -540,8 +539,7 @@ class _Builder:
                 continue
             at = ends[full] - sizes[full] - begin
             weight = repeat.astype(np.float32)[:, None]
-            f, v = block.astype(np.float32), value.astype(np.float32)
-            v = v / 127.5 - 1 if value.dtype == np.uint8 else v
+            f, v = block.astype(np.float32), to_values(torch.from_numpy(value)).numpy()
             columns = np.concatenate([weight, f * weight, f * f * weight, v * weight, v * v * weight], 1)
             sums = torch.from_numpy(np.add.reduceat(columns, at, axis=0))
             of = torch.from_numpy(full)
@@ -585,7 +583,7 @@ class _Builder:
     def patches(self, raw: Tensor, rows: range, cols: range) -> Tensor:
         """The part of some images that windows at rows x cols reach, zeros beyond the border: [n, C, h, w]."""
         r = self.k // 2
-        images = raw.float() / 127.5 - 1 if raw.dtype == torch.uint8 else raw.float()
+        images = to_values(raw)
         padded = functional.pad(images, (r, r, r, r))
         return padded[:, :, rows.start : rows.stop + 2 * r, cols.start : cols.stop + 2 * r].contiguous()
 

@@ -18,6 +18,11 @@ def to_values(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return pixels.to(dtype) / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels.to(dtype)
 
 
+def to_bytes(values: Tensor) -> Tensor:
+    """Values in [-1, 1] as the nearest uint8 pixels, the inverse of `to_values`; values outside are clipped."""
+    return ((values.double() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def channel_axis(shape: tuple[int, ...]) -> int | None:
     """-3 or -1, the axis of `shape` that holds an image's channels, or None where its length does not tell.
 

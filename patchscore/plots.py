@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .pixels import to_bytes
+
 PAPER = (255, 255, 255)
 INK = (60, 60, 60)
 GAP = 2
@@ -18,8 +20,7 @@ GAP = 2
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """[B, C, H, W] in [-1, 1] as uint8 [B, H, W, C]; values outside are clipped."""
-    levels = ((images.detach().cpu().double() + 1) * 127.5).round().clamp(0, 255)
-    return levels.permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    return to_bytes(images.detach().cpu()).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def to_pil(image: Tensor) -> Image.Image:

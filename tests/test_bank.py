@@ -7,6 +7,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from patchscore.bank import PatchBank
+from patchscore.pixels import to_bytes, to_values
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -237,3 +238,17 @@ def test_labels_are_the_banks_own(bank):
     bank = PatchBank(pixels(2, 1, 4, 4), labels)
     labels[0] = 1
     assert bank.classes == (0, 1)
+
+
+# Pixels.
+
+
+def test_bytes_and_values_are_each_others_inverse():
+    levels = torch.arange(256, dtype=torch.uint8)
+    for dtype in (torch.float32, torch.float64):
+        values = to_values(levels, dtype)
+        assert values.dtype == dtype
+        assert (values[0], values[-1]) == (-1, 1)
+        assert torch.equal(to_bytes(values), levels)
+    assert torch.equal(to_values(torch.tensor([-0.5, 0.25])), torch.tensor([-0.5, 0.25]))
+    assert to_bytes(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]

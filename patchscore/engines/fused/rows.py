@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...bank import PatchBank
+from ...pixels import to_values
 from ...posterior import accumulator_dtype
 from ...windows import Axis, Competition, Group, windows_as_rows
 from .. import device as resident
@@ -301,7 +302,7 @@ def patch_rows(
     """Competing windows of images start..stop, as `plan` has it."""
     exact = accumulator_dtype(device)
     raw = _stored(bank, start, stop, device)
-    images = (raw.float() / 127.5 - 1 if raw.dtype == torch.uint8 else raw.float()) * unit
+    images = to_values(raw) * unit
     where = group.rows.centres, group.cols.centres, group
     padding = (k // 2,) * 4
 
