@@ -22,6 +22,7 @@ import torch
 import patchscore as ps
 from patchscore.engines import native, reference
 from patchscore.engines.sliding import cpu as sliding
+from patchscore.pixels import to_values
 from patchscore.windows import Axis, Competition, Group
 
 SIGMA = {3: 0.16, 5: 0.5, 7: 0.99, 11: 1.92, 17: 3.98, 25: 8.0}
@@ -86,15 +87,11 @@ def images_of(path: str | None, channels: int, size: int, count: int) -> torch.T
 def measure(case, engines: dict[str, Denoise], images: torch.Tensor, repeats: int) -> list[dict]:
     k, sigma, channels, size = case
     pairs_per_image = size**2 * (size - k + 1) ** 2
-    z = (
-        images[:1] / 127.5
-        - 1
-        + sigma * torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(1))
-    )
+    z = to_values(images[:1]) + sigma * torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(1))
     exact = by_engine(reference)(z.double(), sigma, images[:2], k)
 
     def call(name, count):
-        train = images[:count] if name in ("sliding", "reference") else images[:count] / 127.5 - 1
+        train = images[:count] if name in ("sliding", "reference") else to_values(images[:count])
         start = time.perf_counter()
         result = engines[name](z, sigma, train, k)
         return time.perf_counter() - start, result

@@ -24,6 +24,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import torch
 
 import patchscore as ps
+from patchscore.pixels import to_values
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def main() -> None:
         case = Case(**{**vars(case), "side": max(8, (case.k or 0) + 2), "images": 5})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = record.smooth(3, case.side, case.images)
-    bank = ps.PatchBank(images / 127.5 - 1 if case.floats else images)
+    bank = ps.PatchBank(to_values(images) if case.floats else images)
     batch = 16 if options.large else 2
     x0 = bank.chunk(0, batch)
     z = x0 + case.sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))

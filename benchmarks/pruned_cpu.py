@@ -24,6 +24,7 @@ from peers import screening, top_k, uniform
 import patchscore as ps
 from patchscore.engines.pruned.engine import Pruned
 from patchscore.engines.sliding import cpu as sliding
+from patchscore.pixels import to_values
 from patchscore.windows import Competition
 
 MEMORY = 2**31
@@ -280,7 +281,7 @@ def main() -> None:
             part[:] = [row for row in part if row["setting"] != name]
         bank = ps.PatchBank(images[:count].clone(), None if labels is None else labels[:count])
         table = ps.ScaleTable.published(table_name)
-        held_out = images[30000 : 30000 + batch].float() / 127.5 - 1
+        held_out = to_values(images[30000 : 30000 + batch])
         index, built = open_index(bank, sizes_of(table), given.indexes / f"{name}.index")
         content["indexes"].append({"setting": name, **built})
         rows, sweep = steps_of(name, bank, held_out, index, table, REPEATS)

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 import patchscore as ps
+from patchscore.pixels import to_bytes
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "benchmarks" / "results"
@@ -106,7 +107,7 @@ def smooth(channels: int, size: int, count: int) -> torch.Tensor:
     coarse = torch.randn(count, channels, size // 4, size // 4, generator=generator)
     fine = F.interpolate(coarse, size=(size, size), mode="bicubic")
     fine += 0.1 * torch.randn(fine.shape, generator=generator)
-    return ((fine * 0.5).clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+    return to_bytes(fine * 0.5)
 
 
 def shuffled(bank: ps.PatchBank) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from patchscore.pixels import to_values
+
 NEAREST = 1000  # windows
 
 
@@ -19,6 +21,6 @@ def interior_mean(z, sigma, index, k, nprobe):
     weights = torch.softmax(torch.where(ids < 0, -torch.inf, -near / (2 * float(sigma[0]) ** 2)), 1).nan_to_num()
     rows, cols = len(place.rows), len(place.cols)
     image, at = ids.clamp(min=0) // (rows * cols), ids.clamp(min=0) % (rows * cols)
-    values = index.images[image, :, r + at // cols, r + at % cols].float() / 127.5 - 1
+    values = to_values(index.images[image, :, r + at // cols, r + at % cols])
     mean = (weights[..., None] * values).sum(1)
     return mean.unflatten(0, (len(z), rows, cols)).permute(0, 3, 1, 2)
