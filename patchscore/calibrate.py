@@ -8,7 +8,6 @@ the same way, although the released script wrote the size found at step j + 1 in
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from . import checks
 from .bank import PatchBank
 from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Labels, ScoreMachine, alike, check_labels
-from .files import write_atomically
+from .files import read_record, write_record
 from .machines import EquivariantLocalScore, LocalScore
 from .noise import Schedule, get_schedule
 from .sampling import DEFAULT_BATCH, Step, labels_in_turn, sample
@@ -78,8 +77,6 @@ class Calibration:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes everything as JSON; `calibrate(resume=path)` continues from it."""
         content = {
-            "format": FORMAT,
-            "version": VERSION,
             "settings": self.settings,
             "sigmas": self.sigmas,
             "patch_sizes": list(self.patch_sizes),
@@ -88,23 +85,19 @@ class Calibration:
             "choices": self.choices.tolist(),
             "agreement": self.agreement.tolist(),
         }
-        write_atomically(Path(path), (json.dumps(content, indent=1) + "\n").encode())
+        write_record(Path(path), FORMAT, VERSION, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
         """Reads what `save` wrote; ValueError names the path of a file that is not that."""
         try:
-            content = json.loads(Path(path).read_bytes())
-            if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise ValueError("not a patchscore calibration")
-            if content.get("version") != VERSION:
-                raise ValueError(f"format version {content.get('version')!r}, this release reads {VERSION}")
+            content = read_record(Path(path), FORMAT, VERSION)
             sizes = tuple(checks.odd("patch_sizes", size) for size in content["patch_sizes"])
             agreement = np.asarray(content["agreement"], dtype=float)
             if agreement.ndim != 3 or agreement.shape[::2] != (len(content["sigmas"]), len(sizes)):
                 raise ValueError(f"agreement of shape {list(agreement.shape)}")
             return cls([float(s) for s in content["sigmas"]], sizes, agreement, dict(content["settings"]))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise ValueError(f"{path}: not a usable calibration: {error}") from None
 
 

@@ -29,13 +29,13 @@ from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, ScoreMachine
 from .evaluate import baselines as known_machines
 from .evaluate import compare as run_comparison
 from .explain import Walk, explain_samples, mosaic_rows
-from .files import write_atomically
+from .files import check_writable, locked, write_atomically
 from .index import OPTIONS, PatchIndex
 from .machines import EquivariantLocalScore, IdealScore, LocalScore
 from .networks import load_network
 from .noise import SCHEDULES, get_schedule
 from .pages import explanation_page
-from .runs import Run, png, reopen, report_memorisation, warn_of_others
+from .runs import MOST_IMAGES, Run, reopen, report_memorisation, warn_of_others
 from .sampling import DEFAULT_BATCH, SAMPLERS
 from .scales import PUBLISHED, ScaleTable
 from .version import __version__
@@ -202,9 +202,11 @@ def sample(
     """Make new images from the training images in SOURCE.
 
     SOURCE is a folder of images (class subfolders become labels), a .npy, .npz or IDX file, or fashion-mnist (built
-    in). The output folder gets one PNG an image, grid.png, trajectory.png, samples.npz and run.json.
+    in). The output folder gets samples/ with one PNG an image, samples.npy with the same as float32, grid.png of the
+    first hundred, trajectory.png, batches.jsonl (labels, hashes, nearest training images) and run.json (all settings).
     """
-    checks.integer("-n", count, at_least=1)
+    checks.integer("-n", count, at_least=1, at_most=MOST_IMAGES)
+    check_writable(out)
     checks.integer("--batch-size", batch_size, at_least=1)
     get_schedule(schedule, steps)
     if not 0 < memory_limit < 2**30:
@@ -261,19 +263,18 @@ def sample(
         click.echo(f"not in the index, so summed exactly: patch sizes {', '.join(map(str, lacking))}")
         warnings.filterwarnings("ignore", message=".*the index has patch sizes")
 
-    run = Run(out, denoiser, settings, described, noted, overwrite)
-    start = time.perf_counter()
-    try:
-        kept = run.sample(count, batch_size, device)
-    except KeyboardInterrupt:
-        click.echo(
-            f"\npatchscore: stopped; {len(run.images)} of {count} images are in {out}, the same command continues",
-            err=True,
-        )
-        sys.exit(130)
-    seconds = time.perf_counter() - start
+    with Run(out, denoiser, settings, described, noted, overwrite) as run:
+        start = time.perf_counter()
+        try:
+            kept = run.sample(count, batch_size, device)
+        except KeyboardInterrupt:
+            there = f"{sum(image < count for image in run.made)} of {count} images are in {out}"
+            click.echo(f"\npatchscore: stopped; {there}, the same command continues", err=True)
+            sys.exit(130)
+        seconds = time.perf_counter() - start
     added = f"made {_images(count - kept)} in {seconds:.1f} s" if kept < count else "nothing left to make"
-    click.echo(f"{added}{f', {kept} were there' if kept else ''}: see {out / 'grid.png'} and {out / 'trajectory.png'}")
+    there = f", {kept} were there" if kept else ""
+    click.echo(f"{added}{there}: see {run.folder.samples} and {out / 'grid.png'}")
 
 
 @main.command(
@@ -687,7 +688,7 @@ def compare(
         figures = f"{row['r2_median']:6.3f}  {interval:<15} {row['correlation_median']:11.3f} {row['mse_median']:8.4f}"
         click.echo(f"{row['machine']:<14} {figures}")
     shown = {"network": found.images[:10], **{name: of.images[:10] for name, of in found.machines.items()}}
-    write_atomically(out / "pairs.png", png(plots.pairs(shown)))
+    write_atomically(out / "pairs.png", plots.png(plots.pairs(shown)))
     if baselines:
         _chart(out / "scatter.png", lambda charts: charts.agreement(found, own, "ideal"))
     click.echo(f"{_seconds(start)}: see {out / 'comparison.json'} and {out / 'pairs.png'}")
@@ -715,13 +716,21 @@ def explain(
 ) -> None:
     """Show which training patches made the samples of a run in OUT.
 
-    Writes into that folder mosaic.png (mosaic-0000.png and so on for several images), explain.html, one page that needs
-    nothing else, and memorisation.png; how near each sample is to a training image, and how many it is made of, goes
-    into run.json. A run made with an index is made again with it; what explains it are all windows, not only those that
+    Writes into that folder mosaic.png (mosaic-000000.png and so on for several images), explain.html, one page that
+    needs nothing else, and memorisation.png; how near each sample is to a training image, and how many it is made of,
+    goes into run.json. A run made with an index is made again with it; what explains it are all windows, not only those that
     the run looked at.
     """
-    machine, settings, record = reopen(out, source, index)
-    made = [entry["image"] for entry in record["images"]]
+    if not (out / "run.json").is_file():
+        raise ValueError(f"{out / 'run.json'}: no such file; takes the folder of a run of patchscore sample")
+    with locked(out, f"{out}: another process is writing this folder; wait for it"):
+        _explain(out, images, levels, top, source, index, device)
+
+
+def _explain(
+    out: Path, images: str, levels: int | None, top: int, source: str | None, index: Path | None, device: str
+) -> None:
+    machine, settings, record, made = reopen(out, source, index)
     wanted = made if images == "all" else _numbers(images, made)
     schedule = get_schedule(settings["schedule"], settings["steps"])
     count = levels if levels is not None else len(schedule) if len(wanted) <= 4 else 8
@@ -731,14 +740,14 @@ def explain(
     click.echo(f"{machine.bank!r}\n{_describe(machine, _device(device))}")
     start = time.perf_counter()
     walks = explain_samples(machine, wanted, chosen, top, device=_device(device), **settings)
-    warn_of_others(out, walks)
+    warn_of_others(out, record, walks)
     shares = _of_all_windows(machine, record, walks)
     if shares:
         click.echo(shares)
 
     for walk in walks:
-        name = "mosaic.png" if len(walks) == 1 else f"mosaic-{walk.number:04d}.png"
-        write_atomically(out / name, png(plots.mosaic(mosaic_rows(walk, machine.bank))))
+        name = "mosaic.png" if len(walks) == 1 else f"mosaic-{walk.number:06d}.png"
+        write_atomically(out / name, plots.png(plots.mosaic(mosaic_rows(walk, machine.bank))))
     about = {
         "title": f"Which training patches made {'these images' if len(walks) > 1 else 'this image'}",
         "lines": [

@@ -7,7 +7,6 @@ walk, which tells a wrong step from a wrong sum of them.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from . import checks
 from .bank import PatchBank
 from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Labels
-from .files import write_atomically
+from .files import write_record
 from .gaussian import GaussianScore
 from .machines import EquivariantLocalScore, IdealScore, LocalScore
 from .noise import Schedule, get_schedule
@@ -105,15 +104,13 @@ class Comparison:
             for name, of in self.machines.items()
         }
         report = {
-            "format": FORMAT,
-            "version": VERSION,
             "settings": self.settings,
             "sigmas": self.sigmas,
             "labels": self.labels,
             "rows": self.rows(),
             "images": each,
         }
-        write_atomically(Path(path), (json.dumps(finite(report), indent=1) + "\n").encode())
+        write_record(Path(path), FORMAT, VERSION, finite(report))
 
 
 def compare(

@@ -1,19 +1,23 @@
 """Files that are whole or absent, and folders that one process writes at a time.
 
 What is written appears under its name only once it is complete. A folder is locked while it is written; whatever a
-killed process left under a temporary name is removed by the next one that holds the lock.
+killed process left under a temporary name is removed by the next one that holds the lock. JSON files carry a format
+and a version (a header), and a hash where a change by one bit would otherwise pass.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import secrets
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 LOCK = ".lock"
 """Name of the file in a folder that its writer holds locked. It is empty, and stays when the lock is released."""
@@ -33,20 +37,35 @@ def errors_name(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes to a temporary name beside `path`, then renames; an interruption leaves the old file, or none."""
+def write_atomically(path: Path, content: bytes, sync: bool = True) -> None:
+    """Writes to a temporary name beside `path`, then renames; an interruption leaves the old file, or none.
+
+    Args:
+        sync: wait until the content is on the disk, so that this holds for a power cut too. Files whose hash is kept
+            elsewhere and checked later do without.
+    """
     # Named before it exists, so that an interruption at any moment knows what to remove.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with errors_name(path), open(temporary, "xb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         # An interruption may come just after the rename.
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """OSError where a folder, or the nearest one above it that exists, cannot be written; nothing is made."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise OSError(f"{folder}: {there} cannot be written")
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -89,3 +108,63 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def sha256(content: bytes) -> str:
+    """The SHA-256 hash in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def parse_json(content: bytes) -> Any:
+    """The value of a JSON text; ValueError for whatever is none, and for one nested too deeply to read."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the hash of its content under "sha256", which `unsealed` checks."""
+    content = json.loads(json.dumps(record))  # as it will be read back: tuples become lists, keys strings
+    return {**content, "sha256": _seal(content)}
+
+
+def unsealed(record: Any) -> dict[str, Any]:
+    """The content of a JSON object that `sealed` made; ValueError for any other."""
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    content = {name: value for name, value in record.items() if name != "sha256"}
+    if record.get("sha256") != _seal(content):
+        raise ValueError("was changed since it was written")
+    return content
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+def header(kind: str, version: int) -> dict[str, Any]:
+    """What every JSON object that patchscore writes to a file begins with."""
+    return {"format": kind, "version": version}
+
+
+def check_header(found: Any, kind: str, *versions: int) -> None:
+    """ValueError, unless a JSON object (or metadata, whose values are text) has the header of this kind of file."""
+    if not isinstance(found, Mapping) or found.get("format") != kind:
+        raise ValueError(f"not a {kind.replace('-', ' ')}")
+    version = found.get("version")
+    if str(version) not in map(str, versions):
+        raise ValueError(f"format version {version!r}, this release reads {' and '.join(map(str, versions))}")
+
+
+def write_record(path: Path, kind: str, version: int, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object with its header."""
+    text = json.dumps({**header(kind, version), **content}, indent=1)
+    write_atomically(path, (text + "\n").encode())
+
+
+def read_record(path: Path, kind: str, *versions: int) -> dict[str, Any]:
+    """Reads a JSON object and checks its header; ValueError says what is wrong, without the path."""
+    found = parse_json(path.read_bytes())
+    check_header(found, kind, *versions)
+    return found

@@ -8,6 +8,7 @@ network and how it was made in their metadata.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from . import checks
-from .files import write_atomically
+from .files import check_header, header, parse_json, write_atomically
 
 FORMAT = "patchscore-network"
 VERSION = 1
@@ -199,13 +200,19 @@ def save_network(
 ) -> None:
     """Writes a network's weights in `dtype`, with its configuration and `notes` (how it was made) as metadata."""
     weights = {name: weight.detach().cpu().to(dtype).contiguous() for name, weight in network.state_dict().items()}
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "config": json.dumps(network.config),
-        "notes": json.dumps(dict(notes)),
-    }
+    metadata = {name: str(value) for name, value in header(FORMAT, VERSION).items()}
+    metadata |= {"config": json.dumps(network.config), "notes": json.dumps(dict(notes))}
+    metadata["sha256"] = _digest(weights, metadata)
     write_atomically(Path(path), save(weights, metadata))
+
+
+def _digest(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of the metadata and of every weight with its name, type and shape."""
+    digest = hashlib.sha256(json.dumps({n: metadata[n] for n in ("config", "notes") if n in metadata}).encode())
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes() if weight.numel() else b"")
+    return digest.hexdigest()
 
 
 def load_network(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any]]:
@@ -220,17 +227,21 @@ def load_network(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any]]
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        if metadata.get("format") != FORMAT:
-            raise ValueError("not a patchscore network")
-        if metadata.get("version") != str(VERSION):
-            raise ValueError(f"format version {metadata.get('version')!r}, this release reads {VERSION}")
-        config = json.loads(metadata["config"])
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        check_header(metadata, FORMAT, VERSION)
+        if "sha256" in metadata and metadata["sha256"] != _digest(stored, metadata):  # 0.1.0 wrote none
+            raise ValueError("was changed since it was written")
+        weights = {name: weight.to(torch.float32, copy=True) for name, weight in stored.items()}
+        config, notes = parse_json(metadata["config"].encode()), parse_json(metadata["notes"].encode())
+        if not (isinstance(config, dict) and isinstance(notes, dict)):
+            raise ValueError("its config or notes are no JSON object")
         architecture = ARCHITECTURES[checks.one_of("architecture", config.pop("architecture"), ARCHITECTURES)]
-        network = architecture(**config)
-        network.load_state_dict(weights)
-        notes = json.loads(metadata["notes"])
-    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        if checks.integer("depth", config.get("depth"), at_least=1) > len(weights):
+            raise ValueError(f"depth: got {config['depth']}, more than there are weights")
+        with torch.device("meta"):  # sizes that the file's own weights do not have take no memory
+            network = architecture(**config)
+        network.load_state_dict(weights, assign=True)
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path}: not a usable network: {' '.join(str(error).split())[:300]}") from None
     if not all(torch.isfinite(weight).all() for weight in weights.values()):
         raise ValueError(f"{path}: not a usable network: NaN or infinite weights")

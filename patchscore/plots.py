@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,13 @@ def to_pil(image: Tensor) -> Image.Image:
     """One image [C, H, W] in [-1, 1] as an 8-bit PIL image, gray where C = 1; beyond three channels the first three."""
     pixels = to_uint8(image[None])[0]
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] < 3 else np.ascontiguousarray(pixels[..., :3]))
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as a PNG file."""
+    content = io.BytesIO()
+    image.save(content, "png")
+    return content.getvalue()
 
 
 def grid(images: Tensor, columns: int | None = None, zoom: int | None = None) -> Image.Image:

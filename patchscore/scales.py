@@ -7,16 +7,14 @@ taken from the published ones, and looked up by the nearest noise level, so that
 from __future__ import annotations
 
 import bisect
-import json
 import math
 import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from . import checks, noise
-from .files import write_atomically
+from .files import read_record, write_record
 
 FORMAT = "patchscore-scale-table"
 VERSION = 1
@@ -78,14 +76,8 @@ class ScaleTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the table as JSON."""
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            "name": self.name,
-            "sigmas": self.sigmas,
-            "sizes": self.sizes,
-        }
-        write_atomically(Path(path), (json.dumps(content, indent=1) + "\n").encode())
+        content = {"name": self.name, "sigmas": self.sigmas, "sizes": self.sizes}
+        write_record(Path(path), FORMAT, VERSION, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ScaleTable:
@@ -96,13 +88,9 @@ class ScaleTable:
             OSError: the file cannot be read.
         """
         try:
-            content: Any = json.loads(Path(path).read_bytes())
-            if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise ValueError("not a patchscore scale table")
-            if content.get("version") != VERSION:
-                raise ValueError(f"format version {content.get('version')!r}, this release reads {VERSION}")
+            content = read_record(Path(path), FORMAT, VERSION)
             return cls(content["sigmas"], content["sizes"], str(content["name"]))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise ValueError(f"{path}: not a usable scale table: {error}") from None
 
     def __eq__(self, other: object) -> bool:

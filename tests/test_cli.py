@@ -1,7 +1,11 @@
 """The command line: what it writes, how it continues, and one line for everything that goes wrong."""
 
+import builtins
+import errno
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +18,9 @@ from conftest import smooth_images
 from PIL import Image
 
 import patchscore as ps
-from patchscore import engines
+from patchscore import engines, files
 from patchscore.cli import main
-from patchscore.runs import reopen
+from patchscore.runs import MOST_IMAGES, RunFolder, folder, reopen
 
 
 @pytest.fixture
@@ -37,29 +41,46 @@ def sample(photos, out, *more):
     return run("sample", photos, "--steps", 4, "--table", 3, "-n", 3, "--out", out, *more)
 
 
+def images_of(out):
+    """What a run lists, by number, and the hashes of its files as they are."""
+    lines = [json.loads(line) for line in (out / "batches.jsonl").read_text().splitlines()]
+    listed = {entry["image"]: entry for line in lines for entry in line["images"]}
+    rows = np.load(out / "samples.npy") if listed else []
+    for image, entry in listed.items():
+        assert entry["file"] == f"samples/{image:06d}.png"
+        assert hashlib.sha256((out / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
+        assert hashlib.sha256(rows[image].tobytes()).hexdigest() == entry["row_sha256"]
+    return listed
+
+
 def test_sample_writes_what_it_promises(photos, tmp_path):
     out = tmp_path / "out"
     result = sample(photos, out, "--labels", "all", "--seed", 7)
     assert result.exit_code == 0
-    assert sorted(p.name for p in out.iterdir()) == [
-        *(f"000{i}.png" for i in range(3)),
+    assert {p.name for p in out.iterdir()} == {
+        ".lock",
+        "batches.jsonl",
         "grid.png",
         "run.json",
-        "samples.npz",
+        "samples",
+        "samples.npy",
+        "trajectory.npz",
         "trajectory.png",
-    ]
+    }
+    assert sorted(p.name for p in (out / "samples").iterdir()) == [f"00000{i}.png" for i in range(3)]
 
     bank = ps.PatchBank.open(photos)
     images = ps.sample(ps.EquivariantLocalScore(bank, 3), 3, steps=4, labels=[0, 1], seed=7).numpy()
-    with np.load(out / "samples.npz") as saved:
-        assert np.abs(saved["images"] - images).max() < 1e-5
-        assert saved["label"].tolist() == [0, 1, 0]
-        assert saved["trajectory_x0"].shape == (3, 3, 3, 10, 12)
-        assert np.abs(saved["trajectory_x0"][:, -1].astype(float) - images).max() < 2e-3
+    assert np.abs(np.load(out / "samples.npy") - images).max() < 1e-5
+    with np.load(out / "trajectory.npz") as saved:
+        assert saved["image"].tolist() == [0, 1, 2]
+        assert saved["x"].shape == saved["x0"].shape == (3, 3, 3, 10, 12)
+        assert np.abs(saved["x0"][:, -1].astype(float) - images).max() < 2e-3
         assert np.allclose(saved["sigmas"] ** 2 + saved["alphas"] ** 2, 1)
     for i in range(3):
-        png = np.asarray(Image.open(out / f"000{i}.png")).transpose(2, 0, 1) / 127.5 - 1
+        png = np.asarray(Image.open(out / "samples" / f"00000{i}.png")).transpose(2, 0, 1) / 127.5 - 1
         assert np.abs(png - images[i]).max() <= 0.5 / 127.5 + 1e-5
+    assert [entry["label"] for entry in images_of(out).values()] == [0, 1, 0]
 
     record = json.loads((out / "run.json").read_text())
     assert record["bank"]["fingerprint"] == bank.fingerprint
@@ -68,7 +89,8 @@ def test_sample_writes_what_it_promises(photos, tmp_path):
     assert record["noted"]["source"] == str(photos)
     assert record["bank"]["class_names"] == ["cat", "dog"]
     assert record["versions"]["patchscore"] == ps.__version__
-    assert [len(batch["seconds_per_step"]) for batch in record["batches"]] == [3]
+    (batch,) = [json.loads(line) for line in (out / "batches.jsonl").read_text().splitlines()]
+    assert len(batch["seconds_per_step"]) == 3
     assert Image.open(out / "grid.png").size > (20, 20)
     assert Image.open(out / "trajectory.png").size > (20, 20)
 
@@ -76,31 +98,128 @@ def test_sample_writes_what_it_promises(photos, tmp_path):
 def test_a_repeated_run_keeps_what_is_there_and_a_larger_one_adds(photos, tmp_path):
     out = tmp_path / "out"
     sample(photos, out)
-    before = {p.name: p.stat().st_mtime_ns for p in out.glob("0*.png")}
+    before = {p.name: p.stat().st_mtime_ns for p in out.glob("samples/*")}
+    assert len(before) == 3
     assert "nothing left to make, 3 were there" in sample(photos, out).output
-    assert "made 2 images" in sample(photos, out, "-n", 5).output
-    assert {p.name: p.stat().st_mtime_ns for p in out.glob("0*.png")}.items() >= before.items()
+    assert "made 5 images" in sample(photos, out, "-n", 8).output
+    assert {p.name: p.stat().st_mtime_ns for p in out.glob("samples/*")}.items() >= before.items()
 
     at_once = tmp_path / "at_once"
-    sample(photos, at_once, "-n", 5)
-    with np.load(out / "samples.npz") as a, np.load(at_once / "samples.npz") as b:
+    sample(photos, at_once, "-n", 8)
+    assert np.allclose(np.load(out / "samples.npy"), np.load(at_once / "samples.npy"), atol=2e-3)
+    with np.load(out / "trajectory.npz") as a, np.load(at_once / "trajectory.npz") as b:
         assert a.files == b.files
+        assert a["image"].tolist() == [0, 1, 2, 3, 4, 5]
         for name in a.files:
             assert np.allclose(a[name], b[name], atol=2e-3)
 
 
-def test_damaged_or_missing_images_are_made_again(photos, tmp_path):
+def test_the_folder_of_samples_is_one_that_tools_take(photos, tmp_path):
+    """FID tools take every PNG in a folder, and so does `info`: all of one size, in the order of their numbers."""
+    out = tmp_path / "out"
+    sample(photos, out, "-n", 5)
+    run("explain", out, "--levels", 1)
+    assert "5 images, 3 x 10 x 12" in run("info", out / "samples").output
+    bank = ps.PatchBank.open(out / "samples")
+    rows = np.load(out / "samples.npy")
+    assert np.abs(bank.chunk(0, 5).numpy() - rows).max() <= 0.5 / 127.5 + 1e-5
+    names = [RunFolder(out, rows.shape[1:]).png_path(i).name for i in (0, 9, 99, 9999, 10000, 99999, MOST_IMAGES - 1)]
+    assert sorted(names) == names
+    refused = sample(photos, out, "-n", MOST_IMAGES + 1)
+    assert refused.exit_code == 2
+    assert "-n: got 1000001, takes an integer from 1 to 1000000" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "made"),
+    [
+        ("samples/000000.png", lambda content: content[:-9], 1),
+        ("samples/000002.png", lambda content: None, 1),
+        ("samples.npy", lambda content: None, 3),
+        ("samples.npy", lambda content: content[:-5], 1),
+        ("samples.npy", lambda content: flipped(content, 128), 1),
+        ("samples.npy", lambda content: flipped(content, 9), 0),
+        ("trajectory.npz", lambda content: b"PK\x03\x04 no", 3),
+        ("trajectory.npz", lambda content: content[:60], 3),
+        ("batches.jsonl", lambda content: flipped(content, len(content) // 2), 3),
+        ("batches.jsonl", lambda content: content[: len(content) // 2], 3),
+        ("batches.jsonl", lambda content: b"[" * 100_000, 3),
+        ("batches.jsonl", lambda content: content.rstrip(), 0),
+        ("grid.png", lambda content: None, 0),
+    ],
+)
+def test_damaged_or_missing_files_are_made_again(photos, tmp_path, name, damage, made):
     out = tmp_path / "out"
     sample(photos, out)
-    whole = [(out / f"000{i}.png").read_bytes() for i in range(3)]
-    (out / "0000.png").write_bytes(whole[0][:-9])
-    (out / "0002.png").unlink()
-    assert "made 2 images" in sample(photos, out).output
-    assert [(out / f"000{i}.png").read_bytes() for i in range(3)] == whole
-    (out / "samples.npz").write_bytes(b"PK\x03\x04 no")
+    whole = {p: p.read_bytes() for p in [*out.glob("samples/*"), out / "samples.npy", out / "grid.png"]}
+    content = damage((out / name).read_bytes())
+    if content is None:
+        (out / name).unlink()
+    else:
+        (out / name).write_bytes(content)
     result = sample(photos, out)
-    assert "made 3 images" in result.output
-    assert "samples.npz: not usable" in result.stderr
+    assert result.exit_code == 0
+    assert (f"made {made} image" if made else "nothing left to make") in result.output
+    assert {p: p.read_bytes() for p in whole} == whole
+    assert sorted(images_of_whole_lines(out)) == [0, 1, 2]
+    assert "made 1 image" in sample(photos, out, "-n", 4).output
+    assert sorted(images_of(out)) == [0, 1, 2, 3]
+    assert "nothing left to make" in sample(photos, out).output
+    if name == "batches.jsonl" and made:
+        assert "1 of 1 lines are damaged, their images are made again" in result.stderr
+
+
+def flipped(content, at):
+    return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
+
+
+def images_of_whole_lines(out):
+    return RunFolder(out, np.load(out / "samples.npy").shape[1:]).made()
+
+
+def test_a_smaller_n_keeps_the_images_beyond_it_where_rows_are_lost(photos, tmp_path):
+    out = tmp_path / "out"
+    sample(photos, out, "-n", 6)
+    kept = {p: p.read_bytes() for p in out.glob("samples/*")}
+    (out / "samples.npy").unlink()
+    assert "made 2 images" in sample(photos, out, "-n", 2).output
+    assert {p: p.read_bytes() for p in out.glob("samples/*")} == kept
+
+
+def test_saving_takes_time_in_proportion_to_the_number_of_images(photos, tmp_path, monkeypatch):
+    """Bytes written, which no other load changes: twice the images take twice as many."""
+    written = {}
+
+    def count(out):
+        total = 0
+        opened = builtins.open
+
+        class Counting:
+            def __init__(self, file):
+                self.file = file
+
+            def write(self, content):
+                nonlocal total
+                total += len(content)
+                return self.file.write(content)
+
+            def __getattr__(self, name):
+                return getattr(self.file, name)
+
+            def __enter__(self):
+                self.file.__enter__()
+                return self
+
+            def __exit__(self, *arguments):
+                return self.file.__exit__(*arguments)
+
+        for module in (files, folder):
+            monkeypatch.setattr(module, "open", lambda *a, **k: Counting(opened(*a, **k)), raising=False)
+        assert sample(photos, tmp_path / f"{out}", "-n", out, "--batch-size", 2).exit_code == 0
+        return total
+
+    written = {n: count(n) for n in (120, 240, 480)}
+    assert (written[480] - written[240]) / (written[240] - written[120]) == pytest.approx(2, rel=0.05)
 
 
 @pytest.mark.parametrize("change", [["--seed", "1"], ["--sampler", "heun"], ["--machine", "ls"], ["--table", "5"]])
@@ -144,8 +263,7 @@ def test_every_machine_sampler_and_schedule_is_within_reach(photos, tmp_path):
         ]
     ):
         assert sample(photos, tmp_path / str(i), *more).exit_code == 0
-    with np.load(tmp_path / "3" / "samples.npz") as saved:
-        assert saved["images"].shape == (3, 1, 8, 8)
+    assert np.load(tmp_path / "3" / "samples.npy").shape == (3, 1, 8, 8)
 
 
 def test_a_table_can_come_from_a_file_or_by_name(photos, tmp_path):
@@ -212,15 +330,18 @@ def test_bad_sources_are_one_line(photos, tmp_path):
         assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["0000.png", "grid.png", "samples.npz"])
+@pytest.mark.parametrize(
+    "name", ["samples/000000.png", "samples/cat.jpg", "grid.png", "samples.npy", "samples", "explain.html"]
+)
 def test_somebody_elses_files_are_not_replaced(photos, tmp_path, name):
     out = tmp_path / "out"
-    out.mkdir()
+    (out / name).parent.mkdir(parents=True)
     (out / name).write_text("mine")
-    result = sample(photos, out)
-    assert result.exit_code == 2
-    assert name in result.stderr
-    assert (out / name).read_text() == "mine"
+    for more in ([], ["--overwrite"]):
+        result = sample(photos, out, *more)
+        assert result.exit_code == 2
+        assert name in result.stderr
+        assert (out / name).read_text() == "mine"
 
 
 def test_the_training_images_are_no_place_for_new_ones(photos):
@@ -234,8 +355,105 @@ def test_overwriting_never_mixes_two_runs(photos, tmp_path):
     sample(photos, out)
     (out / "notes.txt").write_text("mine")
     assert sample(photos, out, "--seed", 5, "-n", 1, "--overwrite").exit_code == 0
-    assert [p.name for p in sorted(out.glob("0*.png"))] == ["0000.png"]
+    assert [p.name for p in out.glob("samples/*")] == ["000000.png"]
     assert (out / "notes.txt").exists()
+
+
+def test_overwriting_removes_all_that_a_run_wrote_and_nothing_else(photos, tmp_path):
+    out = tmp_path / "out"
+    sample(photos, out)
+    for images in ("0", "all"):
+        assert run("explain", out, "--image", images, "--levels", 1).exit_code == 0
+    (out / "samples" / "012345.png").write_bytes((out / "samples" / "000000.png").read_bytes())  # of a cut batch
+    written = {p.relative_to(out) for p in out.rglob("*")}
+    assert {str(p) for p in written} >= {"explain.html", "mosaic.png", "mosaic-000002.png", "memorisation.png"}
+    mine = ["notes.txt", "samples/notes.txt", "samples/0001.png", "0000.png", "mosaic-of-mine.png", "grid.png.txt"]
+    for name in mine:
+        (out / name).write_text("mine")
+    assert sample(photos, out, "--seed", 5, "-n", 1, "--overwrite").exit_code == 0
+    left = {str(p.relative_to(out)) for p in out.rglob("*")}
+    assert left == {
+        *mine,
+        *(".lock", "batches.jsonl", "grid.png", "run.json", "samples", "samples.npy"),
+        *("samples/000000.png", "trajectory.npz", "trajectory.png"),
+    }
+
+
+def test_a_second_run_into_a_folder_is_refused_by_name_while_the_first_writes(photos, tmp_path):
+    out = tmp_path / "out"
+    sample(photos, out)
+    with RunFolder(out, (3, 10, 12)).open():
+        before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        for result in (
+            sample(photos, out, "--seed", 2, "--overwrite"),
+            sample(photos, out, "-n", 9),
+            run("explain", out),
+        ):
+            assert result.exit_code == 2
+            assert f"{out}: another process is writing this folder" in result.stderr
+            assert result.stderr.count("\n") == 1
+        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert sample(photos, out, "-n", 9).exit_code == 0
+
+
+@pytest.mark.parametrize("at", ["first PNG", "last PNG", "samples.npy", "batches.jsonl", "run.json", "grid.png"])
+def test_a_run_cut_in_its_first_batch_is_continued_by_the_same_command(photos, tmp_path, monkeypatch, at):
+    """The disk is full at every place where something is written, in turn."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    sample(photos, whole, "--seed", 3)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writes = files.write_atomically
+
+    def write(path, content, **options):
+        cut = {"first PNG": "000000.png", "last PNG": "000002.png"}.get(at, at)
+        return full() if path.name == cut else writes(path, content, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(folder, "write_atomically", write)
+        if at == "samples.npy":
+            patched.setattr(folder.Rows, "write", full)
+        if at == "batches.jsonl":
+            sealed = folder.sealed
+            patched.setattr(folder, "sealed", lambda record: full() if "images" in record else sealed(record))
+        result = sample(photos, out, "--seed", 3)
+    assert result.exit_code == 2
+    assert "No space left" in result.stderr
+    assert sample(photos, out, "--seed", 3).exit_code == 0
+    for path in [*whole.glob("samples/*"), whole / "samples.npy", whole / "grid.png", whole / "trajectory.npz"]:
+        assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
+    assert sorted(images_of(out)) == [0, 1, 2]
+
+
+def test_a_run_that_made_nothing_yet_makes_way_for_another(photos, tmp_path, monkeypatch):
+    """Its images, which no line lists, are not left among the other run's."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(folder.Rows, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sample(photos, out, "--seed", 3)
+    assert len(list(out.glob("samples/*"))) == 3
+    assert sample(photos, out, "--seed", 4, "-n", 1).exit_code == 0
+    assert [p.name for p in out.glob("samples/*")] == ["000000.png"]
+
+
+def test_a_disk_without_room_is_told_before_the_work(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 40_000))
+    result = sample(photos, tmp_path / "out", "-n", 500)
+    assert result.exit_code == 2
+    assert "500 images take up to 3.04 MB and 0.04 MB are free" in result.stderr
+    assert not list(tmp_path.glob("out/samples/*"))
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    """Before the source is opened, which may take minutes: here there is none."""
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    result = sample(tmp_path / "nowhere.npz", tmp_path / "a" / "b")
+    assert result.exit_code == 2
+    assert f"{tmp_path} cannot be written" in result.stderr
+    assert not (tmp_path / "a").exists()
 
 
 def test_the_same_source_by_another_path_continues(photos, tmp_path, monkeypatch):
@@ -288,16 +506,16 @@ def test_an_interrupted_run_leaves_whole_files_and_continues(photos, tmp_path):
     command = [str(c) for c in [*command, "--table", 3, "--out", out]]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not (out / "0002.png").exists() and time.monotonic() < deadline:
+    while not (out / "samples" / "000002.png").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "the same command continues" in stderr
     assert "Traceback" not in stderr
-    made = len(json.loads((out / "run.json").read_text())["images"])
+    made = len(images_of(out))
     assert made >= 2
-    assert not [p for p in os.listdir(out) if p.endswith(".tmp")]
+    assert not [p for p in out.rglob("*") if p.name.endswith(".tmp")]
     command[command.index("4000")] = str(made + 1)
     again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "made 1 image in" in again.stdout

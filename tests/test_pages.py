@@ -163,11 +163,12 @@ def test_explain_writes_what_it_promises(sampled):
     assert [entry["image"] for entry in record["memorisation"]["samples"]] == [1]
 
     assert run("explain", out, "--image", "all", "--levels", 2).exit_code == 0
-    assert (out / "mosaic-0002.png").is_file()
+    assert (out / "mosaic-000002.png").is_file()
     assert (out / "memorisation.png").is_file()
     record = json.loads((out / "run.json").read_text())
     assert [entry["image"] for entry in record["memorisation"]["samples"]] == [0, 1, 2]
-    nearest = [entry["nearest"]["image"] for entry in record["images"]]
+    lines = [json.loads(line) for line in (out / "batches.jsonl").read_text().splitlines()]
+    nearest = [entry["nearest"]["image"] for line in lines for entry in line["images"]]
     assert nearest == [entry["nearest"] for entry in record["memorisation"]["samples"]]
     # The run can still be continued.
     again = run("sample", sampled / "bank.npz", "--steps", 6, "--table", 3, "-n", 4, "--labels", "all", "--out", out)
@@ -206,8 +207,8 @@ def test_a_run_with_an_index_is_walked_with_it_and_explained_by_all_windows(samp
     assert "warning" not in result.output
 
     (walk,) = explain_samples(own, [1], top=4, steps=6, seed=3)
-    with np.load(indexed / "out" / "samples.npz") as saved:
-        assert np.abs(saved["images"][1] - walk.image.clamp(-1, 1).numpy()).max() < 1e-5
+    saved = np.load(indexed / "out" / "samples.npy")
+    assert np.abs(saved[1] - walk.image.clamp(-1, 1).numpy()).max() < 1e-5
     (other,) = explain_samples(exact, [1], top=4, steps=6, seed=3)
     assert (walk.image - other.image).abs().max() > 0.02  # so the run is not the exact machine's
     assert max(other.apart) < 1e-5

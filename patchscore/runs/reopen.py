@@ -1,0 +1,150 @@
+"""Runs taken up again: the machine that made one, and what `explain` adds to its record and compares with it."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import checks, engines
+from ..bank import PatchBank
+from ..denoiser import ScoreMachine
+from ..explain import Walk, count_sources, nearest_images, usual_nearness
+from ..index import OPTIONS, PatchIndex
+from ..machines import EquivariantLocalScore, IdealScore, LocalScore
+from ..scales import ScaleTable
+from .folder import FLAT_VERSION, RunFolder, read_arrays, read_run, write_run
+
+MEMORY_LEVEL = 0.5
+"""The noise level at which sources are counted: the layout is settled, and details are being put in place."""
+
+SAME = 0.02
+"""Rounding may grow over a walk to this much of a pixel that lies in [-1, 1]."""
+
+
+def reopen(
+    out: Path, source: str | None = None, index: str | os.PathLike[str] | None = None
+) -> tuple[ScoreMachine, dict[str, Any], dict[str, Any], list[int]]:
+    """The machine that made a run, what `sample` was given, its record and the numbers of its images.
+
+    A run that was made with an index gets a machine with that index, budget or tolerance, and seed. Where the index is
+    no longer where it was, the machine is exact, and a warning says so.
+
+    Args:
+        out: the run's folder.
+        source: where its training images are; None looks where they were.
+        index: where its index is; None looks where it was.
+
+    Raises:
+        ValueError: no run, other training images or another index than the run's, an index that it had not.
+        OSError: a file cannot be read.
+    """
+    path = out / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; takes the folder of a run of patchscore sample")
+    try:
+        record = read_run(path)
+        settings, noted, made = record["settings"], record["noted"], record["bank"]
+        reading = {"size": noted["size"], "limit": noted["limit"], "skip_bad": noted["skip_bad"]}
+        reading["channels"] = None if noted["channels"] is None else int(noted["channels"])
+        walked = {name: settings[name] for name in ("steps", "schedule", "sampler", "labels", "seed")}
+        where, fingerprint, sizes = source or noted["source"], made["fingerprint"], settings["patch_sizes"]
+        table = sizes and ScaleTable([float(sigma) for sigma in sizes], list(sizes.values()), str(settings["table"]))
+        kind, padding_mode, engine = settings["machine"], settings["padding_mode"], noted["engine"]
+        built, shares = settings.get("index"), {name: settings.get(name) for name in ("budget", "tolerance")}
+        indexed = index or noted.get("index")
+        shape = [checks.integer("shape", extent, at_least=1) for extent in made["shape"]]
+        if record["version"] == FLAT_VERSION:
+            listed = [entry["image"] for entry in record["images"]]
+        else:
+            listed = [entry["image"] for batch in RunFolder(out, shape).batches() for entry in batch["images"]]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path}: not a usable run: {error}") from None
+    bank = PatchBank.open(where, **reading)
+    if bank.fingerprint != fingerprint:
+        raise ValueError(f"{where}: not the training images of the run in {out}; give their place with --source")
+    if index is not None and built is None:
+        raise ValueError(f"--index: got {index}, the run in {out} was made without one")
+    machine: ScoreMachine
+    if kind == "ideal":
+        machine = IdealScore(bank)
+    elif kind == "ls":
+        machine = LocalScore(bank, table)
+    elif built is None or engine in engines.NAMES:  # one that was named comes before the index
+        machine = EquivariantLocalScore(
+            bank, table, padding_mode, tolerance=shares["tolerance"] if built is None else None
+        )
+    elif index is None and not Path(indexed).exists():
+        warnings.warn(
+            f"{indexed}: the index that the run in {out} was made with is not there (--index tells where it is now): "
+            "its images are made again from all windows, and may come out otherwise",
+            stacklevel=3,
+        )
+        machine = EquivariantLocalScore(bank, table, padding_mode)
+    else:
+        found = _index_of_run(Path(indexed), bank, built, out)
+        machine = EquivariantLocalScore(bank, table, padding_mode, index=found, **shares, seed=walked["seed"])
+    return machine, walked, record, sorted(set(listed))
+
+
+def _index_of_run(path: Path, bank: PatchBank, built: dict[str, Any], out: Path) -> PatchIndex:
+    """The index at `path`, if it was built as the run's was; of its patch sizes only those that it had then."""
+    index = PatchIndex.open(path, bank)
+    same = all(index.meta[name] == built.get(name) for name in OPTIONS)
+    if not same or not set(built["patch_sizes"]) <= set(index.patch_sizes):
+        raise ValueError(f"{path}: not the index that the run in {out} was made with; give its place with --index")
+    return PatchIndex(path, bank, {**index.meta, "patch_sizes": built["patch_sizes"]})
+
+
+def report_memorisation(out: Path, record: dict[str, Any], walks: list[Walk], bank: PatchBank) -> dict[str, Any]:
+    """Adds to run.json how many training images each explained sample is made of, beside how near the nearest is.
+
+    Returns:
+        The report, `run.json`'s entry "memorisation": for the samples explained so far their nearest training image and
+        rms distance, the distinct and effective number of training images that own their pixels at the noise level
+        given; and the same distance between training images and their nearest others, for scale.
+    """
+    known = {entry["image"]: entry for entry in record.get("memorisation", {}).get("samples", [])}
+    near = nearest_images(torch.stack([walk.image for walk in walks]).cpu(), bank)
+    for i, walk in enumerate(walks):
+        step = min(walk.steps, key=lambda step: abs(math.log(step.sigma / MEMORY_LEVEL)))
+        distinct, effective = count_sources(step)
+        known[walk.number] = {
+            "image": walk.number,
+            "nearest": int(near.image[i]),
+            "rms": round(float(near.rms[i]), 4),
+            "sigma": step.sigma,
+            "sources": int(distinct[0]),
+            "effective_sources": round(float(effective[0]), 2),
+        }
+    usual = usual_nearness(bank).rms.tolist() if len(bank) > 1 else []
+    record["memorisation"] = {
+        "samples": [known[image] for image in sorted(known)],
+        "training_images_to_nearest_other": [round(rms, 4) for rms in usual],
+    }
+    write_run(out / "run.json", record)
+    return record["memorisation"]
+
+
+def warn_of_others(out: Path, record: dict[str, Any], walks: list[Walk]) -> None:
+    """A warning for every sample that came out unlike the one in the run's folder."""
+    if record["version"] == FLAT_VERSION:
+        arrays = read_arrays(out / "samples.npz")
+        saved = dict(zip(arrays.get("image", np.empty(0)).tolist(), arrays.get("images", ()), strict=False))
+    else:
+        rows = RunFolder(out, walks[0].image.shape).rows
+        saved = {walk.number: row for walk in walks if (row := rows.read(walk.number)) is not None}
+    for walk in walks:
+        image = walk.image.cpu().numpy()
+        if walk.number in saved and saved[walk.number].shape == image.shape:
+            apart = float(np.abs(saved[walk.number] - image).max())
+            if not apart <= SAME:
+                message = (
+                    f"image {walk.number} came out otherwise than in {out}, by up to {apart:.2g}: explained as here"
+                )
+                warnings.warn(message, stacklevel=2)

@@ -1,0 +1,264 @@
+"""A run: samples of one machine under one set of settings, made batch by batch into a folder that can be continued."""
+
+from __future__ import annotations
+
+import platform
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from tqdm import tqdm
+
+from .. import checks, plots
+from ..denoiser import ScoreMachine
+from ..explain import nearest_images
+from ..noise import get_schedule
+from ..sampling import Step, labels_in_turn, sample
+from ..version import __version__
+from .folder import FLAT_VERSION, MOST_IMAGES, RunFolder, new_record
+
+SHOWN = 6
+"""Images whose trajectories are kept and drawn."""
+
+GRID = 100
+"""Images in grid.png, the first: more are too small to see, and one picture of 50,000 does not fit in memory."""
+
+
+class Run:
+    """Samples of one machine under one set of settings, in the folder `out`. Use as a context: it holds a lock.
+
+    Args:
+        out: the folder; made if absent.
+        machine: the denoiser.
+        settings: what `sample` takes and what decides the images: steps, schedule, sampler, labels (a list taken in
+            turn, or None), seed.
+        described: the machine's settings, which decide the images too; both are in `run.json` and must match.
+        noted: what else `run.json` should tell, such as where the images came from.
+        overwrite: start afresh where the folder holds another run.
+
+    Raises (on entering):
+        ValueError: the folder holds another run, a run.json that is not one, or somebody else's files by our names;
+            or another process is writing it.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        machine: ScoreMachine,
+        settings: dict[str, Any],
+        described: dict[str, Any],
+        noted: dict[str, Any],
+        overwrite: bool,
+    ):
+        self.folder = RunFolder(out, machine.shape)
+        self.machine = machine
+        self.settings = settings
+        self.overwrite = overwrite
+        self.record = new_record(
+            {
+                "settings": {**described, **settings},
+                "noted": noted,
+                "bank": {
+                    "fingerprint": machine.bank.fingerprint,
+                    "images": len(machine.bank),
+                    "shape": machine.shape,
+                    "class_names": machine.bank.class_names,
+                },
+                "versions": _versions(),
+            }
+        )
+        self.made: set[int] = set()
+
+    def __enter__(self) -> Run:
+        self._opened = self.folder.open()
+        self._opened.__enter__()
+        try:
+            self._take_up()
+        except BaseException:
+            self._opened.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._opened.__exit__(None, None, None)
+
+    def _take_up(self) -> None:
+        """Takes over what an earlier call left in the folder, if it was made with the same settings."""
+        try:
+            earlier = self.folder.record()
+            if earlier is None and (path := self.folder.foreign()):
+                raise _Foreign(f"{path}: exists and is of no run; choose another --out")
+            if earlier is not None and (difference := self._difference(earlier)):
+                if earlier["version"] == FLAT_VERSION or self.folder.batches():
+                    raise ValueError(difference)
+                self.folder.clear()  # begun, but nothing is made that could mix
+                earlier = None
+        except _Foreign:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not self.overwrite:
+                path = self.folder.path / "run.json"
+                raise ValueError(f"{path}: {error}; choose another --out, or --overwrite") from None
+            self.folder.clear()
+            earlier = None
+        if earlier is not None and "memorisation" in earlier:
+            self.record["memorisation"] = earlier["memorisation"]
+        self.folder.begin(self.record)
+        self.folder.rows.mend_header()
+        self.folder.mend_lines()
+        made = self.folder.made()
+        self.trajectories = _Trajectories(self.folder.trajectories(), self.machine.shape)
+        self.made = {image for image in made if image >= SHOWN or image in self.trajectories.x}
+
+    def _difference(self, earlier: dict[str, Any]) -> str | None:
+        """Why the run in the folder cannot be continued by this one."""
+        if earlier["version"] == FLAT_VERSION:
+            return "holds a run of patchscore 0.1.0, which `explain` takes but which is not continued"
+        if earlier["bank"]["fingerprint"] != self.record["bank"]["fingerprint"]:
+            return "holds a run over other training images"
+        before, now = earlier["settings"], self.record["settings"]
+        for name in now:
+            if before.get(name) != now[name]:
+                if isinstance(now[name], dict):
+                    return f"holds a run with other {name}"
+                return f"holds a run with {name} {before.get(name)}, asked for {now[name]}"
+        return None
+
+    def sample(self, n: int, batch_size: int, device: str, progress: bool = True) -> int:
+        """Makes images 0..n-1 as far as they are not there yet, then the pictures; returns how many were there.
+
+        Raises:
+            ValueError: n beyond what a folder takes, or no room for them on the disk.
+        """
+        n = checks.integer("-n", n, at_least=1, at_most=MOST_IMAGES)
+        missing = [image for image in range(n) if image not in self.made]
+        levels = get_schedule(self.settings["schedule"], self.settings["steps"])
+        self.folder.check_space(len(missing), len(levels), sum(image < SHOWN for image in missing))
+        with tqdm(total=len(missing) * len(levels), unit="step", desc="sampling", delay=2, disable=not progress) as bar:
+            for first, count in _stretches(missing, batch_size):
+                self._sample_batch(range(first, first + count), device, bar)
+        self._draw()
+        return n - len(missing)
+
+    def _sample_batch(self, images: range, device: str, bar: tqdm) -> None:
+        start, seconds, kept = time.perf_counter(), [], [image for image in images if image < SHOWN]
+        x: dict[int, list[np.ndarray]] = {image: [] for image in kept}
+        x0: dict[int, list[np.ndarray]] = {image: [] for image in kept}
+        final = None
+
+        def on_step(step: Step) -> None:
+            nonlocal start, final
+            now = time.perf_counter()
+            seconds.append(round(now - start, 4))
+            start = now
+            for image in kept:
+                at = image - images.start
+                x[image].append(step.x[at].cpu().numpy().astype(np.float16))
+                x0[image].append(step.x0[at].cpu().numpy().astype(np.float16))
+            # Every sampler ends on sigma = 0, where the image is what was denoised last.
+            final = step.x0
+            bar.update(len(images))
+
+        sample(
+            self.machine,
+            n=len(images),
+            first=images.start,
+            batch_size=len(images),
+            device=device,
+            callback=on_step,
+            progress=False,
+            **self.settings,
+        )
+        assert final is not None
+        if kept:
+            self.trajectories.add(x, x0)
+            schedule = get_schedule(self.settings["schedule"], self.settings["steps"])
+            self.folder.save_trajectories(
+                {
+                    **self.trajectories.arrays(),
+                    "alphas": schedule.alphas[:-1].numpy(),
+                    "sigmas": schedule.sigmas[:-1].numpy(),
+                }
+            )
+        self._save_batch(images, final.clamp(-1, 1).to("cpu", torch.float32), device, seconds)
+        self.made.update(images)
+
+    def _save_batch(self, images: range, final: torch.Tensor, device: str, seconds: list[float]) -> None:
+        labels = labels_in_turn(self.settings["labels"], images) or [None] * len(images)
+        near = nearest_images(final, self.machine.bank)
+        entries = [
+            {"label": label, "nearest": {"image": int(image), "rms": round(float(rms), 4)}}
+            for label, image, rms in zip(labels, near.image, near.rms, strict=True)
+        ]
+        pngs = [plots.png(plots.to_pil(image)) for image in final]
+        served = {"engine": self.machine.engine_on(device), "device": device, "seconds_per_step": seconds}
+        self.folder.save_batch(images, final.numpy(), pngs, entries, served)
+
+    def _draw(self) -> None:
+        rows = [row for image in sorted(self.made)[:GRID] if (row := self.folder.rows.read(image)) is not None]
+        self.folder.save_picture("grid.png", plots.grid(torch.from_numpy(np.stack(rows))))
+        arrays = self.trajectories.arrays()
+        if arrays:
+            ratios = get_schedule(self.settings["schedule"], self.settings["steps"]).ratios[:-1].tolist()
+            picture = plots.trajectories(
+                torch.from_numpy(arrays["x"]).float(),
+                torch.from_numpy(arrays["x0"]).float(),
+                ratios,
+                [self.machine.patch_size_at(sigma) for sigma in ratios],
+                zoom=max(1, round(84 / self.machine.shape[-1])),
+            )
+            self.folder.save_picture("trajectory.png", picture)
+
+
+class _Foreign(ValueError):
+    """Files of somebody else, which are not removed even on demand."""
+
+
+class _Trajectories:
+    """The noisy and denoised images of the first images at every step, by number."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], shape: tuple[int, int, int]):
+        self.x: dict[int, np.ndarray] = {}
+        self.x0: dict[int, np.ndarray] = {}
+        if {"image", "x", "x0"} <= arrays.keys() and arrays["x"].shape[2:] == arrays["x0"].shape[2:] == shape:
+            numbers = arrays["image"].tolist()
+            self.x = dict(zip(numbers, arrays["x"], strict=False))
+            self.x0 = dict(zip(numbers, arrays["x0"], strict=False))
+
+    def add(self, x: dict[int, list[np.ndarray]], x0: dict[int, list[np.ndarray]]) -> None:
+        self.x |= {image: np.stack(steps) for image, steps in x.items()}
+        self.x0 |= {image: np.stack(steps) for image, steps in x0.items()}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        numbers = sorted(self.x)
+        if not numbers:
+            return {}
+        x, x0 = ([part[image] for image in numbers] for part in (self.x, self.x0))
+        return {"image": np.array(numbers), "x": np.stack(x), "x0": np.stack(x0)}
+
+
+def _stretches(images: list[int], most: int) -> list[tuple[int, int]]:
+    """Consecutive numbers as (first, count), at most so many at a time."""
+    stretches: list[tuple[int, int]] = []
+    for image in images:
+        if stretches and sum(stretches[-1]) == image and stretches[-1][1] < most:
+            stretches[-1] = (stretches[-1][0], stretches[-1][1] + 1)
+        else:
+            stretches.append((image, 1))
+    return stretches
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "patchscore": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
