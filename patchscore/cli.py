@@ -718,8 +718,8 @@ def explain(
 
     Writes into that folder mosaic.png (mosaic-000000.png and so on for several images), explain.html, one page that
     needs nothing else, and memorisation.png; how near each sample is to a training image, and how many it is made of,
-    goes into run.json. A run made with an index is made again with it; what explains it are all windows, not only those that
-    the run looked at.
+    goes into run.json. A run made with an index is made again with it; what explains it are all windows, not only those
+    that the run looked at.
     """
     if not (out / "run.json").is_file():
         raise ValueError(f"{out / 'run.json'}: no such file; takes the folder of a run of patchscore sample")
