@@ -1,15 +1,17 @@
 """The CUDA kernels give the sums of `reference`: as plain C++ where there is no GPU (tests/emulation), and on one."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 
 import emulated
 import pytest
 import torch
+from competitions import LIMIT, assert_same, broken, circular, local
 from conftest import smooth_images
-from test_sliding import LIMIT, assert_same, broken, circular, local
 
 import patchscore as ps
 from patchscore.engines import device as resident
@@ -20,20 +22,25 @@ from patchscore.windows import WHOLE_IMAGE, Axis, Competition, Group
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+EVERYTHING = os.environ.get("PATCHSCORE_EMULATE") == "all"  # more shapes and orders, some minutes: make emulate
+ORDERS = ["0", "1", "random"] if EVERYTHING else ["random"]
 
 
 @pytest.fixture(scope="session")
-def emulated_library(tmp_path_factory):
-    library = emulated.build(tmp_path_factory.mktemp("emulated"))
-    if library is None:
+def emulated_library(pytestconfig):
+    path = emulated.build(pytestconfig.cache.mkdir("emulated"))
+    if path is None:
         pytest.skip("no C++ compiler")
-    return library
+    return emulated.load(path)
 
 
-@pytest.fixture
-def kernels(emulated_library, monkeypatch):
-    """The emulated kernels serve tensors on the CPU."""
-    monkeypatch.setattr(sliding_cuda, "library", emulated_library)
+@pytest.fixture(params=ORDERS)
+def kernels(request, emulated_library, monkeypatch):
+    """The emulated kernels serve tensors on the CPU; blocks, warps and lanes run in an order of this test's own."""
+    emulation = emulated.Emulation(emulated_library, monkeypatch)
+    emulation.reset(seed=emulated.seed_of(request.node.name) if request.param == "random" else int(request.param))
+    yield emulation
+    emulation.reset()
 
 
 def noisy_batch(bank, sigma, device="cpu"):
@@ -92,7 +99,7 @@ def test_strips_of_tall_images_give_the_references_sums(kernels, kind):
 
 def test_window_rows_are_cut_where_shared_memory_is_short(kernels, monkeypatch):
     bank = ps.PatchBank(smooth_images(3, 3, 20, 9))
-    monkeypatch.setattr(sliding_cuda, "SHARED_BYTES", 14 * 1024)
+    kernels.reset(shared=14 * 1024)
     compare(bank, circular(5, 20, 9), [0.3])
     compare(bank, local(5, 20, 9), [0.3])
 
@@ -191,11 +198,128 @@ def test_several_sizes_at_once_are_those_alone(kernels):
 
 
 def test_a_refused_kernel_is_named(kernels, monkeypatch):
-    monkeypatch.setattr(sliding_cuda, "SHARED_BYTES", 2**40)
+    monkeypatch.setattr(sliding_cuda, "_shared_limit", lambda device: 2**40)
     bank = ps.PatchBank(smooth_images(2, 3, 60, 60))
     z, sigma = noisy_batch(bank, [1.0])
-    with pytest.raises(RuntimeError, match="windows_kernel: refused"):
+    with pytest.raises(RuntimeError, match=r"windows_kernel: .*shared memory.*cudaErrorInvalidValue"):
         sliding_cuda.posterior_sums(z, sigma, bank, [local(119, 60, 60)], LIMIT)
+
+
+def raises_with_the_kernels_name(device):
+    task = sliding_cuda._Windows(planes=1, values_per_pixel=9)  # no query rows in a strip, no groups in a chunk
+    with pytest.raises(RuntimeError, match="windows_kernel"):
+        sliding_cuda._run("patchscore_windows", task, device)
+    for name, task in (
+        ("pack", sliding_cuda._Pack()),
+        ("norms", sliding_cuda._Norms()),
+        ("products", sliding_cuda._Products()),
+        ("average", sliding_cuda._Average()),
+    ):
+        with pytest.raises(RuntimeError, match=r"(pack|column|products|average)_kernel: .*\(cudaErrorInvalid"):
+            sliding_cuda._run(f"patchscore_{name}", task, device)
+
+
+def test_errors_name_the_kernel(kernels):
+    raises_with_the_kernels_name(torch.device("cpu"))
+
+
+def test_an_error_is_not_blamed_on_the_next_call(kernels):
+    bank = ps.PatchBank(smooth_images(3, 1, 6, 6))
+    raises_with_the_kernels_name(torch.device("cpu"))
+    assert kernels.library.emulation_last_error() == 0
+    compare(bank, circular(3, 6, 6), [0.3])
+    # Nor is a device that is not there.
+    assert kernels.library.patchscore_shared_limit(7) == 0
+    assert kernels.library.emulation_last_error() == 0
+
+
+def test_a_device_that_cannot_say_its_limits_is_an_error(kernels):
+    kernels.reset(shared=0)
+    with pytest.raises(RuntimeError, match="shared memory"):
+        sliding_cuda.serves(ps.PatchBank(smooth_images(2, 3, 8, 8)), circular(3, 8, 8), torch.device("cpu"))
+
+
+def test_threads_of_different_patch_sizes_do_not_meet(kernels):
+    # What one thread allows a kernel, another's launch relies on: both need more shared memory than 48 KB.
+    kernels.reset(only_checks=True)
+    bank = ps.PatchBank(smooth_images(2, 4, 32, 32))
+    z, sigma = noisy_batch(bank, [0.3])
+    failures = []
+
+    def call(k):
+        try:
+            for _ in range(5):
+                sliding_cuda.posterior_sums(z, sigma, bank, [circular(k, 32, 32)], LIMIT)
+        except RuntimeError as error:
+            failures.append(str(error))
+
+    threads = [threading.Thread(target=call, args=(k,)) for k in (3, 17, 5, 11)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_every_device_is_asked_for_its_own_shared_memory(kernels, monkeypatch):
+    kernels.reset(devices=2, seed=7)
+    bank = ps.PatchBank(smooth_images(2, 4, 30, 6))  # a block takes more than 48 KB
+    for number in (0, 1):
+        monkeypatch.setattr(sliding_cuda, "_number", lambda device, number=number: number)
+        compare(bank, circular(3, 30, 6), [0.3])
+    monkeypatch.setattr(sliding_cuda, "_number", lambda device: 2)
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
+        compare(bank, WHOLE_IMAGE, [0.3])
+
+
+@pytest.mark.parametrize(
+    ("k", "channels", "height", "width", "kind"),
+    [(65, 3, 1024, 1024, circular), (41, 8, 2048, 2048, circular), (7, 3, 6000, 6000, circular), (7, 3, 4000, 4000, local)],
+)
+def test_grids_of_large_images_are_within_cudas_limits(kernels, k, channels, height, width, kind):
+    kernels.reset(only_checks=True)
+    task = sliding_cuda._Windows(
+        channel_quads=-(-channels // 4), planes=1, values_per_pixel=3, height=height, width=width, patch_size=k,
+        circular=kind is circular, images=2, items=3, groups_per_chunk=1,
+    )  # fmt: skip
+    (group,) = kind(k, height, width).groups
+    task.rows, task.cols = sliding_cuda._axis(group.rows), sliding_cuda._axis(group.cols)
+    for piece in sliding_cuda._pieces(task, group.rows, torch.device("cpu")):
+        task.rows = sliding_cuda._axis(piece)
+        sliding_cuda._run("patchscore_windows", task, torch.device("cpu"))
+    # Images of many values, which no vector load serves.
+    values = channels * height * width - 1
+    task = sliding_cuda._Average(images=300, values=values, groups=8, bytes=True)
+    sliding_cuda._run("patchscore_average", task, torch.device("cpu"))
+    task = sliding_cuda._Products(images=300, values=values, groups=4, slice=sliding_cuda._slices(values, 300, 4)[0])
+    sliding_cuda._run("patchscore_products", task, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("architecture", sorted(emulated.SHARED))
+def test_every_architecture_has_room_for_the_blocks(kernels, architecture):
+    kernels.reset(shared=emulated.SHARED[architecture], only_checks=True)
+    for dtype in (torch.uint8, torch.float32):
+        for channels, size in ((1, 28), (3, 32), (4, 64), (3, 256)):
+            bank = ps.PatchBank(torch.zeros(1, channels, size, size, dtype=dtype))
+            for k in (3, 17, 25):
+                for kind in (circular, broken, local):
+                    competition = kind(k, size, size)
+                    assert sliding_cuda.serves(bank, competition, torch.device("cpu"))
+                    for group in competition.groups:
+                        launch_checked(bank, competition, group)
+
+
+def launch_checked(bank, competition, group):
+    """Launches as `_add` would, in pieces that fit."""
+    channels, height, width = bank.shape
+    task = sliding_cuda._Windows(
+        channel_quads=-(-channels // 4), planes=sliding_cuda._planes(bank), values_per_pixel=channels, height=height,
+        width=width, patch_size=competition.patch_size, circular=competition.padding_mode == "circular",
+        rows=sliding_cuda._axis(group.rows), cols=sliding_cuda._axis(group.cols), images=1, items=1, groups_per_chunk=1,
+    )  # fmt: skip
+    for piece in sliding_cuda._pieces(task, group.rows, torch.device("cpu")):
+        task.rows = sliding_cuda._axis(piece)
+        sliding_cuda._run("patchscore_windows", task, torch.device("cpu"))
 
 
 def test_too_little_memory_is_refused(kernels):
@@ -217,13 +341,13 @@ def test_what_the_kernels_have_no_room_for_is_not_served(kernels, monkeypatch):
     bank = ps.PatchBank(smooth_images(2, 3, 24, 24))
     assert sliding_cuda.serves(bank, local(47, 24, 24), cpu)
     assert sliding_cuda.serves(bank, WHOLE_IMAGE, cpu)
-    monkeypatch.setattr(sliding_cuda, "SHARED_BYTES", 20 * 1024)
+    kernels.reset(shared=20 * 1024)
     assert sliding_cuda.serves(bank, WHOLE_IMAGE, cpu)
     served = [k for k in range(3, 48, 2) if sliding_cuda.serves(bank, local(k, 24, 24), cpu)]
     assert served == list(range(3, served[-1] + 1, 2))
     assert served[-1] < 47
     compare(bank, local(served[-1], 24, 24), [0.3])  # and what is said to fit does
-    monkeypatch.undo()
+    kernels.reset()
     large = ps.PatchBank(torch.zeros(1, 3, 300, 300, dtype=torch.uint8))
     assert not sliding_cuda.serves(large, local(599, 300, 300), cpu)
 
@@ -292,6 +416,7 @@ class _Stream:
     def __init__(self, device=None):
         self.queue = []
         self.done = 0
+        self.recorded = []  # tensors whose memory waits for this stream
 
     def put(self, work):
         self.queue.append(work)
@@ -345,13 +470,15 @@ def streams(request, monkeypatch):
     computing = _Stream()
     monkeypatch.setattr(_Stream, "late", request.param == "late")
     monkeypatch.setattr(torch.Tensor, "copy_", copy_)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: stream.recorded.append(self))
     monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
-    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(_Stream()) or made[-1])
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
     monkeypatch.setattr(resident, "on_device", lambda images, device: None)
+    computing.others = made
     return computing
 
 
@@ -367,6 +494,17 @@ def test_slabs_arrive_whole_and_in_order(streams, per_slab):
         own = images.images if images.indices is None else images.images[images.indices]
         assert len(arrived) == -(-len(own) // per_slab)
         assert torch.equal(torch.cat(arrived), own)
+
+
+@pytest.mark.parametrize("slabs", [0, 1, 2])
+def test_memory_waits_for_its_copies_where_the_caller_fails(streams, slabs):
+    bank = ps.PatchBank(smooth_images(20, 1, 4, 3))
+    walk = sliding_cuda._slabs(bank, torch.device("cpu"), 7)
+    arrived = [next(walk)[0] for _ in range(slabs + 1)]
+    walk.close()  # as an exception in the caller does
+    (copying,) = streams.others
+    assert all(any(tensor is raw for tensor in copying.recorded) for raw in arrived)
+    assert len(copying.recorded) == 2  # also the one that nobody has seen yet
 
 
 def test_a_streamed_bank_gives_the_references_sums(kernels, streams, monkeypatch):
@@ -395,6 +533,18 @@ def test_kernels_keep_everything_in_registers(tmp_path, target):
     report = subprocess.run([*command, source], capture_output=True, text=True, check=True).stderr
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert spilled == [("0", "0")] * 15  # six kernels of windows, two of products, four of averages, three that prepare
+
+
+# Without the C++ engine, FAISS, or a device.
+
+
+def test_gpu_tests_are_collected_where_nothing_else_was_built():
+    missing = ("patchscore._native", "patchscore._sliding_cuda", "faiss", "diffusers", "matplotlib")
+    program = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); import pytest; pytest.main(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", __file__]
+    collected = subprocess.run(command, capture_output=True, text=True, cwd=emulated.ROOT, check=True).stdout
+    # All of this file: one line says how many.
+    assert int(re.search(r"test_sliding_cuda.py: (\d+)", collected)[1]) >= 74, collected
 
 
 # On a GPU.
@@ -517,8 +667,5 @@ def test_gpu_devices_serve_their_own_tensors():
 @gpu
 @needs_gpu
 def test_gpu_errors_name_the_kernel():
-    task = sliding_cuda._Windows(planes=1, values_per_pixel=9)
-    with pytest.raises(RuntimeError, match="windows_kernel"):
-        sliding_cuda._run("patchscore_windows", task, torch.device("cuda"))
-    with pytest.raises(RuntimeError, match="average_kernel"):
-        sliding_cuda._run("patchscore_average", sliding_cuda._Average(), torch.device("cuda"))
+    raises_with_the_kernels_name(torch.device("cuda"))
+    compare(ps.PatchBank(smooth_images(3, 1, 6, 6)), circular(3, 6, 6), [0.3], device="cuda")

@@ -23,6 +23,9 @@ __device__ __forceinline__ float power_of_two(float x) {
     return y;
 }
 
+// Keeps a branch: the compiler would otherwise compute both sides for every lane and select.
+__device__ __forceinline__ void keep_branch() { asm volatile(""); }
+
 __device__ __forceinline__ bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
 
 __device__ __forceinline__ float bits_as_float(int bits) { return __int_as_float(bits); }
@@ -31,19 +34,6 @@ __device__ __forceinline__ int bits_as_int(float value) { return __float_as_int(
 __device__ __forceinline__ int4* shared_memory() {
     extern __shared__ int4 memory[];
     return memory;
-}
-
-template <typename Task>
-cudaError_t launch(void (*kernel)(Task), dim3 blocks, int threads, int shared_bytes, void* stream, const Task& task) {
-    void* arguments[] = {const_cast<Task*>(&task)};
-    if (shared_bytes > 48 * 1024) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 shared_bytes);
-        if (error != cudaSuccess) return error;
-    }
-    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(threads), arguments,
-                            size_t(shared_bytes), static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace patchscore

@@ -2,12 +2,15 @@
 //
 // Pixels are bytes and noisy pixels fixed-point numbers of three signed bytes, so |q - p|^2 = |q|^2 + |p|^2 - 2 q.p is
 // taken in integers, where nothing is rounded and nothing cancels. Along a diagonal q.p slides: one matrix product adds
-// the row that enters and takes away the one that leaves. patchscore/engines/sliding_cuda.py prepares the operands.
+// the row that enters and takes away the one that leaves. patchscore/engines/sliding/cuda.py prepares the operands.
 //
 // A quad is four channels of one pixel as four signed bytes, the unit of all operands (channels beyond the last are 0).
 #include <cstdint>
 #include <cstdio>
+#include <mutex>
+#include <set>
 #include <type_traits>
+#include <utility>
 
 #include "cuda_device.h"
 
@@ -53,6 +56,10 @@ __host__ __device__ inline int columns_of(const Axis& axis, int j0) {
 
 __host__ __device__ inline int at_most(int a, int b) { return a < b ? a : b; }
 __host__ __device__ inline int at_least(int a, int b) { return a > b ? a : b; }
+
+// A chunk's blocks: strips of query rows, times QUERIES columns.
+__host__ __device__ inline int row_blocks(const Windows& t) { return (t.rows.q1 - t.rows.q0 + t.strip - 1) / t.strip; }
+__host__ __device__ inline int column_blocks(const Windows& t) { return (t.cols.q1 - t.cols.q0 + QUERIES - 1) / QUERIES; }
 
 // The diagonals wrap around: every query row competes and the block holds them all.
 __host__ __device__ inline bool wraps(const Windows& t) {
@@ -135,9 +142,11 @@ template <int PLANES, int CV>
 __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(const Windows t) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row_of_lane = lane >> 2, quad = lane & 3;
     const int k = t.patch_size, r = k / 2, H = t.height, W = t.width;
-    const int col_blocks = (t.cols.q1 - t.cols.q0 + QUERIES - 1) / QUERIES, item = blockIdx.z;
-    const int i0 = t.rows.q0 + int(blockIdx.y) / col_blocks * t.strip, i1 = at_most(i0 + t.strip, t.rows.q1);
-    const int j0 = t.cols.q0 + int(blockIdx.y) % col_blocks * QUERIES;
+    // Blocks of one chunk side by side, so that its windows are read from memory once.
+    const int col_blocks = column_blocks(t), query_blocks = row_blocks(t) * col_blocks, item = blockIdx.z;
+    const int chunk = int(blockIdx.x) / query_blocks, query_block = int(blockIdx.x) % query_blocks;
+    const int i0 = t.rows.q0 + query_block / col_blocks * t.strip, i1 = at_most(i0 + t.strip, t.rows.q1);
+    const int j0 = t.cols.q0 + query_block % col_blocks * QUERIES;
     const int a0 = t.rows.locked ? i0 : t.rows.w0, a1 = t.rows.locked ? i1 : t.rows.w1;
     const bool wrapping = wraps(t);
     const Layout layout(t);
@@ -179,7 +188,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
     const int columns = columns_of(t.cols, j0), first_column = t.cols.locked ? j0 : t.cols.w0;
     const int tiles_per_image = (columns + TILE - 1) / TILE;
     const int all_tiles = t.images * tiles_per_image;
-    const int first_group = int(blockIdx.x) * t.groups_per_chunk;
+    const int first_group = chunk * t.groups_per_chunk;
     const float2 scale = t.scale[item];
     const int q_row = q_pitch * Q_QUADS, q_quad = q_rows * q_row;
     const int p_row = layout.p_pitch * P_QUADS, p_quad = layout.p_rows * p_row, p_plane = p_quad * t.channel_quads;
@@ -303,7 +312,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
                             for (int x = 0; x < 2 * TILES; ++x)
                                 w[jj][x] = power_of_two(bits(x / 2, x % 2, high(x / 2, x % 2), low(x / 2, x % 2)));
                             if (!all_exist) {
-                                __syncwarp();  // keeps this a branch: most tiles are whole
+                                keep_branch();  // most tiles are whole
 #pragma unroll
                                 for (int x = 0; x < 2 * TILES; ++x)
                                     if (!(pairs_of_lane[lane] >> (8 * jj + x) & 1)) w[jj][x] = 0.f;
@@ -393,7 +402,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
             const float fade = l == nearest ? 1.f : power_of_two(bits(l, nearest));
             for (int c = 0; c < 2 + CV; ++c) parts[c] += half(of[(2 + c) * 32 + l]) * (c == 1 ? fade * fade : fade);
         }
-        const int64_t plane = int64_t(H) * W, pixel = int64_t(i) * W + j, place = int64_t(blockIdx.x) * t.items + item;
+        const int64_t plane = int64_t(H) * W, pixel = int64_t(i) * W + j, place = int64_t(chunk) * t.items + item;
         t.references[(place * plane + pixel) * 2] = bits_as_int(of[jj * 32 + nearest].x);
         t.references[(place * plane + pixel) * 2 + 1] = bits_as_int(of[jj * 32 + nearest].y);
         for (int c = 0; c < 2 + CV; ++c) t.sums[(place * (2 + CV) + c) * plane + pixel] = parts[c];
@@ -516,7 +525,7 @@ __device__ __forceinline__ int4 sixteen(const Products& t, const uint8_t* image,
     const int sign = t.digits_of_floats ? 0 : 0x80;
     if constexpr (ALIGNED) {
         const int4 four = *reinterpret_cast<const int4*>(image + at);
-        const int signs = sign * 0x01010101;
+        const int signs = int(unsigned(sign) * 0x01010101u);
         return {four.x ^ signs, four.y ^ signs, four.z ^ signs, four.w ^ signs};
     } else {
         int words[4] = {0, 0, 0, 0};
@@ -533,7 +542,7 @@ __global__ void __launch_bounds__(THREADS) products_kernel(const Products t) {
     const int group = int(blockIdx.x) % t.groups;  // groups of the same images side by side, to read them from memory once
     const int first = (int(blockIdx.x) / t.groups * WARPS + int(threadIdx.x >> 5)) * TILES * TILE;
     if (first >= t.images) return;
-    const int from = int(blockIdx.y) * t.slice, to = at_most(from + t.slice, t.values);
+    const int from = int(blockIdx.z) * t.slice, to = at_most(from + t.slice, t.values);
     const int64_t padded = (int64_t(t.values) + STEP - 1) / STEP * STEP;
     const int8_t* const digits = t.digits + (int64_t(group) * 3 * QUERIES + row) * padded + 16 * quad;
     const uint8_t* images[TILES];
@@ -567,7 +576,7 @@ __global__ void __launch_bounds__(THREADS) products_kernel(const Products t) {
             }
         }
     }
-    const int64_t of_slice = int64_t(blockIdx.y) * t.images;
+    const int64_t of_slice = int64_t(blockIdx.z) * t.images;
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
         if (group == 0 && first + n * TILE + row < t.images)
@@ -591,6 +600,10 @@ struct Average {
     const float* weights;       // [images][groups][AVERAGED]
     float* sums;                // [ADDED images each][groups][AVERAGED][values]
 };
+
+__host__ __device__ inline int value_blocks(const Average& t, int count) {
+    return (t.values + count * THREADS - 1) / (count * THREADS);
+}
 
 __device__ __forceinline__ float value_of(unsigned byte) { return float(byte) * (1.f / 127.5f) - 1.f; }
 
@@ -621,8 +634,10 @@ __device__ __forceinline__ void read_values(float (&values)[COUNT], const float*
 // A thread adds up COUNT neighbouring values of ADDED images for AVERAGED noisy ones.
 template <typename Raw, int COUNT>
 __global__ void __launch_bounds__(THREADS) average_kernel(const Average t) {
-    const int x = (int(blockIdx.y) * THREADS + int(threadIdx.x)) * COUNT;
-    const int group = int(blockIdx.x) % t.groups, part = int(blockIdx.x) / t.groups;
+    // Groups of the same values side by side, to read them from memory once.
+    const int blocks = value_blocks(t, COUNT), group = int(blockIdx.x) % t.groups;
+    const int x = (int(blockIdx.x) / t.groups % blocks * THREADS + int(threadIdx.x)) * COUNT;
+    const int part = int(blockIdx.x) / t.groups / blocks;
     if (x >= t.values) return;
     const Raw* const raw = static_cast<const Raw*>(t.raw) + x;
     float sums[AVERAGED][COUNT];
@@ -649,23 +664,54 @@ __global__ void __launch_bounds__(THREADS) average_kernel(const Average t) {
         for (int i = 0; i < COUNT; ++i) to[int64_t(item) * t.values + i] = sums[item][i];
 }
 
-// What went wrong, with the kernel's name, for Python to raise; null if nothing did.
+// What went wrong, with the kernel's name, for Python to raise; null if nothing did. CUDA forgets it, or it would blame
+// the next call.
 static const char* told(const char* kernel, cudaError_t error) {
-    static thread_local char text[256];
-    if (error == cudaSuccess) error = cudaGetLastError();
+    static thread_local char text[1024];
     if (error == cudaSuccess) return nullptr;
     std::snprintf(text, sizeof text, "%s: %s (%s)", kernel, cudaGetErrorString(error), cudaGetErrorName(error));
+    cudaGetLastError();
     return text;
 }
 
-static int blocks_for(int64_t threads) { return int((threads + THREADS - 1) / THREADS); }
+// Lets blocks of a kernel have all the shared memory that a device allows, once for each device. Not what a launch needs:
+// another thread's launch may need more.
+template <typename Task>
+static cudaError_t allow_shared(void (*kernel)(Task), int device) {
+    static std::mutex lock;
+    static std::set<std::pair<void (*)(Task), int>> allowed;
+    const std::lock_guard<std::mutex> locked(lock);
+    if (allowed.count({kernel, device})) return cudaSuccess;
+    int most = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (error == cudaSuccess) allowed.insert({kernel, device});
+    return error;
+}
+
+// Starts `blocks` x `items` blocks of THREADS threads.
+template <typename Task>
+static cudaError_t launch(void (*kernel)(Task), int64_t blocks, int64_t items, int shared_bytes, int device, void* stream,
+                          const Task& task) {
+    if (blocks < 1 || blocks > INT32_MAX || items < 1 || items > 65535) return cudaErrorInvalidConfiguration;
+    if (shared_bytes > 0) {
+        const cudaError_t error = allow_shared(kernel, device);
+        if (error != cudaSuccess) return error;
+    }
+    void* arguments[] = {const_cast<Task*>(&task)};
+    return cudaLaunchKernel(kernel, dim3(unsigned(blocks), 1, unsigned(items)), dim3(THREADS), arguments,
+                            size_t(shared_bytes), static_cast<cudaStream_t>(stream));
+}
+
+static int64_t blocks_for(int64_t threads) { return (threads + THREADS - 1) / THREADS; }
 
 template <int PLANES>
-static cudaError_t launch_windows(const Windows& task, dim3 blocks, int bytes, void* stream) {
+static cudaError_t launch_windows(const Windows& task, int64_t blocks, int device, void* stream) {
+    const int bytes = Layout(task).end;
     switch (task.values_per_pixel) {
-        case 1: return launch(windows_kernel<PLANES, 1>, blocks, THREADS, bytes, stream, task);
-        case 3: return launch(windows_kernel<PLANES, 3>, blocks, THREADS, bytes, stream, task);
-        case 4: return launch(windows_kernel<PLANES, 4>, blocks, THREADS, bytes, stream, task);
+        case 1: return launch(windows_kernel<PLANES, 1>, blocks, task.items, bytes, device, stream, task);
+        case 3: return launch(windows_kernel<PLANES, 3>, blocks, task.items, bytes, device, stream, task);
+        case 4: return launch(windows_kernel<PLANES, 4>, blocks, task.items, bytes, device, stream, task);
         default: return cudaErrorInvalidValue;
     }
 }
@@ -695,21 +741,27 @@ PS_EXPORT const char* patchscore_unavailable() {
     return count ? nullptr : "no CUDA device";
 }
 
+// Bytes of shared memory that a block takes, and that it may take on a device (0 if that cannot be told).
 PS_EXPORT int patchscore_shared_bytes(const Windows* task) { return Layout(*task).end; }
+
+PS_EXPORT int patchscore_shared_limit(int device) {
+    int most = 0;
+    if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess) return most;
+    cudaGetLastError();
+    return 0;
+}
 
 PS_EXPORT const char* patchscore_windows(const Windows* task, int device, void* stream) {
     cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess && (task->strip < 1 || task->groups_per_chunk < 1 || task->images < 1))
+        error = cudaErrorInvalidValue;
     if (error == cudaSuccess) {
-        const Axis &rows = task->rows, &cols = task->cols;
-        const int columns = columns_of(cols, cols.q0);
+        const int columns = columns_of(task->cols, task->cols.q0);
         const int64_t groups = (int64_t(task->images) * ((columns + TILE - 1) / TILE) + TILES - 1) / TILES;
-        const dim3 blocks(unsigned((groups + task->groups_per_chunk - 1) / task->groups_per_chunk),
-                          unsigned(((rows.q1 - rows.q0 + task->strip - 1) / task->strip) *
-                                   ((cols.q1 - cols.q0 + QUERIES - 1) / QUERIES)),
-                          unsigned(task->items));
-        const int bytes = Layout(*task).end;
-        error = task->planes == 1 ? launch_windows<1>(*task, blocks, bytes, stream)
-                                  : launch_windows<3>(*task, blocks, bytes, stream);
+        const int64_t chunks = (groups + task->groups_per_chunk - 1) / task->groups_per_chunk;
+        const int64_t blocks = chunks * row_blocks(*task) * column_blocks(*task);
+        error = task->planes == 1 ? launch_windows<1>(*task, blocks, device, stream)
+                                  : launch_windows<3>(*task, blocks, device, stream);
     }
     return told("windows_kernel", error);
 }
@@ -717,27 +769,28 @@ PS_EXPORT const char* patchscore_windows(const Windows* task, int device, void* 
 PS_EXPORT const char* patchscore_pack(const Pack* task, int device, void* stream) {
     cudaError_t error = cudaSetDevice(device);
     const int64_t pixels = int64_t(task->images) * task->height * task->width;
-    if (error == cudaSuccess) error = launch(pack_kernel, dim3(blocks_for(pixels)), THREADS, 0, stream, *task);
+    if (error == cudaSuccess) error = launch(pack_kernel, blocks_for(pixels), 1, 0, device, stream, *task);
     return told("pack_kernel", error);
 }
 
 PS_EXPORT const char* patchscore_norms(const Norms* task, int device, void* stream) {
     cudaError_t error = cudaSetDevice(device);
     const int64_t columns = int64_t(task->images) * task->width, rows = int64_t(task->images) * task->height;
-    if (error == cudaSuccess) error = launch(column_kernel, dim3(blocks_for(columns)), THREADS, 0, stream, *task);
+    if (error == cudaSuccess) error = launch(column_kernel, blocks_for(columns), 1, 0, device, stream, *task);
     if (error != cudaSuccess) return told("column_kernel", error);
-    error = launch(row_kernel, dim3(blocks_for(rows)), THREADS, 0, stream, *task);
+    error = launch(row_kernel, blocks_for(rows), 1, 0, device, stream, *task);
     return told("row_kernel", error);
 }
 
 PS_EXPORT const char* patchscore_products(const Products* task, int device, void* stream) {
     cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess && task->slice < 1) error = cudaErrorInvalidValue;
     if (error == cudaSuccess) {
         const bool aligned = task->values % 16 == 0 && reinterpret_cast<uintptr_t>(task->bytes) % 16 == 0;
         const int images = WARPS * TILES * TILE;
-        const dim3 blocks(unsigned((task->images + images - 1) / images * task->groups),
-                          unsigned((task->values + task->slice - 1) / task->slice));
-        error = launch(aligned ? products_kernel<true> : products_kernel<false>, blocks, THREADS, 0, stream, *task);
+        const int64_t blocks = int64_t((task->images + images - 1) / images) * task->groups;
+        const int slices = (task->values + task->slice - 1) / task->slice;
+        error = launch(aligned ? products_kernel<true> : products_kernel<false>, blocks, slices, 0, device, stream, *task);
     }
     return told("products_kernel", error);
 }
@@ -746,11 +799,10 @@ PS_EXPORT const char* patchscore_average(const Average* task, int device, void* 
     cudaError_t error = cudaSetDevice(device);
     if (error == cudaSuccess) {
         const bool aligned = task->values % 4 == 0 && reinterpret_cast<uintptr_t>(task->raw) % (task->bytes ? 4 : 16) == 0;
-        const dim3 blocks(unsigned((task->images + ADDED - 1) / ADDED * task->groups),
-                          unsigned(blocks_for(aligned ? task->values / 4 : task->values)));
         const auto kernel = aligned ? (task->bytes ? average_kernel<uint8_t, 4> : average_kernel<float, 4>)
                                     : (task->bytes ? average_kernel<uint8_t, 1> : average_kernel<float, 1>);
-        error = launch(kernel, blocks, THREADS, 0, stream, *task);
+        const int64_t parts = (task->images + ADDED - 1) / ADDED;
+        error = launch(kernel, parts * value_blocks(*task, aligned ? 4 : 1) * task->groups, 1, 0, device, stream, *task);
     }
     return told("average_kernel", error);
 }

@@ -39,7 +39,6 @@ BLOCKS = 1024  # a product is cut into about so many, if it has as many values
 ITEMS = 64  # of whole images, in one pass
 SMALLEST_WEIGHT_BITS = 66  # below the largest of a slab: a lighter image is left out
 SLAB_BYTES = 2**29  # larger slabs were not found to be of use
-SHARED_BYTES = 227 * 1024  # of a block, where torch does not say
 
 
 class _Axis(ctypes.Structure):
@@ -340,6 +339,8 @@ def _slabs(bank: PatchBank, device: torch.device, per_slab: int) -> Iterator[tup
         yield from _streamed(bank, device, per_slab)
         return
     indices = None if bank.indices is None else bank.indices.to(device, torch.int64)
+    if images.is_cuda:  # the copy outlives this call, but perhaps not what is queued on this stream
+        images.record_stream(torch.cuda.current_stream(device))
     for start in range(0, len(bank), per_slab):
         count = min(per_slab, len(bank) - start)
         if indices is None:
@@ -370,18 +371,20 @@ def _streamed(bank: PatchBank, device: torch.device, per_slab: int) -> Iterator[
             arrived[half].copy_(pinned[half], non_blocking=True)
             copied[half].record(copying)
 
-    send(0)
-    for number, start in enumerate(starts):
-        half = number % 2
-        if number + 1 < len(starts):
-            # The other half was computed on last; what is queued for it comes first.
-            copying.wait_stream(computing)
-            send(number + 1)
-        computing.wait_event(copied[half])
-        yield arrived[half], None, min(per_slab, len(bank) - start)
-    copying.wait_stream(computing)
-    for tensor in arrived:
-        tensor.record_stream(copying)
+    try:
+        send(0)
+        for number, start in enumerate(starts):
+            half = number % 2
+            if number + 1 < len(starts):
+                # The other half was computed on last; what is queued for it comes first.
+                copying.wait_stream(computing)
+                send(number + 1)
+            computing.wait_event(copied[half])
+            yield arrived[half], None, min(per_slab, len(bank) - start)
+    finally:
+        # Also where the caller fails: a copy may still be on its way into memory that torch would give to others.
+        for tensor in arrived:
+            tensor.record_stream(copying)
 
 
 # Kernels.
@@ -390,12 +393,16 @@ def _streamed(bank: PatchBank, device: torch.device, per_slab: int) -> Iterator[
 def _run(name: str, task: ctypes.Structure, device: torch.device) -> None:
     """Starts a kernel on the device's current stream; RuntimeError, with its name, if that fails."""
     assert library is not None
-    number, stream = 0, 0
-    if device.type == "cuda":
-        number, stream = device.index or 0, torch.cuda.current_stream(device).cuda_stream
-    error = getattr(library, name)(ctypes.byref(task), number, stream)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    error = getattr(library, name)(ctypes.byref(task), _number(device), stream)
     if error:
         raise RuntimeError(error.decode())
+
+
+def _number(device: torch.device) -> int:
+    if device.type != "cuda":  # the emulation's
+        return 0
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _packed(raw: Tensor, indices: Tensor | None, images: int, base: int, first: int, count: int) -> _Slab:
@@ -519,9 +526,11 @@ def _pieces(task: _Windows, rows: Axis, device: torch.device) -> list[Axis]:
 
 def _shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that a block may have."""
-    if device.type != "cuda":
-        return SHARED_BYTES
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 96 * 1024)
+    assert library is not None
+    limit = library.patchscore_shared_limit(_number(device))
+    if limit < 1:
+        raise RuntimeError(f"CUDA does not say how much shared memory a block may have on {device}")
+    return limit
 
 
 def _smallest_block(bank: PatchBank, competition: Competition, group: Group) -> int:
