@@ -22,7 +22,7 @@ INSTRUMENTED = ["-fsanitize=thread", "-fsanitize=signed-integer-overflow,alignme
 
 
 def build(folder, source=ROOT / "csrc" / "sliding" / "sliding.cu"):
-    """Path of the emulated library of a CUDA source, or None without a C++ compiler; what was built before is reused."""
+    """Path of the emulated library of a CUDA source, or None without a C++ compiler. What was built is kept."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         return None
@@ -63,7 +63,7 @@ def registers():
 
 
 class Emulation:
-    """The engine runs on tensors of the CPU, and every launch may touch only the tensors whose pointers it was given."""
+    """The engine runs on tensors of the CPU; a launch may touch only the tensors whose pointers it was given."""
 
     def __init__(self, library, monkeypatch):
         self.library, self.sizes, self.launches = library, {}, []
@@ -102,7 +102,7 @@ class Emulation:
         self.library.emulation_buffers(len(pointers), array(*pointers), sizes)
 
     def reset(self, devices=1, shared=SHARED["sm_90"], seed=0, only_checks=False):
-        """What the machine is; `seed` chooses the order of blocks, warps and lanes (0 forward, 1 backward, or random)."""
+        """What the machine is; by `seed` blocks, warps and lanes run forward (0), backward (1) or at random."""
         self.library.emulation_reset(devices, shared, seed, only_checks)
 
 

@@ -103,7 +103,9 @@ def test_a_buffer_ends_where_it_ends(faults):
 
 
 def test_blocks_do_not_write_one_place(faults):
-    assert_matches(faults.run(21, blocks=(2, 1, 1))[0], r"block \([01], 0, 0\).* that another thread of this launch wrote")
+    assert_matches(
+        faults.run(21, blocks=(2, 1, 1))[0], r"block \([01], 0, 0\).* that another thread of this launch wrote"
+    )
     assert_matches(faults.run(22)[0], r"reads byte \d+ of a buffer that another thread of this launch wrote")
 
 

@@ -16,7 +16,6 @@ from conftest import smooth_images
 import patchscore as ps
 from patchscore.engines import device as resident
 from patchscore.engines import reference
-from patchscore.engines.sliding import cpu as sliding
 from patchscore.engines.sliding import cuda as sliding_cuda
 from patchscore.windows import WHOLE_IMAGE, Axis, Competition, Group
 
@@ -274,7 +273,12 @@ def test_every_device_is_asked_for_its_own_shared_memory(kernels, monkeypatch):
 
 @pytest.mark.parametrize(
     ("k", "channels", "height", "width", "kind"),
-    [(65, 3, 1024, 1024, circular), (41, 8, 2048, 2048, circular), (7, 3, 6000, 6000, circular), (7, 3, 4000, 4000, local)],
+    [
+        (65, 3, 1024, 1024, circular),
+        (41, 8, 2048, 2048, circular),
+        (7, 3, 6000, 6000, circular),
+        (7, 3, 4000, 4000, local),
+    ],
 )
 def test_grids_of_large_images_are_within_cudas_limits(kernels, k, channels, height, width, kind):
     kernels.reset(only_checks=True)
@@ -333,7 +337,7 @@ def test_too_little_memory_is_refused(kernels):
 def test_without_the_library_the_engine_says_so(monkeypatch):
     monkeypatch.setattr(sliding_cuda, "library", None)
     monkeypatch.setattr(sliding_cuda, "_missing", "the CUDA extension was not built")
-    assert "not built" in (sliding.unavailable(torch.device("cuda")) or "")
+    assert "not built" in (sliding_cuda.SlidingCuda().unavailable(torch.device("cuda")) or "")
 
 
 def test_what_the_kernels_have_no_room_for_is_not_served(kernels, monkeypatch):

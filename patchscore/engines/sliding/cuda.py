@@ -102,6 +102,7 @@ def load(path: str) -> ctypes.CDLL:
         getattr(library, name).restype = ctypes.c_char_p
     library.patchscore_unavailable.restype = ctypes.c_char_p
     library.patchscore_shared_bytes.argtypes = [ctypes.c_void_p]
+    library.patchscore_shared_limit.argtypes = [ctypes.c_int]
     return library
 
 
