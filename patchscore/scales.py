@@ -7,11 +7,14 @@ taken from the published ones, and looked up by the nearest noise level, so that
 from __future__ import annotations
 
 import bisect
+import io
 import math
 import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+
+import torch
 
 from . import checks, noise
 from .files import read_record, write_record
@@ -61,8 +64,7 @@ class ScaleTable:
             ValueError: an unknown name.
         """
         checks.one_of("name", name, PUBLISHED)
-        ascending = noise.cosine(20).ratios.flip(0)
-        return cls(ascending[1:].tolist(), PUBLISHED[name][1:], name)
+        return cls._of_steps(PUBLISHED[name], name)
 
     @staticmethod
     def names() -> tuple[str, ...]:
@@ -81,17 +83,28 @@ class ScaleTable:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ScaleTable:
-        """Reads a table that `save` wrote.
+        """Reads a table that `save` wrote, or a scales_*.pt file of Kamb & Ganguli's release.
+
+        The latter are lists or tensors of a size for each of n cosine steps, and are read as `published` reads its own.
 
         Raises:
             ValueError: not such a file, another version, or a table that does not hold together; names the path.
             OSError: the file cannot be read.
         """
+        path = Path(path)
+        data = path.read_bytes()
         try:
-            content = read_record(Path(path), FORMAT, VERSION)
+            if data[:2] in (b"PK", b"\x80\x02"):
+                return cls._of_steps(_sizes_of_steps(data), path.stem)
+            content = read_record(path, FORMAT, VERSION)
             return cls(content["sigmas"], content["sizes"], str(content["name"]))
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise ValueError(f"{path}: not a usable scale table: {error}") from None
+
+    @classmethod
+    def _of_steps(cls, sizes: Sequence[int], name: str) -> ScaleTable:
+        """Sizes for steps 0, 1, ... of a cosine schedule of as many steps, of which a sampler never uses step 0."""
+        return cls(noise.cosine(len(sizes)).ratios.flip(0)[1:].tolist(), sizes[1:], name)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ScaleTable) and (self.sigmas, self.sizes) == (other.sigmas, other.sizes)
@@ -101,6 +114,18 @@ class ScaleTable:
 
     def __repr__(self) -> str:
         return f"ScaleTable({self.name!r}, sizes {' '.join(map(str, self.sizes))})"
+
+
+def _sizes_of_steps(data: bytes) -> list[int]:
+    """The list or tensor of whole numbers in a file of torch.save; loaded without running what else might be in it."""
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError("neither JSON nor a list or tensor that torch.save wrote") from error
+    sizes = content.tolist() if isinstance(content, torch.Tensor) else content
+    if not isinstance(sizes, list) or len(sizes) < 2 or any(isinstance(k, bool) or k != int(k) for k in sizes):
+        raise ValueError("takes a patch size for each of two or more steps")
+    return [int(k) for k in sizes]
 
 
 # Kamb & Ganguli's code release: sizes for steps 0..19 of the 20-step cosine schedule, least noise first.

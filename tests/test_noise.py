@@ -158,3 +158,31 @@ def test_a_foreign_or_broken_table_file_is_refused_by_name(content, tmp_path):
 def test_an_unknown_table_lists_the_known():
     with pytest.raises(ValueError, match="cifar10-resnet-zeros"):
         ps.ScaleTable.published("imagenet")
+
+
+@pytest.mark.parametrize("form", [list, torch.tensor, lambda sizes: torch.tensor(sizes).float()])
+@pytest.mark.parametrize("name", ["cifar10-resnet-zeros", "mnist-unet-zeros"])
+def test_scale_files_of_kamb_and_ganguli_are_read_as_their_tables(name, form, tmp_path):
+    for zipped in (True, False):
+        path = tmp_path / "scales_median.pt"
+        torch.save(form(list(PUBLISHED[name])), path, _use_new_zipfile_serialization=zipped)
+        table = ps.ScaleTable.load(path)
+        assert table == ps.ScaleTable.published(name)
+        assert table.name == "scales_median"
+
+
+@pytest.mark.parametrize("content", [3, [3], [3, "x"], [3, 4, 5], torch.ones(3, 3), {"a": 1}, [3, 2.5], [3, math.nan]])
+def test_other_torch_files_are_no_tables(content, tmp_path):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt: not a usable scale table: "):
+        ps.ScaleTable.load(tmp_path / "a.pt")
+
+
+TABLE = '{"format": "patchscore-scale-table", "version": 1, "name": "a", "sigmas": [1%s], "sizes": [3]}'
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, TABLE % ("0" * 400)], ids=["nested", "huge"])
+def test_a_table_that_overflows_is_refused_by_name(content, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.json: not a usable scale table: "):
+        ps.ScaleTable.load(tmp_path / "a.json")
