@@ -93,21 +93,19 @@ def steps() -> list[dict]:
         k = scale(sigma)
         competition = ps.EquivariantLocalScore(bank, k).competition(k)
         plan = plan_at(table, k, sigma)
-        seconds = {"fused": 0.0, "auto": 0.0}
+        seconds = {"auto": 0.0}
         # Rows of locked coordinates are pixels.
         pixels = Plan(max(plan.columns, -(-(plan.size + 3) // 32) * 32), plan.size, plan.exact)
 
         def plan_of(group: cost.Group, plan: Plan = plan, pixels: Plan = pixels) -> Plan:
             return pixels if group.rows.locked or group.cols.locked else plan
 
-        parts = cost.preferred(DEVICE, competition, SHAPE, IMAGES, BATCH, plan_of)
-        served = {group: order[0] for part, order in parts for group in part.groups}
-        for group, engine in served.items():
+        served = {}
+        for group in competition.groups:
             dense = cost.fused_seconds(DEVICE, group, IMAGES, BATCH, plan_of(group))
-            alone = cost.Competition(k, "zeros", (group,))
-            slides = cost.sliding_seconds(DEVICE, alone, IMAGES, BATCH, SHAPE)
-            seconds["fused"] += dense
-            seconds["auto"] += dense if engine == "fused" else slides
+            slides = cost.sliding_seconds(DEVICE, competition.only([group]), IMAGES, BATCH, SHAPE)
+            served[group] = "fused" if dense <= slides else "sliding"
+            seconds["auto"] += min(dense, slides)
         seconds["sliding"] = cost.sliding_seconds(DEVICE, competition, IMAGES, BATCH, SHAPE)
         interior = max(competition.groups, key=lambda group: group.pixels * group.windows_per_image)
         ms = {name: 1e3 * spent / BATCH for name, spent in seconds.items()}
@@ -200,7 +198,7 @@ def sampled(windows: float, pairs: float, queries: int, columns: int, gpus: int)
 if __name__ == "__main__":
     for row in steps():
         print({name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()})
-    mean = {name: sum(row[name] for row in steps()) / STEPS for name in ("fused", "sliding", "auto")}
+    mean = {name: sum(row[name] for row in steps()) / STEPS for name in ("sliding", "auto")}
     print({name: f"{value:.3g} ms an image and step" for name, value in mean.items()})
     for row in larger_banks():
         print(f"{row['windows']:.0e} {row['k']} {row['engine']:8} x{row['gpus']} {row['seconds']:.3g} s {row['binds']}")

@@ -695,14 +695,14 @@ def expected_steps() -> str:
             str(row["k"]),
             f"{row['columns']}{' (exact)' if row['exact'] else ''}",
             f"{row['pairs']:.2g}".replace("e+", "e"),
-            *(f"{row[engine]:.1f}" for engine in ("fused", "sliding", "auto")),
+            *(f"{row[engine]:.1f}" for engine in ("sliding", "auto")),
             f"`{row['interior']}`",
         ]
         for row in steps
     ]
-    mean = [f"{sum(row[engine] for row in steps) / len(steps):.1f}" for engine in ("fused", "sliding", "auto")]
+    mean = [f"{sum(row[engine] for row in steps) / len(steps):.1f}" for engine in ("sliding", "auto")]
     rows.append(["mean", "", "", "", *mean, ""])
-    header = ["sigma", "k", "K", "pairs an image", "ms an image: `fused`", "`sliding`", "`auto`", "interior by"]
+    header = ["sigma", "k", "K", "pairs an image", "ms an image: `sliding`", "`auto`", "interior by"]
     note = (
         f"Derived, not measured: {paper.BATCH} images at once on {paper.DEVICE.name}, {paper.IMAGES:,} images of "
         f"CIFAR-10, zero padding, `{paper.TABLE}`; K of the next lower noise in the table of columns:"

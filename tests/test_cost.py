@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import smooth_images
 
 import patchscore as ps
+from patchscore import engines
 from patchscore.engines import cost
-from patchscore.windows import Competition
+from patchscore.engines.fused.launch import Fused
+from patchscore.engines.sliding.cuda import SlidingCuda
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -77,13 +80,14 @@ class Plan:
     exact: bool = False
 
 
-def choice(competition, plan, images=50_000, batch=16, shape=(3, 32, 32), device=cost.H100):
-    """The first engine, by group."""
-    parts = cost.preferred(device, competition, shape, images, batch, lambda group: plan)
-    assert sorted(map(repr, competition.groups)) == sorted(repr(group) for part, _ in parts for group in part.groups)
-    for _, order in parts:
-        assert sorted(order) == ["fused", "reference", "sliding"]
-    return {group: order[0] for part, order in parts for group in part.groups}
+def fastest(competition, plan, images=50_000, batch=16, shape=(3, 32, 32), device=cost.H100):
+    """The engine that takes less, by group."""
+    chosen = {}
+    for group in competition.groups:
+        dense = cost.fused_seconds(device, group, images, batch, plan)
+        slides = cost.sliding_seconds(device, competition.only([group]), images, batch, shape)
+        chosen[group] = "fused" if dense <= slides else "sliding"
+    return chosen
 
 
 def competition_of(k, mode):
@@ -92,14 +96,14 @@ def competition_of(k, mode):
 
 @pytest.mark.parametrize("device", [cost.H100, cost.H200, cost.A100], ids=lambda device: device.name)
 def test_few_columns_go_to_fused_and_wide_patches_to_sliding(device):
-    assert set(choice(competition_of(5, "circular"), Plan(64), device=device).values()) == {"fused"}
-    assert set(choice(competition_of(17, "circular"), Plan(896), device=device).values()) == {"sliding"}
-    assert set(choice(competition_of(17, "circular"), Plan(1792, 867, True), device=device).values()) == {"sliding"}
+    assert set(fastest(competition_of(5, "circular"), Plan(64), device=device).values()) == {"fused"}
+    assert set(fastest(competition_of(17, "circular"), Plan(896), device=device).values()) == {"sliding"}
+    assert set(fastest(competition_of(17, "circular"), Plan(1792, 867, True), device=device).values()) == {"sliding"}
 
 
 def test_the_choice_changes_once_as_columns_grow():
     competition = competition_of(17, "circular")
-    chosen = [next(iter(choice(competition, Plan(columns)).values())) for columns in range(64, 1793, 64)]
+    chosen = [next(iter(fastest(competition, Plan(columns)).values())) for columns in range(64, 1793, 64)]
     assert chosen[0] == "fused"
     assert chosen[-1] == "sliding"
     assert chosen == sorted(chosen)
@@ -107,19 +111,12 @@ def test_the_choice_changes_once_as_columns_grow():
 
 @pytest.mark.parametrize("batch", [1, 16])
 def test_groups_locked_on_both_axes_go_to_sliding(batch):
-    chosen = choice(competition_of(7, "zeros"), Plan(64), batch=batch)
+    chosen = fastest(competition_of(7, "zeros"), Plan(64), batch=batch)
     corners = [group for group in chosen if group.rows.locked and group.cols.locked]
     assert len(corners) == 4
     assert {chosen[group] for group in corners} == {"sliding"}
     local = ps.LocalScore(ps.PatchBank(torch.zeros(1, 3, 32, 32)), 5).competition(5)
-    assert set(choice(local, Plan(64), batch=batch).values()) == {"sliding"}
-
-
-def test_whole_images_go_to_sliding():
-    whole = Competition(None, "zeros")
-    ((part, order),) = cost.preferred(cost.H100, whole, (3, 32, 32), 10, 1, lambda group: Plan(64))
-    assert part is whole
-    assert order[0] == "sliding"
+    assert set(fastest(local, Plan(64), batch=batch).values()) == {"sliding"}
 
 
 def test_filler_rows_of_locked_coordinates_are_counted():
@@ -137,3 +134,27 @@ def test_devices_are_known_by_name_and_size(name, capability, multiprocessors, k
     device = cost.device_of(name, capability, multiprocessors, 80 * 2**30)
     assert device.units == pytest.approx(known.units * multiprocessors / known.multiprocessors)
     assert device.memory_rate == pytest.approx(known.memory_rate * multiprocessors / known.multiprocessors)
+
+
+# What the engines say of themselves, on a CPU that the model takes for an H100.
+
+
+@pytest.mark.parametrize(
+    ("k", "sigma", "padding", "expected"),
+    [(3, 0.5, "circular", "fused"), (17, 0.5, "circular", "sliding"), (17, 0.02, "circular", "sliding")],
+)
+def test_engines_expect_what_the_model_says(k, sigma, padding, expected, monkeypatch):
+    monkeypatch.setattr(cost, "known", lambda device: cost.H100)
+    bank = ps.PatchBank(smooth_images(40, 3, 32, 32))
+    competition = ps.EquivariantLocalScore(bank, k, padding_mode=padding).competition(k)
+    z, levels = torch.zeros(16, 3, 32, 32), torch.full((16,), sigma, dtype=torch.float64)
+    seconds = {engine.name: engine.seconds(z, levels, bank, competition) for engine in (Fused(), SlidingCuda())}
+    assert min(seconds, key=seconds.get) == expected
+    assert seconds["sliding"] == cost.sliding_seconds(cost.H100, competition, 40, 16, (3, 32, 32))
+
+
+def test_engines_expect_nothing_of_a_device_that_is_not_known():
+    bank = ps.PatchBank(smooth_images(2, 1, 8, 8))
+    competition = ps.EquivariantLocalScore(bank, 3, padding_mode="circular").competition(3)
+    arguments = torch.zeros(1, 1, 8, 8), torch.ones(1, dtype=torch.float64), bank, competition
+    assert all(engine.seconds(*arguments) is None for engine in engines.EXACT)

@@ -63,6 +63,57 @@ def test_auto_takes_the_first_that_can_serve(warp, bank):
     assert ps.EquivariantLocalScore(bank, 3, engine="reference").estimate(z, 1.0).engine == "reference"
 
 
+class Weft(Warp):
+    """Another one, that knows how long it takes: twice as long where columns are locked."""
+
+    name = "weft"
+    served: tuple = ()
+
+    def seconds(self, z, sigma, bank, competition):
+        (group,) = competition.groups
+        return 2.0 if group.cols.locked else 0.5
+
+    def posterior_sum(self, z, sigma, bank, competition, memory_limit, ess=True):
+        self.served = competition.groups
+        return super().posterior_sum(z, sigma, bank, competition, memory_limit)
+
+
+@pytest.fixture
+def weft(warp, monkeypatch):
+    """`warp` takes one second for everything and comes first where times are not known."""
+    engine = Weft()
+    monkeypatch.setattr(engines, "EXACT", (warp, engine, Reference()))
+    monkeypatch.setattr(engines, "NAMES", ("warp", "weft", "reference"))
+    monkeypatch.setattr(Warp, "seconds", lambda self, z, sigma, bank, competition: 1.0)
+    return engine
+
+
+def test_auto_takes_the_engine_that_expects_to_be_fastest_group_by_group(weft, bank):
+    z = noisy(bank, 1.0, batch=2, dtype=torch.float32)
+    machine = ps.EquivariantLocalScore(bank, 3)
+    est = machine.estimate(z, 1.0)
+    assert est.engine == "warp and weft"
+    assert set(weft.served) == {group for group in machine.competition(3).groups if not group.cols.locked}
+    alone = ps.EquivariantLocalScore(bank, 3, engine="reference").estimate(z, 1.0)
+    assert torch.equal(est.mean, alone.mean)
+    assert est.pairs == alone.pairs
+    # One that is named serves whatever it expects.
+    assert ps.EquivariantLocalScore(bank, 3, engine="warp").estimate(z, 1.0).engine == "warp"
+
+
+def test_where_the_fastest_fails_the_next_fastest_serves(weft, bank):
+    weft.failure = EngineError("no registers")
+    weft.posterior_sum = super(Weft, weft).posterior_sum
+    with pytest.warns(RuntimeWarning, match="'weft' cannot serve: no registers"):
+        assert ps.EquivariantLocalScore(bank, 3).estimate(noisy(bank, 1.0, dtype=torch.float32), 1.0).engine == "warp"
+
+
+def test_an_engine_whose_time_is_not_known_keeps_its_place(weft, bank, monkeypatch):
+    monkeypatch.setattr(Warp, "seconds", lambda self, z, sigma, bank, competition: None)
+    est = ps.EquivariantLocalScore(bank, 3).estimate(noisy(bank, 1.0, dtype=torch.float32), 1.0)
+    assert est.engine == "warp"
+
+
 @pytest.mark.parametrize("engine", ["auto", "warp"])
 def test_a_missing_engine_warns_once_and_the_next_serves(fastest_is_missing, engine, bank):
     machine = ps.EquivariantLocalScore(bank, 3, engine=engine)

@@ -3,6 +3,7 @@
 An engine takes posterior sums over the windows that compete and knows nothing of machines, schedules or noise
 conventions: z = x_0 + sigma eps is all it sees. Engines never call each other. `serve` asks them in order of
 preference, group of pixels by group; what one cannot serve goes to the next, and `reference`, the last, takes all.
+Where engines know how long they will take (cost.py), "auto" prefers the fastest.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..bank import PatchBank
 from ..posterior import PosteriorSum
-from ..windows import Competition, span
+from ..windows import Competition, Group, span
 
 
 class EngineError(RuntimeError):
@@ -44,6 +45,10 @@ class Engine(ABC):
 
     def lacks(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> str | None:
         """Why these sums are left to the next engine by design, or None. Asked of each group of pixels alone."""
+        return None
+
+    def seconds(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> float | None:
+        """How long one group of pixels is expected to take, where a cost model knows the device, or None."""
         return None
 
     @abstractmethod
@@ -141,28 +146,59 @@ def serve(
     Raises:
         RuntimeError: with PATCHSCORE_STRICT=1, an engine that would have served cannot.
     """
+    asked = list(candidates(engines, named, z.device, z.dtype))
     parts: list[tuple[PosteriorSum, Competition]] = []
     names: list[str] = []
-    pending: Competition | None = competition
-    for engine, reason, worth_a_warning in candidates(engines, named, z.device, z.dtype):
-        if reason is not None:
-            if worth_a_warning:
-                _warn(engine, reason)
-            continue
-        taken, left = _split(engine, z, sigma, bank, pending)
-        if taken is None:
-            continue
-        try:
-            sums = engine.posterior_sum(z, sigma, bank, taken, memory_limit, ess=ess)
-        except EngineError as error:
-            _warn(engine, str(error))
-            continue
-        parts.append((sums, taken))
-        names.append(engine.name)
-        pending = left
-        if pending is None:
-            return _joined(parts, z, bank), names
-    raise AssertionError("engine reference always serves")
+    for some, ordered in _by_preference(asked, named, z, sigma, bank, competition):
+        pending: Competition | None = some
+        for engine, reason, worth_a_warning in ordered:
+            if reason is not None:
+                if worth_a_warning:
+                    _warn(engine, reason)
+                continue
+            taken, left = _split(engine, z, sigma, bank, pending)
+            if taken is None:
+                continue
+            try:
+                sums = engine.posterior_sum(z, sigma, bank, taken, memory_limit, ess=ess)
+            except EngineError as error:
+                _warn(engine, str(error))
+                continue
+            parts.append((sums, taken))
+            names.append(engine.name)
+            pending = left
+            if pending is None:
+                break
+        assert pending is None, "engine reference always serves"
+    return _joined(parts, z, bank), names
+
+
+Asked = tuple[Engine, str | None, bool]
+
+
+def _by_preference(
+    asked: list[Asked], named: str, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition
+) -> list[tuple[Competition, list[Asked]]]:
+    """The competition in parts, each with the engines in the order they are asked.
+
+    "auto" asks those whose time is known the fastest first, group of pixels by group; others keep their places.
+    """
+    if named != "auto" or not competition.groups:
+        return [(competition, asked)]
+    found: dict[tuple[int, ...], list[Group]] = {}
+    for group in competition.groups:
+        alone, expected = competition.only([group]), {}
+        for i, (engine, reason, _) in enumerate(asked):
+            if reason is None and engine.lacks(z, sigma, bank, alone) is None:
+                seconds = engine.seconds(z, sigma, bank, alone)
+                if seconds is None:
+                    break
+                expected[i] = seconds
+        order = list(range(len(asked)))
+        for place, i in zip(sorted(expected), sorted(expected, key=lambda i: expected[i]), strict=True):
+            order[place] = i
+        found.setdefault(tuple(order), []).append(group)
+    return [(competition.only(groups), [asked[i] for i in order]) for order, groups in found.items()]
 
 
 def serve_each(
@@ -175,11 +211,11 @@ def serve_each(
     memory_limit: int,
 ) -> list[PosteriorSum]:
     """`serve` for several competitions, in one pass over the bank where one engine takes them all."""
-    for engine, reason, _ in candidates(engines, named, z.device, z.dtype):
-        if reason is None:
-            if all(engine.lacks(z, sigma, bank, competition) is None for competition in competitions):
-                return engine.posterior_sums(z, sigma, bank, competitions, memory_limit)
-            break
+    asked = list(candidates(engines, named, z.device, z.dtype))
+    parts = [part for one in competitions for part in _by_preference(asked, named, z, sigma, bank, one)]
+    first, *others = {next(engine for engine, reason, _ in ordered if reason is None) for _, ordered in parts}
+    if not others and all(first.lacks(z, sigma, bank, competition) is None for competition in competitions):
+        return first.posterior_sums(z, sigma, bank, competitions, memory_limit)
     return [serve(engines, named, z, sigma, bank, one, memory_limit)[0] for one in competitions]
 
 

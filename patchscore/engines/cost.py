@@ -1,8 +1,8 @@
 """What exact sums cost on a GPU, on paper: units of work a pair, and the rates at which devices do them.
 
 A pair (query pixel, window) costs exponentials, multiply-adds of half floats, issued instructions, and bytes from L2
-and from memory. `rate` turns them into pairs a second; `preferred` orders the engines of a CUDA device by it. Every
-figure is derived: counted in machine code (benchmarks/results/), or published for the device. None was measured.
+and from memory. `rate` turns them into pairs a second, and `engine="auto"` goes by seconds of it on a GPU. Every figure
+is derived: counted in machine code (benchmarks/results/), or published for the device. None was measured.
 
 The kernels alternate between matrix products and the softmax, so the time of a pair is
 
@@ -13,10 +13,12 @@ each over its rate. An efficiency of 1 is one after the other, each at its full 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
+
+import torch
 
 from ..windows import Competition, Group
 
@@ -184,7 +186,13 @@ MAKING = 3  # passes over the rows that making them takes: pixels gathered, roun
 
 
 def fused_seconds(device: Device, group: Group, images: int, batch: int, plan: Plan) -> float:
-    """Of the pixels of one group, at the middle efficiency."""
+    """Of the pixels of one group, at the middle efficiency.
+
+    Never the fastest where both axes are locked: a row serves no pixel but its own there, and the rows of all
+    coordinates are C k^2 times the bank.
+    """
+    if group.rows.locked and group.cols.locked:
+        return math.inf
     locked = math.prod(len(axis.queries) for axis in (group.rows, group.cols) if axis.locked)
     queries = batch * group.pixels // locked
     rows = -(-images * group.windows_per_image // ROWS_MULTIPLE) * ROWS_MULTIPLE
@@ -246,54 +254,21 @@ def sliding_seconds(
     return pairs * sliding(competition, shape, floats).seconds(device, middle(INTEGER))
 
 
-# The choice.
-
-FUSED_FIRST = ("fused", "sliding", "reference")
-SLIDING_FIRST = ("sliding", "fused", "reference")
+# Devices.
 
 
 def device_of(name: str, capability: tuple[int, int], multiprocessors: int, memory: int) -> Device:
     """What is known of a CUDA device; one that is not known is taken for an A100 or H100 of its own size."""
-    known = A100 if capability < (9, 0) else H200 if "H200" in name else H100
-    share = multiprocessors / known.multiprocessors
-    return Device(
-        name, multiprocessors, known.clock, known.products, known.l2_rate * share, known.memory_rate * share, memory
-    )
+    like = A100 if capability < (9, 0) else H200 if "H200" in name else H100
+    share = multiprocessors / like.multiprocessors
+    rates = like.l2_rate * share, like.memory_rate * share
+    return Device(name, multiprocessors, like.clock, like.products, *rates, memory)
 
 
-def preferred(
-    device: Device,
-    competition: Competition,
-    shape: tuple[int, int, int],
-    images: int,
-    batch: int,
-    plan_of: Callable[[Group], Plan],
-    floats: bool = False,
-) -> list[tuple[Competition, tuple[str, ...]]]:
-    """The competition in parts, each with the exact engines of a CUDA device, the one expected to be fastest first.
-
-    Whole images are `sliding`'s, and so are groups locked on both axes: a row of K columns serves no pixel but its own
-    there, and the rows of all coordinates are C k^2 times the bank.
-
-    Args:
-        shape: [C, H, W] of an image.
-        images: of the bank.
-        batch: noisy images.
-        plan_of: what `fused` describes the windows of a group by.
-        floats: whether the bank is float32.
-    """
-    if competition.patch_size is None:
-        return [(competition, SLIDING_FIRST)]
-    found: dict[tuple[str, ...], list[Group]] = {}
-    for group in competition.groups:
-        order = SLIDING_FIRST
-        if not (group.rows.locked and group.cols.locked):
-            alone = Competition(competition.patch_size, competition.padding_mode, (group,))
-            dense = fused_seconds(device, group, images, batch, plan_of(group))
-            if dense <= sliding_seconds(device, alone, images, batch, shape, floats):
-                order = FUSED_FIRST
-        found.setdefault(order, []).append(group)
-    return [
-        (Competition(competition.patch_size, competition.padding_mode, tuple(groups)), order)
-        for order, groups in found.items()
-    ]
+@functools.cache
+def known(device: torch.device) -> Device | None:
+    """The rates of a CUDA device, or None."""
+    if device.type != "cuda":
+        return None
+    of = torch.cuda.get_device_properties(device)
+    return device_of(of.name, (of.major, of.minor), of.multi_processor_count, of.total_memory)

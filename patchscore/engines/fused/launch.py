@@ -22,6 +22,7 @@ from torch import Tensor
 from ...bank import PatchBank
 from ...posterior import PosteriorSum, accumulator_dtype
 from ...windows import Competition, Group, rows_as_pixels, span
+from .. import cost
 from ..autotune import Configuration, KernelError, first_that_serves, wanted
 from ..base import Engine
 from .rows import (
@@ -187,6 +188,14 @@ class Fused(Engine):
             return "whole images are one matrix product of few queries"
         return None
 
+    def seconds(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> float | None:
+        device = cost.known(z.device)
+        if device is None:
+            return None
+        (group,) = competition.groups
+        plan = _plan(z, sigma, bank, competition, group, self.tolerance)[0]
+        return cost.fused_seconds(device, group, len(bank), len(z), plan)
+
     def posterior_sum(
         self,
         z: Tensor,
@@ -199,6 +208,19 @@ class Fused(Engine):
         return posterior_sum(z, sigma, bank, competition, memory_limit, self.tolerance)
 
 
+def _plan(
+    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, group: Group, tolerance: float
+) -> tuple[Plan, Spectrum | None]:
+    """What the windows of a group are described by, and the principal axes of the bank where any group is free."""
+    k = competition.patch_size or 0
+    d = z.shape[1] * k * k
+    free = any(not (one.rows.locked or one.cols.locked) for one in competition.groups)
+    spectrum = spectrum_of(bank, k, z.device) if free and d <= LARGEST_SPECTRUM else None
+    uint8 = bank.images.dtype == torch.uint8
+    axes = not (group.rows.locked or group.cols.locked)
+    return choose_plan(spectrum, d, float(sigma.min()), tolerance, uint8, axes), spectrum
+
+
 def _posterior_sum(
     z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int, tolerance: float
 ) -> PosteriorSum:
@@ -207,15 +229,11 @@ def _posterior_sum(
     d = z.shape[1] * k * k
     uint8 = bank.images.dtype == torch.uint8
     unit = 127.5 / 128 if uint8 else 1.0  # bytes become multiples of 1/256, which half floats hold
-    smallest = float(sigma.min())
-    free = any(not (group.rows.locked or group.cols.locked) for group in competition.groups)
-    spectrum = spectrum_of(bank, k, device) if free and d <= LARGEST_SPECTRUM else None
+    plans = [_plan(z, sigma, bank, competition, group, tolerance) for group in competition.groups]
     sigma = _levels(sigma, device, exact)
 
     total = PosteriorSum.empty(z.shape, device)
-    for group in competition.groups:
-        locked = group.rows.locked or group.cols.locked
-        plan = choose_plan(spectrum, d, smallest, tolerance, uint8, axes=not locked)
+    for group, (plan, spectrum) in zip(competition.groups, plans, strict=True):
         # A query's row and its sums of every split take far less than a patch row's share of the limit.
         per_item = group.pixels * (8 * d + 4 * plan.columns + 64 * value_columns(z.shape[1]))
         items = min(len(z), max(1, memory_limit // 4 // per_item))

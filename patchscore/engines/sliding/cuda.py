@@ -21,6 +21,7 @@ from torch import Tensor
 from ...bank import PatchBank
 from ...posterior import PosteriorSum
 from ...windows import Axis, Competition, Group
+from .. import cost
 from .. import device as resident
 from ..base import Engine
 
@@ -135,6 +136,13 @@ class SlidingCuda(Engine):
         if serves(bank, competition, z.device):
             return None
         return "its shared memory or its integers are too small for these patches"
+
+    def seconds(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> float | None:
+        device = cost.known(z.device)
+        if device is None:
+            return None
+        floats = bank.images.dtype != torch.uint8
+        return cost.sliding_seconds(device, competition, len(bank), len(z), bank.shape, floats)
 
     def posterior_sum(
         self,
