@@ -60,8 +60,10 @@ if forced and nvcc is None:
 
 extensions = []
 try:
-    from pybind11.setup_helpers import Pybind11Extension
+    from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 
+    # One file at a time, or as many as the variable says; 0: as there are cores.
+    ParallelCompile("NPY_NUM_BUILD_JOBS", default=1).install()
     extensions.append(
         Pybind11Extension(
             "patchscore._native",

@@ -43,10 +43,10 @@ if "--dry" in sys.argv:
     import interpreted  # noqa: F401
 import ceilings
 import peers
-import report
 import sensors
 import torch
 from peers import golddiff
+from tables import gpu as tables
 
 import patchscore as ps
 from patchscore import engines
@@ -641,7 +641,7 @@ def main() -> None:
         bench.section("streamed", streamed, bank)
     bench.flush()
     bench.sensors.close()
-    print(report.gpu_table(bench.content["rows"]))
+    print(tables.gpu_table(bench.content["rows"]))
     if bench.content["failed"]:
         sys.exit("failed: " + "; ".join(bench.content["failed"]))
 

@@ -16,7 +16,7 @@ import paper
 import report
 import scaling
 
-RESULTS = sorted((report.ROOT / "benchmarks" / "results").glob("*.json"))
+RESULTS = sorted((report.results.ROOT / "benchmarks" / "results").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -32,8 +32,8 @@ def test_every_result_names_machine_versions_commit_and_date(path):
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     """A page of its own, beside results that are not there yet."""
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report.results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report.results, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     path = tmp_path / "page.md"
     path.write_text("Samples\n\n<!-- end_to_end -->\n<!-- /end_to_end -->\n\n<!-- gpu -->\n<!-- /gpu -->\n")
@@ -113,7 +113,7 @@ def test_the_resource_that_binds_takes_the_time():
 
 
 def test_derived_figures_say_so():
-    for block in (report.on_paper, report.expected_steps):
+    for block in (report.gpu.on_paper, report.gpu.expected_steps):
         assert "not measured" in block()
 
 

@@ -217,7 +217,7 @@ def test_rates_of_engines_whose_tests_are_red_are_withheld(gpu, tmp_path):
     (tmp_path / "steps.tsv").write_text("\n".join(lines) + "\n")
     gpu.record.add_steps(tmp_path)
     record = json.loads((tmp_path / "gpu-x.json").read_text())
-    table = gpu.report.gpu_table(record["rows"], gpu.report.red_engines(record))
+    table = gpu.tables.gpu_table(record["rows"], gpu.tables.red_engines(record))
     fused, sliding, gemm = table.splitlines()[2:]
     assert "2.000" not in fused
     assert "tests are red" in fused

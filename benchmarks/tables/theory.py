@@ -1,0 +1,95 @@
+"""How well the theory predicts trained networks."""
+
+from .results import DATA, measured_on, result, table
+
+
+def theory() -> str:
+    record = result("theory")
+    best = longest(record)
+    parts = []
+    for key, of in best.items():
+        rows = [
+            [row["machine"], str(row["n"]), median(row, "r2"), median(row, "correlation"), f"{row['mse_median']:.3f}"]
+            for row in record["rows"]
+            if is_of(row, key, of)
+        ]
+        header = ["machine", "n", "r^2", "correlation", "mse"]
+        title = f"{titled(key)} padding, {of['images']:,} training images, {of['images_seen']:,} seen"
+        parts.append(f"{title}:\n\n{table(header, rows)}")
+    return "\n\n".join([*parts, f"Medians, with 95% intervals {measured_on(record)}."])
+
+
+def limits() -> str:
+    record = result("theory")
+    own = [row for row in sorted(record["rows"], key=order) if row["machine"] == f"els-{row['padding_mode']}"]
+    rows = []
+    for row in own:
+        about = [titled(kind_of(row)), f"{row['images_seen']:,}", f"{row['bank']:,}"]
+        # Rows of fewer images are held against the same images of this one.
+        beside = {other["n"] for other in own if kind_of(other) == kind_of(row)}
+        for n, first in row.get("r2_first", {}).items():
+            if int(n) in beside:
+                rows.append([*about, f"first {n}", median(first, "r2")])
+        rows.append([*about, str(row["n"]), median(row, "r2")])
+    return table(["network", "images seen in training", "training images the machine has", "n", "r^2"], rows)
+
+
+def training() -> str:
+    record = result("theory")
+    rows = [
+        [
+            titled(key),
+            f"{of['weights']:,}",
+            f"{of['images']:,}",
+            f"{of['images_seen']:,}",
+            f"{of['images_seen'] / of['images']:.0f}",
+            f"{of['seconds'] / 60:.0f} min",
+            f"{of['loss']:.3f}",
+        ]
+        for key, of in trained(record)
+    ]
+    header = ["network", "weights", "training images", "images seen", "epochs", "one shared CPU core", "last loss"]
+    return table(header, rows)
+
+
+def longest(record: dict) -> dict[tuple[str, str, str], dict]:
+    """The network of each data set, architecture and padding that was trained longest, of those with baselines."""
+    return {
+        key: of
+        for key, of in trained(record)
+        if any(is_of(row, key, of) and row["machine"] == "ideal" for row in record["rows"])
+    }
+
+
+def trained(record: dict) -> list[tuple[tuple[str, str, str], dict]]:
+    """Every network once, whatever banks its machines had, in the order of the tables."""
+    networks = sorted(record["networks"].values(), key=order)
+    return [(kind_of(of), of) for i, of in enumerate(networks) if of not in networks[:i]]
+
+
+def kind_of(of: dict) -> tuple[str, str, str]:
+    return of["dataset"], of["network"], of["padding_mode"]
+
+
+def titled(kind: tuple[str, str, str]) -> str:
+    return f"{DATA[kind[0]]}, {kind[1]}, {kind[2]}"
+
+
+def is_of(row: dict, key: tuple[str, str, str], of: dict) -> bool:
+    return kind_of(row) == key and row["images_seen"] == of["images_seen"] and row["bank"] == of["images"]
+
+
+def order(of: dict) -> tuple:
+    """By data set, architecture and padding, then by length of training and size of bank."""
+    return (
+        of["dataset"] == "cifar10",
+        of["network"],
+        of["padding_mode"] == "circular",
+        of["images_seen"],
+        of.get("bank", 0),
+    )
+
+
+def median(row: dict, figure: str) -> str:
+    low, high = row[f"{figure}_interval"]
+    return f"{row[f'{figure}_median']:.3f} ({low:.2f} to {high:.2f})"
