@@ -241,7 +241,7 @@ class Call:
         machine = self.machine(engine, **options)
 
         def call() -> ps.Estimate:
-            est = machine.estimate(self.z, self.sigma)
+            est = machine.estimate(self.z, self.sigma, ess=False)  # what `denoise` does, and says who served
             # Some leave groups of pixels to the next by design; a row carries all that served.
             if engine != "auto" and engine not in est.engine.split(" and "):
                 raise Wrong(f"{engine} was named, {est.engine} served")

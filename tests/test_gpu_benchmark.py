@@ -183,8 +183,8 @@ def test_no_speed_is_reported_of_an_engine_that_is_wrong_or_did_not_serve(gpu, m
     call = gpu.Call(bank, 3, 0.5, bank.chunk(0, 1) + 0.1)
     right = gpu.ps.EquivariantLocalScore.estimate
 
-    def off(self, z, sigma, labels=None):
-        est = right(self, z, sigma, labels)
+    def off(self, z, sigma, labels=None, **options):
+        est = right(self, z, sigma, labels, **options)
         return est if self.engine == "reference" else gpu.ps.Estimate(est.mean + 0.01, *list(vars(est).values())[1:])
 
     monkeypatch.setattr(gpu.ps.EquivariantLocalScore, "estimate", off)
@@ -197,8 +197,8 @@ def test_no_speed_is_reported_of_an_engine_that_is_wrong_or_did_not_serve(gpu, m
     assert not [row for row in written(tmp_path)["rows"] if row["engine"] == "sliding"]
     assert all("Wrong" in what for what in written(tmp_path)["failed"])
 
-    def other(self, z, sigma, labels=None):
-        est = right(self, z, sigma, labels)
+    def other(self, z, sigma, labels=None, **options):
+        est = right(self, z, sigma, labels, **options)
         return gpu.ps.Estimate(*list(vars(est).values())[:4], engine="reference")
 
     monkeypatch.setattr(gpu.ps.EquivariantLocalScore, "estimate", other)
