@@ -101,7 +101,7 @@ $(VENV)/.installed: $(VENV)/bin/python $(INPUTS)
 	$(BIN)/pip install -q $(CONSTRAINTS) -e .
 	touch $@
 
-# What an extra holds, beside the package itself.
+# An extra of the package that is installed; by its name, so that nothing is built again.
 $(VENV)/.installed-%: $(VENV)/.installed
-	$(BIN)/pip install -q $(CONSTRAINTS) -e '.[$*]'
+	$(BIN)/pip install -q $(CONSTRAINTS) 'patchscore[$*]'
 	touch $@

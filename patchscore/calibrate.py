@@ -1,9 +1,10 @@
 """Calibration: at each noise level, the patch size whose score agrees best with a network's.
 
-The network walks from noise to image; at every step of its walk machines of several patch sizes look at the same noisy
-image, and the one whose score points most nearly where the network's does wins. The median over walks is the ScaleTable
-(Kamb & Ganguli 2024, section 5). The size found at a noise level belongs to that level; the published tables are read
-the same way, although the released script wrote the size found at step j + 1 into entry j.
+The network samples images; at every step of a trajectory, machines of all candidate patch sizes denoise the same noisy
+image, and the size whose score has the largest cosine similarity with the network's is chosen. The median over
+trajectories is the ScaleTable (Kamb & Ganguli 2024, section 5). The size found at a noise level belongs to that level;
+the published tables are read the same way, although the released script wrote the size found at step j + 1 into entry
+j.
 """
 
 from __future__ import annotations
@@ -54,23 +55,23 @@ class Calibration:
 
     @property
     def choices(self) -> np.ndarray:
-        """[steps, n] the best size for each walk at each step; of equals the smaller."""
+        """[steps, n] the best size for each trajectory at each step; the smaller of two equal ones."""
         return np.asarray(self.patch_sizes)[self.agreement.argmax(-1)]
 
     @property
     def median(self) -> list[int]:
-        """[steps] the median size over walks; of two in the middle the smaller, so that it is one of the sizes."""
+        """[steps] the median size over trajectories; the smaller of two middle ones, so that it is a candidate."""
         return [int(k) for k in np.sort(self.choices, axis=1)[:, (self.choices.shape[1] - 1) // 2]]
 
     @property
     def mode(self) -> list[int]:
-        """[steps] the most frequent size over walks; of equals the smaller."""
+        """[steps] the most frequent size over trajectories; the smaller of two equally frequent ones."""
         sizes = np.asarray(self.patch_sizes)
         counts = (self.choices[:, :, None] == sizes).sum(1)
         return [int(k) for k in sizes[counts.argmax(-1)]]
 
     def table(self, summary: str = "median", name: str = "calibrated") -> ScaleTable:
-        """The ScaleTable: the median over walks, or the mode."""
+        """The ScaleTable of the median, or of the mode, over trajectories."""
         sizes = self.median if checks.one_of("summary", summary, SUMMARIES) == "median" else self.mode
         return ScaleTable(self.sigmas[::-1], sizes[::-1], name)
 
@@ -123,20 +124,20 @@ def calibrate(
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Calibration:
-    """The patch size at each noise level whose score is nearest to the network's, along the network's own walks.
+    """The patch size at each noise level whose score is closest to the network's, along the network's own trajectories.
 
     Args:
         network: a denoiser; `patchscore.adapters.network` makes one of any network.
         bank: its training images.
-        patch_sizes: the sizes that compete, odd.
-        n: how many walks.
+        patch_sizes: the candidate sizes, odd.
+        n: number of trajectories.
         padding_mode: "zeros" or "circular", as in the network.
-        metric: "cosine" of the two scores, as published, or "l2", their distance.
-        machine: "els", or "local" for windows at the same place only.
+        metric: "cosine" similarity of the two scores, as published, or "l2", their distance.
+        machine: "els", or "local" for windows at the same position only.
         sampler: as in `sample`, and so are `schedule`, `steps`, `labels`, `seed`, `first`, `batch_size`, `device` and
             `progress`.
         engine: of the machines, and so is `memory_limit`.
-        resume: a file that is rewritten after every batch, and continued from where it is there.
+        resume: a file that is rewritten after every batch; where it exists, the calibration continues from it.
 
     Raises:
         ValueError: an argument outside what is listed; a file of another calibration, named by its path.
@@ -181,7 +182,7 @@ def calibrate(
     ) as bar:
         while start < n:
             count = min(batch_size, n - start)
-            walk: list[Step] = []
+            trajectory: list[Step] = []
             sample(
                 network,
                 n=count,
@@ -192,11 +193,11 @@ def calibrate(
                 first=first + start,
                 batch_size=count,
                 device=device,
-                callback=walk.append,
+                callback=trajectory.append,
                 progress=False,
             )
             agreement = np.empty((len(levels), count, len(sizes)))
-            for step in walk:
+            for step in trajectory:
                 z, sigma = step.x / step.alpha, step.sigma / step.alpha
                 own = listed[start : start + count] if listed else None
                 for i, x0 in enumerate(denoised_by_each(machines, z, sigma, own)):
@@ -210,7 +211,7 @@ def calibrate(
 
 
 def denoised_by_each(machines: Sequence[ScoreMachine], z: Tensor, sigma: float, labels: Labels) -> list[Tensor]:
-    """What each of several machines over one bank makes of z, in one pass over the bank where the engine has one."""
+    """z denoised by each of several machines over one bank, in a single pass over the bank where the engine has one."""
     bank = machines[0].bank
     means = [torch.empty_like(z) for _ in machines]
     sigmas = torch.full((len(z),), sigma, dtype=torch.float64)
@@ -223,7 +224,7 @@ def denoised_by_each(machines: Sequence[ScoreMachine], z: Tensor, sigma: float, 
 
 
 def _agreement(metric: str, a: Tensor, b: Tensor) -> Tensor:
-    """[B] of two displacements D - z, which are the scores up to a factor that both share."""
+    """[B] agreement of two displacements D - z, which are the scores up to a common factor."""
     a, b = a.double().flatten(1), b.double().flatten(1)
     if metric == "l2":
         return -(a - b).norm(dim=1)
@@ -241,7 +242,7 @@ def _machine(
 
 
 def _probe(network: Denoiser, sigma: float, seed: int) -> list[float]:
-    """A few pixels that the network makes of fixed noise: tells one network from another."""
+    """A few pixels of the network's output for fixed noise: a fingerprint of the network."""
     noise = torch.randn(1, *network.shape, generator=torch.Generator().manual_seed(seed % 2**63))
     x0 = network.denoise(sigma * noise, sigma).flatten()
     return [round(value, 6) for value in x0[:: max(1, len(x0) // 8)][:8].tolist()]

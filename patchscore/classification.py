@@ -1,4 +1,4 @@
-"""Bayes classification with class-conditional denoisers: the class whose denoiser explains the noise best.
+"""Bayes classification with class-conditional denoisers: the class whose denoiser predicts the noise best.
 
 The diffusion-classifier rule (Li et al., "Your diffusion model is secretly a zero-shot classifier", 2023; Clark & Jaini
 2023): noise the image, let every class denoise it, and compare the errors. All classes see the same noise, so that what
@@ -58,15 +58,15 @@ def classify(
         p(c | x) = softmax_c( - mean over sigma and eps of |eps - eps_c|^2 ),
         eps_c = (z - D(z, sigma, c)) / sigma,   z = x + sigma eps
 
-    (Li et al. 2023, equations 5 and 6, with a uniform prior; sigma is weighted as they weight t, evenly.) Noise is
-    shared: image i has the same draws for every class, and they depend on (seed, i) alone, whatever else is in the
-    batch. Each of the sigmas and draws costs one denoising per class; what that costs is the denoiser's matter.
+    (Li et al. 2023, equations 5 and 6, with a uniform prior and uniform weights over the noise levels.) All classes see
+    the same noise: the draws of image i depend only on (seed, i). The cost is one denoising per class, noise level and
+        draw.
 
     Args:
         denoiser: any denoiser over a labelled bank.
         images: [B, C, H, W] clean images in [-1, 1].
-        sigmas: the noise levels, in units of pixel values. Middle ones tell classes apart best.
-        classes: labels or names to choose from; None takes all of the denoiser's bank.
+        sigmas: the noise levels, in units of pixel values. Intermediate levels discriminate best.
+        classes: candidate labels or names; None takes all classes of the denoiser's bank.
         draws: noise draws for each image and noise level.
         seed: any integer.
         batch_size: images denoised together.

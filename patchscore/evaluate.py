@@ -1,8 +1,8 @@
-"""Theory against network: the same seeds through both, and how much of each other's images they predict.
+"""Theory against network: both sample from the same seeds, and their images are correlated.
 
-The published comparison (Kamb & Ganguli 2024, section 5): both start from the same noise, walk the same schedule, and
-the images at the end are correlated, pixel by pixel. Beside that, both are asked at every step of the network's own
-walk, which tells a wrong step from a wrong sum of them.
+The published comparison (Kamb & Ganguli 2024, section 5): both start from the same noise and follow the same schedule,
+and the final images are correlated over their pixels. In addition, both denoise the noisy images along the network's
+own trajectory, which separates the error of a single step from errors that accumulate.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Agreement:
 
     @property
     def r2(self) -> Tensor:
-        """[n], squared correlation: the share of variance that a line through the other's pixels explains."""
+        """[n] squared correlation: the fraction of the variance explained by a linear fit to the other image."""
         return self.correlation**2
 
 
@@ -78,7 +78,7 @@ class Comparison:
     settings: dict[str, Any]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a machine: medians over the images, each with its 95% bootstrap interval."""
+        """One row per machine: medians over the images, with 95% bootstrap intervals."""
         rows = []
         for name, of in self.machines.items():
             row: dict[str, Any] = {"machine": name, "n": len(self.images)}
@@ -129,14 +129,14 @@ def compare(
     along: bool = True,
     progress: bool = True,
 ) -> Comparison:
-    """Samples network and machines from the same seeds and holds their images together.
+    """Samples from the network and from the machines with the same seeds, and compares the images.
 
     Args:
         network: a denoiser; `patchscore.adapters.network` makes one of any network.
         machines: a denoiser, or several by name (`baselines` gives the usual ones).
         n: number of images, as in `sample`; so are `steps`, `schedule`, `sampler`, `labels`, `seed`, `first`,
             `batch_size`, `device` and `progress`.
-        along: also ask every machine at every step of the network's walk; twice the work.
+        along: also compare the denoised images at every step of the network's trajectory; doubles the work.
 
     Raises:
         ValueError: an argument outside what is listed, or machines for images of another shape.
@@ -167,15 +167,15 @@ def compare(
         "progress": False,
     }
 
-    walk: list[Step] = []
-    images = sample(network, callback=walk.append, **options).cpu()
+    trajectory: list[Step] = []
+    images = sample(network, callback=trajectory.append, **options).cpu()
     found: dict[str, Agreement] = {}
-    work = len(named) * (len(walk) * along + len(levels) * -(-n // batch_size))
+    work = len(named) * (len(trajectory) * along + len(levels) * -(-n // batch_size))
     with tqdm(total=work, unit="step", desc="comparing", delay=2, disable=not progress) as bar:
         for name, machine in named.items():
             made = sample(machine, callback=lambda step: bar.update(), **options).cpu()
             step_r2, step_mse = torch.full((2, len(levels), n), torch.nan, dtype=torch.float64)
-            for step in walk if along else ():
+            for step in trajectory if along else ():
                 own = slice(step.images.start - first, step.images.stop - first)
                 x0 = machine.denoise(step.x / step.alpha, step.sigma / step.alpha, listed[own] if listed else None)
                 step_r2[step.index, own] = correlation(x0, step.x0).square().cpu()
@@ -203,12 +203,12 @@ def baselines(
     engine: str = "auto",
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
 ) -> dict[str, Denoiser]:
-    """The machines of a bank that a network is usually held against, by name.
+    """The machines and baselines that a network is usually compared with, by name.
 
     Args:
         bank: the network's training images.
         zeros: patch sizes of the boundary-broken and of the local machine.
-        circular: patch sizes of the circular machine, which must fit the image; None takes `zeros`, cut to that.
+        circular: patch sizes of the circular machine, at most the image size; None clips those of `zeros`.
     """
     if circular is None:
         largest = min(bank.shape[1:])
@@ -231,14 +231,14 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def bootstrap_interval(values: Tensor | Sequence[float], level: float = 0.95) -> list[float]:
-    """Percentile interval of the median over resamples of the values; the same for the same values."""
+    """Percentile bootstrap interval of the median; deterministic."""
     known = np.asarray(values, dtype=float)
     drawn = np.random.default_rng(0).choice(known, (RESAMPLES, len(known)))
     return np.quantile(np.median(drawn, axis=1), [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
 def finite(value: Any) -> Any:
-    """The same with null for NaN and infinity, which JSON does not know."""
+    """The same value with None (null) for NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     if isinstance(value, dict):

@@ -24,7 +24,7 @@ from .posterior import accumulator_dtype
 T = TypeVar("T")
 
 RELATIVE_NULL = 1e-12
-"""Variances below this share of the largest are rounding, and count as 0."""
+"""Variances below this fraction of the largest are rounding error of a float64 decomposition, and are set to 0."""
 
 
 @dataclass(frozen=True)
@@ -50,26 +50,27 @@ class Axes:
 
 
 class GaussianScore(Denoiser):
-    """The optimal denoiser for images drawn from N(mu, Sigma), mu and Sigma the bank's mean and covariance (over N).
+    """The optimal denoiser for a Gaussian N(mu, Sigma) with the mean and covariance (divided by N) of the bank.
 
         D(z) = mu + U diag(lambda / (lambda + sigma^2)) U^T (z - mu)
 
-    With labels, mu and Sigma are those of the class; each class is decomposed once, when it is first asked for.
-    Arithmetic is float64 wherever the device has it.
+    With labels, mu and Sigma are those of the class; each class is decomposed once, when it is first used. Arithmetic
+    is float64 wherever the device supports it.
 
-    `estimate` has stderr 0 and pairs 0 (no window is visited). D(z) is a sum of the training images with weights
-    w_n = (1 + (x_n - mu)^T a) / N where a = (Sigma + sigma^2)^-1 (z - mu), and ess is their effective number
-    (sum w)^2 / sum w^2 = N / (1 + a^T Sigma a), one for all pixels.
+    `estimate` has stderr 0 and pairs 0, because it evaluates no window. D(z) is a weighted sum of the training images,
+    w_n = (1 + (x_n - mu)^T a) / N with a = (Sigma + sigma^2)^-1 (z - mu), and ess is the effective sample size
+    (sum w)^2 / sum w^2 = N / (1 + a^T Sigma a), the same at all pixels.
 
     Args:
         bank: the training images.
-        rank: keep so many leading principal axes (by a randomized SVD, streaming over the bank) and treat the images as
-            constant along all others; None keeps all.
-        memory_limit: bytes that a decomposition may take.
+        rank: number of leading principal axes to keep (by a randomized SVD that streams over the bank); the variance
+            along all others is taken as 0. None keeps all.
+        memory_limit: bytes that a decomposition may use.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or out of its range. When a class is first decomposed,
-            ValueError if that takes more than `memory_limit`, naming both.
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of its range; on the first use of a class, a decomposition that needs more than
+            `memory_limit`.
     """
 
     def __init__(self, bank: PatchBank, rank: int | None = None, memory_limit: int = DEFAULT_MEMORY_LIMIT):
@@ -137,9 +138,9 @@ class GaussianScore(Denoiser):
 
     @torch.no_grad()
     def marginal(self, noise: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
-        """White noise as a draw from the marginal at a noise level: mu + (Sigma + sigma^2)^(1/2) noise.
+        """Maps white noise to a draw from the marginal at a noise level: mu + (Sigma + sigma^2)^(1/2) noise.
 
-        It is where the probability flow arrives from z = sigma' noise at sigma' -> infinity.
+        This is the limit of the probability flow that starts from z = sigma' noise, as sigma' -> infinity.
 
         Args:
             noise: [B, C, H, W] white noise of variance 1.
@@ -176,11 +177,11 @@ class GaussianScore(Denoiser):
 def principal_axes(bank: PatchBank, rank: int | None = None, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> Axes:
     """Mean, principal axes and variances of a bank, in float64 on the CPU.
 
-    All of them from the covariance [d, d] or, where there are fewer images than pixels, from the images' products
-    [n, n]; the leading `rank` of many by a randomized SVD that never holds more than [d, rank].
+    All axes come from the covariance [d, d] or, where there are fewer images than pixels, from the Gram matrix [n, n].
+    The leading `rank` of them come from a randomized SVD that never holds more than [d, rank].
 
     Raises:
-        ValueError: it takes more than `memory_limit` bytes.
+        ValueError: the decomposition needs more than `memory_limit` bytes.
     """
     n, d = len(bank), bank.images[0].numel()
     mean = sum(_centred(bank, start, stop, 0).sum(0) for start, stop in _chunks(n, d)) / n

@@ -1,6 +1,6 @@
-"""Denoisers made of denoisers: classifier-free guidance, and a switch by noise level.
+"""Combinations of denoisers: classifier-free guidance, and a switch by noise level.
 
-Both are denoisers themselves, so that every sampler and adapter takes them.
+Both are denoisers themselves, so every sampler and adapter accepts them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .denoiser import Denoiser, Estimate, Labels, check_noisy, check_sigma, labe
 class Guided(Denoiser):
     """Classifier-free guidance: D = D_uncond + scale (D_cond - D_uncond) (Ho & Salimans 2022, equation 6).
 
-    scale 0 is `uncond`, 1 is `cond`, and beyond 1 the step from one to the other is extended; values may then leave
-    [-1, 1]. Each call is one call of `cond` with the labels and one of `uncond` without; an item whose label is None is
-    not conditioned, and so not guided. Both may be the same machine: `Guided(els, els, 2.0)`.
+    Scale 0 is `uncond` and scale 1 is `cond`; larger scales extrapolate, and values may then leave [-1, 1]. Each call
+    evaluates `cond` with the labels and `uncond` without. An image whose label is None is not conditioned and therefore
+    not guided. Both may be the same machine: `Guided(els, els, 2.0)`.
 
-    `estimate`: stderr is a bound, |scale| stderr_cond + |1 - scale| stderr_uncond; ess is the smaller of the two; pairs
-    add up.
+    In `estimate`, stderr is the bound |scale| stderr_cond + |1 - scale| stderr_uncond, ess is the smaller of the two,
+    and pairs is the sum.
 
     Args:
         cond: the conditional denoiser.
@@ -71,10 +71,10 @@ class Guided(Denoiser):
 
 
 class Switch(Denoiser):
-    """One denoiser after another, by noise level: each serves up to its sigma_max, and above the one before it.
+    """Chooses a denoiser by noise level: each serves the levels from the previous sigma_max to its own.
 
-    `Switch([(2.0, els), (math.inf, GaussianScore(bank))])` is `els` at sigma <= 2 and the Gaussian above. Items of a
-    batch are sent where their own sigma belongs, one call for each denoiser that is needed.
+    `Switch([(2.0, els), (math.inf, GaussianScore(bank))])` is `els` at sigma <= 2 and the Gaussian above. A batch is
+    split by the noise levels of its images, with one call for each denoiser that is needed.
 
     Args:
         parts: (sigma_max, denoiser) pairs with ascending sigma_max; the last may be inf.

@@ -1,9 +1,9 @@
-"""Small convolutional networks to hold the theory against, and their files.
+"""Small convolutional networks to compare with the theory, and their files.
 
 A network here takes x = alpha x_0 + sigma_t eps with alpha^2 + sigma_t^2 = 1, the noise level sigma = sigma_t / alpha
-and class numbers, and predicts eps. `ResNet` has nothing but 3 x 3 convolutions, so that it is local and equivariant up
-to its padding, as the machines are; `UNet` sees more by halving the image. Files are safetensors with the shape of the
-network and how it was made in their metadata.
+and class numbers, and predicts eps. `ResNet` has only 3 x 3 convolutions, so it is local and, up to its padding,
+equivariant, as the machines are; `UNet` has a larger receptive field, because it halves the image. Files are
+safetensors whose metadata hold the architecture and the training settings.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ FREQUENCIES = 16
 
 
 class Network(nn.Module):
-    """What both networks share: how noise level and class come in, and how the noise comes out.
+    """Base of both networks: the embedding of noise level and class, and the output parametrisation.
 
     Args:
         channels: C of the images.
-        classes: the labels it knows, in ascending order; none for an unconditional network.
+        classes: the labels of a conditional network, ascending; empty for an unconditional one.
         width: channels of the hidden layers.
         depth: residual blocks (of a UNet: at each size).
         padding_mode: "zeros" or "circular".
@@ -58,7 +58,7 @@ class Network(nn.Module):
             "padding_mode": checks.one_of("padding_mode", padding_mode, ("zeros", "circular")),
         }
         self.level = nn.Sequential(nn.Linear(2 * FREQUENCIES, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width))
-        self.class_embedding = nn.Embedding(len(classes) + 1, 2 * width)  # 0 stands for any class
+        self.class_embedding = nn.Embedding(len(classes) + 1, 2 * width)  # 0 is "any class"
         self.enter = self.conv(channels, width)
         self.leave = self.conv(width, channels)
         nn.init.zeros_(self.leave.weight)
@@ -73,22 +73,22 @@ class Network(nn.Module):
         return Block(self.conv(width, width), self.conv(width, width), 2 * width)
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The noise in x.
+        """Predicts the noise eps in x.
 
         Args:
             x: [B, C, H, W] = (x_0 + sigma eps) / sqrt(1 + sigma^2).
             sigma: [B] noise levels sigma_t / alpha_t.
             labels: [B] positions in `classes`, -1 for any class; None means any class for all.
         """
-        # The angle between image and noise runs evenly from 0 to pi / 2.
+        # The angle between image and noise lies between 0 and pi / 2.
         angle = torch.atan(sigma.to(x))
         frequencies = torch.arange(1, FREQUENCIES + 1, device=x.device, dtype=x.dtype)
         waves = angle[:, None] * frequencies
         position = torch.zeros(len(x), dtype=torch.long, device=x.device) if labels is None else labels.to(x.device) + 1
         embedding = F.silu(self.level(torch.cat([waves.cos(), waves.sin()], 1)) + self.class_embedding(position))
         v = self.leave(F.silu(self.body(self.enter(x), embedding)))
-        # eps = sigma_t x + alpha v (Salimans & Ho 2022, appendix D): at high noise eps is nearly x, and only the rest
-        # has to be found.
+        # eps = sigma_t x + alpha v (Salimans & Ho 2022, appendix D): at high noise eps is nearly x, and the network
+        # only predicts the difference.
         sigma_t, alpha = (part[:, None, None, None] for part in (angle.sin(), angle.cos()))
         return sigma_t * x + alpha * v
 
@@ -125,7 +125,7 @@ class Wrap(torch.autograd.Function):
 
 
 class CircularConv(nn.Conv2d):
-    """A 3 x 3 convolution of an image whose borders meet."""
+    """A 3 x 3 convolution with circular padding."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
@@ -150,7 +150,7 @@ class Block(nn.Module):
 
 
 class ResNet(Network):
-    """Residual blocks at full size, 3 x 3 convolutions only; a pixel sees 2 (2 depth + 2) + 1 pixels across."""
+    """Residual blocks at full resolution, 3 x 3 convolutions; the receptive field is 2 (2 depth + 2) + 1 wide."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -163,7 +163,7 @@ class ResNet(Network):
 
 
 class UNet(Network):
-    """Three sizes, each half the last, with the way down added to the way up (Ronneberger et al. 2015)."""
+    """Three resolutions, each half the previous one, with additive skip connections (Ronneberger et al. 2015)."""
 
     SIZES = 3
 

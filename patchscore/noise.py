@@ -104,7 +104,7 @@ SCHEDULES: dict[str, Callable[[int], Schedule]] = {"cosine": cosine, "linear": l
 
 
 def get_schedule(schedule: str | Schedule, steps: int) -> Schedule:
-    """A schedule by name, at `steps`; a Schedule is returned as it is.
+    """The schedule of that name with `steps` levels; a Schedule is returned unchanged.
 
     Raises:
         ValueError: an unknown name, or a number of steps that the schedule does not take.

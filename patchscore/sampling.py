@@ -1,7 +1,7 @@
 """Samplers: from noise to images along a schedule, with any denoiser.
 
-All of them walk in z = x / alpha, where noise is simply added: z = x_0 + sigma eps with sigma = sigma_t / alpha_t. In
-these coordinates the probability-flow ODE is dz/dsigma = (z - D(z)) / sigma whatever the schedule, DDIM is Euler's
+All of them integrate in z = x / alpha, where noise is only added: z = x_0 + sigma eps with sigma = sigma_t / alpha_t.
+In these coordinates the probability-flow ODE is dz/dsigma = (z - D(z)) / sigma for every schedule, DDIM is Euler's
 method on it, and a sampler is a few lines.
 """
 
@@ -60,7 +60,7 @@ class OnStep(Protocol):
 
 
 NoiseSource = Callable[[], Tensor]
-"""Fresh white noise of z's shape, each call the next of every image's own stream."""
+"""White noise of z's shape; each call returns the next draw from every image's own random stream."""
 
 
 def sample_ddim(denoise: Denoise, z: Tensor, sigmas: Sequence[float], noise: NoiseSource, on_step: OnStep) -> Tensor:
@@ -98,7 +98,7 @@ def sample_heun(denoise: Denoise, z: Tensor, sigmas: Sequence[float], noise: Noi
 
 
 SAMPLERS = {"ddim": sample_ddim, "ddpm": sample_ddpm, "euler": sample_ddim, "heun": sample_heun}
-"""By name. In z-coordinates Euler's method and DDIM are one algorithm; it answers to both names."""
+"""Samplers by name. In z-coordinates Euler's method and DDIM are the same algorithm, listed under both names."""
 
 
 def sample(
@@ -120,18 +120,18 @@ def sample(
     callback: Callable[[Step], None] | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """New images from noise.
+    """Samples images from noise.
 
-    Image i starts from noise that depends on (seed, i) alone, so it is the same (to rounding) whatever n and the batch
-    size. With the defaults and a published table this is the published sampler: DDIM over 20 cosine steps, from pure
-    noise at step 19; the image is the denoised one of step 1.
+    The initial noise of image i depends only on (seed, i), so image i is the same (up to rounding) for every n and
+    batch size. With the defaults and a published table this is the published sampler: DDIM over 20 cosine steps, from
+    pure noise at step 19; the result is the denoised image of step 1.
 
     Args:
         denoiser: a machine, or anything with `shape` and `denoise(z, sigma, labels)`.
         n: how many images.
-        steps: noise levels of the schedule (ignored where `schedule` is a Schedule). Of the cosine schedule's levels
-            the last is the clean image, so `steps` make steps - 1 evaluations there, as published; a few levels start
-            too late to make an image (take 10 or more).
+        steps: noise levels of the schedule (ignored where `schedule` is a Schedule). The last level of the cosine
+            schedule is the clean image, so it makes steps - 1 evaluations, as published. Take 10 or more: with fewer,
+            its first level has too little noise to start from.
         schedule: "cosine", "linear", "karras" or a Schedule.
         sampler: "ddim", "ddpm", "euler" or "heun".
         labels: None, one label for all, or a list whose entries image i takes in turn: labels[i % len(labels)].
@@ -141,11 +141,11 @@ def sample(
         device: where the denoising happens.
         dtype: torch.float32 or torch.float64.
         gaussian_until: jump from the start to the schedule's first level at or below this sigma in one step, by the
-            probability flow of the bank's Gaussian, and sample from there on; None walks every level.
-        sigma_max: leave out the schedule's levels above this sigma and start from the Gaussian's own marginal at the
-            first that is left, instead of white noise.
-        gaussian: the Gaussian of these two; None takes that of the denoiser's bank (give it where that is large, or
-            where many calls share it). Each image has that of its class.
+            probability flow of the bank's Gaussian, and sample from there; None visits every level.
+        sigma_max: omit the levels above this sigma, and start at the first remaining level from the marginal of the
+            Gaussian instead of from white noise.
+        gaussian: the Gaussian for the two arguments above; None fits one to the denoiser's bank (pass it where the bank
+            is large, or for several calls). Each image uses the Gaussian of its class.
         callback: called with a `Step` after each denoising step of each batch.
         progress: show a bar on stderr once it has taken two seconds.
 
@@ -221,7 +221,7 @@ def _beginning(
     gaussian_until: float | None,
     gaussian: GaussianScore | None,
 ) -> tuple[Schedule, Begin]:
-    """The levels that are left to walk, and how white noise comes to the first of them."""
+    """The remaining levels, and the function that maps white noise to the first of them."""
     scale, ratios = levels.start_std / levels.alphas[0].item(), levels.ratios.tolist()
     if sigma_max is None and gaussian_until is None:
         return levels, lambda noise, labels: scale * noise

@@ -1,7 +1,8 @@
 """ScaleTable: the patch size at each noise level, the theory's one hyperparameter.
 
-Networks see more of an image the more noise there is; a table says how much. It is calibrated against a network or
-taken from the published ones, and looked up by the nearest noise level, so that it serves any schedule.
+The more noise, the larger the part of an image that a network uses; a table holds its size. Tables are calibrated
+against a network or taken from the published ones. A lookup takes the nearest noise level, so a table serves any
+schedule.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class ScaleTable:
     Args:
         sigmas: noise levels, positive and strictly ascending.
         sizes: an odd patch size for each.
-        name: where the table is from.
+        name: the origin of the table.
 
     Raises:
         ValueError: unequal lengths, an empty table, sigmas not positive and ascending, sizes not odd and positive.
@@ -58,7 +59,7 @@ class ScaleTable:
         """A table of Kamb & Ganguli 2024, by name (`ScaleTable.names()` lists them); made for 32 x 32 images.
 
         The published sampler reads entry j at step j of 20 cosine steps and stops at step 1, so entry 0 is never used
-        and is left out here.
+        and is omitted here.
 
         Raises:
             ValueError: an unknown name.
@@ -88,7 +89,7 @@ class ScaleTable:
         The latter are lists or tensors of a size for each of n cosine steps, and are read as `published` reads its own.
 
         Raises:
-            ValueError: not such a file, another version, or a table that does not hold together; names the path.
+            ValueError: not such a file, another version, or an inconsistent table; the message names the path.
             OSError: the file cannot be read.
         """
         path = Path(path)

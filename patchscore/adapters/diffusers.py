@@ -1,8 +1,8 @@
 """A denoiser as a diffusers UNet: `DDIMPipeline(unet=PatchScoreUNet(machine, scheduler), scheduler=scheduler)`.
 
-A diffusers UNet sees x = alpha_t x_0 + sigma_t eps with alpha_t^2 + sigma_t^2 = 1, and a timestep that stands for the
-level; the denoiser sees z = x / alpha_t and sigma = sigma_t / alpha_t. Schedulers that walk in sigma-space (Euler and
-its kin) divide their samples by sqrt(sigma^2 + 1) before the UNet, which brings them to the same form.
+A diffusers UNet takes x = alpha_t x_0 + sigma_t eps with alpha_t^2 + sigma_t^2 = 1, and a timestep that encodes the
+noise level; the denoiser takes z = x / alpha_t and sigma = sigma_t / alpha_t. Schedulers that work in sigma-space (such
+as Euler) divide their samples by sqrt(sigma^2 + 1) before the UNet, which gives the same form.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from .module import DenoiserModule
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 LEAST_ALPHA_CUMPROD = 2.0**-40
-"""Stands for alpha_t = 0 (zero terminal SNR), where z = x / alpha_t would not exist: sigma_t / alpha_t is a million."""
+"""Replaces alpha_t^2 = 0 (zero terminal SNR), where z = x / alpha_t is undefined; sigma_t / alpha_t is then 2^20."""
 
 
 class PatchScoreUNet(DenoiserModule):
     """A denoiser with the interface of `diffusers.UNet2DModel`.
 
-    The scheduler says what to predict (`prediction_type`) and what a timestep means: if it keeps a list of sigmas
-    beside its timesteps, the sigma of that very step, else `alphas_cumprod`, between whole timesteps interpolated in
-    log sigma. Give the scheduler that the sampling loop uses.
+    The scheduler determines the prediction (`prediction_type`) and the noise level of a timestep: where it keeps a list
+    of sigmas with its timesteps, the sigma of that step; otherwise `alphas_cumprod`, interpolated in log sigma between
+    whole timesteps. Pass the scheduler that the sampling loop uses.
 
         epsilon = (x - alpha_t D) / sigma_t,   v = alpha_t epsilon - sigma_t D,   sample = D
 
@@ -44,8 +44,8 @@ class PatchScoreUNet(DenoiserModule):
     Args:
         machine: the denoiser.
         scheduler: a diffusers scheduler with `alphas_cumprod`, predicting epsilon, v_prediction or sample.
-        class_labels: labels for calls that bring none, as from DDIMPipeline and DDPMPipeline, which know no classes:
-            one for all items, or a list as long as the batch.
+        class_labels: labels for calls without any, such as those of DDIMPipeline and DDPMPipeline, which have no
+            classes: one for all images, or a list as long as the batch.
 
     Raises:
         TypeError: not a denoiser.
@@ -84,13 +84,13 @@ class PatchScoreUNet(DenoiserModule):
         class_labels: Labels = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        """What the scheduler's prediction type asks for, of the noisy `sample`.
+        """The quantity that the scheduler's prediction type names, for the noisy `sample`.
 
         Args:
             sample: [B, C, H, W] noisy images x, after `scheduler.scale_model_input`.
-            timestep: a number or a tensor, for all items or [B]; need not be whole.
+            timestep: a number or a tensor, one for all images or [B]; may be fractional.
             class_labels: labels or names, one for all or [B] (None among them means every class), or one-hot rows.
-            return_dict: UNet2DOutput if true, else a tuple of one.
+            return_dict: whether to return a UNet2DOutput; otherwise a tuple with one element.
 
         Raises:
             ValueError: images unlike the bank's, a timestep outside the scheduler's, an unknown label.
@@ -122,21 +122,21 @@ class PatchScoreUNet(DenoiserModule):
         return [self._sigma_at(t) for t in timesteps.expand(batch).tolist()]
 
     def _sigma_at(self, timestep: float) -> float:
-        walked = self._sigma_of_step(timestep)
-        if walked is not None:
-            return walked
+        listed = self._sigma_of_step(timestep)
+        if listed is not None:
+            return listed
         last = len(self._log_sigmas) - 1
         if not 0 <= timestep <= last:
             raise ValueError(f"timestep: got {timestep:g}, the scheduler has 0 to {last}")
         low = min(int(timestep), last - 1) if last else 0
-        share = timestep - low
-        return math.exp((1 - share) * self._log_sigmas[low] + share * self._log_sigmas[min(low + 1, last)])
+        fraction = timestep - low
+        return math.exp((1 - fraction) * self._log_sigmas[low] + fraction * self._log_sigmas[min(low + 1, last)])
 
     def _sigma_of_step(self, timestep: float) -> float | None:
-        """The sigma that a sigma-space scheduler holds for this timestep in its current walk, if it does.
+        """The sigma that a sigma-space scheduler lists for this timestep, or None.
 
-        Its timesteps may be rounded, or interpolated in another way than ours, so that only its own list says what
-        `scale_model_input` divided by. Inner steps between two of its sigmas have interpolated timesteps, as ours are.
+        Its timesteps may be rounded, or interpolated differently from ours, so only its own list gives the sigma that
+        `scale_model_input` used. Inner steps between two of its sigmas have timesteps interpolated as ours are.
         """
         scheduler = self.scheduler
         sigmas, timesteps = getattr(scheduler, "sigmas", None), getattr(scheduler, "timesteps", None)

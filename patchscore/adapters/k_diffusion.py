@@ -23,8 +23,8 @@ class PatchScoreDenoiser(DenoiserModule):
     Crowson, k-diffusion; Karras et al. 2022 (EDM), whose attributes it has: `sigma_min`, `sigma_max`, `round_sigma`,
     `img_resolution`, `img_channels`, `label_dim`. EDM's one-hot labels count the bank's classes in ascending order.
 
-    EDM's sampler hands out float64 images and lets its networks compute in float32; so does this, unless `.to(
-    torch.float64)` says otherwise.
+    EDM's sampler passes float64 images, and its networks compute in float32. So does this adapter, except after
+    `.to(torch.float64)`.
 
     Args:
         machine: the denoiser.

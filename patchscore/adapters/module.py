@@ -1,7 +1,7 @@
-"""DenoiserModule: a denoiser where a network is expected.
+"""DenoiserModule: a denoiser in the place of a network.
 
-Libraries ask a network where it lies and in what precision it computes, and move it; so an adapter is a torch module
-that holds nothing but an empty buffer, which goes where it is sent.
+Libraries query the device and dtype of a network, and move it. An adapter is therefore a torch module whose only state
+is an empty buffer that records device and dtype.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from ..denoiser import Denoiser, Labels
 
 
 class DenoiserModule(nn.Module):
-    """What the adapters share.
+    """Base class of the adapters.
 
-    `.to(dtype)` sets the precision of the arithmetic, as for a network: float32 unless it is float64 (which the exact
-    engines serve more slowly). Answers have the dtype of the noisy images.
+    `.to(dtype)` sets the precision of the arithmetic, as for a network: float64 (slower), and float32 for every other
+    dtype. Results have the dtype of the noisy images.
     """
 
     _placement: Tensor
@@ -48,7 +48,7 @@ class DenoiserModule(nn.Module):
         return tuple(getattr(getattr(self.denoiser, "bank", None), "classes", ()))
 
     def check_images(self, x: Any, name: str) -> None:
-        """ValueError, naming both sides, unless x is [B, C, H, W] as the bank's images are."""
+        """Raises unless x is a floating point tensor [B, C, H, W] of images shaped like the bank's."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name}: got {got}, takes a floating point tensor [B, C, H, W]")

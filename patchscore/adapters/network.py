@@ -1,7 +1,7 @@
-"""A trained network as a denoiser, whatever it predicts: the reverse of the other adapters.
+"""A trained network as a denoiser, for any kind of prediction: the reverse of the other adapters.
 
-The denoiser is asked at z = x_0 + sigma eps; the network gets the image as it was trained, is told the level in its own
-units, and what it predicts is solved for x_0.
+The denoiser takes z = x_0 + sigma eps. The network gets the image scaled as in its training and the noise level in its
+own units, and its prediction is solved for x_0.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class NetworkDenoiser(Denoiser):
             it as `.sample`.
         shape: (C, H, W) of the images.
         prediction: "epsilon", "v", "x0" or "score".
-        scaling: what x is: "preserving", alpha_t^2 + sigma_t^2 = 1 (DDPM and its kin); or "exploding", alpha_t = 1.
-        level: from sigma to the number that the network takes for it, such as a timestep; None gives it sigma.
-        classes: the labels it knows; None leaves the check to the network.
+        scaling: of x: "preserving", alpha_t^2 + sigma_t^2 = 1 (such as DDPM), or "exploding", alpha_t = 1.
+        level: maps sigma to the network's own noise argument, such as a timestep; None passes sigma.
+        classes: the labels of the network; None leaves the check to the network.
 
-    `estimate` has stderr 0, ess NaN (there is none) and pairs 0.
+    `estimate` has stderr 0, ess NaN (it has no meaning for a network) and pairs 0.
 
     Raises:
         TypeError: a network that cannot be called.
@@ -129,8 +129,8 @@ def from_network(network: Network, shape: tuple[int, int, int]) -> NetworkDenois
 def from_diffusers(unet: Any, scheduler: Any, shape: tuple[int, int, int] | None = None) -> NetworkDenoiser:
     """A diffusers model such as UNet2DModel as a denoiser; the scheduler is the one it was trained with.
 
-    A noise level becomes the timestep at which the scheduler's sigma_t / alpha_t is that high, between whole timesteps
-    interpolated in log sigma, beyond the ends the last one.
+    A noise level is mapped to the timestep with that sigma_t / alpha_t, interpolated in log sigma between whole
+    timesteps and clamped to the first and the last.
 
     Raises:
         ValueError: a scheduler without `alphas_cumprod` or of another prediction type; no shape, where the model's
