@@ -7,6 +7,7 @@
 # make bench       the CPU benchmarks in short, in out-bench/
 # make test-triton the tests of the Triton kernels, interpreted and compiled ahead of time, without a GPU
 # make sanitize    the C++ engines under sanitizers
+# make fuzz   damaged files of every format to everything that reads files, for SECONDS=60
 # make gpu-check   the tests that need a GPU
 # make gpu-quick   on a bare machine with a GPU: build, tests, sanitizers and benchmarks in ten minutes, in out-gpu/
 # make sdist       the source distribution, in dist/
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/* csrc/*/*)
 CXX_FILES = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(cpp|cu|cuh|h)$$')
 
-.PHONY: demo test lint format docs site bench test-triton sanitize gpu-check gpu-quick sdist wheel wheel-test clean
+.PHONY: demo test lint format docs site bench test-triton sanitize fuzz gpu-check gpu-quick sdist wheel wheel-test clean
 
 # Without a compiler the engine in plain torch serves; fewer training images keep that within minutes too.
 demo: $(VENV)/.installed
@@ -63,6 +64,14 @@ test-triton: $(VENV)/.installed-test
 # The C++ engines under AddressSanitizer and UBSan, on every instruction set of this machine; some minutes.
 sanitize:
 	tests/sanitize/run.sh
+
+# Where atheris is installed, the second half of the time is its own.
+SECONDS := 60
+fuzz: $(VENV)/.installed-test
+	$(BIN)/python tests/fuzz/readers.py --seconds $$(( $(SECONDS) / 2 ))
+	if $(BIN)/python -c 'import atheris' 2>/dev/null; then \
+	    $(BIN)/python tests/fuzz/readers.py --seconds $$(( $(SECONDS) / 2 )) --atheris; \
+	else $(BIN)/python tests/fuzz/readers.py --seconds $$(( $(SECONDS) / 2 )) --seed 1000; fi
 
 # What only a GPU can show: numbers, streams, devices. A fallback is an error there.
 gpu-check: $(VENV)/.installed-test

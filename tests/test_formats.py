@@ -497,8 +497,12 @@ def test_imagenet32_batches_keep_their_labels_from_1_and_are_named(tmp_path):
 
 
 def test_the_packages_own_samples(tmp_path):
-    np.savez(tmp_path / "samples.npz", images=IMAGES.transpose(0, 3, 1, 2), label=LABELS)
+    """Of its first release: `image` are the numbers of the images, and a label of -1 is none."""
+    arrays = {"image": np.arange(12), "images": IMAGES.transpose(0, 3, 1, 2), "alphas": np.ones(3)}
+    np.savez(tmp_path / "samples.npz", label=LABELS, **arrays)
     check(PatchBank.open(tmp_path / "samples.npz"))
+    np.savez(tmp_path / "unlabelled.npz", label=np.full(12, -1), **arrays)
+    check(PatchBank.open(tmp_path / "unlabelled.npz"), None)
 
 
 def test_npz_declares_no_more_than_it_holds(tmp_path):

@@ -428,6 +428,18 @@ def test_one_folder_around_the_classes_is_no_class(tmp_path):
     assert sources.read(tmp_path)[2] == ("cat", "dog")
 
 
+def test_control_characters_in_names_are_written_out(tmp_path):
+    image_at(tmp_path / "\x1b[31mred" / "a.png")
+    (tmp_path / "\x1b[31mred" / "b\n.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"^[^\n\x1b]*\\x1b\[31mred/b\\n\.png: not an image that Pillow can read$"):
+        sources.read(tmp_path)
+    with pytest.warns(UserWarning, match=r"^[^\n\x1b]*left out 1 images.*\\x1b\[31mred/b\\n\.png"):
+        sources.read(tmp_path, skip_bad=True)
+    (tmp_path / "\x1b[31mred" / "b\n.png").rename(tmp_path / "a.\x1b[32m")
+    with pytest.warns(UserWarning, match=r"^[^\n\x1b]*left out: 1 \.\\x1b\[32m$"):
+        sources.read(tmp_path)
+
+
 # Axes.
 
 

@@ -67,6 +67,8 @@ def labelled_array(
             found, numbers = np.unique(numbers, return_inverse=True)
             class_names = found.tolist()
         numbers = integers(numbers, count)
+        if (numbers == -1).all():
+            return array_source(name, images, gray=count == images.shape[0])
         if class_names is not None and len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(class_names):
             raise ValueError(f"{len(class_names)} class_names for labels from {numbers.min()} to {numbers.max()}")
     texts = None if class_names is None else tuple(map(str, class_names))

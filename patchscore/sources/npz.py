@@ -18,7 +18,10 @@ from .source import IMAGE_KEYS, Source, Wanted, joined, named
 _NAMES = re.compile(r"(train|val)_data(?:_batch_(\d+))?(\.npz)?")
 """The files of the ImageNet sets that were made smaller: train_data_batch_1.npz to 10, val_data.npz."""
 
-_FIRST_LABEL_1 = "map_clsloc.txt"
+_IMAGE_KEYS = tuple(sorted(IMAGE_KEYS, key="image".__eq__))
+"""`image` last: samples of this package's first release call their numbers so, beside `images`."""
+
+_CLASSES = "map_clsloc.txt"
 """The classes of those sets, a line each: WordNet id, label from 1, name."""
 
 
@@ -113,7 +116,7 @@ def _keys(held: Npz, wanted: Wanted) -> tuple[str, str | None]:
                 if asked not in held.keys and wanted.label_key is not None:
                     wanted.choose_keys(str(held.path), held.keys)
                 return image.format(split), asked if wanted.labels and asked in held.keys else None
-    return wanted.choose_keys(str(held.path), held.keys)
+    return wanted.choose_keys(str(held.path), held.keys, images=_IMAGE_KEYS)
 
 
 def imagenet_folder(folder: Path, wanted: Wanted) -> Source | None:
@@ -132,7 +135,7 @@ def imagenet_folder(folder: Path, wanted: Wanted) -> Source | None:
 def _imagenet_names(folder: Path, labels: np.ndarray) -> np.ndarray | None:
     """Names for labels from 1, where the list that comes with them lies beside; label 0 has none."""
     try:
-        lines = (folder / _FIRST_LABEL_1).read_text(encoding="utf-8").splitlines()
+        lines = (folder / _CLASSES).read_text(encoding="utf-8").splitlines()
         names = {int(line.split()[1]): line.split()[2] for line in lines if line.strip()}
     except (OSError, ValueError, IndexError):
         return None

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .. import checks
 from .image import Prepared, Span, prepared
 from .opening import opened
-from .source import Source, UnreadableImage, Wanted
+from .source import Source, UnreadableImage, Wanted, printable
 
 Images = tuple[np.ndarray, "np.ndarray | None", "tuple[str, ...] | None"]
 
@@ -66,6 +66,27 @@ def read(
         TypeError: a source or an argument of a type that is not taken.
         ImportError: a source that an optional package reads, which is not installed; names the extra to install.
     """
+    try:
+        return _read(source, size, channels, labels, limit, skip_bad, split, image_key, label_key, memory_limit)
+    except (ValueError, TypeError) as error:
+        text = printable(str(error))
+        if text == str(error):
+            raise
+        raise type(error)(text) from error
+
+
+def _read(
+    source: Any,
+    size: Any,
+    channels: int | None,
+    labels: bool,
+    limit: int | None,
+    skip_bad: bool,
+    split: str | None,
+    image_key: str | None,
+    label_key: str | None,
+    memory_limit: int | None,
+) -> Images:
     target = _checked_size(size)
     if channels is not None and (isinstance(channels, bool) or channels not in (1, 3)):
         raise ValueError(f"channels: got {channels!r}, takes 1, 3 or None")
@@ -86,13 +107,15 @@ def read(
         raise ValueError(f"{found.name}: none of its {found.count} images can be read; the first: {bad[min(bad)]}")
     if bad:
         shown = "; ".join(str(bad[i]) for i in sorted(bad)[:3]) + ("; ..." if len(bad) > 3 else "")
-        warnings.warn(f"{found.name}: left out {len(bad)} images that cannot be read: {shown}", stacklevel=3)
+        text = f"{found.name}: left out {len(bad)} images that cannot be read: {shown}"
+        warnings.warn(printable(text), stacklevel=4)
 
     order = np.argsort(taken)
     images = collected.finish()
     if (np.diff(order) < 0).any():
         images = images[order]
-    if not labels or all(label is None for label in item_labels):
+    # -1 is how datasets without labels fill a column of them.
+    if not labels or all(label is None or (label == -1) is True for label in item_labels):
         return images, None, None
     if None in item_labels:
         missing = taken[item_labels.index(None)]

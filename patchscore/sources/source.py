@@ -103,6 +103,13 @@ def listed(names: Iterable[object], conjunction: str = "or", most: int = 8) -> s
     return f" {conjunction} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words) or "nothing"
 
 
+def printable(text: str) -> str:
+    """The text with control characters, which names in archives and folders can have, written out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong in one line, for errors of libraries that say it in several or not at all."""
     if isinstance(error, OSError) and error.strerror:

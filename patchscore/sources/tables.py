@@ -195,7 +195,7 @@ def _image(value: Any, name: str) -> Any:
 
 def _labels(
     schema: Any, key: str, count: int, batches: Callable[[str], Iterator[Any]]
-) -> tuple[np.ndarray, tuple[str, ...] | None]:
+) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
     values = [value for batch in batches(key) for value in batch.column(0).to_pylist()]
     if None in values:
         raise ValueError("has empty labels; or pass labels=False")
@@ -204,6 +204,8 @@ def _labels(
         number = {name: i for i, name in enumerate(names)}
         return np.array([number[value] for value in values]), names
     numbers = integers(values, count)
+    if (numbers == -1).all():
+        return None, None
     found = _class_names(schema, key)
     fits = found is not None and len(numbers) and 0 <= numbers.min() <= numbers.max() < len(found)
     return numbers, found if fits else None

@@ -6,7 +6,6 @@ splits (train, val, test) above the classes is no level of classes.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,8 +15,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..files import parse_json
 from .image import HEIF_SUFFIXES, Encoded, image_formats
-from .source import Source, Wanted, listed, named
+from .source import Source, Wanted, listed, named, printable
 
 Parts = tuple[str, ...]
 
@@ -107,7 +107,12 @@ def _warn_of_others(tree: Tree, images: Sequence[Parts]) -> None:
     hint = ""
     if any(suffix in counts for suffix in HEIF_SUFFIXES):
         hint = "; pip install 'patchscore[heif]' reads HEIC"
-    warnings.warn(f"{tree.name}: left out: {shown}{hint}", stacklevel=6)
+    _warn(f"{tree.name}: left out: {shown}{hint}")
+
+
+def _warn(text: str) -> None:
+    # At the line that calls PatchBank.open with a folder or an archive.
+    warnings.warn(printable(text), stacklevel=12)
 
 
 # Labels.
@@ -117,12 +122,12 @@ def _labels_of_folders(tree: Tree, images: Sequence[Parts]) -> tuple[np.ndarray 
     loose = [parts for parts in images if len(parts) == 1]
     if loose:
         if len(loose) < len(images):
-            warnings.warn(f"{tree.name}: no labels, as {loose[0][0]} and others lie directly in it", stacklevel=6)
+            _warn(f"{tree.name}: no labels, as {loose[0][0]} and others lie directly in it")
         return None, None
     folders = {parts[0] for parts in tree.folders} | {parts[0] for parts in images}
     empty = sorted(folders - {parts[0] for parts in images})
     if empty:
-        warnings.warn(f"{tree.name}: no images of class {listed(empty, 'and')}", stacklevel=6)
+        _warn(f"{tree.name}: no images of class {listed(empty, 'and')}")
     numbers = {name: int(name) for name in folders if name.isascii() and name.isdecimal()}
     ordered = sorted(folders, key=lambda name: (numbers.get(name, 0), name) if len(numbers) == len(folders) else name)
     number = {name: i for i, name in enumerate(ordered)}
@@ -160,11 +165,7 @@ def _labels_of_json(tree: Tree, images: Sequence[Parts]) -> np.ndarray | None:
 
 def read_json(file: Path | BinaryIO) -> Any:
     """What is in a JSON file of reasonable size; ValueError if it is none."""
-    data = file.read_bytes() if isinstance(file, Path) else file.read(MOST_JSON_BYTES)
-    try:
-        return json.loads(data)
-    except RecursionError:
-        raise ValueError("not JSON that can be read: nested too deeply") from None
+    return parse_json(file.read_bytes() if isinstance(file, Path) else file.read(MOST_JSON_BYTES))
 
 
 def integers(labels: Any, count: int) -> np.ndarray:

@@ -1,0 +1,69 @@
+"""Damaged files of every format: a short form of `make fuzz`, always from the same seed."""
+
+import contextlib
+import importlib.util
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+HARNESS = Path(__file__).parent / "fuzz" / "readers.py"
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("fuzz_readers", HARNESS)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+readers = load()
+SEEDS = readers.seeds()
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_whole_files_of_every_format_are_read(name, tmp_path):
+    seed = SEEDS[name]
+    files = {seed.opened: seed.pack(seed.files)} if seed.pack is not None else seed.files
+    readers.write(tmp_path / "input", files)
+    assert readers.check(tmp_path / "input" / seed.opened, {}) == "read"
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_damaged_files_give_images_or_one_error(name, tmp_path):
+    """Twelve of each; `readers.check` raises on any other kind of error."""
+    rng = random.Random(name)
+    others = [content for seed in SEEDS.values() for content in seed.files.values()]
+    results = []
+    while len(results) < 12:
+        files, opened = readers.damaged_input(rng, SEEDS[name], others)
+        try:
+            readers.write(tmp_path / "input", files)
+        except (OSError, ValueError):  # a name that this file system does not take
+            continue
+        results.append(readers.check(tmp_path / "input" / opened, rng.choice(readers.OPTIONS)))
+    assert set(results) <= {"read", "refused"}
+
+
+def test_the_harness_keeps_what_ends_a_worker(tmp_path, monkeypatch, capsys):
+    """One that could not see a crash would be of no use."""
+    (tmp_path / "worker").write_text("#!/bin/sh\nkill -SEGV $$\n")
+    (tmp_path / "worker").chmod(0o755)
+    readers.write(tmp_path / "input", {"a.png": b"damaged"})
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "worker"))
+    monkeypatch.setattr(sys, "argv", ["readers.py", "--seconds", "30", "--findings", str(tmp_path / "findings")])
+    monkeypatch.setattr(readers.tempfile, "TemporaryDirectory", lambda: contextlib.nullcontext(tmp_path))
+    assert readers.main() == 1
+    assert "20 crashes or hangs; kept in" in capsys.readouterr().out
+    assert (tmp_path / "findings" / "0-end" / "a.png").read_bytes() == b"damaged"
+
+
+def test_the_harness_raises_on_an_error_of_another_kind(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise KeyError("a")
+
+    monkeypatch.setattr(readers.sources, "read", fails)
+    with pytest.raises(KeyError):
+        readers.check(tmp_path / "a.png", {})
