@@ -74,11 +74,17 @@ class PatchBank:
         label_key: str | None = None,
         memory_limit: int | None = None,
     ) -> PatchBank:
-        """Reads images from wherever they are; see `patchscore.sources.read`.
+        """Reads images from wherever they are; docs/data.md says how labels and axes are found.
 
         Args:
-            source: a folder of images (class subfolders become labels), a .npy, .npz or (gzipped) IDX file,
-                "fashion-mnist" (built in), or any dataset object whose items are images or (image, label).
+            source: one of
+                a folder of images, whose subfolders of the first level are the classes;
+                a .zip or .tar of one, EDM's with dataset.json, WebDataset shards;
+                CIFAR, MNIST and ImageNet 32 x 32 as downloaded, torchvision's root, MedMNIST, an LMDB of LSUN;
+                a .npy, .npz, IDX, .pt, .safetensors or .parquet file, a folder of save_to_disk, one image file;
+                an array, a dict of arrays or columns, a dataset whose items are images, pairs or dicts, an iterable
+                of such items (with `limit`);
+                "fashion-mnist", which is built in.
             size: resize to size x size or (height, width), cropped about the centre to that aspect ratio, with PIL's
                 bilinear filter; None keeps the images' own size.
             channels: 1 or 3 converts to gray or RGB; None keeps the source's own (RGB for folders with any colour).
@@ -91,8 +97,10 @@ class PatchBank:
             memory_limit: most bytes that the images may take once read; None: the memory of this machine.
 
         Raises:
-            ValueError: nothing to read, an unreadable file (named by its path), mixed image sizes without `size`.
+            ValueError: nothing to read, an unreadable file (named by its path), mixed image sizes without `size`, parts
+                without `split`, or more than `memory_limit`.
             TypeError: a source of a kind that is not taken.
+            ImportError: parquet, Arrow or HEIC without the package that reads it; names the extra to install.
         """
         images, image_labels, class_names = sources.read(
             source, size, channels, labels, limit, skip_bad, split, image_key, label_key, memory_limit
