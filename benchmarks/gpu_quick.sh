@@ -171,6 +171,9 @@ note() {
     printf '%-18s %-8s %4s s (estimated %s) %s\n' "$1" "$2" "$3" "$4" "$5"
 }
 
+# What the earlier run measured stays, but for the sections that run again.
+[ -z "$FAILED" ] || [ "$(cd "$(dirname "$FAILED")" && pwd)" = "$OUT" ] || cp "$(dirname "$FAILED")"/gpu-*.json "$OUT" 2>/dev/null
+[ -z "$FAILED" ] || { cp "$FAILED" "$SITE.tsv" && FAILED=$SITE.tsv; }
 printf 'step\tstatus\tseconds\testimated\tnote\n' >"$OUT/steps.tsv"
 : >"$OUT/log.txt"
 began=$SECONDS worst=0

@@ -20,7 +20,7 @@ class Sensors:
         self.process: subprocess.Popen[str] | None = None
         if shutil.which("nvidia-smi"):
             query = ["--query-gpu=" + ",".join(FIELDS), "--format=csv,noheader,nounits"]
-            command = ["nvidia-smi", "-i", "0", *query, f"-lms={round(1000 * PERIOD)}"]
+            command = ["nvidia-smi", "-i", "0", *query, f"--loop-ms={round(1000 * PERIOD)}"]
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             threading.Thread(target=self._read, daemon=True).start()
 

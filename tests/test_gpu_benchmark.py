@@ -82,11 +82,13 @@ def test_only_what_did_not_pass_runs_again(tmp_path):
     rows += [(name, "passed") for name in others if name not in dict(rows)]
     lines = ["step\tstatus\tseconds\testimated\tnote", *(f"{name}\t{status}\t1\t1\t" for name, status in rows)]
     earlier.write_text("\n".join(lines) + "\n")
+    (tmp_path / "gpu-x.json").write_text('{"rows": []}')
     # No command works, so nothing is computed: what is asked is which steps begin.
     run(tmp_path / "out", "--failed", str(earlier), PYTHON="false")
     found = steps(tmp_path / "out")
     assert found["smoke-fused"]["status"] == "skipped"
     assert found["machine"]["status"] == "failed"
+    assert (tmp_path / "out" / "gpu-x.json").exists()
     assert found["tests-fused"]["note"] == "smoke-fused did not pass"
     assert found["bench-sliding"] | {"status": "passed", "note": "in the earlier run"} == found["bench-sliding"]
 
