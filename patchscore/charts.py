@@ -71,12 +71,13 @@ def memorisation(rms: Tensor, sources: Sequence[float], usual: Tensor) -> Figure
     Args:
         rms: [n] distance of each sample to its nearest training image.
         sources: [n] effective number of training images that own its pixels.
-        usual: distances between training images and their nearest others, for scale.
+        usual: distances between training images and their nearest others, for scale; none where there is one image.
     """
     figure, (panel,) = _panels(1, 5.4, 4)
-    low, middle, high = np.quantile(usual, [0.05, 0.5, 0.95])
-    panel.axvspan(low, high, color=SOFT, alpha=0.15, lw=0, label="training images to their nearest other (90%)")
-    panel.axvline(middle, color=SOFT, lw=1)
+    if len(usual):
+        low, middle, high = np.quantile(usual, [0.05, 0.5, 0.95])
+        panel.axvspan(low, high, color=SOFT, alpha=0.15, lw=0, label="training images to their nearest other (90%)")
+        panel.axvline(middle, color=SOFT, lw=1)
     panel.scatter(rms, sources, s=22, color=ACCENT, lw=0, label="samples", zorder=3)
     panel.set(xlabel="rms distance to the nearest training image", ylabel="effective number of source images")
     panel.set(xlim=(0, None), yscale="log", ylim=(0.9, max(20, 2.5 * max(sources))))

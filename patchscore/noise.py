@@ -60,13 +60,17 @@ class Schedule:
         return len(self.alphas) - 1
 
 
+MOST_STEPS = 10_000
+"""More steps change no image and only take time; a slip of the keyboard should not take all memory either."""
+
+
 def cosine(steps: int = 20) -> Schedule:
     """The published schedule: beta(t) = 1 - cos^2(t / 1.008 * pi / 2), alpha^2 = 1 - beta, sigma^2 = beta.
 
     Levels t = j / steps for j = steps - 1 down to 0; a sampler starts from pure noise, x ~ N(0, 1), at j = steps - 1.
     Kamb & Ganguli 2024; `steps` levels make steps - 1 denoising steps.
     """
-    steps = checks.integer("steps", steps, at_least=2)
+    steps = checks.integer("steps", steps, at_least=2, at_most=MOST_STEPS)
     t = torch.arange(steps - 1, -1, -1, dtype=torch.float64) / steps
     angle = t / 1.008 * (math.pi / 2)
     return Schedule("cosine", angle.cos(), angle.sin(), start_std=1.0)
@@ -89,7 +93,7 @@ def karras(steps: int = 20, sigma_min: float = 0.002, sigma_max: float = 80.0, r
 
     Variance exploding: alpha = 1, and a sampler starts from x ~ N(0, sigma_max^2). Karras et al. 2022, equation 5.
     """
-    steps = checks.integer("steps", steps, at_least=2)
+    steps = checks.integer("steps", steps, at_least=2, at_most=MOST_STEPS)
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"sigma_min, sigma_max: got {sigma_min} and {sigma_max}, takes 0 < sigma_min < sigma_max")
     if not 0 < rho < math.inf:

@@ -507,3 +507,41 @@ def test_every_form_of_sigma_means_the_same(machine, bank):
 def test_bad_input_is_named(call, error, message, machine):
     with pytest.raises(error, match=message):
         call(PatchScoreDenoiser(machine), torch.zeros(2, 3, 12, 10))
+
+
+def test_a_gradient_through_an_adapter_is_an_error_not_a_wrong_number(machine, bank):
+    """k-diffusion's log_likelihood differentiates what the denoiser returns, which carries no graph."""
+    x = torch.randn(1, *bank.shape, requires_grad=True)
+    ddim = diffusers.DDIMScheduler(clip_sample=False)
+    calls = {
+        "x": lambda x: PatchScoreDenoiser(machine)(x, 1.0),
+        "sample": lambda x: PatchScoreUNet(machine, ddim)(x, 500),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"{name}: requires grad, and this denoiser has no gradient"):
+            call(x)
+        with torch.no_grad():
+            call(x)
+        call(x.detach())
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"])
+def test_flow_sigmas_are_refused_by_name(name, machine):
+    scheduler = getattr(diffusers, name)(use_flow_sigmas=True)
+    with pytest.raises(ValueError, match=f"{name} has use_flow_sigmas=True"):
+        PatchScoreUNet(machine, scheduler)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_of_repeated_timesteps_the_level_is_the_one_that_diffusers_starts_at(name, machine):
+    scheduler = getattr(diffusers, name)(beta_schedule="squaredcos_cap_v2", use_karras_sigmas=True)
+    scheduler.set_timesteps(200)
+    timesteps = scheduler.timesteps.tolist()
+    repeated = {t for t in timesteps if timesteps.count(t) > 1}
+    assert repeated
+    unet = PatchScoreUNet(machine, scheduler)
+    for t in repeated:
+        expected = float(scheduler.sigmas[scheduler.index_for_timestep(t)])
+        assert unet.sigmas_at(t, 1) == pytest.approx([expected])
+    scheduler.set_begin_index(timesteps.index(t) + 1)
+    assert unet.sigmas_at(t, 1) == pytest.approx([float(scheduler.sigmas[timesteps.index(t) + 1])])

@@ -150,6 +150,27 @@ def test_names_cannot_break_out_of_the_page(bank, walks):
         explanation_page([], bank, ABOUT)
 
 
+@pytest.mark.parametrize("name", ["<!--<script>", "</script><script>alert(1)</script>", "<!--", "]]>", "<b>\x1b[2J"])
+def test_no_class_name_changes_how_the_page_is_parsed(bank, walks, name):
+    named = ps.PatchBank(bank.images, bank.labels, (name, "green", "blue"))
+    page = explanation_page(walks, named, {**ABOUT, "title": name})
+    (line,) = [line for line in page.splitlines() if line.startswith("const DATA = ")]
+    assert "<" not in line  # so an HTML parser sees no tag and no comment in it, whatever follows
+    assert json.loads(line.removeprefix("const DATA = ").rstrip(";"))["about"]["title"] == name
+    assert name in json.loads(line.removeprefix("const DATA = ").rstrip(";"))["sources"]["labels"]
+
+
+def test_a_bank_of_one_image_is_explained(tmp_path):
+    Image.radial_gradient("L").resize((12, 12)).save(tmp_path / "a.png")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "one" / "a.png")
+    words = ["--table", 3, "-n", 1, "--steps", 4, "--out", tmp_path / "out"]
+    assert run("sample", tmp_path / "one", *words).exit_code == 0
+    result = run("explain", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "memorisation.png").is_file()
+
+
 def test_explain_writes_what_it_promises(sampled):
     out = sampled / "out"
     result = run("explain", out, "--image", 1)

@@ -49,7 +49,7 @@ class PatchScoreUNet(DenoiserModule):
 
     Raises:
         TypeError: not a denoiser.
-        ValueError: a scheduler without `alphas_cumprod`, or of another prediction type, which is named.
+        ValueError: a scheduler without `alphas_cumprod`, with flow sigmas, or of another prediction type, which is named.
     """
 
     def __init__(self, machine: Denoiser, scheduler: Any, class_labels: Labels = None):
@@ -62,6 +62,11 @@ class PatchScoreUNet(DenoiserModule):
             raise ValueError(
                 f"scheduler: {type(scheduler).__name__} predicts {prediction_type!r}, "
                 f"takes {', '.join(map(repr, PREDICTION_TYPES))}"
+            )
+        if scheduler.config.get("use_flow_sigmas", False):
+            raise ValueError(
+                f"scheduler: {type(scheduler).__name__} has use_flow_sigmas=True, whose sigmas are not sigma_t / alpha_t; "
+                "takes one without"
             )
         channels, height, width = machine.shape
         self.scheduler = scheduler
@@ -76,7 +81,6 @@ class PatchScoreUNet(DenoiserModule):
             num_class_embeds=len(self.classes) or None,
         )
 
-    @torch.no_grad()
     def forward(
         self,
         sample: Tensor,
@@ -93,9 +97,14 @@ class PatchScoreUNet(DenoiserModule):
             return_dict: whether to return a UNet2DOutput; otherwise a tuple with one element.
 
         Raises:
-            ValueError: images unlike the bank's, a timestep outside the scheduler's, an unknown label.
+            ValueError: images unlike the bank's or that require grad, a timestep outside the scheduler's, an unknown label.
         """
         self.check_images(sample, "sample")
+        with torch.no_grad():
+            predicted = self._predicted(sample, timestep, class_labels)
+        return UNet2DOutput(sample=predicted) if return_dict else (predicted,)
+
+    def _predicted(self, sample: Tensor, timestep: Tensor | float, class_labels: Labels) -> Tensor:
         ratios = self.sigmas_at(timestep, len(sample))
         x = sample.to(self.compute_dtype)
         sigma = torch.tensor(ratios, dtype=torch.float64)
@@ -109,8 +118,7 @@ class PatchScoreUNet(DenoiserModule):
         else:
             epsilon = (x - alpha_t * x0) / sigma_t
             predicted = epsilon if self.prediction_type == "epsilon" else alpha_t * epsilon - sigma_t * x0
-        predicted = predicted.to(sample.dtype)
-        return UNet2DOutput(sample=predicted) if return_dict else (predicted,)
+        return predicted.to(sample.dtype)
 
     def sigmas_at(self, timestep: Tensor | float, batch: int) -> list[float]:
         """The noise level sigma_t / alpha_t of each item."""
@@ -149,5 +157,10 @@ class PatchScoreUNet(DenoiserModule):
         if not steps:
             return None
         current = getattr(scheduler, "step_index", None)
-        sigma = float(sigmas[current if current in steps else steps[0]])
+        if current is None:
+            current = getattr(scheduler, "begin_index", None)
+        if current not in steps:
+            # Of timesteps that repeat, diffusers starts at the second (index_for_timestep).
+            current = steps[1] if len(steps) > 1 else steps[0]
+        sigma = float(sigmas[current])
         return sigma if sigma > 0 else None

@@ -46,7 +46,6 @@ class PatchScoreDenoiser(DenoiserModule):
         self.img_resolution = height if height == width else (height, width)
         self.label_dim = len(self.classes)
 
-    @torch.no_grad()
     def forward(self, x: Tensor, sigma: float | Tensor, class_labels: Any = None, class_cond: Any = None) -> Tensor:
         """D(x; sigma): [B, C, H, W] in x's dtype.
 
@@ -58,14 +57,16 @@ class PatchScoreDenoiser(DenoiserModule):
             class_cond: k-diffusion's name for the same.
 
         Raises:
-            ValueError: images unlike the bank's, bad noise levels, an unknown label, labels under both names.
+            ValueError: images unlike the bank's or that require grad (as in k-diffusion's log_likelihood), bad noise
+                levels, an unknown label, labels under both names.
         """
         self.check_images(x, "x")
         if class_labels is not None and class_cond is not None:
             raise ValueError("class_labels, class_cond: got both, takes one")
         labels = self.labels_from(class_labels if class_cond is None else class_cond)
         level = sigma.flatten() if isinstance(sigma, Tensor) else sigma
-        return self.denoiser.denoise(x.to(self.compute_dtype), level, labels).to(x.dtype)
+        with torch.no_grad():
+            return self.denoiser.denoise(x.to(self.compute_dtype), level, labels).to(x.dtype)
 
     def round_sigma(self, sigma: float | Tensor) -> Tensor:
         """Every noise level is served as it is."""

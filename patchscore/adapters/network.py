@@ -119,8 +119,14 @@ def from_network(network: Network, shape: tuple[int, int, int]) -> NetworkDenois
         raise ValueError(f"network: made for {channels} channels, the images have {shape[0]}")
     positions = {-1: -1, **{label: position for position, label in enumerate(classes)}}
 
+    def position(label: int) -> int:
+        if label not in positions:
+            knows = f"knows {list(classes)}" if classes else "was trained without labels"
+            raise ValueError(f"labels: unknown label {label}; this network {knows}")
+        return positions[label]
+
     def predict(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        known = None if labels is None else torch.tensor([positions[label] for label in labels.tolist()])
+        known = None if labels is None else torch.tensor([position(label) for label in labels.tolist()])
         return network.to(x.device)(x, sigma, known)
 
     return NetworkDenoiser(predict, shape, classes=tuple(classes))
