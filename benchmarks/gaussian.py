@@ -20,7 +20,8 @@ import torch
 from record import PICTURES, opened, r_squared, write
 
 import patchscore as ps
-from patchscore import noise, plots
+from patchscore import noise
+from patchscore.draw import images as pictures
 
 SKIPS = (0, 1, 2, 3, 4, 5, 6, 8, 10)
 STARTS = (80.0, 40.0, 20.0, 10.0, 5.0, 2.5, 1.25)
@@ -156,7 +157,7 @@ def main() -> None:
         measured[name]["skipping"], shown = skipping(machine, gaussian, labels, options.rounds)
         measured[name]["starting"] = starting(machine, gaussian, labels, options.rounds)
         if name == "els":
-            picture = plots.grid(torch.cat(shown), columns=len(labels), zoom=2)
+            picture = pictures.grid(torch.cat(shown), columns=len(labels), zoom=2)
             picture.save(PICTURES / f"gaussian-start-{options.data}.png")
     what = " ".join((__doc__ or "").split("\n")[0].split())
     write(

@@ -13,7 +13,6 @@ import torch
 from record import PICTURES, write
 
 import patchscore as ps
-from patchscore import plots
 
 SCALES = (0.0, 1.0, 2.0, 4.0)
 
@@ -50,7 +49,7 @@ def main() -> None:
         )
         shown.append(images)
         print(rows[-1], flush=True)
-    plots.grid(torch.cat(shown), columns=len(labels), zoom=3).save(PICTURES / "guidance.png")
+    images.grid(torch.cat(shown), columns=len(labels), zoom=3).save(PICTURES / "guidance.png")
     what = " ".join((__doc__ or "").split("\n")[0].split())
     write("guidance", what, bank=f"{len(bank)} images", samples=len(labels), rows=rows)
 

@@ -20,9 +20,10 @@ import torch
 from record import PICTURES, RESULTS, write
 
 import patchscore as ps
-from patchscore import charts, plots
 from patchscore.adapters.network import from_network
 from patchscore.calibrate import PATCH_SIZES, Calibration, calibrate
+from patchscore.draw import charts
+from patchscore.draw import images as pictures
 from patchscore.evaluate import Comparison, baselines, bootstrap_interval, compare
 from patchscore.networks import Network, load_network
 
@@ -185,7 +186,7 @@ def pairs(result: Comparison, own: str, name: str) -> None:
     """Ten test images, one of each class: the network's above the machines'."""
     shown = [name for name in (own, "local", "ideal", "gaussian") if name in result.machines]
     rows = {"network": result.images, **{machine: result.machines[machine].images for machine in shown}}
-    plots.pairs({row: images[:10] for row, images in rows.items()}).save(PICTURES / f"theory-{name}.png")
+    pictures.pairs({row: images[:10] for row, images in rows.items()}).save(PICTURES / f"theory-{name}.png")
 
 
 def draw() -> None:

@@ -10,16 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import smooth_images
 from PIL import Image
 
 import patchscore as ps
 from patchscore import engines, files
-from patchscore.cli import main
+from patchscore.cli import main, options
 from patchscore.runs import MOST_IMAGES, RunFolder, folder, reopen
 
 
@@ -502,7 +504,7 @@ def test_help_has_examples():
 
 def test_an_interrupted_run_leaves_whole_files_and_continues(photos, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "patchscore.cli", "sample", photos, "--batch-size", 1, "-n", 4000, "--steps", 20]
+    command = [sys.executable, "-m", "patchscore", "sample", photos, "--batch-size", 1, "-n", 4000, "--steps", 20]
     command = [str(c) for c in [*command, "--table", 3, "--out", out]]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -630,3 +632,134 @@ def test_sizes_that_the_index_lacks_are_told_once(photos, tmp_path):
     told = [line for line in result.output.splitlines() if "patch sizes 1, 5, 7" in line]
     assert len(told) == 1
     assert "warning" not in result.output
+
+
+# Names and numbers that nobody expects, and errors of others.
+
+
+def test_python_dash_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "patchscore", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"patchscore, version {ps.__version__}\n"
+
+
+HOSTILE = "cat\x1b[2J\x1b]0;owned\x07\r\nengines on mars\u202e\x9b"
+
+
+def named_bank(path, names, labels=None):
+    images = smooth_images(6, 1, 8, 8).numpy()
+    labels = np.arange(6) % 2 if labels is None else labels
+    np.savez(path, images=images, labels=labels, class_names=np.array(names))
+    return path
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(tmp_path):
+    source = named_bank(tmp_path / "bank.npz", [HOSTILE, "dog"])
+    results = [
+        run("info", source),
+        run("sample", source, "--labels", HOSTILE + "x", "--table", 3, "--out", tmp_path / "out"),
+        run("info", tmp_path / HOSTILE.replace("/", "")),
+    ]
+    for result in results:
+        assert not [c for c in result.output if c != "\n" and unicodedata.category(c)[0] == "C"]
+    assert r"cat\x1b[2J\x1b]0;owned\x07\r\nengines on mars\u202e\x9b (3)" in results[0].output
+    assert results[0].output.count("\nengines on ") == 1
+
+
+def test_info_counts_labels_that_no_name_fits(tmp_path):
+    result = run("info", named_bank(tmp_path / "bank.npz", ["cat", "dog"], np.array([-5, 0, 1, 0, 1, 0])))
+    assert "Traceback" not in result.output
+    assert result.exit_code in (0, 2)
+    if result.exit_code == 0:
+        assert "-5 (1), 0 cat (3), 1 dog (2)" in result.output
+
+
+def test_class_names_with_commas_can_be_given(tmp_path):
+    source = named_bank(tmp_path / "bank.npz", ["cat, black", "dog"])
+    bank = ps.PatchBank.open(source)
+    for text, labels in (
+        ("cat, black", [0]),
+        ('"cat, black",dog', [0, 1]),
+        ('dog, "cat, black"', [1, 0]),
+        ("dog", [1]),
+        ("1, 0", [1, 0]),
+    ):
+        assert options.labels_named(text, bank) == labels
+    with pytest.raises(ValueError, match="unknown label 'cat'"):
+        options.labels_named("cat,dog", bank)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--steps", 10**10], "steps: got 10000000000, takes an integer from 2 to 10000"),
+        (["--steps", 10**10, "--schedule", "karras"], "steps: got 10000000000"),
+        (["-n", 10**12], "-n: got 1000000000000, takes an integer from 1 to 1000000"),
+        (["--table", "9" * 400], "--table: got"),
+        (["--table", "³"], "--table: got"),
+        (["--labels", "9" * 400], "unknown label"),
+        (["--seed", "9" * 30], None),
+        (["--limit", 10**30], None),
+    ],
+)
+def test_huge_numbers_are_one_line_or_served(photos, tmp_path, more, message):
+    result = sample(photos, tmp_path / "out", *more)
+    assert result.exit_code == (0 if message is None else 2), result.output
+    if message is not None:
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: 4096 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+)
+def test_too_little_memory_is_one_line(photos, tmp_path, monkeypatch, error):
+    def exhausted(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ps.PatchBank, "open", exhausted)
+    result = sample(photos, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "not enough memory; take fewer or smaller images" in result.stderr
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), EOFError("cut")])
+def test_an_interruption_says_how_to_go_on(photos, tmp_path, monkeypatch, error):
+    """click would say "Aborted!" alone."""
+
+    def stopped(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ps.PatchBank, "open", stopped)
+    result = sample(photos, tmp_path / "out")
+    assert "Aborted!" not in result.output
+    if isinstance(error, KeyboardInterrupt):
+        assert result.exit_code == 130
+        assert "stopped; the same command goes on from what is written" in result.stderr
+    else:
+        assert result.exit_code == 2
+        assert "a file ends too early: cut" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["calibrate", "compare"])
+def test_theory_folders_are_locked_too(photos, tmp_path, command):
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "local_of_test.py").write_text(
+        "import patchscore as ps\ndef local(bank): return ps.LocalScore(bank, 3)\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        words = (command, photos, "local_of_test:local", "--steps", 3, "-n", 1, "--out", out)
+        more = ("--patch-sizes", "3") if command == "calibrate" else ("--table", "3", "--no-baselines")
+        with files.locked(out, "taken"):
+            result = run(*words, *more)
+            assert result.exit_code == 2
+            assert f"{out}: another process is writing this folder" in result.stderr
+        assert run(*words, *more).exit_code == 0
+    finally:
+        sys.path.remove(str(tmp_path))

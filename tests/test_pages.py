@@ -14,8 +14,10 @@ from PIL import Image
 
 import patchscore as ps
 from patchscore.cli import main
-from patchscore.explain import count_sources, explain_samples, nearest_images, usual_nearness
-from patchscore.pages import explanation_page
+from patchscore.draw.pages import explanation_page
+from patchscore.explain import explain_samples
+from patchscore.memorisation import count_sources
+from patchscore.nearest import nearest_images, usual_nearness
 
 ABOUT = {"title": "Which training patches made this image", "lines": ["A test."], "padding_mode": "zeros"}
 

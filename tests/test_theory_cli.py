@@ -4,13 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import smooth_images
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import patchscore as ps
 from patchscore.cli import main
-from patchscore.networks import ResNet, save_network
+from patchscore.networks import ResNet, load_network, save_network
 
 
 @pytest.fixture
@@ -81,3 +84,69 @@ def test_mistakes_are_told_in_one_line(data, words, message):
     assert message in done.output
     assert "Traceback" not in done.output
     assert len([line for line in done.output.splitlines() if line.startswith("patchscore: error")]) == 1
+
+
+def test_auto_labels_ask_the_network(data):
+    """A bank with labels and a network without: auto is none, and says so; all is refused with the cause."""
+    save_network(ResNet(1, (), 4, 1, "zeros"), "plain.safetensors", {})
+    words = ("compare", "bank.npz", "plain.safetensors", "--steps", 4, "-n", 1, "--table", 3, "--no-baselines")
+    done = run(*words[0:])
+    assert done.exit_code == 0, done.output
+    assert "labels none: the network takes none" in done.output
+    assert json.loads((data / "compared" / "comparison.json").read_text())["labels"] is None
+    done = run(*words, "--labels", "all", "--out", "other")
+    assert done.exit_code == 2
+    assert "unknown label 0; this network was trained without labels" in done.output
+    words = ("compare", "bank.npz", "net.safetensors", *words[3:], "--out", "labelled")
+    assert run(*words).exit_code == 0
+    assert json.loads((data / "labelled" / "comparison.json").read_text())["labels"] == [0]
+
+
+def test_an_error_of_the_users_own_code_keeps_its_file_and_line(data):
+    (data / "faulty_of_test.py").write_text(
+        "def network(bank):\n    deep()\ndef deep():\n    raise ValueError('my own bug')\n"
+    )
+    done = run("compare", "bank.npz", "faulty_of_test:network", "--steps", 4, "-n", 1, "--table", 3)
+    assert done.exit_code == 2
+    assert f"my own bug (ValueError at {data / 'faulty_of_test.py'}, line 4)" in done.output
+    assert "line" not in run("compare", "bank.npz", "net.safetensors", "--steps", 1).output
+
+
+def test_a_network_file_that_is_damaged_is_refused_and_takes_no_memory(data):
+    whole = (data / "net.safetensors").read_bytes()
+    for text, other, message in (
+        (b'\\"depth\\": 1', b'\\"depth\\": 1000000000', "was changed since it was written"),
+        (b'"config":"{\\"arch', b'"config":"[\\"arch', "not a usable network"),
+    ):
+        assert text in whole
+        head = int.from_bytes(whole[:8], "little")
+        changed = whole[8 : 8 + head].replace(text, other)
+        changed += b" " * (-len(changed) % 8)
+        (data / "bad.safetensors").write_bytes(len(changed).to_bytes(8, "little") + changed + whole[8 + head :])
+        with pytest.raises(ValueError, match=message):
+            load_network(data / "bad.safetensors")
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(100):
+        content = bytearray(whole)
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        (data / "bad.safetensors").write_bytes(content)
+        try:
+            network, _ = load_network(data / "bad.safetensors")
+        except ValueError as error:
+            assert str(data / "bad.safetensors") in str(error)
+            refused += 1
+        else:
+            again, _ = load_network(data / "net.safetensors")
+            for name, weight in again.state_dict().items():
+                assert torch.equal(weight, network.state_dict()[name])
+    assert refused >= 90
+    # Without a checksum, as 0.1.0 wrote them, sizes that the weights do not have are refused before they are made.
+    for size in ("depth", "width"):
+        with safe_open(data / "net.safetensors", "pt") as file:
+            metadata, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        config = {**json.loads(metadata["config"]), size: 10**9}
+        metadata = {name: value for name, value in metadata.items() if name != "sha256"}
+        save_file(weights, data / "huge.safetensors", {**metadata, "config": json.dumps(config)})
+        with pytest.raises(ValueError, match="not a usable network"):
+            load_network(data / "huge.safetensors")

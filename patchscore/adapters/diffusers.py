@@ -49,7 +49,7 @@ class PatchScoreUNet(DenoiserModule):
 
     Raises:
         TypeError: not a denoiser.
-        ValueError: a scheduler without `alphas_cumprod`, with flow sigmas, or of another prediction type, which is named.
+        ValueError: a scheduler without `alphas_cumprod`, with flow sigmas, or of another prediction type (named).
     """
 
     def __init__(self, machine: Denoiser, scheduler: Any, class_labels: Labels = None):
@@ -65,8 +65,8 @@ class PatchScoreUNet(DenoiserModule):
             )
         if scheduler.config.get("use_flow_sigmas", False):
             raise ValueError(
-                f"scheduler: {type(scheduler).__name__} has use_flow_sigmas=True, whose sigmas are not sigma_t / alpha_t; "
-                "takes one without"
+                f"scheduler: {type(scheduler).__name__} has use_flow_sigmas=True, "
+                "whose sigmas are not sigma_t / alpha_t; takes one without"
             )
         channels, height, width = machine.shape
         self.scheduler = scheduler
@@ -97,7 +97,8 @@ class PatchScoreUNet(DenoiserModule):
             return_dict: whether to return a UNet2DOutput; otherwise a tuple with one element.
 
         Raises:
-            ValueError: images unlike the bank's or that require grad, a timestep outside the scheduler's, an unknown label.
+            ValueError: images unlike the bank's or that require grad, a timestep that the scheduler has not, an unknown
+                label.
         """
         self.check_images(sample, "sample")
         with torch.no_grad():

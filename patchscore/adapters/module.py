@@ -59,7 +59,7 @@ class DenoiserModule(nn.Module):
             has = " x ".join(map(str, self.denoiser.shape))
             raise ValueError(f"{name}: the sampler gives {list(x.shape)}, the denoiser's bank has {has} images")
         if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: requires grad, and this denoiser has no gradient; take torch.no_grad() or detach it")
+            raise ValueError(f"{name}: requires grad, and this denoiser has no gradient; use torch.no_grad() or detach")
 
     def labels_from(self, class_labels: Any) -> Labels:
         """Labels, or one-hot rows [B, number of classes] over `classes`; a row of zeros means every class."""

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .. import plots
+from ..draw.images import png
 from ..files import (
     TEMPORARY,
     check_header,
@@ -217,7 +217,7 @@ class RunFolder:
 
     def save_picture(self, name: str, picture: Image.Image) -> None:
         """Writes one of PICTURES."""
-        write_atomically(self.path / name, plots.png(picture))
+        write_atomically(self.path / name, png(picture))
 
     def save_trajectories(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes trajectory.npz."""

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .. import checks, engines
 from ..bank import PatchBank
 from ..denoiser import ScoreMachine
-from ..explain import Walk, count_sources, nearest_images, usual_nearness
+from ..explain import Walk
 from ..index import OPTIONS, PatchIndex
 from ..machines import EquivariantLocalScore, IdealScore, LocalScore
+from ..memorisation import memorisation_report
 from ..scales import ScaleTable
 from .folder import FLAT_VERSION, RunFolder, read_arrays, read_run, write_run
-
-MEMORY_LEVEL = 0.5
-"""The noise level at which sources are counted: the layout is settled, and details are being put in place."""
 
 SAME = 0.02
 """Rounding may grow over a walk to this much of a pixel that lies in [-1, 1]."""
@@ -51,6 +47,7 @@ def reopen(
         record = read_run(path)
         settings, noted, made = record["settings"], record["noted"], record["bank"]
         reading = {"size": noted["size"], "limit": noted["limit"], "skip_bad": noted["skip_bad"]}
+        reading |= {name: noted.get(name) for name in ("split", "image_key", "label_key")}  # 0.1.0 had none
         reading["channels"] = None if noted["channels"] is None else int(noted["channels"])
         walked = {name: settings[name] for name in ("steps", "schedule", "sampler", "labels", "seed")}
         where, fingerprint, sizes = source or noted["source"], made["fingerprint"], settings["patch_sizes"]
@@ -102,31 +99,8 @@ def _index_of_run(path: Path, bank: PatchBank, built: dict[str, Any], out: Path)
 
 
 def report_memorisation(out: Path, record: dict[str, Any], walks: list[Walk], bank: PatchBank) -> dict[str, Any]:
-    """Adds to run.json how many training images each explained sample is made of, beside how near the nearest is.
-
-    Returns:
-        The report, `run.json`'s entry "memorisation": for the samples explained so far their nearest training image and
-        rms distance, the distinct and effective number of training images that own their pixels at the noise level
-        given; and the same distance between training images and their nearest others, for scale.
-    """
-    known = {entry["image"]: entry for entry in record.get("memorisation", {}).get("samples", [])}
-    near = nearest_images(torch.stack([walk.image for walk in walks]).cpu(), bank)
-    for i, walk in enumerate(walks):
-        step = min(walk.steps, key=lambda step: abs(math.log(step.sigma / MEMORY_LEVEL)))
-        distinct, effective = count_sources(step)
-        known[walk.number] = {
-            "image": walk.number,
-            "nearest": int(near.image[i]),
-            "rms": round(float(near.rms[i]), 4),
-            "sigma": step.sigma,
-            "sources": int(distinct[0]),
-            "effective_sources": round(float(effective[0]), 2),
-        }
-    usual = usual_nearness(bank).rms.tolist() if len(bank) > 1 else []
-    record["memorisation"] = {
-        "samples": [known[image] for image in sorted(known)],
-        "training_images_to_nearest_other": [round(rms, 4) for rms in usual],
-    }
+    """Puts a `memorisation_report` into run.json under "memorisation", and returns it."""
+    record["memorisation"] = memorisation_report(record.get("memorisation", {}), walks, bank)
     write_run(out / "run.json", record)
     return record["memorisation"]
 

@@ -13,9 +13,10 @@ import PIL
 import torch
 from tqdm import tqdm
 
-from .. import checks, plots
+from .. import checks
 from ..denoiser import ScoreMachine
-from ..explain import nearest_images
+from ..draw import images as pictures
+from ..nearest import nearest_images
 from ..noise import get_schedule
 from ..sampling import Step, labels_in_turn, sample
 from ..version import __version__
@@ -195,17 +196,17 @@ class Run:
             {"label": label, "nearest": {"image": int(image), "rms": round(float(rms), 4)}}
             for label, image, rms in zip(labels, near.image, near.rms, strict=True)
         ]
-        pngs = [plots.png(plots.to_pil(image)) for image in final]
+        pngs = [pictures.png(pictures.to_pil(image)) for image in final]
         served = {"engine": self.machine.engine_on(device), "device": device, "seconds_per_step": seconds}
         self.folder.save_batch(images, final.numpy(), pngs, entries, served)
 
     def _draw(self) -> None:
         rows = [row for image in sorted(self.made)[:GRID] if (row := self.folder.rows.read(image)) is not None]
-        self.folder.save_picture("grid.png", plots.grid(torch.from_numpy(np.stack(rows))))
+        self.folder.save_picture("grid.png", pictures.grid(torch.from_numpy(np.stack(rows))))
         arrays = self.trajectories.arrays()
         if arrays:
             ratios = get_schedule(self.settings["schedule"], self.settings["steps"]).ratios[:-1].tolist()
-            picture = plots.trajectories(
+            picture = pictures.trajectories(
                 torch.from_numpy(arrays["x"]).float(),
                 torch.from_numpy(arrays["x0"]).float(),
                 ratios,

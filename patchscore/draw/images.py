@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import colorsys
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .pixels import to_bytes
+from ..pixels import to_bytes
 
 PAPER = (255, 255, 255)
 INK = (60, 60, 60)
@@ -92,69 +90,6 @@ def pairs(rows: Mapping[str, Tensor], zoom: int | None = None) -> Image.Image:
         middle = GAP * zoom + i * cell + first.shape[-2] * zoom // 2
         draw.text((left - margin, middle), name, fill=INK, font=font, anchor="rm")
     return page
-
-
-def source_colour(rank: int) -> tuple[int, int, int]:
-    """The colour of the source with this rank: hues a golden angle apart, so that neighbours in rank differ most."""
-    hue, light = (rank * 137.508 + 18) % 360 / 360, (0.52, 0.66, 0.40)[rank // 12 % 3]
-    return tuple(round(255 * part) for part in colorsys.hls_to_rgb(hue, light, 0.62))  # type: ignore[return-value]
-
-
-@dataclass(frozen=True)
-class MosaicRow:
-    """One noise level of a mosaic.
-
-    noisy, denoised, collage: [C, H, W] in [-1, 1].
-    sources: the map of sources, H x W.
-    contributors: training images, H x W, each with its colour in the map.
-    """
-
-    title: str
-    noisy: Tensor
-    denoised: Tensor
-    sources: Image.Image
-    collage: Tensor
-    contributors: Sequence[tuple[Image.Image, tuple[int, int, int]]]
-
-
-def mosaic(rows: Sequence[MosaicRow], zoom: int | None = None) -> Image.Image:
-    """Where an image comes from, a row a noise level, most noise first.
-
-    In each row: the noisy image; what was denoised from it; the map of sources, every pixel in the colour of the
-    training image whose windows weigh most there, paler where they weigh less; the collage of every pixel's heaviest
-    window; then the training images that own most pixels, framed in their colour, which marks the places used.
-    """
-    height, width = rows[0].noisy.shape[-2:]
-    zoom = zoom or max(1, round(168 / width))
-    small = max(1, zoom // 2)
-    gap, frame, header, top = 14, 4, 24, 24
-    big, thumb = (width * zoom, height * zoom), (width * small, height * small)
-    across = max(-(-len(row.contributors) // 2) for row in rows)
-    cell = (thumb[0] + 2 * frame + 6, thumb[1] + 2 * frame + 6)
-    row_height = header + max(big[1], 2 * cell[1]) + gap
-    page = Image.new("RGB", (gap + 4 * (big[0] + gap) + across * cell[0], top + row_height * len(rows)), PAPER)
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
-
-    columns = [gap + i * (big[0] + gap) for i in range(5)]
-    titles = ("noisy", "denoised", "by source", "heaviest windows", "the training images that own most pixels")
-    for left, title in zip(columns, titles, strict=True):
-        draw.text((left, 6), title, fill=INK, font=font)
-    for r, row in enumerate(rows):
-        y = top + r * row_height
-        draw.text((gap, y + 3), row.title, fill=INK, font=font)
-        y += header
-        for left, image in zip(columns, _of_row(row), strict=False):
-            page.paste(image.convert("RGB").resize(big, Image.Resampling.NEAREST), (left, y))
-        for i, (image, colour) in enumerate(row.contributors):
-            left, above = columns[4] + i % across * cell[0], y + i // across * cell[1]
-            framed = Image.new("RGB", (thumb[0] + 2 * frame, thumb[1] + 2 * frame), colour)
-            framed.paste(image.resize(thumb, Image.Resampling.NEAREST), (frame, frame))
-            page.paste(framed, (left, above))
-    return page
-
-
-def _of_row(row: MosaicRow) -> list[Image.Image]:
-    return [to_pil(row.noisy), to_pil(row.denoised), row.sources, to_pil(row.collage)]
 
 
 def default_zoom(width: int) -> int:

@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import plots
-from .bank import PatchBank
-from .explain import Walk
+from ..bank import PatchBank
+from ..explain import Walk
+from . import images
 
 ABSENT = 0xFFFF
 LEAST_WEIGHTS = (0.002, 0.01, 0.03, 0.1)
@@ -144,7 +144,7 @@ def _planes(walk: Walk, position: np.ndarray, least: float, listed: int) -> byte
     for step in walk.steps:
         spread = step.z.flatten(1).std().clamp(min=0.5)
         for image in (step.z / (2 * spread).clamp(min=1), step.mean):
-            pixels = plots.to_uint8(image)[0]
+            pixels = images.to_uint8(image)[0]
             planes += [pixels[..., c] for c in range(3 if pixels.shape[-1] >= 3 else 1)]
         effective = (step.effective[0].clamp(min=1).log2() * 2048).round().clamp(max=ABSENT)
         planes += _two_bytes(effective.cpu().numpy())
@@ -190,7 +190,7 @@ def _atlas(bank: PatchBank, numbers: list[int]) -> bytes:
     """Training images side by side as a PNG."""
     _, height, width = bank.shape
     columns = _columns(len(numbers))
-    pixels = [plots.to_uint8(bank.chunk(number, number + 1))[0] for number in numbers]
+    pixels = [images.to_uint8(bank.chunk(number, number + 1))[0] for number in numbers]
     tiles = np.stack(pixels) if pixels else np.zeros((1, height, width, 1), np.uint8)
     tiles = tiles[..., :3] if tiles.shape[-1] >= 3 else tiles[..., :1]
     rows = -(-len(tiles) // columns)

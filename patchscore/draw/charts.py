@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from .calibrate import Calibration
-from .evaluate import Comparison
-from .scales import ScaleTable
+from ..calibrate import Calibration
+from ..evaluate import Comparison
+from ..scales import ScaleTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

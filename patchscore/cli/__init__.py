@@ -1,0 +1,29 @@
+"""The command line: `patchscore sample`, `index`, `info`, `calibrate`, `compare`, `explain` and `bench`.
+
+A thin skin: it turns words into the library's objects, prints what happened, and turns every error a user can cause
+into one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import click
+
+from ..version import __version__
+from .bench import bench
+from .explain import explain
+from .index import index
+from .info import info
+from .sample import sample
+from .theory import calibrate, compare
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="patchscore")
+def main() -> None:
+    """New images from nothing but training patches: the exact score of a diffusion model that has no network."""
+
+
+for command in (sample, index, info, calibrate, compare, explain, bench):
+    main.add_command(command)

@@ -1,0 +1,148 @@
+"""`patchscore explain`: which training patches made the samples of a run."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import checks, engines
+from ..denoiser import ScoreMachine
+from ..draw import charts
+from ..draw.images import png
+from ..draw.mosaic import mosaic, mosaic_rows
+from ..draw.pages import explanation_page
+from ..explain import Walk, explain_samples
+from ..files import locked, write_atomically
+from ..noise import get_schedule
+from ..runs import reopen, report_memorisation, warn_of_others
+from .options import (
+    bytes_in_words,
+    described,
+    device_named,
+    device_option,
+    numbers,
+    one_line_errors,
+    say,
+    write_chart,
+)
+
+
+@click.command(
+    epilog="""
+\b
+Examples:
+  patchscore explain out/ --image 3
+  patchscore explain out/ --image all --levels 8
+  patchscore explain out/ --source moved/cifar.npz --index moved/cifar.index
+"""
+)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--image", "images", default="0", show_default=True, metavar="N|N,M,...|all", help="Which samples.")
+@click.option("--levels", type=int, help="How many steps to explain; all, or 8 for over four images.")
+@click.option("--top", type=int, default=12, show_default=True, help="How many windows a pixel to look for.")
+@click.option("--source", help="Where the run's training images are now; by default where they were.")
+@click.option("--index", type=click.Path(path_type=Path), help="Where the run's index is now, if it had one; likewise.")
+@device_option()
+@one_line_errors
+def explain(
+    out: Path, images: str, levels: int | None, top: int, source: str | None, index: Path | None, device: str
+) -> None:
+    """Show which training patches made the samples of a run in OUT.
+
+    Writes into that folder mosaic.png (mosaic-000000.png and so on for several images), explain.html, one page that
+    needs nothing else, and memorisation.png; how near each sample is to a training image, and how many it is made of,
+    goes into run.json. A run made with an index is made again with it; what explains it are all windows, not only those
+    that the run looked at.
+    """
+    if not (out / "run.json").is_file():
+        raise ValueError(f"{out / 'run.json'}: no such file; takes the folder of a run of patchscore sample")
+    with locked(out, f"{out}: another process is writing this folder; wait for it"):
+        _explain(out, images, levels, top, source, index, device)
+
+
+def _explain(
+    out: Path, images: str, levels: int | None, top: int, source: str | None, index: Path | None, device: str
+) -> None:
+    machine, settings, record, made = reopen(out, source, index)
+    wanted = made if images == "all" else _of_run(images, made)
+    schedule = get_schedule(settings["schedule"], settings["steps"])
+    count = levels if levels is not None else len(schedule) if len(wanted) <= 4 else 8
+    count = min(checks.integer("--levels", count, at_least=1), len(schedule))
+    # The last step is always among them; the first hardly shows anything.
+    chosen = [round((i + 1) * len(schedule) / count) - 1 for i in range(count)]
+    say(repr(machine.bank), described(machine, device_named(device)))
+    if machine.pruned is not None:
+        # Which sizes the index lacks was told when the run was made.
+        warnings.filterwarnings("ignore", message=".*the index has patch sizes")
+    start = time.perf_counter()
+    walks = explain_samples(machine, wanted, chosen, top, device=device_named(device), **settings)
+    warn_of_others(out, record, walks)
+    shares = _of_all_windows(machine, record, walks)
+    if shares:
+        say(shares)
+
+    for walk in walks:
+        name = "mosaic.png" if len(walks) == 1 else f"mosaic-{walk.number:06d}.png"
+        write_atomically(out / name, png(mosaic(mosaic_rows(walk, machine.bank))))
+    about = {
+        "title": f"Which training patches made {'these images' if len(walks) > 1 else 'this image'}",
+        "lines": [
+            f"{type(machine).__name__} over {len(machine.bank):,} training images of {record['noted']['source']}, "
+            f"seed {settings['seed']}. At each step a pixel becomes the weighted mean of the centre pixels of those "
+            "training windows that look most like its own noisy window.",
+            *([shares] if shares else []),
+        ],
+        "padding_mode": getattr(machine, "padding_mode", "zeros"),
+    }
+    page = explanation_page(walks, machine.bank, about)
+    write_atomically(out / "explain.html", page.encode())
+    report = report_memorisation(out, record, walks, machine.bank)
+    samples = report["samples"]
+    for entry in samples:
+        if entry["image"] in wanted:
+            say(
+                f"image {entry['image']}: nearest training image {entry['nearest']} at rms {entry['rms']:.3f}; "
+                f"{entry['sources']} own pixels at noise {entry['sigma']:.2g}, as many as "
+                f"{entry['effective_sources']:.1f} of equal share"
+            )
+    write_chart(
+        out / "memorisation.png",
+        lambda: charts.memorisation(
+            [entry["rms"] for entry in samples],
+            [entry["effective_sources"] for entry in samples],
+            report["training_images_to_nearest_other"],
+        ),
+    )
+    each = (time.perf_counter() - start) / len(walks)
+    say(f"{each:.1f} s an image: see {out / 'explain.html'} ({bytes_in_words(len(page))}) and {out / name}")
+
+
+def _of_all_windows(machine: ScoreMachine, record: dict[str, Any], walks: list[Walk]) -> str:
+    """What to say of a run that looked at a share of the windows, through an index; nothing of any other."""
+    made = record["settings"]
+    if not made.get("index") or record["noted"]["engine"] in engines.NAMES:
+        return ""
+    least = f"budget {made['budget']:g}" if made.get("budget") else f"tolerance {made['tolerance']:g}"
+    if machine.pruned is None:
+        return (
+            f"The run was made with an index ({least}), but here without it: noise, weights and denoised images are "
+            "those of all windows."
+        )
+    apart = max(step for walk in walks for step in walk.apart)
+    return (
+        f"The run looked at a share of the windows, through an index ({least}). Its own noise is shown; weights and "
+        f"denoised images are those of all windows. What the run made of that noise is off by up to {apart:.2g} rms."
+    )
+
+
+def _of_run(images: str, made: list[int]) -> list[int]:
+    wanted = numbers("--image", images, "numbers with commas between them, or all")
+    for image in wanted:
+        if image not in made:
+            there = f"the run has {made[0]} to {made[-1]}" if made else "the run has none yet"
+            raise ValueError(f"--image: got {image}, {there}")
+    return wanted

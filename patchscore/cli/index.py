@@ -1,0 +1,89 @@
+"""`patchscore index`: the windows of a bank in cells, on disk."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import click
+
+from ..files import check_writable
+from ..index import PatchIndex
+from .options import Source, numbers, one_line_errors, say, scale_table, source_options
+
+
+@click.command(
+    epilog="""
+\b
+Examples:
+  patchscore index fashion-mnist --patch-sizes 3,5,7 --out fashion.index
+  patchscore index cifar.npz --table cifar10-resnet-zeros --out cifar.index
+  patchscore sample cifar.npz --index cifar.index --budget 0.01
+
+The same command again continues an interrupted build and keeps the sizes that are there.
+"""
+)
+@source_options
+@click.option("--patch-sizes", metavar="K,K,...", help="The odd patch sizes to index.")
+@click.option("--table", metavar="NAME|FILE", help="Instead: every size of a table that `sample` takes.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option(
+    "--padding-mode",
+    type=click.Choice(["zeros", "circular"]),
+    default="zeros",
+    show_default=True,
+    help="zeros indexes the windows along edges too; circular has no use for them.",
+)
+@click.option("--rank", type=int, help="Principal axes to keep of a window.  [default: by the spectrum]")
+@click.option("--cells", type=int, help="Cells of similar windows.  [default: 16 sqrt(windows)]")
+@click.option("--max-windows", type=int, help="Index at most so many windows a size, of images taken at random.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of training samples and the order in cells.")
+@click.option("--verify", is_flag=True, help="Check every file whole, once built.")
+@one_line_errors
+def index(
+    source: Source,
+    patch_sizes: str | None,
+    table: str | None,
+    out: Path,
+    padding_mode: str,
+    rank: int | None,
+    cells: int | None,
+    max_windows: int | None,
+    seed: int,
+    verify: bool,
+) -> None:
+    """Index the windows of SOURCE, so that `sample --index` need look at a small share of them only."""
+    if (patch_sizes is None) == (table is None):
+        raise ValueError("--patch-sizes, --table: takes one of the two")
+    source.check_not_around(out)
+    wanted = [] if patch_sizes is None else numbers("--patch-sizes", patch_sizes, "odd numbers separated by commas")
+    check_writable(out)
+    bank = source.open()
+    if table is not None:
+        wanted = sorted(set(scale_table(table, bank, padding_mode).sizes))
+        fit = [k for k in wanted if k <= min(bank.shape[1:])]
+        if fit and fit != wanted:
+            listed = ", ".join(str(k) for k in wanted if k not in fit)
+            warnings.warn(f"patch sizes {listed} are wider than the images: served exactly, not indexed", stacklevel=2)
+            wanted = fit
+    say(f"{bank!r} from {source.source}")
+    start = time.perf_counter()
+    try:
+        built = PatchIndex.build(bank, wanted, out, padding_mode, rank, cells, max_windows, seed)
+    except KeyboardInterrupt:
+        say("", f"patchscore: stopped; the same command keeps what is whole in {out} and goes on", err=True)
+        sys.exit(130)
+    seconds = time.perf_counter() - start
+    if verify:
+        PatchIndex.open(out, bank, verify=True)
+    say("", f"{'patch size':<12}{'windows':<16}{'stored':<16}{'axes':<8}{'cells':<10}bytes a window")
+    for k in built.patch_sizes:
+        part = built.at(k)
+        total = sum(file["bytes"] for file in part.meta["files"].values())
+        counted = f"{k:<12}{part.meta['windows']:<16,}{part.meta['stored']:<16,}{part.rank:<8}{len(part.sizes):<10,}"
+        say(f"{counted}{total / part.meta['windows']:.0f}")
+        if part.meta["subsampled_images"]:
+            say(f"            of {part.meta['subsampled_images']:,} images taken at random, for --max-windows")
+    say("", f"indexed in {seconds:.1f} s: {out}{', every file checked' if verify else ''}")

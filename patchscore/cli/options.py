@@ -1,0 +1,311 @@
+"""What commands share: options that come in groups, words turned into objects, and one line for every error.
+
+A group of options reaches its command as one object (`taking`), so that a command has a few parameters and not twenty.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import sysconfig
+import time
+import traceback
+import unicodedata
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from .. import checks, engines
+from ..bank import PatchBank
+from ..denoiser import DEFAULT_MEMORY_LIMIT, ScoreMachine
+from ..draw import charts
+from ..files import write_atomically
+from ..machines import EquivariantLocalScore
+from ..noise import SCHEDULES
+from ..sampling import DEFAULT_BATCH, SAMPLERS
+from ..scales import PUBLISHED, ScaleTable
+
+Command = Callable[..., None]
+Option = Callable[[Command], Command]
+
+
+class OneLine(click.ClickException):
+    """An error the user can mend: one line, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        say(f"patchscore: error: {self.message}", err=True)
+
+
+def say(*lines: str, err: bool = False) -> None:
+    """Prints lines, with control characters spelled out: names from files may hold a newline or an escape."""
+    for line in lines:
+        click.echo("".join(c if unicodedata.category(c)[0] != "C" else _spelled(c) for c in line), err=err)
+
+
+def _spelled(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def one_line_errors(command: Command) -> Command:
+    """Turns errors that a user can cause into one line, and warnings into one each."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+            say(f"patchscore: warning: {message}", err=True)
+
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            try:
+                command(*args, **kwargs)
+            except (ValueError, TypeError, OSError, ImportError, OverflowError) as error:
+                raise OneLine(" ".join(f"{error}{_place_outside(error)}".split())) from None
+            except csv.Error as error:
+                raise OneLine(f"--labels: {error}") from None
+            except EOFError as error:
+                raise OneLine(f"a file ends too early: {error}") from None
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                raise OneLine(
+                    "not enough memory; take fewer or smaller images (--limit, --size), a smaller --batch-size or "
+                    "--memory-limit"
+                ) from None
+            except KeyboardInterrupt:
+                say("", "patchscore: stopped; the same command goes on from what is written, or begins again", err=True)
+                raise click.exceptions.Exit(130) from None
+
+    return wrapped
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """MemoryError, torch's error of a device, or torch's untyped one on the CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _place_outside(error: BaseException) -> str:
+    """File and line of an error raised in a user's own code; nothing for one raised in an installed library."""
+    frames = traceback.extract_tb(error.__traceback__)
+    installed = [Path(__file__).parent.parent, *(Path(p) for p in set(sysconfig.get_paths().values()))]
+    if not frames or any(Path(frames[-1].filename).is_relative_to(place) for place in installed):
+        return ""
+    if not Path(frames[-1].filename).is_file():
+        return ""
+    return f" ({type(error).__name__} at {frames[-1].filename}, line {frames[-1].lineno})"
+
+
+def taking(kind: type, *options: Option) -> Callable[[Command], Command]:
+    """A decorator: the command takes `options`, collected in one object of the dataclass `kind`, by its name."""
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def wrapped(*args: Any, **kwargs: Any) -> None:
+            values = {field.name: kwargs.pop(field.name) for field in dataclasses.fields(kind)}
+            command(*args, **{kind.__name__.lower(): kind(**values)}, **kwargs)
+
+        for option in reversed(options):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate
+
+
+# ---- Training images.
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the training images are and how to read them."""
+
+    source: str
+    size: int | None
+    channels: str | None
+    limit: int | None
+    skip_bad: bool
+    split: str | None
+    image_key: str | None
+    label_key: str | None
+
+    def open(self) -> PatchBank:
+        options = dataclasses.asdict(self)
+        options["channels"] = None if self.channels is None else int(self.channels)
+        return PatchBank.open(**options)
+
+    def check_not_around(self, out: Path) -> None:
+        """ValueError where what is written would lie among the training images."""
+        if Path(self.source).is_dir() and out.resolve().is_relative_to(Path(self.source).resolve()):
+            raise ValueError(f"--out: {out} lies in the folder of training images")
+
+
+source_options = taking(
+    Source,
+    click.argument("source"),
+    click.option("--size", type=int, help="Resize to SIZE x SIZE; what is wider or taller is cropped."),
+    click.option("--channels", type=click.Choice(["1", "3"]), help="Convert to gray (1) or RGB (3)."),
+    click.option("--limit", type=int, help="Use at most so many images, as equal a share of each class as there is."),
+    click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be read, and say how many."),
+    click.option("--split", help="The part to read of a source that comes in parts, such as train."),
+    click.option("--image-key", help="The images' name in a source that holds several things."),
+    click.option("--label-key", help="Likewise the labels'."),
+)
+
+
+# ---- Walks: from noise to images.
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """How images are sampled."""
+
+    steps: int
+    schedule: str
+    sampler: str
+    labels: str
+    seed: int
+    batch_size: int
+
+    def check(self) -> None:
+        checks.integer("--batch-size", self.batch_size, at_least=1)
+
+
+def walk_options(
+    labels: Option, seed_help: str | None, batch_help: str, steps_help: str
+) -> Callable[[Command], Command]:
+    """The options of a Walk; commands explain them in their own words."""
+    return taking(
+        Walk,
+        click.option("--steps", type=int, default=20, show_default=True, help=steps_help),
+        click.option("--schedule", type=click.Choice(list(SCHEDULES)), default="cosine", show_default=True),
+        click.option("--sampler", type=click.Choice(list(SAMPLERS)), default="ddim", show_default=True),
+        labels,
+        click.option("--seed", type=int, default=0, show_default=True, help=seed_help),
+        click.option("--batch-size", type=int, default=DEFAULT_BATCH, show_default=True, help=batch_help),
+    )
+
+
+# ---- Where and with what it is computed.
+
+
+@dataclasses.dataclass(frozen=True)
+class Computing:
+    """Engine, device and working memory."""
+
+    engine: str
+    device: str
+    memory_limit: float
+
+    @property
+    def bytes(self) -> int:
+        if not 0 < self.memory_limit < 2**30:
+            raise ValueError(f"--memory-limit: got {self.memory_limit:g}, takes a positive number of GiB")
+        return int(self.memory_limit * 2**30)
+
+    @property
+    def where(self) -> str:
+        return device_named(self.device)
+
+
+def computing_options(*names: str) -> Callable[[Command], Command]:
+    """The options of Computing; `names` are engines beside the exact ones."""
+    listed = "|".join(["auto", *engines.NAMES, *names])
+    memory = DEFAULT_MEMORY_LIMIT / 2**30
+    return taking(
+        Computing,
+        click.option("--engine", default="auto", show_default=True, metavar=listed),
+        device_option("cpu, cuda, cuda:1, mps; auto takes cuda if there is."),
+        click.option("--memory-limit", type=float, default=memory, show_default=True, help="Working memory in GiB."),
+    )
+
+
+def device_option(explained: str = "auto takes cuda if there is.") -> Option:
+    return click.option("--device", default="auto", show_default=True, help=explained)
+
+
+def device_named(device: str) -> str:
+    """The device, checked; "auto" is cuda where there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(checks.device(device))
+
+
+# ---- Words.
+
+
+def scale_table(table: str, bank: PatchBank, padding_mode: str) -> ScaleTable:
+    """A table by name, file or constant; "auto" is the published ResNet table for gray or for colour images."""
+    if table == "auto":
+        if not 24 <= min(bank.shape[1:]) <= 48:
+            size = " x ".join(map(str, bank.shape[1:]))
+            warnings.warn(f"the published patch sizes were made for 32 x 32 images, these are {size}", stacklevel=2)
+        gray = "fashionmnist-resnet-zeros" if padding_mode == "zeros" else "mnist-resnet-circular"
+        return ScaleTable.published(gray if bank.shape[0] == 1 else f"cifar10-resnet-{padding_mode}")
+    if table in PUBLISHED:
+        return ScaleTable.published(table)
+    if table.isdecimal() and len(table) < 10:
+        return ScaleTable.constant(int(table))
+    if Path(table).is_file():
+        return ScaleTable.load(table)
+    raise ValueError(f"--table: got {table!r}, takes a patch size, a file, or one of {', '.join(PUBLISHED)}")
+
+
+def labels_named(labels: str, bank: PatchBank) -> list[int] | None:
+    """none, all, one class name, or several between commas; a name that has a comma itself goes in double quotes."""
+    if labels == "none":
+        return None
+    if labels == "all":
+        if not bank.classes:
+            raise ValueError("--labels: got all, but this source has no labels")
+        return list(bank.classes)
+    if labels in (bank.class_names or ()):
+        return bank.label_ids([labels])
+    listed = next(csv.reader([labels], skipinitialspace=True)) if '"' in labels else labels.split(",")
+    return bank.label_ids([label.strip() for label in listed])
+
+
+def numbers(option: str, text: str, takes: str) -> list[int]:
+    """Numbers with commas between them."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 10 for part in parts):
+        raise ValueError(f"{option}: got {text!r}, takes {takes}")
+    return [int(part) for part in parts]
+
+
+# ---- What is said and drawn.
+
+
+def described(machine: ScoreMachine, device: str) -> str:
+    """A machine in a line."""
+    parts = [type(machine).__name__]
+    if isinstance(machine, EquivariantLocalScore):
+        parts.append(f"padding {machine.padding_mode}")
+    if isinstance(machine.patch_size, ScaleTable):
+        parts.append(f"patch sizes {machine.patch_size.name}")
+    return ", ".join([*parts, f"engine {machine.engine_on(device)} on {device}"])
+
+
+def bytes_in_words(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}" if unit != "B" else f"{count} B"
+        size /= 1024
+    return f"{size:.3g} TiB"
+
+
+def seconds_since(start: float) -> str:
+    return f"{time.perf_counter() - start:.1f} s"
+
+
+def write_chart(path: Path, draw: Callable[[], Any]) -> None:
+    """Draws one where matplotlib is; without it a warning says what is missing."""
+    try:
+        write_atomically(path, charts.png(draw()))
+    except ImportError as error:
+        warnings.warn(f"{path.name} is not drawn: {error}", stacklevel=2)

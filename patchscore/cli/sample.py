@@ -1,0 +1,237 @@
+"""`patchscore sample`: new images into a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from .. import checks, engines
+from ..bank import PatchBank
+from ..denoiser import ScoreMachine
+from ..files import check_writable
+from ..index import OPTIONS, PatchIndex
+from ..machines import EquivariantLocalScore, IdealScore, LocalScore
+from ..noise import get_schedule
+from ..runs import MOST_IMAGES, Run
+from ..scales import PUBLISHED, ScaleTable
+from .options import (
+    Computing,
+    Source,
+    Walk,
+    computing_options,
+    described,
+    labels_named,
+    one_line_errors,
+    say,
+    scale_table,
+    source_options,
+    taking,
+    walk_options,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Which:
+    """Which machine, with which patch sizes, and how many of its windows it evaluates."""
+
+    machine: str
+    padding_mode: str
+    table: str
+    index_path: Path | None
+    budget: float | None
+    tolerance: float | None
+
+    def check(self, computing: Computing) -> None:
+        """ValueError for combinations that mean nothing."""
+        if self.index_path is None and self.budget is not None:
+            raise ValueError("--budget: takes an --index; `patchscore index` makes one")
+        best = engines.chosen(engines.EXACT, "auto", torch.device(computing.where), torch.float32)
+        rounds = self.machine == "els" and best.name == "fused"
+        if self.index_path is None and self.tolerance is not None and not rounds:
+            raise ValueError("--tolerance: takes an --index (`patchscore index` makes one), or els on CUDA with Triton")
+        if self.index_path is not None and (self.budget is None) == (self.tolerance is None):
+            raise ValueError("--index: takes one of --budget and --tolerance")
+
+    def build(self, bank: PatchBank, index: PatchIndex | None, seed: int, computing: Computing) -> ScoreMachine:
+        """The machine."""
+        pruned: dict[str, Any] = {}
+        if index or self.tolerance:
+            pruned = {"index": index, "budget": self.budget, "tolerance": self.tolerance, "seed": seed}
+        if self.machine != "els" and pruned:
+            raise ValueError(f"--index: got one, the {self.machine} machine takes none")
+        if self.machine != "els" and self.padding_mode != "zeros":
+            raise ValueError(f"--padding-mode: got {self.padding_mode}, the {self.machine} machine pads with zeros")
+        engine, memory = computing.engine, computing.bytes
+        if self.machine == "ideal":
+            if self.table != "auto":
+                raise ValueError(f"--table: got {self.table}, the ideal machine has no patch size")
+            return IdealScore(bank, engine, memory)
+        sizes = scale_table(self.table, bank, self.padding_mode)
+        if self.machine == "ls":
+            return LocalScore(bank, sizes, engine, memory)
+        return EquivariantLocalScore(bank, sizes, self.padding_mode, engine, memory, **pruned)
+
+
+which_options = taking(
+    Which,
+    click.option(
+        "--machine",
+        type=click.Choice(["els", "ls", "ideal"]),
+        default="els",
+        show_default=True,
+        help="Which windows compete: from everywhere (equivariant local), at the same place (local), or whole images.",
+    ),
+    click.option(
+        "--padding-mode",
+        type=click.Choice(["zeros", "circular"]),
+        default="zeros",
+        show_default=True,
+        help="How els treats borders.",
+    ),
+    click.option(
+        "--table",
+        default="auto",
+        show_default=True,
+        metavar="NAME|FILE|K",
+        help="Patch size by noise level: a published table (the list is below), a file that ScaleTable.save wrote, or "
+        "one size. auto is the published ResNet table for gray or colour images.",
+    ),
+    click.option(
+        "--index",
+        "index_path",
+        type=click.Path(path_type=Path),
+        help="An index that `patchscore index` made of SOURCE: a share of the windows is looked at, not all.",
+    ),
+    click.option(
+        "--budget", type=float, help="With --index: the share of (pixel, window) pairs to evaluate, say 0.01."
+    ),
+    click.option(
+        "--tolerance",
+        type=float,
+        help="With --index, instead: the rms error that a denoised pixel may have. On CUDA also without: the largest.",
+    ),
+)
+
+SAMPLE_LABELS = click.option(
+    "--labels",
+    default="none",
+    show_default=True,
+    metavar="none|all|A,B,...",
+    help="Classes, by number or name, that the images take in turn; all of them; or none: every image competes.",
+)
+
+
+@click.command(
+    epilog="""
+\b
+Examples:
+  patchscore sample fashion-mnist --labels all
+  patchscore sample photos/ --size 32 -n 64 --out faces
+  patchscore sample cifar.npz --machine els --padding-mode circular --sampler heun
+  patchscore sample photos/ --size 48 --table 7 --labels cats,dogs --seed 3
+  patchscore sample cifar.npz --index cifar.index --budget 0.01
+
+The same command again continues an interrupted run, and a larger -n adds to a finished one.
+
+Published tables, made for 32 x 32 images: """
+    + ", ".join(PUBLISHED)
+)
+@source_options
+@click.option("-n", "count", type=int, default=16, show_default=True, help="How many images.")
+@which_options
+@walk_options(
+    SAMPLE_LABELS,
+    "Image i depends on the seed and on i alone.",
+    "Images denoised together.",
+    "Levels of the noise schedule; the last of the cosine schedule's is the clean image.",
+)
+@computing_options("pruned")
+@click.option("--out", type=click.Path(path_type=Path), default="out", show_default=True, help="Folder to write.")
+@click.option("--overwrite", is_flag=True, help="Replace a run with other settings in the same folder.")
+@one_line_errors
+def sample(
+    source: Source, count: int, which: Which, walk: Walk, computing: Computing, out: Path, overwrite: bool
+) -> None:
+    """Make new images from the training images in SOURCE.
+
+    SOURCE is a folder of images (class subfolders become labels), a .npy, .npz or IDX file, or fashion-mnist (built
+    in). The output folder gets samples/ with one PNG an image, samples.npy with the same as float32, grid.png of the
+    first hundred, trajectory.png, batches.jsonl (labels, hashes, nearest training images) and run.json (all settings).
+    """
+    checks.integer("-n", count, at_least=1, at_most=MOST_IMAGES)
+    walk.check()
+    get_schedule(walk.schedule, walk.steps)
+    device, _ = computing.where, computing.bytes
+    source.check_not_around(out)
+    which.check(computing)
+    check_writable(out)
+
+    bank = source.open()
+    index = None if which.index_path is None else PatchIndex.open(which.index_path, bank)
+    machine = which.build(bank, index, walk.seed, computing)
+    sizes = machine.patch_size if isinstance(machine.patch_size, ScaleTable) else None
+    settings = {
+        "steps": walk.steps,
+        "schedule": walk.schedule,
+        "sampler": walk.sampler,
+        "labels": labels_named(walk.labels, bank),
+        "seed": walk.seed,
+    }
+    say(f"{bank!r} from {source.source}", described(machine, device))
+    lacking = sorted(set(sizes.sizes) - set(index.patch_sizes)) if sizes and index else []
+    if lacking:
+        say(f"not in the index, so summed exactly: patch sizes {', '.join(map(str, lacking))}")
+        warnings.filterwarnings("ignore", message=".*the index has patch sizes")
+
+    of_machine = _of_machine(which, machine, sizes, index)
+    noted = _noted(source, which, walk, computing, device)
+    with Run(out, machine, settings, of_machine, noted, overwrite) as run:
+        start = time.perf_counter()
+        try:
+            kept = run.sample(count, walk.batch_size, device)
+        except KeyboardInterrupt:
+            there = f"{sum(image < count for image in run.made)} of {count} images are in {out}"
+            say("", f"patchscore: stopped; {there}, the same command continues", err=True)
+            sys.exit(130)
+        seconds = time.perf_counter() - start
+    added = f"made {_images(count - kept)} in {seconds:.1f} s" if kept < count else "nothing left to make"
+    there = f", {kept} were there" if kept else ""
+    say(f"{added}{there}: see {run.folder.samples} and {out / 'grid.png'}")
+
+
+def _of_machine(
+    which: Which, machine: ScoreMachine, sizes: ScaleTable | None, index: PatchIndex | None
+) -> dict[str, Any]:
+    """The machine's settings as run.json has them: they decide the images."""
+    return {
+        "machine": which.machine,
+        "padding_mode": getattr(machine, "padding_mode", None),
+        "table": sizes and sizes.name,
+        "patch_sizes": sizes and dict(zip(map(str, sizes.sigmas), sizes.sizes, strict=True)),
+        "index": index and {**{name: index.meta[name] for name in OPTIONS}, "patch_sizes": index.patch_sizes},
+        "budget": which.budget,
+        "tolerance": which.tolerance,
+    }
+
+
+def _noted(source: Source, which: Which, walk: Walk, computing: Computing, device: str) -> dict[str, Any]:
+    """What run.json tells beside that: where things were, which may change without changing an image."""
+    return {
+        **dataclasses.asdict(source),
+        "batch_size": walk.batch_size,
+        "engine": computing.engine,
+        "index": which.index_path and str(which.index_path),
+        "device": device,
+        "memory_limit_gib": computing.memory_limit,
+    }
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
