@@ -134,8 +134,7 @@ def test_a_network_file_that_is_damaged_is_refused_and_takes_no_memory(data):
         try:
             network, _ = load_network(data / "bad.safetensors")
         except ValueError as error:
-            assert str(data / "bad.safetensors") in str(error)
-            refused += 1
+            refused += str(data / "bad.safetensors") in str(error)
         else:
             again, _ = load_network(data / "net.safetensors")
             for name, weight in again.state_dict().items():

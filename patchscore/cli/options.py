@@ -110,9 +110,10 @@ def taking(kind: type, *options: Option) -> Callable[[Command], Command]:
             values = {field.name: kwargs.pop(field.name) for field in dataclasses.fields(kind)}
             command(*args, **{kind.__name__.lower(): kind(**values)}, **kwargs)
 
+        taken: Command = wrapped
         for option in reversed(options):
-            wrapped = option(wrapped)
-        return wrapped
+            taken = option(taken)
+        return taken
 
     return decorate
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from ..calibrate import Calibration
 from ..evaluate import Comparison
@@ -65,7 +64,7 @@ def agreement(found: Comparison, machine: str, baseline: str) -> Figure:
     return figure
 
 
-def memorisation(rms: Tensor, sources: Sequence[float], usual: Tensor) -> Figure:
+def memorisation(rms: Sequence[float], sources: Sequence[float], usual: Sequence[float]) -> Figure:
     """How far each sample is from its nearest training image, against how many training images own its pixels.
 
     Args:
