@@ -298,7 +298,7 @@ def described(call: Call, device: torch.device) -> dict[str, object]:
     uint8 = call.bank.images.dtype == torch.uint8
     plan = choose_plan(spectrum_of(call.bank, call.k, device), d, call.sigma, fused.TOLERANCE, uint8, axes=True)
     precision = "exact" if plan.exact else "fp16 split" if plan.q_lo else "fp16"
-    work = cost.fused(plan.columns, d if plan.exact else 0, 128 if plan.columns > cost.WHOLE_ROWS else 64)
+    work = cost.fused(plan.columns, d if plan.exact else 0)
     about = {"rank": plan.size if plan.axes else d, "columns": plan.columns, "precision": precision}
     return about | derived(work, cost.TRITON, device)
 

@@ -131,11 +131,9 @@ bench() {
 
 profile() {
     command -v ncu >/dev/null || return 77
-    local kernel
     for case in "$@"; do
-        case $case in fused*) kernel=dense_kernel ;; *) kernel=windows_kernel ;; esac
-        ncu --kernel-name "regex:$kernel" --launch-count 1 --set basic --section WarpStateStats \
-            --section MemoryWorkloadAnalysis --section ComputeWorkloadAnalysis \
+        ncu --kernel-name 'regex:(dense|posterior|windows)_kernel' --launch-count 1 --set basic \
+            --section WarpStateStats --section MemoryWorkloadAnalysis --section ComputeWorkloadAnalysis \
             $PYTHON benchmarks/gpu_smoke.py "$case" --large || return 1
     done >"$OUT/profile.txt" 2>&1
 }

@@ -154,7 +154,7 @@ def larger_banks() -> list[dict]:
 
 def dense(windows: float, pairs: float, queries: int, plan: Plan, bank_bytes: float, gpus: int) -> dict[str, float]:
     """`fused`: every pair; rows come from memory once for all queries that run at a time, from L2 once a tile."""
-    work = cost.fused(plan.columns, plan.size if plan.exact else 0, 128 if plan.columns > cost.WHOLE_ROWS else 64)
+    work = cost.fused(plan.columns, plan.size if plan.exact else 0)
     per_pair, efficiency = work.costs(DEVICE), cost.middle(cost.TRITON)
     rows = windows * 2 * (plan.columns + cost.VALUE_COLUMNS)
     fits = rows / gpus <= cost.KEPT * DEVICE.memory

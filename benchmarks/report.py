@@ -76,6 +76,7 @@ BLOCKS = (
     exact.end_to_end,
     exact.scaling,
     gpu.on_paper,
+    gpu.sliding_compiled,
     gpu.expected_steps,
     gpu.anchors,
     gpu.gpu,

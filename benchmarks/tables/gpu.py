@@ -159,6 +159,22 @@ def fused_columns() -> str:
     return table(["k", "C k^2", *(f"{s:g}" for s in sigmas)], rows)
 
 
+def sliding_compiled() -> str:
+    """The CUDA kernel of `sliding`: what a pair costs in its machine code, and the rates that follow."""
+    record = result("sliding_cuda_sass")
+    rows = []
+    for row in record["rows"]:
+        if row["channels"] != 3 and row["k"] not in (3, 17):
+            continue
+        work = cost.Work(1, 0, row["instructions_per_pair"], 0)
+        cells = [str(row["k"]), str(row["channels"]), f"{row['instructions_per_pair']:.1f}"]
+        cells += [f"{row['shared_accesses_per_pair']:.1f}", f"{row['products_per_pair']:.2f}"]
+        cells += [f"{row['predicted_pairs_per_second'] / 1e12:.2f}"]
+        rows.append([*cells, paper.shown(cost.rate(work, paper.DEVICE, cost.INTEGER)), results.NOT_MEASURED])
+    header = ["k", "C", "instructions", "shared accesses", "products", "bound, 1e12 pairs/s", "derived", "measured"]
+    return f"sm_90 ({record['commit']}, {record['date']}):\n\n{table(header, rows)}"
+
+
 def on_paper() -> str:
     rows = [
         [

@@ -140,31 +140,30 @@ def attention(head: int, cluster: int = 1) -> Work:
 
 VALUE_COLUMNS = 16  # values, their low halves and a column of ones: half floats
 VALUE_PRODUCTS = 32  # columns that the second product costs: wgmma reads 64 x 16 weights no faster than 32 columns take
-WHOLE_ROWS = 256  # columns up to which queries stay in registers and shared memory; beyond, blocks of 64 columns
+WHOLE_ROWS = 320  # columns up to which queries stay in registers and shared memory; beyond, blocks of 64 columns
 SOFTMAX_INSTRUCTIONS, ROW_INSTRUCTIONS = 5.5, 64  # of a pair and lane; of a query's row in a tile of patches
 COPY_INSTRUCTIONS = 0.5  # of a byte that a pair brings to shared memory
-PRODUCT_INSTRUCTIONS = 0.01  # of a column, where a warp multiplies itself (mma.sync: before sm_90)
 """Fitted to benchmarks/results/fused_compile-triton-3.6.json, within a fifth (tests/test_cost.py)."""
 DECISIVE = 0.08
 """Share of tiles whose weights an exact plan takes again from differences, at two instructions a number: 4 to 11% of
 the tiles of CIFAR-10 and Fashion-MNIST banks of 700 and 1,000 images."""
 
 
-def fused(columns: int, numbers: int = 0, patches: int = 64, queries: int = QUERIES, hopper: bool = True) -> Work:
-    """Engine `fused` at K columns, tiles of `queries` x `patches`; every tile evaluated.
+def fused(columns: int, numbers: int = 0, tile: tuple[int, int] | None = None, whole: bool | None = None) -> Work:
+    """Engine `fused` at K columns; every tile evaluated, matrix products by warpgroups (sm_90).
 
     numbers: C k^2 where the plan is exact, else 0.
+    tile: queries x patches; the engine's first choice if not given. whole: whether rows are multiplied whole.
     """
-    whole = columns <= WHOLE_ROWS
+    whole = columns <= WHOLE_ROWS if whole is None else whole
+    queries, patches = tile or (QUERIES, 64 if whole or numbers else 128)
     # Rows and values once a tile of queries; queries again for every tile of patches, where they do not stay.
     l2_bytes = 2 * (columns + VALUE_COLUMNS) / queries + (0 if whole else 2 * columns / patches)
-    instructions = (
-        SOFTMAX_INSTRUCTIONS + ROW_INSTRUCTIONS / patches + COPY_INSTRUCTIONS * l2_bytes + 2 * DECISIVE * numbers
-    )
+    softmax = SOFTMAX_INSTRUCTIONS + ROW_INSTRUCTIONS / patches
     return Work(
         exponentials=1 + 1 / patches,
         products=columns + VALUE_PRODUCTS,
-        instructions=instructions + (0 if hopper else PRODUCT_INSTRUCTIONS * columns),
+        instructions=softmax + COPY_INSTRUCTIONS * l2_bytes + 2 * DECISIVE * numbers,
         l2_bytes=l2_bytes,
     )
 
@@ -197,7 +196,7 @@ def fused_seconds(device: Device, group: Group, images: int, batch: int, plan: P
     queries = batch * group.pixels // locked
     rows = -(-images * group.windows_per_image // ROWS_MULTIPLE) * ROWS_MULTIPLE
     tiles = -(-queries // QUERIES)
-    work = fused(plan.columns, plan.size if plan.exact else 0, 128 if plan.columns > WHOLE_ROWS else 64)
+    work = fused(plan.columns, plan.size if plan.exact else 0)
     computing = locked * tiles * QUERIES * rows * work.seconds(device, middle(TRITON))
     stored = 2 * (plan.columns + VALUE_COLUMNS) * locked * rows
     passes = 1 if stored <= KEPT * device.memory else 1 + MAKING
