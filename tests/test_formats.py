@@ -209,6 +209,16 @@ def test_torchvision_roots(tmp_path):
         sources.read(tmp_path / "data")
 
 
+def test_idx_files_of_other_names_are_named(tmp_path):
+    mnist_at(tmp_path / "EMNIST" / "raw")
+    for path in list((tmp_path / "EMNIST" / "raw").iterdir()):
+        path.rename(path.with_name(f"emnist-letters-{path.name.replace('t10k', 'test')}"))
+    with pytest.raises(ValueError, match=r"raw: holds emnist-letters-test-images-idx3-ubyte and .*; open one of them"):
+        sources.read(tmp_path)
+    path = tmp_path / "EMNIST" / "raw" / "emnist-letters-train-images-idx3-ubyte"
+    check(PatchBank.open(path), LABELS[:8], None, IMAGES[:8, ..., :1])
+
+
 def test_idx_with_limit_reads_no_further(tmp_path):
     mnist_at(tmp_path / "raw", gzip.compress, ".gz")
     path = tmp_path / "raw" / "train-images-idx3-ubyte.gz"
@@ -576,6 +586,19 @@ def test_heic_is_read_where_pillow_heif_is(tmp_path):
     assert len(PatchBank.open(tmp_path / "cat" / "IMG_1.HEIC")) == 1
 
 
+def test_heic_is_counted_where_pillow_heif_is_not(tmp_path, monkeypatch):
+    from patchscore.sources import tree
+
+    suffixes = {suffix: kind for suffix, kind in tree.image_formats()[0].items() if kind != "HEIF"}
+    monkeypatch.setattr(tree, "image_formats", lambda: (suffixes, ("PNG",)))
+    for name in ("cat", "dog", "emu"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("IMG_1.HEIC" if name == "dog" else "a.png")).write_bytes(encoded(IMAGES[0]))
+    with pytest.warns(UserWarning, match=r"left out: 1 \.heic; pip install 'patchscore\[heif\]' reads HEIC"):
+        bank = PatchBank.open(tmp_path)
+    assert (bank.labels.tolist(), bank.class_names) == ([0, 2], ("cat", "dog", "emu"))
+
+
 # Datasets that are iterated, columns, keys.
 
 
@@ -625,6 +648,23 @@ def test_keys_of_dataset_items():
             sources.read(IMAGES, **{wish: "a"})
         with pytest.raises(TypeError, match=f"{wish}: got 3, takes a text"):
             sources.read(items, **{wish: 3})
+
+
+def test_items_may_hold_files():
+    files = [encoded(image) for image in IMAGES]
+    check(PatchBank.open([{"image": {"bytes": file, "path": None}, "label": 1} for file in files]), [1] * 12)
+    check(PatchBank.open(list(zip(files, LABELS, strict=True))))
+    with pytest.raises(ValueError, match=r"source\[0\]: cannot be read \(holds only the path a\.png"):
+        sources.read([{"image": {"bytes": None, "path": "a.png"}}])
+
+
+def test_a_run_of_sample_is_its_samples(tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "grid.png").write_bytes(encoded(np.concatenate(IMAGES)))
+    for i, image in enumerate(IMAGES):
+        (tmp_path / "samples" / f"{i:06d}.png").write_bytes(encoded(image))
+    check(PatchBank.open(tmp_path), None)
 
 
 # Limits.

@@ -45,9 +45,12 @@ def array_source(
     axis = None if array.ndim == 3 else known_channel_axis(shape, name)
 
     def item(i: int) -> tuple[np.ndarray, int | None]:
-        with named(name):
+        try:
             row = array[i]
-        image = row[None] if axis is None else np.moveaxis(row, axis, 0)
+        except Exception:
+            with named(name):  # Only here: it takes longer than to read a small image.
+                raise
+        image = row[None] if axis is None else row.transpose(2, 0, 1) if axis == -1 else row
         return image, None if labels is None else int(labels[i])
 
     return Source(name, shape[0], item, lambda i: f"{name}, image {i}", labels, class_names)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from .arrays import labelled_array
-from .image import as_numpy, laid_out
+from .image import as_numpy, file_or_array, laid_out
 from .source import IMAGE_KEYS, LABEL_KEYS, Source, UnreadableImage, Wanted, listed, unreadable
 from .tree import integers
 
@@ -79,7 +79,9 @@ def _items(items: Any, source: Any, wanted: Wanted) -> Source:
         except Exception as error:
             raise unreadable(f"source[{i}]", error) from error
         image, label = _image_and_label(entry, i, wanted)
-        if isinstance(image, (np.ndarray, Tensor)):
+        if isinstance(image, bytes) or (isinstance(image, Mapping) and "bytes" in image):
+            image = file_or_array(image, f"source[{i}]")  # Hugging Face's Image(decode=False)
+        elif isinstance(image, (np.ndarray, Tensor)):
             image = laid_out(as_numpy(image), f"source[{i}]")
         return image, _one_label(label) if wanted.labels and label is not None else None
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from .arrays import array_source
 from .rows import Rows
-from .source import Source, Wanted, named
+from .source import Source, Wanted, listed, named
 from .tree import integers
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -28,14 +28,21 @@ _SPLITS = {"train": "train", "test": "t10k"}
 
 
 def has_idx(folder: Path) -> bool:
-    """Whether a folder holds MNIST's files."""
-    return bool(_images_in(folder))
+    """Whether a folder holds IDX files of images."""
+    return os.path.isdir(folder) and any(
+        re.search(r"images[-.]idx3-ubyte(\.gz)?$", name) for name in os.listdir(folder)
+    )
 
 
 def idx_folder(folder: Path, wanted: Wanted) -> Source | None:
     """The images of a folder that holds MNIST's files; None if it does not."""
     found = _images_in(folder)
-    return idx_file(found[wanted.choose_split(str(folder), found, "train")], wanted) if found else None
+    if found:
+        return idx_file(found[wanted.choose_split(str(folder), found, "train")], wanted)
+    others = sorted(name for name in os.listdir(folder) if re.search(r"images[-.]idx3-ubyte(\.gz)?$", name))
+    if others:
+        raise ValueError(f"{folder}: holds {listed(others, 'and')}; open one of them")
+    return None
 
 
 def _images_in(folder: Path) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import threading
 from collections.abc import Iterator
@@ -249,3 +250,26 @@ def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     box = (left, top, left + cropped_width, top + cropped_height)
     planes = (Image.fromarray(np.ascontiguousarray(plane)) for plane in pixels)
     return np.stack([np.asarray(p.resize(size[::-1], Image.Resampling.BILINEAR, box=box)) for p in planes])
+
+
+# Values of tables.
+
+
+def file_or_array(value: Any, name: str) -> Any:
+    """The image in a value of a table: bytes of a file, bare or as {bytes, path}, or nested lists of numbers."""
+    if isinstance(value, dict):
+        if value.get("bytes") is None:
+            held = f"only the path {value['path']}" if value.get("path") else "no bytes"
+            raise unreadable(name, ValueError(f"holds {held}, takes the bytes of an image file"))
+        value = value["bytes"]
+    if isinstance(value, bytes):
+        return Encoded(io.BytesIO(value))
+    if isinstance(value, list):
+        try:
+            array = np.asarray(value)
+        except ValueError:
+            array = np.empty(0, dtype=object)
+        if array.dtype.kind not in "iuf":
+            raise ValueError(f"{name}: a nested list that is no image [C, H, W], [H, W, C] or [H, W]")
+        return laid_out(array, name)
+    raise ValueError(f"{name}: holds {type(value).__name__}, takes the bytes of an image file or a nested list")

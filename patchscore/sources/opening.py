@@ -88,6 +88,8 @@ def _folder(path: Path, wanted: Wanted) -> Source:
         found = _data_set(path, wanted)
         if found is not None:
             return found
+        if os.path.isfile(path / "run.json") and os.path.isdir(path / "samples"):
+            return folder(path / "samples", wanted)  # a run of `patchscore sample`, with pictures beside its samples
         below = [child for child in sorted(path.iterdir()) if child.name in ROOTS and _is_data_set(child)]
     except OSError as error:
         raise ValueError(f"{error.filename or path}: {error.strerror or error}") from error

@@ -6,7 +6,6 @@ batches as images are asked for; only that of the labels is read whole.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -16,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .image import Encoded, laid_out
-from .source import IMAGE_KEYS, Source, Wanted, joined, named, unreadable
+from .image import file_or_array
+from .source import IMAGE_KEYS, Source, Wanted, joined, named
 from .tree import integers, read_json
 
 BATCH = 32
@@ -154,7 +153,7 @@ def _table(name: str, schema: Any, count: int, batches: Callable[[str], Iterator
     def item(i: int) -> tuple[Any, Any]:
         with named(name):
             value = column[i]
-        return _image(value, f"{name}, row {i}"), None if labels is None else int(labels[i])
+        return file_or_array(value, f"{name}, row {i}"), None if labels is None else int(labels[i])
 
     return Source(name, count, item, lambda i: f"{name}, row {i}", labels, class_names)
 
@@ -172,25 +171,6 @@ def _encoded_columns(schema: Any) -> list[str]:
         if is_bytes(field.type)
         or (types.is_struct(field.type) and any(part.name == "bytes" and is_bytes(part.type) for part in field.type))
     ]
-
-
-def _image(value: Any, name: str) -> Any:
-    if isinstance(value, dict):
-        if value.get("bytes") is None:
-            held = f"only the path {value['path']}" if value.get("path") else "no bytes"
-            raise unreadable(name, ValueError(f"holds {held}, takes the bytes of an image file"))
-        value = value["bytes"]
-    if isinstance(value, bytes):
-        return Encoded(io.BytesIO(value))
-    if isinstance(value, list):
-        try:
-            array = np.asarray(value)
-        except ValueError:
-            array = np.empty(0, dtype=object)
-        if array.dtype.kind not in "iuf":
-            raise ValueError(f"{name}: a nested list that is no image [C, H, W], [H, W, C] or [H, W]")
-        return laid_out(array, name)
-    raise ValueError(f"{name}: holds {type(value).__name__}, takes the bytes of an image file or a nested list")
 
 
 def _labels(

@@ -18,6 +18,7 @@ import pickle
 import random
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -292,6 +293,8 @@ def work(folder: Path, findings: Path, seed: int, seconds: float, count: int, on
     """Damages and reads until time or count is up, printing what came of it; the parent knows the last input."""
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.enable()
+    faulthandler.register(signal.SIGALRM, chain=True)  # says where, then ends the process
     rng = random.Random(seed)
     found = {name: value for name, value in seeds().items() if not only or name in only}
     others = [content for value in found.values() for content in value.files.values() if content]
@@ -306,14 +309,14 @@ def work(folder: Path, findings: Path, seed: int, seconds: float, count: int, on
         except (OSError, ValueError):
             continue
         made += 1
-        faulthandler.dump_traceback_later(LONGEST, exit=True)
+        signal.alarm(LONGEST)
         start = time.monotonic()
         try:
             counts[check(folder / "input" / opened, rng.choice(OPTIONS))] += 1
         except Exception:
             counts["errors"] += 1
             keep(folder, findings / f"{seed}-{made}", traceback.format_exc())
-        faulthandler.cancel_dump_traceback_later()
+        signal.alarm(0)
         slowest = max(slowest, (time.monotonic() - start, name))
     print(json.dumps({"inputs": made, **counts, "slowest": slowest}))
 
