@@ -30,12 +30,13 @@ DEFAULT_MEMORY_LIMIT = 2 * 2**30
 class Estimate:
     """A denoised batch with its standard error, effective sample size and cost.
 
-    mean:   [B, C, H, W] the denoised images D(z).
-    stderr: [B, C, H, W] standard error of `mean`; zero from engines that sum over every competing window. From `pruned`
-            it covers sampling and the axes that features leave out.
-    ess:    [B, H, W] effective number of windows behind each pixel, (sum w)^2 / sum w^2.
-    pairs:  how many (query pixel, window) pairs were evaluated.
-    engine: the engine that served; several, joined by "and", where groups of pixels or patch sizes differ.
+    Attributes:
+        mean: [B, C, H, W] the denoised images D(z).
+        stderr: [B, C, H, W] standard error of `mean`; zero from engines that sum over every competing window. From
+            `pruned` it covers the sampling and the truncation of principal axes.
+        ess: [B, H, W] effective sample size of each pixel, (sum w)^2 / sum w^2.
+        pairs: number of (query pixel, window) pairs that were evaluated.
+        engine: the engine that served; several, joined by "and", where groups of pixels or patch sizes differ.
     """
 
     mean: Tensor

@@ -19,21 +19,19 @@ from torch import Tensor
 class PosteriorSum:
     """Partial sums over windows a with log-weights l_a = -|q - p_a|^2 / (2 sigma^2) and values v_a.
 
-    m:  [B, 1, H, W] reference log-weight, -inf where nothing was summed yet
-    s:  [B, 1, H, W] sum_a e^(l_a - m)
-    v:  [B, C, H, W] sum_a e^(l_a - m) v_a
-    s2: [B, 1, H, W] sum_a e^(2 (l_a - m))
+    m need not be the largest log-weight, only near it. Where all pixels have the same weights (IdealScore), m, s and s2
+    are [B, 1, 1, 1] and broadcast. vv, vs and ss are the sampling covariance of sums that were estimated from a sample
+    of the windows, relative to e^(2 m); covariances of independent parts add as the sums do.
 
-    m need not be the largest log-weight, only near it. Where all pixels share their weights (IdealScore), m, s and s2
-    are [B, 1, 1, 1] and broadcast.
-
-    Where s and v were estimated from a sample of the windows, their sampling covariance rides along, relative to
-    e^(2 m); variances of independent parts add as the sums themselves do. None where every window was summed.
-
-    vv: [B, C, H, W] variance of v
-    vs: [B, C, H, W] covariance of v and s
-    ss: [B, 1, H, W] variance of s
-    pairs: (pixel, window) pairs that were evaluated, None for all
+    Attributes:
+        m: [B, 1, H, W] reference log-weight, -inf where nothing was summed yet.
+        s: [B, 1, H, W] sum_a e^(l_a - m).
+        v: [B, C, H, W] sum_a e^(l_a - m) v_a.
+        s2: [B, 1, H, W] sum_a e^(2 (l_a - m)).
+        vv: [B, C, H, W] variance of v; None where every window was summed, and so are vs and ss.
+        vs: [B, C, H, W] covariance of v and s.
+        ss: [B, 1, H, W] variance of s.
+        pairs: (pixel, window) pairs that were evaluated, None for all.
     """
 
     m: Tensor

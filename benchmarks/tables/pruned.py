@@ -13,9 +13,9 @@ def pruned_steps() -> str:
         "rms",
         "worst",
         "within 2 stderr",
-        "> 0.1 unsaid",
-        "sooner",
-        "least budget: rms, sooner",
+        "> 0.1, understated",
+        "speedup",
+        "least budget: rms, speedup",
     ]
     header += ["interior, equal time: pruned", "FAISS top-k", "uniform subset", "screened"]
     parts = []
@@ -69,7 +69,7 @@ def pruned_samples() -> str:
         ]
         for row in record["samples"]
     ]
-    header = ["20 steps, budget 0.01", "samples", "r^2 with exact, median", "least", "exact", "pruned", "sooner"]
+    header = ["20 steps, budget 0.01", "samples", "r^2 with exact, median", "least", "exact", "pruned", "speedup"]
     return table(header, rows)
 
 
@@ -88,5 +88,5 @@ def coverage() -> str:
             cells = [setting, span, str(len(steps)), f"{statistics.median(row['rms'] for row in steps):.4f}"]
             cells += [f"{statistics.median(ratio):.2f}", f"{min(within):.1%} to {max(within):.1%}"]
             rows.append([*cells, str(sum(row["silent"] for row in steps))])
-    header = ["bank", "sigma", "steps", "rms error", "stated over true", "within two stderr", "unsaid"]
+    header = ["bank", "sigma", "steps", "rms error", "stated over true", "within two stderr", "understated"]
     return f"{table(header, rows)}\n\n{measured_on(record)}"
