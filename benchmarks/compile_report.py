@@ -1,4 +1,4 @@
-"""Every kernel and configuration compiled ahead of time for sm_80 and sm_90, and what the compiler made of it.
+"""Every kernel and configuration compiled ahead of time for sm_80, sm_90 and sm_100, and what the compiler made of it.
 
 No GPU is needed: Triton's own ptxas, cuobjdump and nvdisasm do it. For each: registers, spills, shared memory, matrix
 instructions, and of the two that multiply the instructions of the loop over patches counted per (query, patch) pair and
@@ -24,16 +24,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from patchscore.engines.autotune import Configuration
-from patchscore.engines.fused.kernel import dense_kernel
+from patchscore.engines.fused.kernel import posterior_kernel
 from patchscore.engines.fused.launch import configurations, kernel_constants
-from patchscore.engines.fused.rows import Plan
+from patchscore.engines.fused.plan import Plan
 from patchscore.engines.pruned import device_index as lists_rows
 from patchscore.engines.pruned import kernels as lists
 from patchscore.engines.pruned import recheck as lists_recheck
 from patchscore.engines.pruned import triton as pruned_cuda
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-"""Bytes of shared memory a block may have."""
+CAPABILITIES = (90, 80, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory a block may have; a multiprocessor has 1 KiB more, and each block takes 1 KiB besides."""
+REGISTERS, THREADS = 65536, 2048
+"""Of a multiprocessor."""
 TYPES = {
     **dict.fromkeys(("q", "p", "v"), "*fp16"),
     **dict.fromkeys(("scale", "sums", "other"), "*fp32"),
@@ -58,13 +61,15 @@ LISTS_TYPES = {
 H200 = {"exponentials": 16, "lanes": 128, "products": 2048, "clock": 1.755e9, "multiprocessors": 132}
 
 PLANS = {
-    "k = 3, sigma < 0.1: pixels, decisive weights from differences": Plan(27, q_lo=True, exact=True, skip=True),
-    "k = 5, sigma < 0.1: pixels, decisive weights from differences": Plan(75, q_lo=True, exact=True, skip=True),
-    "k = 3, pixels, query split": Plan(27, q_lo=True, skip=True),
+    "k = 3, sigma < 0.1: pixels, decisive weights from differences": Plan(27, q_lo=27, exact=True, skip=True),
+    "k = 5, sigma < 0.1: pixels, decisive weights from differences": Plan(75, q_lo=75, exact=True, skip=True),
+    "k = 3, pixels, query split": Plan(27, q_lo=27, skip=True),
     "k = 3, pixels": Plan(27),
     "k = 5, pixels": Plan(75),
     "k = 7, pixels": Plan(147),
-    "k = 7, pixels, query split": Plan(147, q_lo=True, skip=True),
+    "k = 5, axes, eight split": Plan(75, axes=True, q_lo=8, p_lo=8),
+    "k = 7, axes, eight split": Plan(147, axes=True, q_lo=8, p_lo=8),
+    "k = 7, pixels, query split": Plan(147, q_lo=147, skip=True),
     "rank 61": Plan(61, axes=True),
     "rank 125": Plan(125, axes=True),
     "rank 189": Plan(189, axes=True),
@@ -72,14 +77,14 @@ PLANS = {
     "rank 317": Plan(317, axes=True),
     "rank 509": Plan(509, axes=True),
     "k = 17, pixels": Plan(867),
-    "k = 17, sigma < 0.6: pixels, decisive weights from differences": Plan(867, q_lo=True, exact=True, skip=True),
+    "k = 17, sigma < 0.6: pixels, decisive weights from differences": Plan(867, q_lo=867, exact=True, skip=True),
 }
 
 
-def compiled(plan: Plan, channels: int, configuration: Configuration, capability: int):
-    constants = kernel_constants(plan, channels, configuration)
-    types = {name: TYPES.get(name, "i32") for name in dense_kernel.arg_names}
-    return _compiled(dense_kernel, types, constants, capability, configuration.warps, configuration.stages)
+def compiled(plan: Plan, channels: int, configuration: Configuration, capability: int, ess: bool = False):
+    constants = kernel_constants(plan, channels, configuration, ess)
+    types = {name: TYPES.get(name, "i32") for name in posterior_kernel.arg_names}
+    return _compiled(posterior_kernel, types, constants, capability, configuration.warps, configuration.stages)
 
 
 def _compiled(kernel, types: dict[str, str], constants: dict, capability: int, warps: int, stages: int):
@@ -173,6 +178,7 @@ def resources(kernel) -> tuple[dict, str]:
         "shared_bytes": kernel.metadata.shared,
         "wgmma": sum(m.startswith("HGMMA") for _, m, _ in instructions(sass)),
         "mma": sum(m.startswith("HMMA") for _, m, _ in instructions(sass)),
+        "tcgen05": sum(m.startswith("UTCHMMA") for _, m, _ in instructions(sass)),
     }, sass
 
 
@@ -203,10 +209,12 @@ def instructions(sass: str) -> list[tuple[str | None, str, str]]:
     return found
 
 
-def loop_over_patches(sass: str, blocks: int) -> tuple[collections.Counter[str], int]:
-    """Instructions of the shortest loop that holds most of the exponentials, by mnemonic; how many a skipped tile runs.
+def loop_over_patches(sass: str, blocks: int, pairs: float) -> tuple[collections.Counter[str], int]:
+    """Instructions of the loop over patches, by mnemonic; how many a skipped tile runs.
 
-    A skipped tile takes every long jump forward inside the loop. An inner loop with products runs `blocks` times.
+    It is the loop with an exponential for each of a lane's `pairs` and the fewest besides: those of a running maximum,
+    which the pilot and a tile done again have too, fade sums by one more. A skipped tile takes every long jump forward
+    inside the loop. An inner loop with products runs `blocks` times.
     """
     code = instructions(sass)
     labels = {label: i for i, (label, _, _) in enumerate(code) if label}
@@ -224,8 +232,8 @@ def loop_over_patches(sass: str, blocks: int) -> tuple[collections.Counter[str],
     def exponentials(part: range) -> int:
         return sum(code[i][1] == "MUFU.EX2" for i in part)
 
-    most = max(map(exponentials, loops))
-    loop = min((part for part in loops if exponentials(part) == most), key=len)
+    weighing = [part for part in loops if exponentials(part) >= pairs]
+    loop = min(weighing, key=lambda part: (exponentials(part), len(part)))
     times = dict.fromkeys(loop, 1)
     for part in loops:
         if (
@@ -248,12 +256,12 @@ def loop_over_patches(sass: str, blocks: int) -> tuple[collections.Counter[str],
 
 def per_pair(sass: str, configuration: Configuration, blocks: int) -> dict[str, float]:
     """Instructions of the loop over patches, of one lane and pair."""
-    counts, skipped = loop_over_patches(sass, blocks)
+    pairs = configuration.queries * configuration.patches / (32 * configuration.warps)  # of one lane and tile
+    counts, skipped = loop_over_patches(sass, blocks, pairs)
 
     def total(*prefixes: str) -> int:
         return sum(count for mnemonic, count in counts.items() if mnemonic.startswith(prefixes))
 
-    pairs = configuration.queries * configuration.patches / (32 * configuration.warps)  # of one lane and tile
     return {
         "per_pair": sum(counts.values()) / pairs,
         "per_pair_of_a_skipped_tile": skipped / pairs,
@@ -264,9 +272,26 @@ def per_pair(sass: str, configuration: Configuration, blocks: int) -> dict[str, 
     }
 
 
-def report(title: str, plan: Plan, configuration: Configuration, capability: int, channels: int = 3) -> dict:
-    """Of the dense kernel."""
-    used, sass = resources(compiled(plan, channels, configuration, capability))
+def programs(row: dict) -> int:
+    """A multiprocessor's, as far as registers, shared memory and threads go."""
+    threads = 32 * row["warps"]
+    registers = -(-row["registers"] // 8) * 8 * threads
+    shared = (SHARED_LIMIT[row["capability"]] + 1024) // (row["shared_bytes"] + 1024)
+    return min(REGISTERS // registers, shared, THREADS // threads)
+
+
+def l2_bytes(plan: Plan, configuration: Configuration, values: int) -> float:
+    """Of a pair: rows and values once a tile of queries, queries again for every tile where columns come in blocks."""
+    again = 2 * plan.columns / configuration.patches if configuration.block else 0
+    return 2 * (plan.columns + values) / configuration.queries + again
+
+
+def report(
+    title: str, plan: Plan, configuration: Configuration, capability: int, ess: bool = False, channels: int = 3
+) -> dict:
+    """Of the kernel of `fused`."""
+    used, sass = resources(compiled(plan, channels, configuration, capability, ess))
+    values = kernel_constants(plan, channels, configuration, ess)["NV"]
     row = {
         "plan": title,
         "columns": plan.columns,
@@ -275,12 +300,14 @@ def report(title: str, plan: Plan, configuration: Configuration, capability: int
         "warps": configuration.warps,
         "stages": configuration.stages,
         "block": configuration.block,
+        "ess": ess,
+        "l2_bytes_per_pair": l2_bytes(plan, configuration, values),
         **used,
         **per_pair(sass, configuration, plan.columns // configuration.block if configuration.block else 1),
     }
     if not plan.skip:
         row["per_pair_of_a_skipped_tile"] = None
-    return row | ceilings(row, configuration, kernel_constants(plan, channels, configuration)["NV"])
+    return row | {"programs": programs(row)} | ceilings(row, configuration, values)
 
 
 def ceilings(row: dict, configuration: Configuration, values: int) -> dict[str, float]:
@@ -293,12 +320,13 @@ def ceilings(row: dict, configuration: Configuration, values: int) -> dict[str, 
     }
 
 
-def jobs() -> list[tuple[str, Plan, Configuration, int]]:
+def jobs() -> list[tuple[str, Plan, Configuration, int, bool]]:
     return [
-        (title, plan, configuration, capability)
-        for capability in (90, 80)
+        (title, plan, configuration, capability, ess)
+        for capability in CAPABILITIES
         for title, plan in PLANS.items()
         for configuration in configurations(plan, divmod(capability, 10))
+        for ess in (False, True)
     ]
 
 
@@ -321,7 +349,7 @@ def show(row: dict) -> None:
     print(
         f"sm_{row['capability']} {what:64} K={row.get('columns', ''):4} {tile} regs={row['registers']} "
         f"spilled={row['spilled_bytes']} shared={row['shared_bytes']}{'' if fits else ' TOO MUCH'} "
-        f"wgmma={row['wgmma']} mma={row['mma']} {loop}",
+        f"wgmma={row['wgmma']} mma={row['mma']} programs={row.get('programs', '')} {loop}",
         flush=True,
     )
 

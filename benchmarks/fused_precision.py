@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 import patchscore as ps
 from patchscore.engines.fused.launch import TOLERANCE
-from patchscore.engines.fused.rows import choose_plan, patch_rows, query_rows, spectrum_of
+from patchscore.engines.fused.plan import choose_plan, spectrum_of
+from patchscore.engines.fused.rows import patch_rows, query_rows
 from patchscore.windows import Axis, Competition, Group, windows_as_rows
 
 SIGMAS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 10.0, 30.0, 100.0)

@@ -53,7 +53,7 @@ from patchscore import engines
 from patchscore.engines import cost
 from patchscore.engines import device as resident
 from patchscore.engines.fused import launch as fused
-from patchscore.engines.fused.rows import choose_plan, spectrum_of
+from patchscore.engines.fused.plan import choose_plan, spectrum_of
 from patchscore.engines.pruned import triton as pruned_cuda
 
 TABLE = "cifar10-resnet-zeros"

@@ -19,9 +19,9 @@ from conftest import noisy, smooth_images
 
 import patchscore as ps
 from patchscore import engines
+from patchscore.engines import device as devices
 from patchscore.engines import native, reference
 from patchscore.engines.fused import launch as fused
-from patchscore.engines.fused import rows as features
 from patchscore.engines.pruned import device_index as lists_rows
 from patchscore.engines.pruned import kernels as lists
 from patchscore.engines.pruned import recheck as lists_recheck
@@ -39,7 +39,7 @@ def _as_on_a_gpu(monkeypatch):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="engine .*")
         yield
-    features.cache.clear()
+    devices.cache.clear()
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_the_interpreted_half_serves_the_cpu(indexed):
     machine = pruned(bank, index)
     assert machine.engine_on("cpu") == "pruned"
     sums(machine, noisy(bank, 1.0, dtype=torch.float32), 1.0)
-    assert features.cache.get(index.at(3), (CPU,)) is not None
+    assert devices.cache.has(index.at(3), CPU, ())
 
 
 def test_every_machine_and_border_is_the_references(tmp_path):
@@ -267,7 +267,7 @@ def test_what_does_not_fit_on_the_device_is_streamed(indexed, monkeypatch):
         chosen = bank if label is None else bank.select(label)
         machine = pruned(bank, index, budget=0.3)
         kept = sums(machine, z, 1.0, chosen)
-        features.cache.clear()
+        devices.cache.clear()
         monkeypatch.setattr(lists_rows, "cache_limit", lambda device: 40_000)
         parts = list(lists_rows.pieces(index.at(3), CPU))
         assert len(parts) > 3
@@ -284,7 +284,7 @@ def test_an_index_that_finds_no_memory_is_streamed(indexed, monkeypatch):
     z = noisy(bank, 1.0, dtype=torch.float32)
     machine = pruned(bank, index, budget=0.3)
     kept = sums(machine, z, 1.0)
-    features.cache.clear()
+    devices.cache.clear()
     load, loaded = lists_rows._load, []
 
     def short(part, cells, device):
@@ -373,10 +373,10 @@ def test_rows_die_with_their_index(tmp_path):
     index = ps.PatchIndex.build(bank, 3, tmp_path / "i", progress=False)
     machine = pruned(bank, index, budget=0.5)
     sums(machine, noisy(bank, 1.0, dtype=torch.float32), 1.0)
-    assert features.cache.nbytes > 0
+    assert devices.cache.nbytes > 0
     del machine, index
     gc.collect()  # an index and its parts know each other
-    assert features.cache.nbytes == 0
+    assert devices.cache.nbytes == 0
 
 
 def test_a_kernel_that_does_not_compile_falls_back_with_one_warning(indexed, monkeypatch):

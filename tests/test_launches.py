@@ -15,10 +15,10 @@ from conftest import smooth_images
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import patchscore as ps
-from patchscore import checks, machines
+from patchscore import checks, denoiser
 from patchscore.engines import autotune as tuning
+from patchscore.engines import device as devices
 from patchscore.engines.fused import launch as fused
-from patchscore.engines.fused import rows as features
 from patchscore.engines.pruned import device_index as lists_rows
 from patchscore.engines.pruned import recheck as lists_recheck
 from patchscore.engines.pruned import triton as pruned_cuda
@@ -56,7 +56,7 @@ def launches(monkeypatch):
 
             return defaultdict(lambda: start)
 
-    spectrum_of = features.spectrum_of
+    spectrum_of = fused.spectrum_of
 
     @functools.cache
     def spectrum_there(bank, k, device):
@@ -64,17 +64,20 @@ def launches(monkeypatch):
         return replace(found, mean=found.mean.to(device), axes=found.axes.to(device))
 
     monkeypatch.setattr(fused, "_kernels", Kernels)
-    for module in (fused, pruned_cuda):
-        monkeypatch.setattr(module, "unavailable", lambda device: None)
+    monkeypatch.setattr(fused.Fused, "runs_on", lambda self, device: True)
+    monkeypatch.setattr(fused.Fused, "unavailable", lambda self, device: None)
+    # Corners go to `sliding` on a GPU; here no engine but this one knows the device.
+    monkeypatch.setattr(fused.Fused, "lacks", lambda self, *asked: None)
+    monkeypatch.setattr(pruned_cuda, "unavailable", lambda device: None)
     for module in (lists_recheck, lists_rows, pruned_cuda):
         monkeypatch.setattr(module, "kernels", Kernels)
     monkeypatch.setattr(pruned_cuda.PrunedOnDevice, "unavailable", lambda self, device: None)
     monkeypatch.setattr(fused, "spectrum_of", spectrum_there)
     monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(machines, "_recording", lambda device: True)
+    monkeypatch.setattr(denoiser, "_recording", lambda device: True)
     monkeypatch.setattr(checks, "device", torch.device)
     yield counted
-    features.cache.clear()
+    devices.cache.clear()
 
 
 def watched(work):
@@ -94,7 +97,7 @@ def test_a_dense_call_reads_nothing_back_and_launches_as_often_whatever_the_batc
         z = torch.empty(batch, 3, 12, 12, device=META)
         watch = watched(lambda machine=machine, z=z: machine.denoise(z, 0.5))
         assert watch.copies == 0
-        found.append((watch.operations, launches.pop("dense_kernel")))
+        found.append((watch.operations, launches.pop("posterior_kernel")))
     assert found[0] == found[1]
     assert found[0][1] == 2 * (9 if mode == "zeros" else 1)  # of two calls
     assert found[0][0] < (1000 if mode == "zeros" else 150)
@@ -107,7 +110,7 @@ def test_a_sample_reads_nothing_back_and_launches_so_often_a_step(launches):
     def work(steps):
         launches.clear()
         watch = watched(lambda: ps.sample(machine, n=16, steps=steps, device="meta", progress=False))
-        return watch.operations, launches["dense_kernel"] / 2, watch.copies
+        return watch.operations, launches["posterior_kernel"] / 2, watch.copies
 
     (few, kernels, copies), (many, more_kernels, more_copies) = work(3), work(8)
     assert (kernels, more_kernels) == (2 * 9, 7 * 9)

@@ -1,4 +1,8 @@
-"""In which tiles a Triton kernel runs: the first that compile, or the fastest of a few, which are then remembered."""
+"""In which tiles a Triton kernel runs: the first that compile, or the fastest of a few, which are then remembered.
+
+Also what it means that a kernel cannot be started: a compiler that refuses it lets the next configuration or engine
+serve, whatever CUDA says of a launch is an error of the program and propagates.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ import functools
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,13 +21,14 @@ import torch
 
 from ..files import write_atomically
 from ..version import __version__
+from . import device
 from .base import EngineError
 
 Result = TypeVar("Result")
 
 
 class KernelError(EngineError):
-    """No configuration of the kernel could be compiled and started."""
+    """No configuration of the kernel compiles here, or none fits this GPU."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,55 @@ class Configuration:
     block: int = 0
 
 
+# Starting a kernel.
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Around the start of a kernel, tells apart what goes wrong.
+
+    Raises:
+        KernelError: Triton, its assembler or the host's C compiler refuse the kernel, or it asks for more shared memory
+            or registers than the GPU has.
+        torch.OutOfMemoryError: the GPU has no memory left, whoever noticed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "CUDA]: out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        if _refused(error):
+            raise KernelError(str(error).splitlines()[0] if str(error) else repr(error)) from error
+        raise
+
+
+def _refused(error: Exception) -> bool:
+    """Whether a compiler refused the kernel.
+
+    Triton raises its own exceptions where its frontend, ptxas or the limits of the GPU refuse, CalledProcessError where
+    the C compiler of its launcher does, and bare RuntimeErrors for the rest: those of its passes are told by how they
+    begin, and so are CUDA's ("Triton Error [CUDA]: ..."), which are not meant here.
+    """
+    kind = type(error)
+    if kind.__module__.startswith("triton."):
+        return kind.__name__ != "InterpreterError"
+    if kind is RuntimeError:
+        return str(error).startswith(("PassManager::run failed", "Failed to find C compiler", "Cannot find "))
+    return isinstance(error, subprocess.CalledProcessError)
+
+
+def started(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launches a kernel.
+
+    Raises:
+        KernelError: it does not compile.
+    """
+    with starting():
+        kernel[grid](*arguments, **constants)
+
+
+# The choice.
+
 _chosen: dict[tuple, Configuration] = {}
 """The configuration that served, by what it served and whether it was the fastest of several."""
 
@@ -48,42 +103,41 @@ def wanted() -> bool:
 def first_that_serves(
     key: tuple, candidates: list[Configuration], work: Callable[[Configuration], Result], tune: bool
 ) -> Result:
-    """`work` done in the configuration known for `key`, else in the first that compiles, or with `tune` the fastest.
+    """`work` done in the first configuration that compiles, or with `tune` in the fastest.
 
     The fastest is known from then on, in other processes too (`remembered`), as long as Triton, this package and the
-    candidates are the same. PATCHSCORE_AUTOTUNE=0 takes the first that compiles, whatever is known. What is known and
-    no longer compiles is forgotten.
+    candidates are the same; work without `tune` never takes it, so that it adds in the same order before and after.
+    PATCHSCORE_AUTOTUNE=0 takes the first that compiles, and so does a CUDA graph that records what is not known yet, as
+    it cannot be timed. What is known and no longer compiles is forgotten.
 
     Raises:
-        KernelError: no configuration could be compiled and started.
+        KernelError: no configuration compiles.
     """
-    tune = tune and len(candidates) > 1
+    tune = tune and wanted() and len(candidates) > 1
     name = f"{key}, patchscore {__version__}, Triton {_triton()}, of {[astuple(candidate) for candidate in candidates]}"
-    tuned, untuned = (*key, True), (*key, False)
-    known = None
-    if wanted():
-        known = _chosen.get(tuned) or remembered(name, candidates)
-    if known is not None:
-        _chosen[tuned] = known
-    elif not tune:
-        known = _chosen.get(untuned)
+    purpose = (*key, tune)
+    known = _chosen.get(purpose)
+    if known is None and tune:
+        known = remembered(name, candidates)
     if known is not None:
         try:
-            return work(known)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
-            # In the loop below it fails again, and the next one serves.
-            _chosen.pop(tuned, None)
-            _chosen.pop(untuned, None)
-    best, fastest, failure = None, float("inf"), None
+            with starting():
+                result = work(known)
+        except KernelError:
+            _chosen.pop(purpose, None)  # in the loop below it fails again, and the next one serves
+        else:
+            _chosen[purpose] = known
+            return result
+    if device.recording():
+        tune, purpose = False, (*key, False)
+    best: tuple[Configuration, Result] | None = None
+    fastest, failure = float("inf"), None
     for candidate in candidates:
         try:
-            result = work(candidate)
-            seconds = _timed(work, candidate) if tune else 0.0
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # Triton raises what its compiler, ptxas or the driver raised
+            with starting():
+                result = work(candidate)
+                seconds = _timed(work, candidate) if tune else 0.0
+        except KernelError as error:
             failure = error
             continue
         if seconds < fastest:
@@ -91,21 +145,12 @@ def first_that_serves(
         if not tune:
             break
     if best is None:
-        raise KernelError(str(failure).splitlines()[0] if str(failure) else repr(failure)) from failure
-    _chosen[tuned if tune else untuned] = best[0]
+        assert failure is not None
+        raise failure
+    _chosen[purpose] = best[0]
     if tune:
         remember(name, best[0])
     return best[1]
-
-
-def started(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Launches a kernel; KernelError where it does not compile."""
-    try:
-        kernel[grid](*arguments, **constants)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # Triton raises what its compiler, ptxas or the driver raised
-        raise KernelError(str(error).splitlines()[0] if str(error) else repr(error)) from error
 
 
 def _timed(work: Callable[[Configuration], object], configuration: Configuration) -> float:
@@ -128,6 +173,9 @@ def _triton() -> str:
 
 # What was found before.
 
+_files: dict[Path, dict[str, object]] = {}
+"""What each file held when this process first asked for it, and what it added."""
+
 
 def path() -> Path:
     """tuned.json in PATCHSCORE_CACHE, else in the user's cache folder."""
@@ -139,21 +187,27 @@ def path() -> Path:
 
 def remembered(name: str, candidates: list[Configuration]) -> Configuration | None:
     """The candidate that was the fastest, or None."""
-    found = _known().get(name)
-    return next((candidate for candidate in candidates if list(astuple(candidate)) == found), None)
+    with contextlib.suppress(RuntimeError):  # where there is no home
+        file = path()
+        if file not in _files:
+            _files[file] = _read(file)
+        found = _files[file].get(name)
+        return next((candidate for candidate in candidates if list(astuple(candidate)) == found), None)
+    return None
 
 
 def remember(name: str, configuration: Configuration) -> None:
     """Adds to what is known; where nothing can be written, other processes find it themselves."""
-    known = {**_known(), name: list(astuple(configuration))}
     with contextlib.suppress(OSError, RuntimeError):
-        path().parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path(), json.dumps(known, indent=1).encode())
+        file = path()
+        _files[file] = {**_read(file), name: list(astuple(configuration))}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(_files[file], indent=1).encode())
 
 
-def _known() -> dict[str, object]:
+def _read(file: Path) -> dict[str, object]:
     try:
-        found = json.loads(path().read_bytes())
-    except (OSError, ValueError, RuntimeError):  # the last where there is no home
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

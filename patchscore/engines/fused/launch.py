@@ -1,7 +1,7 @@
-"""Engine `fused`: exact to a stated precision on the GPU, in Triton (kernel.py).
+"""Engine `fused`: exact to a stated precision on the GPU, in Triton.
 
-Windows become rows of half floats (rows.py), and one kernel takes their softmax sums without ever writing a logit.
-This file cuts the work into launches and merges their partial sums in float64.
+plan.py decides how a window is described, rows.py makes the rows, kernel.py takes their softmax sums without ever
+writing a logit. This file cuts the work into launches and merges their partial sums in float64.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,22 +23,11 @@ from ...bank import PatchBank
 from ...posterior import PosteriorSum, accumulator_dtype
 from ...windows import Competition, Group, rows_as_pixels, span
 from .. import cost
-from ..autotune import Configuration, KernelError, first_that_serves, wanted
+from ..autotune import Configuration, KernelError, first_that_serves
 from ..base import Engine
-from .rows import (
-    Patches,
-    Plan,
-    Queries,
-    Spectrum,
-    cache,
-    cache_limit,
-    choose_plan,
-    image_bytes,
-    patch_rows,
-    query_rows,
-    spectrum_of,
-    value_columns,
-)
+from ..device import cache, cache_limit
+from .plan import Plan, Spectrum, choose_plan, spectrum_of
+from .rows import Patches, Queries, patch_rows, query_rows, stored_bytes, value_columns, working_bytes
 
 TOLERANCE = 1e-3
 """Of a denoised pixel, against float64."""
@@ -46,14 +35,20 @@ NEGLIGIBLE_BITS = 44.0
 """Tiles whose weights all lie so far below the largest are skipped: 2^-44 of 10^8 windows is 6e-6 of one."""
 LARGEST_SPECTRUM = 2048
 """Beyond so many numbers in a window, principal axes take longer to find than they save."""
+PILOT = 17
+"""Every 17th tile of patches sets the reference of a program: a sixth of an instruction a pair, and prime to the powers
+of two that images' sizes are made of."""
 
 
 @functools.cache
 def _kernels() -> ModuleType:
     """kernel.py; Triton is imported where it is wanted, as it takes its time."""
-    from . import kernel as dense
+    from . import kernel
 
-    return dense
+    return kernel
+
+
+# Configurations.
 
 
 def configurations(plan: Plan, capability: tuple[int, int]) -> list[Configuration]:
@@ -76,16 +71,19 @@ def configurations(plan: Plan, capability: tuple[int, int]) -> list[Configuratio
     if plan.exact:
         return [Configuration(128, 64, 4, 3) if columns <= 128 else Configuration(128, 32, 4, 2)]
     if columns > 256:
-        return [Configuration(128, 128, 8, 3, block=64), Configuration(128, 64, 4, 2)]
+        # Whole rows read half as much from L2, one program a multiprocessor; blocks run two.
+        return [Configuration(128, 64, 8, 2), Configuration(128, 128, 8, 3, block=64)]
     if columns > 128:
-        return [Configuration(128, 64, 4, 2), Configuration(256, 64, 8, 2)]
-    if columns == 64 and not plan.skip:
-        return [Configuration(128, 128, 4, 3), Configuration(128, 64, 4, 3)]
-    return [Configuration(128, 64, 4, 3), Configuration(128, 128, 8, 3)]
+        return [Configuration(128, 64, 4, 2)]
+    if plan.skip:
+        return [Configuration(128, 64, 4, 3), Configuration(128, 128, 8, 3)]
+    # Three programs a multiprocessor, or two of fewer instructions, or five.
+    wide_or_many = Configuration(128, 128, 4, 3) if columns == 64 else Configuration(64, 64, 4, 3)
+    return [Configuration(128, 64, 4, 3), wide_or_many]
 
 
-def kernel_constants(plan: Plan, channels: int, configuration: Configuration) -> dict[str, Any]:
-    """The constants the dense kernel is specialised for."""
+def kernel_constants(plan: Plan, channels: int, configuration: Configuration, ess: bool) -> dict[str, Any]:
+    """The constants the kernel is specialised for."""
     columns = plan.columns
     whole = configuration.block == 0
     first = 1 << (columns.bit_length() - 1)  # the larger of two blocks
@@ -95,97 +93,58 @@ def kernel_constants(plan: Plan, channels: int, configuration: Configuration) ->
         "KB": columns - first if whole else 0,
         "KC": configuration.block,
         "NV": value_columns(channels),
+        "ONES": channels,
         "BQ": configuration.queries,
         "BP": configuration.patches,
+        # At low noise tiles are skipped, which takes their maximum, and no pilot foresees the one window that counts.
+        "PILOT": 0 if plan.skip or plan.exact else PILOT,
+        "ESS": ess,
         "SKIP": plan.skip,
         "EXACT": plan.size if plan.exact else 0,
         "Q_LO": plan.size,
-        "P_LO": 2 * plan.size if plan.p_lo else 0,
+        "P_LO": plan.size + plan.q_lo if plan.p_lo else 0,
         "BIAS": plan.bias,
     }
 
 
 # What the engine is asked.
 
-
-def runs_on(device: torch.device) -> bool:
-    """CUDA devices; under Triton's interpreter (TRITON_INTERPRET=1) the CPU too, slowly, for tests."""
-    return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-
-
-def unavailable(device: torch.device) -> str | None:
-    """What is missing to serve on `device`, or None."""
-    try:
-        _kernels()
-    except ImportError as error:
-        return f"Triton is missing ({error}); pip install 'patchscore[gpu]'"
-    if device.type == "cuda":
-        if torch.version.hip is not None:
-            return "it was written for NVIDIA's GPUs"
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-    return _broken
-
-
 _broken: str | None = None
 """Why no kernel could be compiled, once that happened."""
 
 
-def posterior_sum(
-    z: Tensor,
-    sigma: Tensor,
-    bank: PatchBank,
-    competition: Competition,
-    memory_limit: int,
-    tolerance: float = TOLERANCE,
-) -> PosteriorSum:
-    """Sums over every competing window of every pixel, the denoised pixel within `tolerance` of float64's.
-
-    How finely and by how many numbers a window is described follows the smallest sigma of the call; `choose_plan` in
-    rows.py states the bound.
-
-    Args:
-        z: [B, C, H, W] noisy images z = x_0 + sigma eps, float32 or float64.
-        sigma: [B], positive.
-        bank: the training images that compete.
-        competition: which windows compete where.
-        memory_limit: bytes of working memory beyond z, the bank, the result, and the rows kept between calls
-            (CACHE_SHARE of the GPU). Where the GPU runs out of memory, chunks are halved and the call goes on.
-        tolerance: of a denoised pixel, absolute.
-
-    Returns:
-        PosteriorSum with parts [B, 1 or C, H, W].
-
-    Raises:
-        KernelError: the kernel does not compile here.
-        ValueError: `memory_limit` cannot hold the rows of one image.
-    """
-    try:
-        with torch.cuda.device(z.device) if z.device.type == "cuda" else contextlib.nullcontext():
-            return _posterior_sum(z, sigma, bank, competition, memory_limit, tolerance)
-    except KernelError as error:
-        global _broken
-        _broken = f"its kernel failed to compile ({error})"
-        raise KernelError(_broken) from error
-
-
 @dataclass(frozen=True)
 class Fused(Engine):
-    """The engine, with the error that a denoised pixel may have."""
+    """Sums over every competing window, the denoised pixel within `tolerance` of float64's.
+
+    How finely and by how many numbers a window is described follows the smallest sigma of the call; `choose_plan` in
+    plan.py states the bound. Under Triton's interpreter (TRITON_INTERPRET=1) it serves the CPU, slowly, for tests.
+    """
 
     tolerance: float = TOLERANCE
-    name = "fused"
+    name: ClassVar[str] = "fused"
 
     def runs_on(self, device: torch.device) -> bool:
-        return runs_on(device)
+        return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
     def unavailable(self, device: torch.device) -> str | None:
-        return unavailable(device)
+        try:
+            _kernels()
+        except ImportError as error:
+            return f"Triton is missing ({error}); pip install 'patchscore[gpu]'"
+        if device.type == "cuda":
+            if torch.version.hip is not None:
+                return "it was written for NVIDIA's GPUs"
+            capability = torch.cuda.get_device_capability(device)
+            if capability < (8, 0):
+                return f"it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+        return _broken
 
     def lacks(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> str | None:
         if competition.patch_size is None:
             return "whole images are one matrix product of few queries"
+        if any(group.rows.locked and group.cols.locked for group in competition.groups):
+            return "rows of a pixel locked on both axes serve no other pixel"
         return None
 
     def seconds(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> float | None:
@@ -193,7 +152,7 @@ class Fused(Engine):
         if device is None:
             return None
         (group,) = competition.groups
-        plan = _plan(z, sigma, bank, competition, group, self.tolerance)[0]
+        plan = _Call(z, sigma, bank, competition, 0, self.tolerance, False).plan(group)
         return cost.fused_seconds(device, group, len(bank), len(z), plan)
 
     def posterior_sum(
@@ -205,70 +164,176 @@ class Fused(Engine):
         memory_limit: int,
         ess: bool = True,
     ) -> PosteriorSum:
-        return posterior_sum(z, sigma, bank, competition, memory_limit, self.tolerance)
+        """As every engine's.
+
+        Rows that are kept between calls (CACHE_SHARE of the GPU) come on top of `memory_limit`. Where the GPU runs out
+        of memory, they are given up, chunks are halved, and the call goes on.
+
+        Raises:
+            KernelError: the kernel does not compile here.
+            ValueError: `memory_limit` cannot hold the rows of one image.
+        """
+        try:
+            with torch.cuda.device(z.device) if z.device.type == "cuda" else contextlib.nullcontext():
+                return _Call(z, sigma, bank, competition, memory_limit, self.tolerance, ess).posterior_sum()
+        except KernelError as error:
+            global _broken
+            _broken = f"its kernel failed to compile ({error})"
+            raise KernelError(_broken) from error
 
 
-def _plan(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, group: Group, tolerance: float
-) -> tuple[Plan, Spectrum | None]:
-    """What the windows of a group are described by, and the principal axes of the bank where any group is free."""
-    k = competition.patch_size or 0
-    d = z.shape[1] * k * k
-    free = any(not (one.rows.locked or one.cols.locked) for one in competition.groups)
-    spectrum = spectrum_of(bank, k, z.device) if free and d <= LARGEST_SPECTRUM else None
-    uint8 = bank.images.dtype == torch.uint8
-    axes = not (group.rows.locked or group.cols.locked)
-    return choose_plan(spectrum, d, float(sigma.min()), tolerance, uint8, axes), spectrum
+# One call.
 
 
-def _posterior_sum(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int, tolerance: float
-) -> PosteriorSum:
-    device, exact = z.device, accumulator_dtype(z.device)
-    k = competition.patch_size or 0
-    d = z.shape[1] * k * k
-    uint8 = bank.images.dtype == torch.uint8
-    unit = 127.5 / 128 if uint8 else 1.0  # bytes become multiples of 1/256, which half floats hold
-    plans = [_plan(z, sigma, bank, competition, group, tolerance) for group in competition.groups]
-    sigma = _levels(sigma, device, exact)
+@dataclass
+class _Room:
+    """How much is done at a time: noisy images, bytes of patch rows; whether these are kept."""
 
-    total = PosteriorSum.empty(z.shape, device)
-    for group, (plan, spectrum) in zip(competition.groups, plans, strict=True):
-        # A query's row and its sums of every split take far less than a patch row's share of the limit.
-        per_item = group.pixels * (8 * d + 4 * plan.columns + 64 * value_columns(z.shape[1]))
-        items = min(len(z), max(1, memory_limit // 4 // per_item))
-        limit, keep, first = memory_limit, True, 0
-        while first < len(z):
-            some = slice(first, first + items)
-            try:
-                queries = query_rows(z[some], sigma[some], competition, group, plan, spectrum, unit)
-                parts: list[tuple[Tensor, Tensor]] = []
-                for patches in _all_patches(bank, k, group, plan, spectrum, unit, device, limit, keep):
-                    parts.append(launch(queries, patches, plan, z.shape[1]))
-                sums = _merged(parts, queries, z.shape[1], unit)
-                m, s, v, s2 = (rows_as_pixels(x, len(z[some]), group) for x in sums)
-            except torch.OutOfMemoryError:
-                # Give back what is kept; then fewer images at a time, then fewer patches.
-                if items == 1 and not keep:
-                    limit //= 2
-                if limit < 2 * image_bytes(bank, k, group, plan):
-                    raise
-                items, keep = max(1, items // 2), False
-                cache.clear()
+    items: int
+    bytes: int
+    keep: bool = True
+
+
+@dataclass
+class _Call:
+    """The work of `Fused.posterior_sum`."""
+
+    z: Tensor
+    sigma: Tensor
+    bank: PatchBank
+    competition: Competition
+    memory_limit: int
+    tolerance: float
+    ess: bool
+    k: int = field(init=False)
+    unit: float = field(init=False)
+    spectrum: Spectrum | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.k = self.competition.patch_size or 0
+        # Bytes become multiples of 1/256, which half floats hold.
+        self.unit = 127.5 / 128 if self.uint8 else 1.0
+        free = any(not (group.rows.locked or group.cols.locked) for group in self.competition.groups)
+        few = self.numbers <= LARGEST_SPECTRUM
+        self.spectrum = spectrum_of(self.bank, self.k, self.z.device) if free and few else None
+
+    @property
+    def uint8(self) -> bool:
+        return self.bank.images.dtype == torch.uint8
+
+    @property
+    def channels(self) -> int:
+        return self.z.shape[1]
+
+    @property
+    def numbers(self) -> int:
+        """In a window."""
+        return self.channels * self.k * self.k
+
+    def plan(self, group: Group) -> Plan:
+        """Rows of locked coordinates are pixels: an unfold is cheaper than a rotation for so few queries."""
+        axes = not (group.rows.locked or group.cols.locked)
+        return choose_plan(self.spectrum, self.numbers, float(self.sigma.min()), self.tolerance, self.uint8, axes)
+
+    def posterior_sum(self) -> PosteriorSum:
+        total = PosteriorSum.empty(self.z.shape, self.z.device)
+        for group in self.competition.groups:
+            plan = self.plan(group)
+            # A query's row and its sums of every split take far less than a patch row's share of the limit.
+            per_item = group.pixels * (8 * self.numbers + 4 * plan.columns + 64 * value_columns(self.channels))
+            room = _Room(min(len(self.z), max(1, self.memory_limit // 4 // per_item)), self.memory_limit)
+            first = 0
+            while first < len(self.z):
+                some = slice(first, first + room.items)
+                sums = self._tried(group, plan, some, room)
+                if sums is None:
+                    # Give back what is kept; then fewer images at a time, then fewer patches.
+                    room.items, room.keep = max(1, room.items // 2), False
+                    cache.clear(self.z.device)
+                    torch.cuda.empty_cache()
+                    continue
+                total.add_(sums, some, span(group.rows.queries), span(group.cols.queries))
+                first += room.items
+        return total
+
+    def _tried(self, group: Group, plan: Plan, some: slice, room: _Room) -> PosteriorSum | None:
+        """The sums of some noisy images, or None where there was no memory for them; what held it is free by then."""
+        try:
+            return self._sums(group, plan, some, room)
+        except torch.OutOfMemoryError:
+            if room.items == 1 and not room.keep:
+                room.bytes //= 2
+            if room.bytes < 2 * working_bytes(self.bank, self.k, group, plan, 1):
+                raise
+        return None
+
+    def _sums(self, group: Group, plan: Plan, some: slice, room: _Room) -> PosteriorSum:
+        z, sigma = self.z[some], _levels(self.sigma[some], self.z.device)
+        queries = query_rows(z, sigma, self.competition, group, plan, self.spectrum, self.unit)
+        parts = [
+            launch(queries, patches, plan, self.channels, self.ess) for patches in self._all_patches(group, plan, room)
+        ]
+        m, s, v, s2 = (rows_as_pixels(x, len(z), group) for x in merged(parts, queries, self.channels, self.unit))
+        return PosteriorSum(m, s, v, s2)
+
+    def _all_patches(self, group: Group, plan: Plan, room: _Room) -> Iterator[Patches]:
+        """Patch rows of the whole bank in chunks: kept ones, or made now and kept if there is room for all."""
+        # Only what the patches' own columns depend on.
+        where = group.rows.centres, group.cols.centres, group.rows.locked, group.cols.locked
+        key = (self.k, where, plan.size, plan.axes, plan.q_lo, plan.p_lo)
+        device = self.z.device
+        kept = cache.get(self.bank, device, key)
+        if kept is not None:
+            yield from kept
+            return
+        count = self._chunk(group, plan, room)
+        keep = room.keep and stored_bytes(self.bank, group, plan, len(self.bank)) <= cache_limit(device)
+        made: list[Patches] = []
+        start = 0
+        while start < len(self.bank):
+            stop = min(start + count, len(self.bank))
+            patches = self._made(group, plan, start, stop, can_retry=count > 1 or bool(made))
+            if patches is None:
+                # Give back what is kept, then go on in halves.
+                keep, made, count = False, [], max(1, count // 2)
+                cache.clear(device)
                 torch.cuda.empty_cache()
                 continue
-            total.add_(PosteriorSum(m, s, v, s2), some, span(group.rows.queries), span(group.cols.queries))
-            first += items
-    return total
+            if keep:
+                made.append(patches)
+            yield patches
+            start = stop
+        if keep:
+            cache.put(self.bank, device, key, made, cache_limit(device))
+
+    def _made(self, group: Group, plan: Plan, start: int, stop: int, can_retry: bool) -> Patches | None:
+        """Patch rows of some images, or None where there was no memory for them."""
+        try:
+            return patch_rows(self.bank, start, stop, self.k, group, plan, self.spectrum, self.unit, self.z.device)
+        except torch.OutOfMemoryError:
+            if not can_retry:
+                raise
+        return None
+
+    def _chunk(self, group: Group, plan: Plan, room: _Room) -> int:
+        """Images whose rows are made at a time: in half of the memory, one at least."""
+        one = working_bytes(self.bank, self.k, group, plan, 1)
+        if one > room.bytes:
+            raise ValueError(f"memory_limit: got {room.bytes} bytes, the rows of one image take {one}")
+        count = len(self.bank)
+        while count > 1 and (taken := working_bytes(self.bank, self.k, group, plan, count)) > room.bytes // 2:
+            count = max(1, min(count - 1, count * (room.bytes // 2) // taken))
+        return count
 
 
-def _levels(sigma: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _levels(sigma: Tensor, device: torch.device) -> Tensor:
     """sigma on the device, run by run of equal numbers: a fill waits for nothing, and a CUDA graph can hold it."""
+    dtype = accumulator_dtype(device)
     runs = [(level, len(list(run))) for level, run in itertools.groupby(sigma.tolist())]
     return torch.cat([torch.full((length,), level, dtype=dtype, device=device) for level, length in runs])
 
 
-def _merged(parts: list[tuple[Tensor, Tensor]], queries: Queries, channels: int, unit: float) -> tuple[Tensor, ...]:
+def merged(parts: list[tuple[Tensor, Tensor]], queries: Queries, channels: int, unit: float) -> tuple[Tensor, ...]:
     """m, s, v and s2 [L, Q, 1 or C] of all splits of all launches."""
     exact = queries.reference.dtype
     sums = torch.cat([part[0] for part in parts]).to(exact)  # [S, L, Q, NV]
@@ -282,100 +347,70 @@ def _merged(parts: list[tuple[Tensor, Tensor]], queries: Queries, channels: int,
     return m[..., None], sums[..., channels : channels + 1], v, s2[..., None]
 
 
-def _all_patches(
-    bank: PatchBank,
-    k: int,
-    group: Group,
-    plan: Plan,
-    spectrum: Spectrum | None,
-    unit: float,
-    device: torch.device,
-    memory_limit: int,
-    keep: bool,
-) -> Iterator[Patches]:
-    """Patch rows of the whole bank in chunks: kept ones, or made now and with `keep` kept if there is room for all."""
-    # Only what the patches' own columns depend on.
-    where = group.rows.centres, group.cols.centres, group.rows.locked, group.cols.locked
-    key = (device, k, where, plan.size, plan.axes, plan.q_lo, plan.p_lo)
-    kept = cache.get(bank, key)
-    if kept is not None:
-        yield from kept
-        return
-    per_image = image_bytes(bank, k, group, plan)
-    count = min(memory_limit // 2 // per_image, len(bank))
-    if count == 0:
-        if per_image > memory_limit:
-            raise ValueError(f"memory_limit: got {memory_limit} bytes, the rows of one image take {per_image}")
-        count = 1
-    keep = keep and per_image * len(bank) <= cache_limit(device)
-    made: list[Patches] = []
-    start = 0
-    while start < len(bank):
-        try:
-            stop = min(start + count, len(bank))
-            patches = patch_rows(bank, start, stop, k, group, plan, spectrum, unit, device)
-        except torch.OutOfMemoryError:
-            if count == 1 and not made:
-                raise
-            # Give back what is kept, then go on in halves.
-            keep, made, count = False, [], max(1, count // 2)
-            cache.clear()
-            torch.cuda.empty_cache()
-            continue
-        if keep:
-            made.append(patches)
-        yield patches
-        start = stop
-    if keep:
-        cache.put(bank, key, made, cache_limit(device))
-
-
 # Launching.
 
 SMALLEST_TUNED = 2**30
 """Pairs of a launch that is worth timing."""
 
 
-def launch(queries: Queries, patches: Patches, plan: Plan, channels: int) -> tuple[Tensor, Tensor]:
+def launch(queries: Queries, patches: Patches, plan: Plan, channels: int, ess: bool) -> tuple[Tensor, Tensor]:
     """Partial sums [splits, L, Q, NV] and [splits, L, Q, 2] of all queries over some patches.
 
     The first large launch of a plan on a device times the configurations of its table, where there is more than one, on
-    the work at hand, and the fastest is remembered; small work takes what is known, else the first that compiles, and
-    PATCHSCORE_AUTOTUNE=0 always that. Configurations add in different orders, so results differ between them in the
+    the work at hand, and the fastest is remembered for large launches; small ones take the first that compiles, and so
+    do all with PATCHSCORE_AUTOTUNE=0. Configurations add in different orders, so results differ between them in the
     last digits of float32.
     """
     device = queries.rows.device
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else "interpreter"
     pairs = queries.rows.shape[0] * queries.rows.shape[1] * patches.rows.shape[1]
-    tune = wanted() and pairs >= SMALLEST_TUNED and device.type == "cuda"
-    key = (name, plan, channels)
-    candidates = configurations(plan, capability)
-    if device.type != "cuda":
+    candidates = configurations(plan, torch.cuda.get_device_capability(device) if cuda else (9, 0))
+    if not cuda:
         # Small arrays are what an interpreter likes.
         candidates = [Configuration(32, 32, 4, 1, block=64 if plan.columns > 320 else 0)]
-    return first_that_serves(key, candidates, lambda candidate: run(queries, patches, plan, channels, candidate), tune)
+    return first_that_serves(
+        (name, plan, channels, ess),
+        candidates,
+        lambda candidate: run(queries, patches, plan, channels, candidate, ess),
+        tune=cuda and pairs >= SMALLEST_TUNED,
+    )
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+FEW_PROGRAMS, MANY_PROGRAMS = 4, 32
+"""Programs a multiprocessor: four run at a time, and eight turns of them waste a sixteenth of the last one."""
+FEW_TILES, MANY_TILES = 8, 64
+"""Tiles of patches that a program reads at least: fewer to have four programs, more beyond that."""
+LARGEST_SPLIT = 2**20
+"""Patches of a program at most: MEAN_BITS in kernel.py counts on it."""
+
+
+def tiles_per_split(tiles: int, blocks: int, largest: int, multiprocessors: int) -> int:
+    """How many of `tiles` tiles of patches a program takes, of `blocks` tiles of queries; no split is empty."""
+    few = min(-(-FEW_PROGRAMS * multiprocessors // blocks), tiles // FEW_TILES)
+    many = min(-(-MANY_PROGRAMS * multiprocessors // blocks), tiles // MANY_TILES)
+    return min(-(-tiles // max(1, few, many)), largest)
 
 
 def run(
-    queries: Queries, patches: Patches, plan: Plan, channels: int, configuration: Configuration
+    queries: Queries, patches: Patches, plan: Plan, channels: int, configuration: Configuration, ess: bool
 ) -> tuple[Tensor, Tensor]:
     """One launch: tiles of queries, each over a share of the patches, as many shares as keep the device busy."""
     locked, n_queries, _ = queries.rows.shape
-    n_patches = patches.rows.shape[1]
     device = queries.rows.device
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    tiles = -(-n_queries // configuration.queries) * locked
-    patch_tiles = n_patches // configuration.patches
-    # Four programs a multiprocessor, of no fewer than eight tiles each.
-    splits = max(1, min(4 * multiprocessors // tiles, patch_tiles // 8))
-    per_split = -(-patch_tiles // splits)
-    splits = -(-patch_tiles // per_split)
-    dense = _kernels()
-    constants = kernel_constants(plan, channels, configuration)
+    blocks = -(-n_queries // configuration.queries) * locked
+    tiles = -(-patches.filled // configuration.patches)
+    each = tiles_per_split(tiles, blocks, LARGEST_SPLIT // configuration.patches, multiprocessors(device))
+    splits = -(-tiles // each)
+    kernels = _kernels()
+    constants = kernel_constants(plan, channels, configuration, ess)
     sums = torch.empty(splits, locked, n_queries, constants["NV"], dtype=torch.float32, device=device)
     other = torch.empty(splits, locked, n_queries, 2, dtype=torch.float32, device=device)
-    dense.dense_kernel[(tiles, splits)](
+    kernels.posterior_kernel[(blocks, splits)](
         queries.rows,
         queries.scale,
         patches.rows,
@@ -384,10 +419,11 @@ def run(
         other,
         locked,
         n_queries,
-        n_patches,
-        per_split * configuration.patches,
+        patches.rows.shape[1],
+        patches.filled,
+        each * configuration.patches,
         plan.columns,
-        float(dense.HEADROOM.value) - NEGLIGIBLE_BITS,
+        float(kernels.HEADROOM.value) - NEGLIGIBLE_BITS,
         **constants,
         num_warps=configuration.warps,
         num_stages=configuration.stages,

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...index import SIBLINGS, IndexedSize
-from ..fused.rows import BIAS_COLUMNS, cache, cache_limit
+from ..device import cache, cache_limit
+from ..fused.plan import BIAS_COLUMNS
 
 COLUMNS = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256)
 """Numbers of a row: a power of two, or two. A row is a window's leading axes and its bias -|p|^2 / 2 in three parts,
@@ -167,9 +168,8 @@ class Rows:
     orders: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     @property
-    def nbytes(self) -> int:
-        tensors = self.rows, self.values, self.ids, self.log_counts
-        return sum(0 if x is None else x.nbytes for x in tensors)
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (self.rows, self.values, self.ids, self.log_counts, self.sizes) if x is not None]
 
     def ordered(self, images: Tensor, part: IndexedSize) -> tuple[Tensor, Tensor]:
         """Windows of the chosen images, cell by cell, as int32 rows; and how many each cell has."""
@@ -199,7 +199,7 @@ def pieces(part: IndexedSize, device: torch.device) -> Iterator[Rows]:
     CACHE_SHARE of the GPU's memory is for these and the rows of `fused` together; a piece takes a quarter of that, or
     of what there was no memory for.
     """
-    kept = cache.get(part, (device,))
+    kept = cache.get(part, device, ())
     if kept is not None:
         yield from kept
         return
@@ -210,11 +210,11 @@ def pieces(part: IndexedSize, device: torch.device) -> Iterator[Rows]:
         try:
             made = [_load(part, range(len(sizes)), device)]
         except torch.OutOfMemoryError:
-            cache.clear()
+            cache.clear(device)
             torch.cuda.empty_cache()
             limit = each * sum(sizes)
         else:
-            cache.put(part, (device,), made, limit)
+            cache.put(part, device, (), made, limit)
             yield from made
             return
     start = held = 0

@@ -223,6 +223,7 @@ def list_kernel(
     t = tl.load(level + 2 * n_queries + query)
     carry = tl.load(luck + query)
     at = tl.load(first_item + query)
+    end = tl.load(first_item + query + 1)
     most, most_at = top * 0.0 + 2 * LEAST, at
     b_sure = tl.zeros([BC], tl.float32)
     b_far = tl.zeros([NM], tl.float32)
@@ -235,11 +236,14 @@ def list_kernel(
         m_taken = b_take > 0
         m_chance = b_chance < 1.0
         b_at = at + tl.cumsum(m_taken.to(tl.int32), 0) - 1  # [BC]
-        tl.store(cell + b_at, b_cell, mask=m_taken)
-        tl.store(take + b_at, b_take.to(tl.int32), mask=m_taken)
-        tl.store(factor + b_at, b_n / (tl.maximum(b_take, 1.0) * b_chance), mask=m_taken)
-        tl.store(chance + b_at, b_chance, mask=m_taken)
-        tl.store(share + b_at, tl.where(m_chance, b_weight, 0.0), mask=m_taken)
+        # `allocate_kernel` counted with the same scan, in the same layout (a test holds that); were it to count less,
+        # the next query's items would be overwritten.
+        m_at = m_taken & (b_at < end)
+        tl.store(cell + b_at, b_cell, mask=m_at)
+        tl.store(take + b_at, b_take.to(tl.int32), mask=m_at)
+        tl.store(factor + b_at, b_n / (tl.maximum(b_take, 1.0) * b_chance), mask=m_at)
+        tl.store(chance + b_at, b_chance, mask=m_at)
+        tl.store(share + b_at, tl.where(m_chance, b_weight, 0.0), mask=m_at)
         b_mass = tl.where(m_taken & (b_chance >= 1.0), tl.log2(b_weight), 2 * LEAST)
         mass = tl.max(b_mass)
         # Of several as good, the first.

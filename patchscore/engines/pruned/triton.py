@@ -23,8 +23,9 @@ from ...index import SIBLINGS, IndexedSize
 from ...posterior import PosteriorSum
 from ...windows import Competition
 from ..autotune import Configuration, KernelError, first_that_serves, started, wanted
-from ..fused import launch as fused
-from ..fused.rows import BIAS_COLUMNS, cache
+from ..device import cache
+from ..fused.launch import Fused
+from ..fused.plan import BIAS_COLUMNS
 from .device_index import Cells, Queries, Rows, Selection, Span, columns_for, kernels, pieces, value_columns
 from .engine import (
     EDGES,
@@ -85,7 +86,7 @@ SMALLEST_TUNED = 2**28
 
 def unavailable(device: torch.device) -> str | None:
     """Why the GPU half cannot serve on `device`, or None. As of `fused`, whose requirements are its own."""
-    return fused.unavailable(device) or _broken
+    return Fused().unavailable(device) or _broken
 
 
 _broken: str | None = None
@@ -117,7 +118,7 @@ class PrunedOnDevice(Pruned):
         memory_limit: int,
         ess: bool = True,
     ) -> PosteriorSum:
-        if not fused.runs_on(z.device) or unavailable(z.device) is not None:
+        if not Fused().runs_on(z.device) or unavailable(z.device) is not None:
             return super().posterior_sum(z, sigma, bank, competition, memory_limit)
         try:
             with torch.cuda.device(z.device) if z.device.type == "cuda" else contextlib.nullcontext():
@@ -402,7 +403,9 @@ class Scan:
                 windows, pixel, luck = windows[:, some], pixel[:, some], luck[:, some]
             luck = luck.repeat(1, len(windows))
             windows = windows.flatten(0, 1)  # [B P, C k^2]
-            q = (windows - self.cells.centre[place.region]) @ self.cells.axes[place.region, :, : self.axes]
+            # Products of float64: those of float32 follow torch's switches for TF32.
+            axes = self.cells.axes[place.region, :, : self.axes].double()
+            q = ((windows - self.cells.centre[place.region]).double() @ axes).float()
             # Queries of absurd size are brought nearer: half floats must hold them, and float32 their logits.
             reach = torch.minimum(
                 3e4 / q.abs().amax(1, keepdim=True), 2.0**21 / self.bits / q.abs().sum(1, keepdim=True)
@@ -495,8 +498,10 @@ class Scan:
             here = slice(region.first_cell // SIBLINGS, (region.first_cell + region.cells) // SIBLINGS)
             q, n = queries.q[span.first : span.last], self.selection.windows[here]
             weight = torch.addmm(
-                self.parent_constant[here], torch.cat([q, q.square()], 1), self.parent_factors[:, here]
-            )
+                self.parent_constant[here].double(),
+                torch.cat([q, q.square()], 1).double(),
+                self.parent_factors[:, here].double(),
+            ).float()
             weight += n.log2()  # of all its windows; -inf where none compete
             top = weight.amax(1).clamp(min=float(kernels().LEAST.value))
             if span.families < weight.shape[1]:
@@ -549,7 +554,7 @@ class Scan:
             except torch.OutOfMemoryError:
                 if step == 1:
                     raise
-                cache.clear()
+                cache.clear(self.device)
                 torch.cuda.empty_cache()
                 part = None
             if part is None:
@@ -661,7 +666,7 @@ class Scan:
                 )  # fmt: skip
 
         cuda = self.device.type == "cuda"
-        resident = cache.get(self.part, (self.device,)) is not None
+        resident = cache.has(self.part, self.device, ())
         pairs = items.tiles * TILE
         tune = cuda and resident and not pilot and wanted() and pairs >= SMALLEST_TUNED
         capability = torch.cuda.get_device_capability(self.device) if cuda else (9, 0)

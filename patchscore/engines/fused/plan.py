@@ -1,0 +1,196 @@
+"""By how many numbers, and how finely, `fused` describes a window: as few and as coarse as the noise allows.
+
+A row is a window's pixels or, where that is shorter, its leading principal axes; then the bias -|p|^2 / 2 in three
+half floats, which a query meets with ones, so that one product is q.p - |p|^2 / 2. `choose_plan` holds the error model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...bank import PatchBank
+from ...posterior import accumulator_dtype
+from ...windows import Axis, Group, windows_as_rows
+from ..device import Made
+
+BIAS_COLUMNS = 3
+UNIT_ROUNDOFF = 2.0**-11
+"""Of half floats."""
+SPLIT_AXES = (0, 4, 8)
+"""Numbers of leading axes that may be split into hi + lo. The variance of windows lies in the first few; more than
+eight gained no size of rows on CIFAR-10 at k = 5 and 7."""
+SPECTRUM_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The columns of a row: `size` numbers, low halves of the leading ones, the bias, zeros up to K.
+
+    size: pixels C k^2, or the rank where `axes`.
+    axes: principal axes instead of pixels.
+    q_lo, p_lo: of how many leading numbers queries, patches carry a low half; it meets the other side's high half.
+    exact: weights that decide a result are taken from differences instead of products.
+    skip: tiles without a visible weight are passed over.
+    """
+
+    size: int
+    axes: bool = False
+    q_lo: int = 0
+    p_lo: int = 0
+    exact: bool = False
+    skip: bool = False
+
+    @property
+    def bias(self) -> int:
+        """The first column of the bias."""
+        return self.size + self.q_lo + self.p_lo
+
+    @property
+    def columns(self) -> int:
+        """K: a size the kernel takes in one or two blocks up to 320, in blocks of 64 beyond."""
+        needed = self.bias + BIAS_COLUMNS
+        sizes = (32, 64, 80, 96, 128, 160, 192, 256, 320)
+        return next((size for size in sizes if size >= needed), -(-needed // 64) * 64)
+
+
+@dataclass
+class Spectrum:
+    """Mean, principal axes and their variances over the windows of a bank at one patch size; float64."""
+
+    mean: Tensor  # [d]
+    axes: Tensor  # [d, d], a column an axis
+    variances: list[float]  # descending
+    square: float  # mean square of a pixel
+    windows: int
+
+
+def choose_plan(spectrum: Spectrum | None, d: int, sigma: float, tolerance: float, uint8: bool, axes: bool) -> Plan:
+    """The shortest rows whose denoised pixel is expected within `tolerance` of float64's, by this error model.
+
+    Let a query q and a patch p be rounded (or cut) to q + e and p + f, and the bias be that of the rounded patch. The
+    kernel then computes the exact distance between rounded points, and with q's own terms, which all windows share,
+    left out, a logit is off by
+
+        ((q - p).f - p.e) / sigma^2 + O(e^2 + f^2),      |e_i| <= u_i |q_i|, |f_i| <= u_i |p_i|,
+
+    where u_i = u = 2^-11, or u^2 on axes that are split into hi + lo. By Cauchy-Schwarz that is at most
+    u (|q - p| |p| + |q| |p|) / sigma^2. What moves a result is the spread of this over the windows that carry weight,
+    whose (q - p)_i has variance sigma^2 and whose p_i has the posterior variance s_i = l_i sigma^2 / (l_i + sigma^2),
+    l_i the variance of axis i: rounding errors have mean square u_i^2/6 of the number's, so for axes rounded on both
+    sides the standard deviation of a logit is
+
+        delta = sqrt(L / 3) / sigma,   L = sum of u_i^2 l_i,
+
+    and dropping an axis does the same with 1 in place of u_i / sqrt(3). A result moves by delta times the posterior's
+    standard deviation (at most min(sigma, 1/2)) over sqrt(effective sample size), and by the part that does not
+    average, the derivative of the mean, Cov(v, p) / sigma^2, times e. The effective sample size of N windows is that of
+    a Gaussian bank, N prod_i sqrt(1 + 2 t) / (1 + t) e^(-t / (1 + 2 t)), t = l_i / sigma^2, divided by 300 for the
+    worst pixel. Where float32 sums of products could be off by `tolerance` nats, 1.5 d 2^-22 / sigma^2 with pixels up
+    to 1, the plan is `exact`; a logit error of x nats moves a mean of values in [-1, 1] by tanh(x) at most.
+    docs/notes/fused.md holds this against measured errors.
+
+    Args:
+        spectrum: of the windows that compete; without one the plan is pixels, split.
+        d: numbers in a window, C k^2.
+        sigma: the smallest noise of the call.
+        tolerance: of a denoised pixel.
+        uint8: the bank came as uint8, whose pixels half floats hold exactly.
+        axes: whether principal axes may take the place of pixels.
+    """
+    s2 = sigma * sigma
+    p_lo = 0 if uint8 else d
+    if 1.5 * d * 2.0**-22 > tolerance * s2:
+        return Plan(d, q_lo=d, p_lo=p_lo, exact=True, skip=True)
+    if spectrum is None:
+        return Plan(d, q_lo=d, p_lo=p_lo)
+    variances = [max(v, 0.0) for v in spectrum.variances]
+    skip = sum(variances) > 200 * s2
+
+    log_share = sum(0.5 * math.log1p(2 * v / s2) - math.log1p(v / s2) - v / (2 * v + s2) for v in variances)
+    ess = max(1.0, spectrum.windows * math.exp(log_share) / 300)
+    spread = 2 * min(sigma, 0.5) / math.sqrt(ess)
+    centre = 2 / d  # share of a pixel in an axis, at most about that
+
+    def error(logit_variance: float, shift_variance: float) -> float:
+        return spread * math.sqrt(logit_variance / s2) + 4 * math.sqrt(centre * shift_variance / s2)
+
+    # Pixels: patches exact or split, queries rounded or split.
+    posterior = [v * s2 / (v + s2) for v in variances]
+    rounding = UNIT_ROUNDOFF**2 / 6 * (spectrum.square + s2) / s2
+    rounded = error(rounding * sum(posterior), rounding * sum(p * p for p in posterior))
+    best = Plan(d, q_lo=d if rounded > tolerance else 0, p_lo=p_lo, skip=skip)
+    if not axes:
+        return best
+
+    # Principal axes, the leading ones split on both sides, the others rounded: the smallest rank within the tolerance.
+    shifts = [v * p for v, p in zip(variances, posterior, strict=True)]
+    tails = [*itertools.accumulate(reversed(variances), initial=0.0)][::-1]  # dropped variance, by rank
+    tail_squares = [*itertools.accumulate((v * v for v in reversed(variances)), initial=0.0)][::-1]
+    for split in SPLIT_AXES:
+        if split > d:
+            break
+        u2 = [UNIT_ROUNDOFF ** (4 if i < split else 2) for i in range(d)]
+        rounded = sum(u * v for u, v in zip(u2, variances, strict=True)) / 3
+        shifted = sum(u * v for u, v in zip(u2, shifts, strict=True)) / 6
+        errors = [error(tail + rounded, squares + shifted) for tail, squares in zip(tails, tail_squares, strict=True)]
+        rank = next((rank for rank in range(max(1, split), d + 1) if errors[rank] <= tolerance), None)
+        if rank is not None:
+            reduced = Plan(rank, axes=True, q_lo=split, p_lo=split, skip=skip)
+            best = min(best, reduced, key=lambda plan: plan.columns)
+    return best
+
+
+_spectra: weakref.WeakKeyDictionary[PatchBank, dict[tuple[int, torch.device], tuple[Spectrum, Made]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def spectrum_of(bank: PatchBank, k: int, device: torch.device) -> Spectrum:
+    """Principal axes of the windows inside the images; kept with the bank.
+
+    From all images up to SPECTRUM_IMAGES, else from every n-th: any orthonormal axes are exact, but what is dropped is
+    judged by these variances.
+    """
+    known = _spectra.setdefault(bank, {})
+    if (k, device) not in known:
+        _, height, width = bank.shape
+        rows, cols = range(k // 2, height - k // 2), range(k // 2, width - k // 2)
+        group = Group(Axis(rows, rows), Axis(cols, cols))
+        dtype = accumulator_dtype(device)
+        d = bank.shape[0] * k * k
+        total = torch.zeros(d, dtype=dtype, device=device)
+        second = torch.zeros(d, d, dtype=dtype, device=device)
+        squares = torch.zeros((), dtype=dtype, device=device)
+        chosen = range(0, len(bank), -(-len(bank) // SPECTRUM_IMAGES))
+        for start in chosen:
+            image = bank.chunk(start, start + 1, torch.float32, device).to(dtype)
+            windows = windows_as_rows(image, k, *_unpadded(k, rows, cols), group)[0]
+            total += windows.sum(0)
+            second += windows.T @ windows
+            squares += image.square().mean()
+        count = len(chosen) * len(rows) * len(cols)
+        mean = total / count
+        variances, axes = torch.linalg.eigh(second / count - torch.outer(mean, mean))
+        axes = axes.flip(1)
+        found = Spectrum(
+            mean=mean,
+            axes=axes,
+            variances=variances.flip(0).tolist(),
+            square=squares.item() / len(chosen),
+            windows=len(bank) * len(rows) * len(cols),
+        )
+        known[k, device] = found, Made([mean, axes])
+    found, made = known[k, device]
+    made.use()
+    return found
+
+
+def _unpadded(k: int, rows: range, cols: range) -> tuple[range, range]:
+    """Centres as corners, where images carry no padding."""
+    return range(rows.start - k // 2, rows.stop - k // 2), range(cols.start - k // 2, cols.stop - k // 2)

@@ -1,0 +1,166 @@
+"""Rows of engine `fused`: their plans, the memory they take, and that torch's switches do not reach them. No Triton."""
+
+import math
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+from conftest import machine_named, smooth_images
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import patchscore as ps
+from patchscore.engines.fused import naive
+from patchscore.engines.fused import plan as plans
+from patchscore.engines.fused.plan import Plan, Spectrum, choose_plan, spectrum_of
+from patchscore.engines.fused.rows import patch_rows, query_rows, stored_bytes, value_columns, working_bytes
+
+CPU = torch.device("cpu")
+UNIT = 127.5 / 128
+
+
+def groups_of(name, bank, k):
+    return machine_named(name, bank, k).competition(k).groups
+
+
+def free_group(bank, k):
+    (group,) = groups_of("els-circular", bank, k)
+    return group
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors held at one time, of storages that were made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.holders, self.sizes, self.largest = Counter(), {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes():
+                address = tensor.untyped_storage().data_ptr()
+                if address in self.sizes or not function.is_view:
+                    self.sizes[address] = tensor.untyped_storage().nbytes()
+                    self.holders[address] += 1
+                    weakref.finalize(tensor, self.release, address)
+        self.largest = max(self.largest, sum(self.sizes.values()))
+        return result
+
+    def release(self, address):
+        self.holders[address] -= 1
+        if self.holders[address] == 0:
+            self.sizes.pop(address, None)
+
+
+@pytest.mark.parametrize("images", [1, 2, 40])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(
+    ("name", "k", "axes"),
+    [("local", 5, 0), ("els-zeros", 3, 0), ("els-circular", 5, 0), ("els-circular", 5, 20), ("els-circular", 3, 27)],
+)
+def test_rows_take_the_memory_they_are_said_to_take(name, k, axes, dtype, images):
+    bank = ps.PatchBank(smooth_images(images, 3, 12, 11, dtype=dtype))
+    spectrum = spectrum_of(bank, k, CPU) if axes else None
+    d = 3 * k * k
+    plan = Plan(axes, axes=True, q_lo=4, p_lo=4) if axes else Plan(d, p_lo=0 if dtype == torch.uint8 else d)
+    for group in groups_of(name, bank, k):
+        with Peak() as peak:
+            made = patch_rows(bank, 0, images, k, group, plan, spectrum, UNIT, CPU)
+        assert sum(tensor.nbytes for tensor in made.tensors) == stored_bytes(bank, group, plan, images)
+        assert stored_bytes(bank, group, plan, images) < peak.largest
+        assert peak.largest <= working_bytes(bank, k, group, plan, images)
+
+
+class Rounding(TorchDispatchMode):
+    """torch with TF32 switched on: the factors of float32 products have 11 bits."""
+
+    products = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if any(product in name for product in ("aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "convolution")):
+            self.products += 1
+            args = tuple(self.rounded(x) for x in args)
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(x):
+        if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
+            return x
+        mantissa, exponent = torch.frexp(x)
+        return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_switches_for_tf32_change_no_number(dtype):
+    images = smooth_images(12, 3, 9, 8, dtype=dtype)
+    plan = Plan(20, axes=True, q_lo=4, p_lo=4)
+
+    def numbers():
+        bank = ps.PatchBank(images)  # a new one: spectra are kept
+        spectrum = spectrum_of(bank, 5, CPU)
+        group = free_group(bank, 5)
+        competition = machine_named("els-circular", bank, 5).competition(5)
+        patches = patch_rows(bank, 0, 12, 5, group, plan, spectrum, UNIT, CPU)
+        pixels = patch_rows(bank, 0, 12, 5, group, Plan(75, q_lo=75, p_lo=75), None, UNIT, CPU)
+        z = bank.chunk(0, 1)
+        queries = query_rows(z, torch.ones(1).double(), competition, group, plan, spectrum, UNIT)
+        return [*patches.tensors, *pixels.tensors, queries.rows, queries.scale, torch.tensor(spectrum.variances)]
+
+    expected = numbers()
+    with Rounding() as rounding:
+        found = numbers()
+    assert rounding.products > 0
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b)
+
+
+def decaying(d, total, windows=10**6, ratio=0.7):
+    """A spectrum like that of photographs."""
+    variances = [ratio**i for i in range(d)]
+    scale = total / sum(variances)
+    return Spectrum(torch.zeros(d), torch.eye(d), [v * scale for v in variances], 0.3, windows)
+
+
+def test_splitting_the_leading_axes_is_taken_where_it_shortens_rows():
+    # At this noise rounded axes miss the tolerance, and pixels need their query split: 2 x 147 + 3 columns.
+    found = {}
+    for sigma in (0.3, 0.4, 0.5, 0.6, 0.7, 1.0):
+        plan = choose_plan(decaying(147, 30.0, 10**7), 147, sigma, 1e-3, True, True)
+        found[sigma] = plan
+        assert plan.q_lo in (0, 147, *plans.SPLIT_AXES)
+        assert plan.columns <= Plan(147, q_lo=147).columns
+    assert any(plan.axes and 0 < plan.q_lo < 147 for plan in found.values())
+
+
+@pytest.mark.parametrize("plan", [Plan(75, q_lo=75), Plan(75, p_lo=75), Plan(75, q_lo=75, p_lo=75), Plan(75),
+                                  Plan(40, axes=True), Plan(40, axes=True, q_lo=8, p_lo=8)])  # fmt: skip
+def test_products_of_rows_are_distances_of_what_the_rows_stand_for(plan):
+    bank = ps.PatchBank(smooth_images(6, 3, 9, 8, dtype=torch.float32))
+    spectrum = spectrum_of(bank, 5, CPU)
+    group, competition = free_group(bank, 5), machine_named("els-circular", bank, 5).competition(5)
+    z, sigma = bank.chunk(0, 1) + 0.3, torch.full((1,), 0.7).double()
+    queries = query_rows(z, sigma, competition, group, plan, spectrum, 1.0)
+    patches = patch_rows(bank, 0, 6, 5, group, plan, spectrum, 1.0, CPU)
+    q = naive.numbers(queries.rows, plan, plan.q_lo, plan.size)
+    p = naive.numbers(patches.rows[:, : patches.filled], plan, plan.p_lo, plan.size + plan.q_lo)
+    if plan.axes:
+        # The part of a patch that was dropped counts as if the query had none of it.
+        full = patch_rows(bank, 0, 6, 5, group, Plan(75, axes=True, q_lo=75, p_lo=75), spectrum, 1.0, CPU)
+        whole = naive.numbers(full.rows[:, : full.filled], Plan(75), 75, 150)
+        dropped = whole[..., plan.size :].square().sum(-1)
+    else:
+        dropped = torch.zeros(p.shape[:2]).double()
+    wanted = -0.5 * ((q[:, :, None] - p[:, None]).square().sum(-1) + dropped[:, None])
+    wanted += 0.5 * q.square().sum(-1, keepdim=True)
+    got = naive.log_weights(queries, patches, plan) * math.log(2) * 0.7**2
+    # Bias in three half floats, and low times low left out where both are split.
+    assert (got - wanted).abs().max() < 75 * 2.0**-22 * 4
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5, 8, 9])
+def test_values_have_room_for_both_halves_and_ones(channels):
+    columns = value_columns(channels)
+    assert columns >= 2 * channels + 1
+    assert columns & (columns - 1) == 0
