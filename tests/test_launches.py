@@ -140,4 +140,4 @@ def test_the_numbers_of_items_are_what_a_pruned_part_reads_back(launches, monkey
         assert reads == [(3,), (3,)]  # once in each of two calls, for all regions and items
         assert watch.copies == 0
         found.append(watch.operations)
-    assert found[0] == found[1] < 1500
+    assert found[0] == found[1] < 2000
