@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,6 +137,10 @@ class Bench:
         traceback.print_exception(error)
         torch.cuda.empty_cache()
 
+    def decline(self, what: str, error: Exception) -> None:
+        """A case that a guest cannot do."""
+        self.skip(f"{what}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+
     def skip(self, what: str) -> None:
         if what not in self.content["skipped"]:
             self.content["skipped"].append(what)
@@ -179,9 +183,12 @@ class Bench:
         self.synchronize()
         return time.perf_counter() - start
 
-    def interleaved(self, works: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
+    def interleaved(
+        self, works: dict[str, Callable[[], object]], guests: Collection[str] = ()
+    ) -> dict[str, dict[str, float]]:
         """Median, least and most seconds of each, in turns, after one to warm up; what fails then is left out.
 
+        A guest, other people's code, that cannot do a case is skipped; anything else has failed.
         Clock and power are those of all turns; peak memory is that of the first call, which compiles.
         """
         first, peak = {}, {}
@@ -192,8 +199,9 @@ class Bench:
                 first[name] = self.once(work)
             except Wrong:
                 raise
-            except (RuntimeError, NotImplementedError, ImportError) as error:
-                self.fail(f"{self.name_of_section}: {name}", error)
+            except Exception as error:
+                what = f"{self.name_of_section}: {name}"
+                self.decline(what, error) if name in guests else self.fail(what, error)
                 continue
             peak[name] = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
         rounds: dict[str, list[float]] = {name: [] for name in first}
@@ -314,7 +322,7 @@ def derived(work: cost.Work, efficiency: cost.Range, device: torch.device) -> di
 
 
 def details(engine: str, call: Call, device: torch.device) -> dict[str, object]:
-    if engine == "fused":
+    if "fused" in engine.split(" and "):
         return described(call, device)
     if engine == "sliding" and call.k:
         competition = call.machine("reference").competition(call.k)
@@ -371,9 +379,9 @@ def beside_peers(bench: Bench, bank: ps.PatchBank, engine: str) -> None:
                 works[name] = prepare(
                     z, sigma, calls[name].bank.chunk(0, len(calls[name].bank), device=bench.device), k
                 )
-            except Exception as error:  # of other people's code: out of memory, no kernel for it, no compiler
-                bench.fail(f"{bench.name_of_section}: {name} at k = {k}", error)
-        for name, times in bench.interleaved(works).items():
+            except Exception as error:  # out of memory, no kernel for such a head, no compiler
+                bench.decline(f"{bench.name_of_section}: {name} at k = {k}", error)
+        for name, times in bench.interleaved(works, guests=peers_of).items():
             rate = rated(times, calls[name].pairs, batch)
             bench.add(engine=name, **calls[name].about(), error=errors[name], **more.get(name, {}), **rate)
         bench.flush()
@@ -403,7 +411,7 @@ def graph(bench: Bench, bank: ps.PatchBank) -> None:
     """One dense call of 16 images launched by the host, and replayed as a CUDA graph: what launching costs."""
     if bench.device.type != "cuda":
         return
-    call = Call(first_images(bank, 2000), 7, 0.99, noisy(bank, 0.99, BATCH, bench.device), "zeros")
+    call = Call(first_images(bank, 2000), 7, 0.99, noisy(bank, 0.99, BATCH, bench.device))
     machine = call.machine("fused")
     call.work("fused")()
     recorded = torch.cuda.CUDAGraph()
@@ -508,7 +516,8 @@ def shares(bench: Bench, index: ps.PatchIndex, cases: tuple[tuple[int, float], .
         for name, times in bench.interleaved(keeping).items():
             about, rate = call.about(), rated(times, call.pairs, batch)
             if name == "fused":
-                bench.add(engine=name, **about, error=error, **described(call, bench.device), **rate)
+                served = answers[name].engine
+                bench.add(engine=served, **about, error=error, **described(call, bench.device), **rate)
                 continue
             got = answers[name]
             mean = got.mean if isinstance(got, ps.Estimate) else got

@@ -161,6 +161,26 @@ def test_what_fails_or_comes_too_late_is_noted_and_the_rest_goes_on(gpu, monkeyp
 
 
 @needs_triton
+def test_a_guest_that_cannot_do_a_case_is_skipped_and_an_engine_that_cannot_has_failed(
+    gpu, monkeypatch, tmp_path, capsys
+):
+    bench = bench_of(gpu, monkeypatch, tmp_path)
+    bench.repeats = 1
+
+    def cannot():
+        raise RuntimeError("No available kernel")
+
+    def both(bench):
+        works = {"ours": cannot, "guest": cannot, "good": lambda: None}
+        return list(bench.interleaved(works, guests=["guest"]))
+
+    assert bench.section("peers", both) == ["good"]
+    assert written(tmp_path)["failed"] == ["peers: ours: RuntimeError: No available kernel"]
+    assert written(tmp_path)["skipped"] == ["peers: guest: RuntimeError: No available kernel"]
+    capsys.readouterr()
+
+
+@needs_triton
 def test_a_run_of_some_sections_keeps_the_others_of_the_same_commit(gpu, monkeypatch, tmp_path, capsys):
     def adding(bench, engine):
         bench.add(engine=engine)
