@@ -8,6 +8,7 @@
 # make test-triton the tests of the Triton kernels, interpreted and compiled ahead of time, without a GPU
 # make sanitize    the C++ engines under sanitizers
 # make fuzz   damaged files of every format to everything that reads files, for SECONDS=60
+# make faults      commands killed, starved and given changed files: KILLS=50 times each, then all is as if nothing was
 # make gpu-check   the tests that need a GPU
 # make gpu-quick   on a bare machine with a GPU: build, tests, sanitizers and benchmarks in ten minutes, in out-gpu/
 # make sdist       the source distribution, in dist/
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/* csrc/*/*)
 CXX_FILES = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(cpp|cu|cuh|h)$$')
 
-.PHONY: demo test lint format docs site bench test-triton sanitize fuzz gpu-check gpu-quick sdist wheel wheel-test clean
+.PHONY: demo test lint format docs site bench test-triton sanitize fuzz faults gpu-check gpu-quick sdist wheel wheel-test clean
 
 # Without a compiler the engine in plain torch serves; fewer training images keep that within minutes too.
 demo: $(VENV)/.installed
@@ -72,6 +73,10 @@ fuzz: $(VENV)/.installed-test
 	if $(BIN)/python -c 'import atheris' 2>/dev/null; then \
 	    $(BIN)/python tests/fuzz/readers.py --seconds $$(( $(SECONDS) / 2 )) --atheris; \
 	else $(BIN)/python tests/fuzz/readers.py --seconds $$(( $(SECONDS) / 2 )) --seed 1000; fi
+
+KILLS := 50
+faults: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/faults.py --kills $(KILLS)
 
 # What only a GPU can show: numbers, streams, devices. A fallback is an error there.
 gpu-check: $(VENV)/.installed-test

@@ -5,6 +5,7 @@ from .bank import PatchBank
 from .calibrate import Calibration, calibrate
 from .classification import Classification, classify
 from .denoiser import Denoiser, Estimate
+from .draw import notebook
 from .evaluate import Comparison, baselines, compare
 from .explain import Explanation, explain, explain_samples
 from .gaussian import GaussianScore
@@ -16,6 +17,8 @@ from .posterior import PosteriorSum, merge
 from .sampling import Step, sample
 from .scales import ScaleTable
 from .version import __version__
+
+notebook.attach()
 
 __all__ = [
     "Calibration",

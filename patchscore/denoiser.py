@@ -45,6 +45,12 @@ class Estimate:
     pairs: int
     engine: str
 
+    def __repr__(self) -> str:
+        """Shapes and ranges in a line, not the numbers of every pixel."""
+        errors, low, high = self.stderr.max().item(), self.ess.min().item(), self.ess.max().item()
+        counted = f"stderr to {errors:.2g}, ess {low:.3g} to {high:.3g}, {self.pairs:,} pairs by {self.engine}"
+        return f"Estimate({' x '.join(map(str, self.mean.shape))}, {counted})"
+
 
 class Denoiser(ABC):
     """Anything that estimates x_0 from z = x_0 + sigma eps: the interface samplers and adapters take.

@@ -77,6 +77,11 @@ class Comparison:
     labels: list[int | str | None] | None
     settings: dict[str, Any]
 
+    def __repr__(self) -> str:
+        """The median r^2 of each machine, in a line."""
+        medians = ", ".join(f"{name} {np.median(of.r2.numpy()):.3f}" for name, of in self.machines.items())
+        return f"Comparison({len(self.images)} images, median r^2: {medians})"
+
     def rows(self) -> list[dict[str, Any]]:
         """One row per machine: medians over the images, with 95% bootstrap intervals."""
         rows = []

@@ -54,6 +54,13 @@ class Explanation:
     sigma: float
     patch_size: int | None
 
+    def __repr__(self) -> str:
+        """What was explained and how much of it, in a line."""
+        batch, top, height, width = self.image.shape
+        windows = f"{top} windows for each of {height} x {width} pixels of {batch}"
+        size = "whole images" if self.patch_size is None else f"patch size {self.patch_size}"
+        return f"Explanation({windows}, sigma {self.sigma:.3g}, {size}, {self.share.mean().item():.1%} of the weight)"
+
     @property
     def share(self) -> Tensor:
         """[B, H, W], the share of the mass that the windows listed here carry together."""
