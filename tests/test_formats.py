@@ -753,3 +753,26 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, packag
         monkeypatch.setattr(image, "image_formats", lambda: (formats, ("PNG", "JPEG")))
     with pytest.raises(ImportError, match=rf"patchscore\[{extra}\]"):
         sources.read(tmp_path / name)
+
+
+# The command line.
+
+
+def test_the_command_line_takes_what_the_library_takes(tmp_path):
+    from click.testing import CliRunner
+
+    from patchscore.cli import main
+
+    for split in ("train", "val"):
+        for name in NAMES:
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "a.png").write_bytes(encoded(IMAGES[0]))
+    asked = CliRunner().invoke(main, ["info", str(tmp_path)])
+    assert asked.exit_code == 2
+    assert "holds train and val; pass split='train' (on the command line --split train)" in asked.output
+    shown = CliRunner().invoke(main, ["info", str(tmp_path), "--split", "val"])
+    assert shown.exit_code == 0, shown.output
+    assert all(name in shown.output for name in NAMES)
+    np.savez(tmp_path / "a.npz", p=IMAGES, q=LABELS)
+    keys = CliRunner().invoke(main, ["info", str(tmp_path / "a.npz"), "--image-key", "p", "--label-key", "q"])
+    assert keys.exit_code == 0, keys.output

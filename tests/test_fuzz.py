@@ -47,6 +47,20 @@ def test_damaged_files_give_images_or_one_error(name, tmp_path):
     assert set(results) <= {"read", "refused"}
 
 
+def test_the_command_line_says_one_line_of_damaged_files(tmp_path):
+    rng, results = random.Random(0), []
+    others = [content for seed in SEEDS.values() for content in seed.files.values()]
+    while len(results) < 20:
+        name = rng.choice([name for name in SEEDS if SEEDS[name].opened != "t.json"])
+        files, opened = readers.damaged_input(rng, SEEDS[name], others)
+        try:
+            readers.write(tmp_path / "input", files)
+        except (OSError, ValueError):
+            continue
+        results.append(readers.check_command(tmp_path / "input" / opened))
+    assert set(results) == {"read", "refused"}
+
+
 def test_the_harness_keeps_what_ends_a_worker(tmp_path, monkeypatch, capsys):
     """One that could not see a crash would be of no use."""
     (tmp_path / "worker").write_text("#!/bin/sh\nkill -SEGV $$\n")

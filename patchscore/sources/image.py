@@ -20,10 +20,10 @@ from ..pixels import known_channel_axis
 from .source import UnreadableImage, unreadable
 
 MOST_PIXELS = 100_000_000
-"""Pixels of the largest image that is decoded, and of all that are being decoded at one time (about 1 GB of memory).
+"""Pixels of the largest image that is decoded, and of all that are being decoded at one time (up to 2 GB of memory).
 Larger than any camera's photograph of today; a file of a few kilobytes can declare far more."""
 
-MOST_FILE_BYTES = 1 << 29
+MOST_FILE_BYTES = 1 << 28
 """Bytes of the largest image file in an archive or a table."""
 
 
