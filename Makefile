@@ -20,7 +20,7 @@ VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/* csrc/*/*)
-CXX_FILES = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(cpp|cu|cuh|h)$$')
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
 .PHONY: demo test lint format docs site bench test-triton sanitize fuzz faults gpu-check gpu-quick sdist wheel wheel-test clean
 
@@ -36,6 +36,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(filter-out csrc/pruned/% csrc/sliding/sliding.cu tests/emulation/%,$(CXX_FILES))
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
