@@ -7,7 +7,7 @@
 # make bench       the CPU benchmarks in short, in out-bench/
 # make test-triton the tests of the Triton kernels, interpreted and compiled ahead of time, without a GPU
 # make sanitize    the C++ engines under sanitizers
-# make fuzz   damaged files of every format to everything that reads files, for SECONDS=60
+# make fuzz   damaged files of every format to everything that reads files, for FUZZ_SECONDS=60
 # make faults      commands killed, starved and given changed files: KILLS=50 times each, then all is as if nothing was
 # make gpu-check   the tests that need a GPU
 # make gpu-quick   on a bare machine with a GPU: build, tests, sanitizers and benchmarks in ten minutes, in out-gpu/
@@ -68,16 +68,12 @@ sanitize:
 	tests/sanitize/run.sh
 
 # Where atheris is installed, the second half of the time is its own.
-SECONDS := 60
+FUZZ_SECONDS := 60
+FUZZ_SEED := 0
+FUZZ := $(BIN)/python tests/fuzz/readers.py --seconds $$(( $(FUZZ_SECONDS) / 2 )) --seed
 fuzz: $(VENV)/.installed-test
-	$(BIN)/python tests/fuzz/readers.py --seconds $$(( $(SECONDS) / 2 ))
-	if $(BIN)/python -c 'import atheris' 2>/dev/null; then \
-	    $(BIN)/python tests/fuzz/readers.py --seconds $$(( $(SECONDS) / 2 )) --atheris; \
-	else $(BIN)/python tests/fuzz/readers.py --seconds $$(( $(SECONDS) / 2 )) --seed 1000; fi
-
-KILLS := 50
-faults: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/faults.py --kills $(KILLS)
+	$(FUZZ) $(FUZZ_SEED)
+	$(FUZZ) $$(( $(FUZZ_SEED) + 1000000 )) $$($(BIN)/python -c 'import atheris' 2>/dev/null && echo --atheris)
 
 # What only a GPU can show: numbers, streams, devices. A fallback is an error there.
 gpu-check: $(VENV)/.installed-test
