@@ -28,7 +28,7 @@ def build(folder, source=ROOT / "csrc" / "sliding" / "sliding.cu"):
         return None
     common = [compiler, "-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE", *STRICT, "-I", str(EMULATION)]
     emulator = _built(folder, [*common, "-O3", "-c", "-x", "c++"], EMULATION / "emulator.cpp")
-    kernels = _built(folder, [*common, "-O2", *INSTRUMENTED, "-c", "-x", "c++"], Path(source))
+    kernels = _built(folder, [*common, "-O1", *INSTRUMENTED, "-c", "-x", "c++"], Path(source))
     library = kernels.with_name(kernels.name + emulator.name + ".so")
     if not library.exists():
         # Without the sanitizers' libraries: the emulator answers their calls.
