@@ -187,6 +187,15 @@ def test_numbers_do_not_depend_on_slabs_or_batch(kernels, monkeypatch):
     assert (alone.mean - expected.mean[1:2]).abs().max() < 1e-12
 
 
+def test_items_in_several_passes_are_those_of_one(kernels):
+    bank = ps.PatchBank(smooth_images(9, 1, 6, 6))
+    for kind in (circular, local):
+        kernels.launches.clear()
+        compare(bank, kind(3, 6, 6), [0.05, 0.1, 0.15, 0.2, 0.25], limit=16_000)
+        windows, slabs = (kernels.launches.count(f"patchscore_{name}") for name in ("windows", "pack"))
+        assert windows > slabs > 1
+
+
 def test_several_sizes_at_once_are_those_alone(kernels):
     bank = ps.PatchBank(smooth_images(6, 3, 9, 8))
     competitions = [circular(1, 9, 8), WHOLE_IMAGE, circular(3, 9, 8), circular(7, 9, 8)]
@@ -269,6 +278,11 @@ def test_every_device_is_asked_for_its_own_shared_memory(kernels, monkeypatch):
     monkeypatch.setattr(sliding_cuda, "_number", lambda device: 2)
     with pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
         compare(bank, WHOLE_IMAGE, [0.3])
+
+
+def test_launches_go_to_the_tensors_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert [sliding_cuda._number(torch.device(name)) for name in ("cuda:0", "cuda:1", "cuda")] == [0, 1, 3]
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
+
+import hypothesis  # noqa: F401
+import pytest
+import torch  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 KERNELS, HOST = "csrc/sliding/sliding.cu", "patchscore/engines/sliding/cuda.py"
@@ -148,17 +152,30 @@ def copied(folder: Path) -> Path:
 
 
 def tested(tree: Path, cache: Path) -> str | None:
-    """The first test that fails, or None."""
-    command = [sys.executable, "-m", "pytest", "tests/test_sliding_cuda.py", "-x", "-q", "--tb=line", "-m", "not gpu"]
-    command += ["-k", "not registers and not collected", "-o", f"cache_dir={cache}"]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=1800)
-    if done.returncode == 0:
+    """The first test that fails, or None. In a fork of this process, which has torch loaded already."""
+    log = tree / "log.txt"
+    child = os.fork()
+    if child == 0:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1), os.dup2(out, 2)
+        os.chdir(tree)
+        sys.path[:0] = [str(tree), str(tree / "tests")]
+        arguments = ["tests/test_sliding_cuda.py", "-x", "-q", "--tb=line", "-m", "not gpu", "-o", f"cache_dir={cache}"]
+        code = 100
+        try:
+            code = int(pytest.main([*arguments, "-k", "not registers and not collected"]))
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    said = log.read_text(errors="replace")
+    if status == 0:
         return None
-    failed = re.search(r"^(?:FAILED|ERROR) \S+::(\S+)", done.stdout, flags=re.MULTILINE)
-    reason = re.search(r"^E +(.*)", done.stdout, flags=re.MULTILINE)
-    if failed and "CalledProcessError" in done.stdout:
-        raise RuntimeError(f"it does not compile: {done.stdout[-3000:]}{done.stderr[-3000:]}")
-    where = failed[1] if failed else f"the process ended with {done.returncode}"
+    if "CalledProcessError" in said:
+        raise RuntimeError(f"it does not compile: {said[-3000:]}")
+    failed = re.search(r"^(?:FAILED|ERROR) \S+::(\S+)", said, flags=re.MULTILINE)
+    reason = re.search(r"^E +(.*)", said, flags=re.MULTILINE)
+    where = failed[1] if failed else f"the process ended with status {status}"
     return f"{where}: {reason[1][:160]}" if reason else where
 
 
