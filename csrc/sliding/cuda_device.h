@@ -23,9 +23,6 @@ __device__ __forceinline__ float power_of_two(float x) {
     return y;
 }
 
-// Keeps a branch: the compiler would otherwise compute both sides for every lane and select.
-__device__ __forceinline__ void keep_branch() { asm volatile(""); }
-
 __device__ __forceinline__ bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
 
 __device__ __forceinline__ float bits_as_float(int bits) { return __int_as_float(bits); }

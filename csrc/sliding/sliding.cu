@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
                             for (int x = 0; x < 2 * TILES; ++x)
                                 w[jj][x] = power_of_two(bits(x / 2, x % 2, high(x / 2, x % 2), low(x / 2, x % 2)));
                             if (!all_exist) {
-                                keep_branch();  // most tiles are whole
+                                __syncwarp();  // or the compiler selects, for all: most tiles are whole
 #pragma unroll
                                 for (int x = 0; x < 2 * TILES; ++x)
                                     if (!(pairs_of_lane[lane] >> (8 * jj + x) & 1)) w[jj][x] = 0.f;
@@ -320,7 +320,8 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
                             total[jj] = 0.f;
 #pragma unroll
                             for (int x = 0; x < 2 * TILES; ++x) total[jj] += w[jj][x];
-                            if (total[jj] <= RISE || risen) break;
+                            if (risen || !any_lane(total[jj] > RISE)) break;  // lanes stay together
+                            if (total[jj] <= RISE) continue;
                             // A window much nearer than the reference has come: it becomes the reference.
                             float most = -INFINITY;
                             int new_coarse = coarse, new_fine = fine;

@@ -32,8 +32,6 @@ inline float power_of_two(float x) {
     return y < 0x1p-126f ? 0.f : y;
 }
 
-inline void keep_branch() {}
-
 inline float bits_as_float(int bits) {
     float value;
     std::memcpy(&value, &bits, 4);
