@@ -1,3 +1,4 @@
+# ruff: noqa: E501, the faults as lines of a table
 """Plants one fault at a time in the CUDA kernels or their host code and says which the tests catch.
 
 Each fault is put into a copy of the tree, built, and tests/test_sliding_cuda.py runs until something fails. Writes
