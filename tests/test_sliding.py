@@ -114,6 +114,105 @@ def test_maximum_may_rise_by_thousands_of_nats(simd):
         assert_same(got, reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT), 1e-3)
 
 
+def flat_images(*levels):
+    """One image of 10 x 13 in colour for each level."""
+    return torch.tensor(levels)[:, None, None, None] * torch.ones(len(levels), 3, 10, 13)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("kind", [circular, broken])
+def test_equal_windows_far_from_z_share_their_weight(simd, kind, k, scale):
+    # Float32 distances of this size differ by many nats although the windows are the same.
+    bank = ps.PatchBank(flat_images(-0.5, -0.5, -0.5, 0.5, 0.5, 0.5, 0.5))
+    z = scale * torch.randn(1, 3, 10, 13, generator=torch.Generator().manual_seed(0))
+    for sigma, tolerance in ((0.05, 1e-4), (0.005, 1e-3)):
+        sigma = torch.tensor([sigma], dtype=torch.float64)
+        got = sliding.posterior_sum(z, sigma, bank, kind(k, 10, 13), LIMIT)
+        expected = reference.posterior_sum(z.double(), sigma, bank, kind(k, 10, 13), LIMIT)
+        assert (got.mean - expected.mean).abs().max() <= tolerance
+        torch.testing.assert_close(got.ess, expected.ess, rtol=1e-3, atol=0)
+    got = sliding.posterior_sum(z, torch.tensor([1e-4], dtype=torch.float64), bank, kind(k, 10, 13), LIMIT)
+    windows = kind(k, 10, 13).groups[-1].windows_per_image * 7
+    assert got.mean.abs().max() <= 0.5 + 1e-6
+    assert got.ess.min() >= 1
+    assert got.ess.max() <= 12 * 9 * 7 + windows
+
+
+@pytest.mark.parametrize("k", [1, 5, 9])
+@pytest.mark.parametrize("offset", [0.0, 10.0, 1000.0])
+def test_no_sigma_and_no_z_gives_nan(simd, k, offset):
+    bank = ps.PatchBank.open("fashion-mnist", limit=40)
+    z = bank.chunk(0, 1) + 0.1 * torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(0)) + offset
+    for sigma in (1e-200, 1e-5, 1e-4, 1e-3, 0.005, 0.1, 1e200):
+        got = sliding.posterior_sum(z, torch.tensor([sigma], dtype=torch.float64), bank, circular(k, 28, 28), LIMIT)
+        assert got.mean.abs().max() <= 1 + 1e-6
+        assert ((got.ess >= 1) & (got.ess <= 40 * (29 - k) ** 2)).all()
+
+
+@pytest.mark.parametrize("sigma", [0.005, 0.05, 0.5])
+def test_whole_images_nearly_as_far_as_each_other_are_told_apart(simd, sigma):
+    # Halftones before a grey image: all distances agree to a part in a thousand.
+    generator = torch.Generator().manual_seed(0)
+    images = torch.where(torch.rand(60, 3, 24, 24, generator=generator) < 0.5, 64, 191).to(torch.uint8)
+    z = sigma * torch.randn(2, 3, 24, 24, generator=generator)
+    for bank in (ps.PatchBank(images), ps.PatchBank(images.float() / 127.5 - 1)):
+        noise = torch.full((2,), sigma, dtype=torch.float64)
+        got = sliding.posterior_sum(z, noise, bank, WHOLE_IMAGE, LIMIT)
+        values = bank.chunk(0, 60, torch.float64)
+        logits = (z.double()[:, None] - values).square().sum((2, 3, 4)) / (-2 * sigma**2)
+        expected = torch.einsum("bn,nchw->bchw", logits.softmax(1), values)
+        assert (got.mean - expected).abs().max() <= (1e-4 if sigma >= 0.05 else 1e-3)
+
+
+@pytest.mark.parametrize("k", [27, 29, 41])
+def test_large_windows_are_exact_and_cost_what_small_ones_do(simd, k):
+    # From C k^2 / 2 = 1,250 nats on, distances are float64: half as many lanes, twice the bytes.
+    bank = ps.PatchBank(smooth_images(16, 3, 48, 48))
+
+    def pairs_per_second(size):
+        z = bank.chunk(0, 1) + torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            got = sliding.posterior_sum(z, torch.ones(1, dtype=torch.float64), bank, circular(size, 48, 48), LIMIT)
+            times.append(time.process_time() - start)
+        return got, circular(size, 48, 48).pairs_per_image * 16 / min(times)
+
+    got, rate = pairs_per_second(k)
+    # Diagonals of k - 1 steps beyond the windows are the same work for fewer pairs.
+    overhead = (48 / (49 - k)) ** 2 / (48 / (49 - 19)) ** 2
+    assert rate * max(1, overhead) > pairs_per_second(19)[1] / 6
+    z = bank.chunk(0, 1) + torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    competition = circular(k, 48, 48)
+    expected = reference.posterior_sum(z.double(), torch.ones(1).double(), bank, competition, LIMIT)
+    assert_same(got, expected, 1e-4)
+
+
+@pytest.mark.parametrize("kind", [circular, broken])
+@pytest.mark.parametrize("images", [1, 2, 5, 9])
+def test_few_images_are_cut_into_tiles(simd, kind, images):
+    bank = ps.PatchBank(smooth_images(images, 3, 33, 26))
+    for k in (1, 3, 7):
+        compare(bank, kind(k, 33, 26), [0.05, 1.0])
+    compare(ps.PatchBank(bank.chunk(0, images)), kind(5, 33, 26), [0.3])
+
+
+def test_one_image_fills_the_lanes(simd):
+    # 0.7 pairs for one of a bank of sixteen is the aim at 256 x 256, where tiles overlap less.
+    images = smooth_images(16, 1, 64, 64)
+
+    def pairs_per_second(bank):
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            sliding.posterior_sum(bank.chunk(0, 1) + 0.5, torch.ones(1).double(), bank, circular(9, 64, 64), LIMIT)
+            times.append(time.process_time() - start)
+        return len(bank) / min(times)
+
+    assert pairs_per_second(ps.PatchBank(images[:1])) > 0.5 * pairs_per_second(ps.PatchBank(images))
+
+
 @pytest.mark.parametrize("images", [1, 3, 16, 33, 150])
 def test_whole_images_are_the_references(simd, images):
     bank = ps.PatchBank(smooth_images(images, 3, 9, 7))

@@ -21,7 +21,6 @@
 #include "../common/memory.h"
 #include "../common/simd.h"
 #include "../common/threads.h"
-#include "../sliding/task.h"
 
 namespace patchscore {
 
@@ -29,6 +28,7 @@ namespace {
 
 constexpr int LANES = 16;            // windows side by side, each of another random group of its cell
 typedef float Vector __attribute__((vector_size(64)));
+constexpr float FAR = 1e30f;         // squared distance of a window that is not there
 constexpr int MOST_CHANNELS = 4;
 constexpr int BLOCK = 192;           // windows turned to float at a time
 constexpr int MOST_QUERIES = 16384;  // scanned together

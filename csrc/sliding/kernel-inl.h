@@ -1,29 +1,27 @@
-// The sliding kernel, compiled once per level (each-level-inl.h).
+// The sliding kernel, compiled once per level and precision (levels-inl.h).
 //
 // A squared window distance is a sum over k columns and k rows of squared pixel differences. Along a diagonal both sums
 // slide: a window of k steps is a suffix of one block of k steps plus a prefix of the next (van Herk), so any k costs
 // three additions an axis. Nothing is ever subtracted, so a small distance carries no rounding left by large ones.
 
-#include "../common/vector-inl.h"
-
 // a + b on the multiplication pipe: where additions would wait for each other while it idles.
-PS_INLINE F plus(F a, F b) { return fma(a, broadcast(1.f), b); }
+PS_INLINE F plus(F a, F b) { return fma(a, broadcast(1), b); }
 
 // Rows outside: the noisy image wraps or is zero; a training row is only asked for outside where both are zero.
-PS_INLINE const float* query_row(const Task& t, int row) {
+PS_INLINE const Real* query_row(const Task<Real>& t, int row) {
     if (t.circular) row = (row % t.height + t.height) % t.height;
     const bool inside = row >= 0 && row < t.height;
     return t.q + int64_t(inside ? row : t.height) * t.q_pitch + t.q_margin * t.channels;
 }
 
-PS_INLINE const float* window_row(const Task& t, int row) {
-    const bool inside = row >= 0 && row < t.height;
-    return t.p + int64_t(inside ? row : t.height) * t.width * t.channels * LANES;
+PS_INLINE const Real* window_row(const Task<Real>& t, int row) {
+    const bool inside = row >= 0 && row < t.image_height;
+    return t.p + int64_t(inside ? row : t.image_height) * t.image_width * t.channels * LANES;
 }
 
 // Along one diagonal: squared differences e of `U` neighbouring displacements at one training column.
 template <int C, int U>
-PS_INLINE void add_squares(F (&e)[U], const float* q, const float* p, int channels) {
+PS_INLINE void add_squares(F (&e)[U], const Real* q, const Real* p, int channels) {
     const int n = C ? C : channels;
     for (int c = 0; c < n; ++c) {
         const F pixel = load(p + c * LANES);
@@ -35,7 +33,7 @@ PS_INLINE void add_squares(F (&e)[U], const float* q, const float* p, int channe
 }
 
 template <int C, int U>
-PS_INLINE void squares(F (&e)[U], const float* q, const float* p, int channels) {
+PS_INLINE void squares(F (&e)[U], const Real* q, const Real* p, int channels) {
     for (int u = 0; u < U; ++u) {
         const F difference = load(p) - broadcast(q[-u * (C ? C : channels)]);
         e[u] = difference * difference;
@@ -58,9 +56,9 @@ enum Into {
 };
 
 struct Rows {
-    float* to;
-    const float* from;
-    float* keep;
+    Real* to;
+    const Real* from;
+    Real* keep;
 };
 
 template <Into INTO>
@@ -73,7 +71,7 @@ PS_INLINE void put(const Rows& rows, int64_t at, F h) {
 // The horizontal window sums of one pair of rows (query row q, training row p) on `U` neighbouring diagonals.
 // K = 1, 3, 5 keep the few partial sums in registers; K = 0 takes any k by blocks.
 template <int C, int K, int U, Into INTO>
-PS_INLINE void slide(const Task& t, const Panel& panel, const Diagonals& d, const float* q, const float* p,
+PS_INLINE void slide(const Task<Real>& t, const Panel& panel, const Diagonals& d, const Real* q, const Real* p,
                      const Rows& rows) {
     const int n = C ? C : t.channels;
     const int k = K ? K : t.patch_size, r = k / 2;
@@ -93,7 +91,7 @@ PS_INLINE void slide(const Task& t, const Panel& panel, const Diagonals& d, cons
         constexpr int HELD = K > 1 ? K - 1 : 1;
         F sums[HELD][U];  // sums[i]: the last i + 1 squares
         for (int i = 0; i < HELD; ++i)
-            for (int u = 0; u < U; ++u) sums[i][u] = broadcast(0.f);
+            for (int u = 0; u < U; ++u) sums[i][u] = broadcast(0);
         for (int x = 0; x < windows + K - 1; ++x) {
             F e[U], h[U];
             squares<C, U>(e, q + x * n, p + int64_t(x) * n * LANES, n);
@@ -105,9 +103,9 @@ PS_INLINE void slide(const Task& t, const Panel& panel, const Diagonals& d, cons
         return;
     }
 
-    float* const suffix = t.scratch;  // [k + 1][U][LANES]; entry k stays zero
+    Real* const suffix = t.scratch;  // [k + 1][U][LANES]; entry k stays zero
     F h[U];
-    for (int u = 0; u < U; ++u) h[u] = broadcast(0.f);
+    for (int u = 0; u < U; ++u) h[u] = broadcast(0);
     for (int u = 0; u < U; ++u) store(suffix + (k * U + u) * LANES, h[u]);
     // First block, backwards: suffix sums only.
     for (int x = k - 1; x >= 0; --x) {
@@ -119,7 +117,7 @@ PS_INLINE void slide(const Task& t, const Panel& panel, const Diagonals& d, cons
     // Every further block, forwards: window = suffix of the block before + prefix of this one.
     for (int start = k; start < windows + k - 1; start += k) {
         F prefix[U];
-        for (int u = 0; u < U; ++u) prefix[u] = broadcast(0.f);
+        for (int u = 0; u < U; ++u) prefix[u] = broadcast(0);
         const int end = start + k < windows + k - 1 ? start + k : windows + k - 1;
         if (start >= windows) {
             for (int x = start; x < end; ++x) {
@@ -140,7 +138,7 @@ PS_INLINE void slide(const Task& t, const Panel& panel, const Diagonals& d, cons
             }
             emit(x - k + 1, h);
         }
-        for (int u = 0; u < U; ++u) h[u] = broadcast(0.f);
+        for (int u = 0; u < U; ++u) h[u] = broadcast(0);
         for (int x = k - 1; x > 0; --x)
             for (int u = 0; u < U; ++u) {
                 h[u] = h[u] + load(suffix + (x * U + u) * LANES);
@@ -151,26 +149,26 @@ PS_INLINE void slide(const Task& t, const Panel& panel, const Diagonals& d, cons
 
 // The same where every query column meets its own column only: one diagonal, continued by zeros on both sides.
 template <int C, Into INTO>
-PS_INLINE void slide_locked(const Task& t, const Panel& panel, const float* q, const float* p, const Rows& rows) {
+PS_INLINE void slide_locked(const Task<Real>& t, const Panel& panel, const Real* q, const Real* p, const Rows& rows) {
     const int n = C ? C : t.channels;
     const int k = t.patch_size, r = k / 2, windows = panel.cols.queries(), steps = windows + k - 1;
     const int first = panel.cols.q0 - r;
-    float* const squared = t.scratch;
-    float* const suffix = squared + int64_t(steps) * LANES;
+    Real* const squared = t.scratch;
+    Real* const suffix = squared + int64_t(steps) * LANES;
     for (int x = 0; x < steps; ++x) {
-        F e[1] = {broadcast(0.f)};
+        F e[1] = {broadcast(0)};
         const int column = first + x;
         if (column >= 0 && column < t.width) squares<C, 1>(e, q + column * n, p + int64_t(column) * n * LANES, n);
         store(squared + int64_t(x) * LANES, e[0]);
     }
     for (int start = 0; start < windows; start += k) {
-        F sum = broadcast(0.f);
+        F sum = broadcast(0);
         for (int x = start + k - 1; x >= start; --x) {
             sum = sum + load(squared + int64_t(x) * LANES);
             store(suffix + int64_t(x) * LANES, sum);
         }
         put<INTO>(rows, int64_t(start) * LANES, sum);
-        F prefix = broadcast(0.f);
+        F prefix = broadcast(0);
         for (int window = start + 1; window < start + k && window < windows; ++window) {
             prefix = prefix + load(squared + int64_t(window + k - 1) * LANES);
             put<INTO>(rows, int64_t(window) * LANES, load(suffix + int64_t(window) * LANES) + prefix);
@@ -179,8 +177,8 @@ PS_INLINE void slide_locked(const Task& t, const Panel& panel, const float* q, c
 }
 
 template <int C, int K, Into INTO>
-static void slide_row(const Task& t, const Panel& panel, int query, int window, const Rows& rows) {
-    const float *q = query_row(t, query), *p = window_row(t, window);
+static void slide_row(const Task<Real>& t, const Panel& panel, int query, int window, const Rows& rows) {
+    const Real *q = query_row(t, query), *p = window_row(t, window);
     if (panel.cols.locked) {
         slide_locked<C, INTO>(t, panel, q, p, rows);
         return;
@@ -194,32 +192,39 @@ static void slide_row(const Task& t, const Panel& panel, int query, int window, 
 }
 
 // Makes `to`, a squared distance, the query's reference and rescales its sums to it.
-static void refer_to(const Task& t, double to, float* lanes, int pixel) {
+static void refer_to(const Task<Real>& t, double to, Real* lanes, int pixel) {
     const double factor = std::exp2((to - t.reference[pixel]) * double(t.scale));
     double* sums = t.sums + int64_t(pixel) * (2 + t.channels);
     for (int part = 0; part < 2 + t.channels; ++part) {
         const double by = part == 1 ? factor * factor : factor;
         sums[part] *= by;
-        store(lanes + part * LANES, load(lanes + part * LANES) * broadcast(float(by)));
+        store(lanes + part * LANES, load(lanes + part * LANES) * broadcast(Real(by)));
     }
     t.reference[pixel] = to;
 }
 
-// The same for every query of a task.
+// The same for every query of a task. A double is exact enough at any distance.
+constexpr bool EXACT = sizeof(Real) == 8;
+constexpr int LOWEST_BITS = EXACT ? -1000 : -120;  // weights below are 0 or this small: nothing, times ABSENT_PIXEL too
+
 struct Scale {
     F scale, negligible, rise, lowest;
-    float distant;
+    Real distant, reach;
 };
 
-PS_INLINE Scale scale_of(const Task& t) {
-    return {broadcast(t.scale), broadcast(t.negligible), broadcast(RISE_BITS / t.scale), broadcast(-100.f / t.scale),
-            DISTANT_BITS / t.scale};
+PS_INLINE Scale scale_of(const Task<Real>& t) {
+    return {broadcast(t.scale),
+            broadcast(t.negligible),
+            broadcast(RISE_BITS / t.scale),
+            broadcast(LOWEST_BITS / t.scale),
+            Real(DISTANT_BITS) / t.scale,
+            Real(1 + t.rounding)};
 }
 
 // One query's sums, held in registers while it meets the windows of one training row.
 template <int C>
 struct Query {
-    float* lanes;
+    Real* lanes;
     int pixel;
     bool distant;            // so far from all windows that float32 distances are not exact enough
     F reference, far, near;  // distances beyond `far` weigh nothing, nearer than `near` too much
@@ -227,14 +232,14 @@ struct Query {
 };
 
 template <int C>
-PS_INLINE void open(Query<C>& query, const Task& t, const Scale& by, float* lanes, int pixel) {
+PS_INLINE void open(Query<C>& query, const Task<Real>& t, const Scale& by, Real* lanes, int pixel) {
     query.lanes = lanes;
     query.pixel = pixel;
-    const float reference = float(t.reference[pixel]);
+    const Real reference = Real(t.reference[pixel]);
     query.reference = broadcast(reference);
-    query.distant = reference > by.distant;
+    query.distant = !EXACT && reference > by.distant;
     // Room for the rounding of distances, which outgrows the weights' own reach as sigma vanishes.
-    query.far = broadcast(reference * 1.000002f) - by.negligible;
+    query.far = broadcast(reference * by.reach) - by.negligible;
     query.near = query.reference - by.rise;
     query.s = load(lanes);
     query.s2 = load(lanes + LANES);
@@ -248,27 +253,33 @@ PS_INLINE void close(const Query<C>& query) {
     for (int c = 0; c < C; ++c) store(query.lanes + (2 + c) * LANES, query.v[c]);
 }
 
+// A training pixel as it was before rounding.
+PS_INLINE double exact_pixel(const Task<Real>& t, Real p) {
+    return t.pixels_of_bytes ? std::nearbyint((double(p) + 1) * 127.5) / 127.5 - 1 : double(p);
+}
+
 // The distance once more, straight from the definition and in float64.
-PS_COLD double exact_distance(const Task& t, int pixel, int64_t window, int lane) {
+PS_COLD double exact_distance(const Task<Real>& t, int pixel, int64_t window, int lane) {
     const int n = t.channels, r = t.patch_size / 2;
-    const int i = pixel / t.width, j = pixel % t.width, a = int(window / t.width), b = int(window % t.width);
+    const int i = pixel / t.width, j = pixel % t.width, a = int(window / t.image_width),
+              b = int(window % t.image_width);
     double total = 0;
     for (int y = -r; y <= r; ++y) {
-        const float *q = query_row(t, i + y) + int64_t(j - r) * n, *p = window_row(t, a + y);
+        const Real *q = query_row(t, i + y) + int64_t(j - r) * n, *p = window_row(t, a + y);
         for (int x = -r; x <= r; ++x)
             for (int c = 0; c < n; ++c, ++q) {
-                const bool inside = b + x >= 0 && b + x < t.width;
-                const double pixel_value = inside ? double(p[(int64_t(b + x) * n + c) * LANES + lane]) : 0.0;
-                total += (double(*q) - pixel_value) * (double(*q) - pixel_value);
+                const bool inside = a + y >= 0 && a + y < t.image_height && b + x >= 0 && b + x < t.image_width;
+                const double value = inside ? exact_pixel(t, p[(int64_t(b + x) * n + c) * LANES + lane]) : 0.0;
+                total += (double(*q) - value) * (double(*q) - value);
             }
     }
     return total;
 }
 
 // A window much nearer than the reference has come: it becomes the reference.
-PS_COLD void lower_reference(const Task& t, const F* distance, int count, const float* values, float* lanes,
+PS_COLD void lower_reference(const Task<Real>& t, const F* distance, int count, const Real* values, Real* lanes,
                              int pixel) {
-    alignas(64) float each[LANES];
+    Real each[LANES];
     double nearest = t.reference[pixel];
     int64_t window = 0;
     int which = 0;
@@ -281,28 +292,26 @@ PS_COLD void lower_reference(const Task& t, const F* distance, int count, const 
                 which = lane;
             }
     }
-    if (nearest * double(t.scale) > DISTANT_BITS) nearest = exact_distance(t, pixel, window, which);
+    if (!EXACT && nearest * double(t.scale) > DISTANT_BITS && t.exact_left[pixel] >= 0)
+        nearest = exact_distance(t, pixel, window, which);
     if (nearest < t.reference[pixel]) refer_to(t, nearest, lanes, pixel);
 }
 
 // Where even the nearest window is thousands of nats away, float32 leaves its distance more than 1e-4 nats off. Few
-// windows matter there, and those go to the float64 sums by their exact distances. Where many matter their roundings,
-// independent of each other, average out: returns false and leaves them to float32.
-PS_COLD bool weigh_exactly(const Task& t, int pixel, F far, const F* distance, int count, const float* values,
-                           float* lanes) {
-    alignas(64) float each[LANES], limit[LANES];
+// windows matter there, as a rule, and those go to the float64 sums by their exact distances. Where too many do, the
+// query is left to the float64 kernel.
+PS_COLD void weigh_exactly(const Task<Real>& t, int pixel, F far, const F* distance, int count, const Real* values,
+                           Real* lanes) {
+    int& left = t.exact_left[pixel];
+    if (left < 0) return;
+    Real each[LANES], limit[LANES];
     store(limit, far);
     double* sums = t.sums + int64_t(pixel) * (2 + t.channels);
-    int matter = 0;
-    for (int i = 0; i < count; ++i) {
-        store(each, distance[i]);
-        for (float one : each) matter += one < limit[0];
-    }
-    if (matter > FEW) return false;
     for (int i = 0; i < count; ++i) {
         store(each, distance[i]);
         for (int lane = 0; lane < LANES; ++lane) {
             if (!(each[lane] < limit[0])) continue;
+            if (--left < 0) return;
             const double exact = exact_distance(t, pixel, (values - t.p) / (t.channels * LANES) + i, lane);
             if (exact < t.reference[pixel]) refer_to(t, exact, lanes, pixel);
             const double w = std::exp2((t.reference[pixel] - exact) * double(t.scale));
@@ -312,12 +321,12 @@ PS_COLD bool weigh_exactly(const Task& t, int pixel, F far, const F* distance, i
                 sums[2 + c] += w * double(values[(int64_t(i) * t.channels + c) * LANES + lane]);
         }
     }
-    return true;
 }
 
 // Adds COUNT windows at these squared distances, centred at neighbouring training columns with pixels `values`.
 template <int C, int COUNT>
-PS_INLINE void weigh(Query<C>& query, const Task& t, const Scale& by, const F (&distance)[COUNT], const float* values) {
+PS_INLINE void weigh(Query<C>& query, const Task<Real>& t, const Scale& by, const F (&distance)[COUNT],
+                     const Real* values) {
     const int n = C ? C : t.channels;
     F nearest = distance[0];
     if (COUNT == 4) nearest = minimum(minimum(distance[0], distance[1]), minimum(distance[2], distance[3]));
@@ -332,9 +341,9 @@ PS_INLINE void weigh(Query<C>& query, const Task& t, const Scale& by, const F (&
             open(query, t, by, query.lanes, query.pixel);
         }
         if (query.distant) {
-            const bool weighed = weigh_exactly(t, query.pixel, query.far, all, COUNT, values, query.lanes);
+            weigh_exactly(t, query.pixel, query.far, all, COUNT, values, query.lanes);
             open(query, t, by, query.lanes, query.pixel);
-            if (weighed) return;
+            return;
         }
     }
     PS_EACH(COUNT) x[i] = query.reference - distance[i];
@@ -345,11 +354,11 @@ PS_INLINE void weigh(Query<C>& query, const Task& t, const Scale& by, const F (&
         for (int i = 0; i < COUNT; ++i) query.s = query.s + w[i];
     PS_EACH(COUNT) {
         query.s2 = fma(w[i], w[i], query.s2);
-        const float* value = values + int64_t(i) * n * LANES;
+        const Real* value = values + int64_t(i) * n * LANES;
         for (int c = 0; c < C; ++c) query.v[c] = fma(w[i], load(value + c * LANES), query.v[c]);
         if (C == 0)
             for (int c = 0; c < n; ++c) {
-                float* sum = query.lanes + (2 + c) * LANES;
+                Real* sum = query.lanes + (2 + c) * LANES;
                 store(sum, fma(w[i], load(value + c * LANES), load(sum)));
             }
     }
@@ -358,13 +367,13 @@ PS_INLINE void weigh(Query<C>& query, const Task& t, const Scale& by, const F (&
 // Window row `a` has become complete for query row `i`: adds its pairs to the sums of that row's queries. Squared
 // distances are sums of `ROWS` state rows.
 template <int C, int ROWS>
-static void evaluate(const Task& t, const Panel& panel, const float* const (&state)[ROWS], int row_of_queries,
+static void evaluate(const Task<Real>& t, const Panel& panel, const Real* const (&state)[ROWS], int row_of_queries,
                      int row_of_windows) {
     const int n = C ? C : t.channels;
     const Axis& cols = panel.cols;
     const int queries = cols.queries(), entries = panel.entries;
-    float* lanes = t.lanes + (panel.first_query + int64_t(row_of_queries - panel.rows.q0) * queries) * (2 + n) * LANES;
-    const float* values = t.p + (int64_t(row_of_windows) * t.width + cols.w0) * n * LANES;
+    Real* lanes = t.lanes + (panel.first_query + int64_t(row_of_queries - panel.rows.q0) * queries) * (2 + n) * LANES;
+    const Real* values = t.p + (int64_t(row_of_windows) * t.image_width + cols.w0) * n * LANES;
     const Scale by = scale_of(t);
     for (int j = 0; j < queries; ++j, lanes += (2 + n) * LANES) {
         Query<C> query;
@@ -392,16 +401,16 @@ static void evaluate(const Task& t, const Panel& panel, const float* const (&sta
 // Two window rows, `a` and a + 1, that became complete for two query rows: K + 1 state rows serve both, and the
 // K - 1 rows between are read and added once.
 template <int C, int K>
-static void evaluate_two(const Task& t, const Panel& panel, const float* const (&state)[K + 1], int upper_row,
+static void evaluate_two(const Task<Real>& t, const Panel& panel, const Real* const (&state)[K + 1], int upper_row,
                          int lower_row, int a) {
     const int n = C ? C : t.channels;
     const Axis& cols = panel.cols;
     const int queries = cols.queries(), entries = panel.entries;
-    const int64_t row_of_lanes = int64_t(queries) * (2 + n) * LANES, row_of_values = int64_t(t.width) * n * LANES;
-    float* const lanes = t.lanes + panel.first_query * (2 + n) * LANES;
-    float* upper_lanes = lanes + (upper_row - panel.rows.q0) * row_of_lanes;
-    float* lower_lanes = lanes + (lower_row - panel.rows.q0) * row_of_lanes;
-    const float* values = t.p + a * row_of_values + int64_t(cols.w0) * n * LANES;
+    const int64_t row_of_lanes = int64_t(queries) * (2 + n) * LANES, row_of_values = int64_t(t.image_width) * n * LANES;
+    Real* const lanes = t.lanes + panel.first_query * (2 + n) * LANES;
+    Real* upper_lanes = lanes + (upper_row - panel.rows.q0) * row_of_lanes;
+    Real* lower_lanes = lanes + (lower_row - panel.rows.q0) * row_of_lanes;
+    const Real* values = t.p + a * row_of_values + int64_t(cols.w0) * n * LANES;
     const Scale by = scale_of(t);
     for (int j = 0; j < queries; ++j, upper_lanes += (2 + n) * LANES, lower_lanes += (2 + n) * LANES) {
         Query<C> upper, lower;
@@ -425,34 +434,34 @@ static void evaluate_two(const Task& t, const Panel& panel, const float* const (
 }
 
 // Adds the lanes of every query of the panel to its float64 sums.
-static void flush(const Task& t, const Panel& panel) {
+static void flush(const Task<Real>& t, const Panel& panel) {
     const int parts = 2 + t.channels, queries = panel.cols.queries();
-    float* lanes = t.lanes + panel.first_query * parts * LANES;
+    Real* lanes = t.lanes + panel.first_query * parts * LANES;
     for (int i = panel.rows.q0; i < panel.rows.q1; ++i)
         for (int j = 0; j < queries; ++j) {
             double* sums = t.sums + (int64_t(i) * t.width + panel.cols.q0 + j) * parts;
             for (int part = 0; part < parts; ++part, lanes += LANES) {
-                float total[LANES];
-                for (int l = 0; l < LANES; ++l) total[l] = lanes[l];
+                Real total[LANES];
+                for (int l = 0; l < LANES; ++l) total[l] = l < t.present ? lanes[l] : 0;
                 for (int half = LANES / 2; half > 0; half /= 2)
                     for (int l = 0; l < half; ++l) total[l] += total[l + half];
                 sums[part] += double(total[0]);
-                store(lanes, broadcast(0.f));
+                store(lanes, broadcast(0));
             }
         }
 }
 
 // Pairs beyond the last window of a query read FAR and weigh nothing.
-static void fill_tails(const Task& t, const Panel& panel) {
+static void fill_tails(const Task<Real>& t, const Panel& panel) {
     if (panel.cols.locked) return;
     for (int64_t row = 0; row < (1 + panel.slots) * (panel.state_row / panel.pitch); ++row)
         for (int i = panel.entries; i < panel.pitch; ++i)
-            store(t.state + (row * panel.pitch + i) * LANES, broadcast(FAR));
+            store(t.state + (row * panel.pitch + i) * LANES, broadcast(Real(FAR)));
 }
 
 // Small patches: the sums of the last K rows are added afresh for every window, two windows at a time.
 template <int C, int K>
-static bool walk_few(const Task& t, const Panel& panel, const Run& run) {
+static bool walk_few(const Task<Real>& t, const Panel& panel, const Run& run) {
     auto slot = [&](int row) PS_LAMBDA { return t.state + (1 + row % (K + 1)) * panel.state_row * LANES; };
     auto query = [&](int window) PS_LAMBDA { return (run.query + window) % t.height; };
     for (int x = 0; x < run.length + K - 1; ++x) {
@@ -460,11 +469,11 @@ static bool walk_few(const Task& t, const Panel& panel, const Run& run) {
         slide_row<C, K, SET>(t, panel, run.query - K / 2 + x, run.window - K / 2 + x, {slot(x), nullptr, nullptr});
         const int window = x - (K - 1);
         if (K > 1 && window % 2 == 1) {
-            const float* rows[K + 1];
+            const Real* rows[K + 1];
             for (int row = 0; row <= K; ++row) rows[row] = slot(window - 1 + row);
             evaluate_two<C, K>(t, panel, rows, query(window - 1), query(window), run.window + window - 1);
         } else if (window >= 0 && (K == 1 || window == run.length - 1)) {
-            const float* rows[K];
+            const Real* rows[K];
             for (int row = 0; row < K; ++row) rows[row] = slot(window + row);
             evaluate<C, K>(t, panel, rows, query(window), run.window + window);
         }
@@ -474,10 +483,10 @@ static bool walk_few(const Task& t, const Panel& panel, const Run& run) {
 
 // One run of rows: window sums of k rows slide along it as those of columns do, with whole state rows as elements.
 template <int C>
-static bool walk(const Task& t, const Panel& panel, const Run& run) {
+static bool walk(const Task<Real>& t, const Panel& panel, const Run& run) {
     const int k = t.patch_size, r = k / 2, windows = run.length, steps = windows + k - 1;
     const int64_t size = panel.state_row * LANES;
-    float* const prefix = t.state;
+    Real* const prefix = t.state;
     auto slot = [&](int i) PS_LAMBDA { return t.state + (1 + i) * size; };
     auto query = [&](int window) PS_LAMBDA { return (run.query + window) % t.height; };
     auto stop = [&]() PS_LAMBDA { return t.interrupt->stopped(t.calling_thread); };
@@ -492,7 +501,7 @@ static bool walk(const Task& t, const Panel& panel, const Run& run) {
         else
             slide_row<C, 0, ADD>(t, panel, y, a, {slot(x < last ? x : last), slot(x < last ? x + 1 : last), nullptr});
     }
-    const float* first_row[1] = {slot(0)};
+    const Real* first_row[1] = {slot(0)};
     evaluate<C, 1>(t, panel, first_row, query(0), run.window);
     // Further blocks, forwards.
     for (int start = k; start < steps; start += k) {
@@ -511,16 +520,16 @@ static bool walk(const Task& t, const Panel& panel, const Run& run) {
                 slide_row<C, 0, ADD>(t, panel, y, a, rows);
             const int window = x - k + 1;
             if (x == start + k - 1) {
-                const float* rows1[1] = {prefix};
+                const Real* rows1[1] = {prefix};
                 evaluate<C, 1>(t, panel, rows1, query(window), run.window + window);
             } else {
-                const float* rows2[2] = {prefix, slot(x - start + 1)};
+                const Real* rows2[2] = {prefix, slot(x - start + 1)};
                 evaluate<C, 2>(t, panel, rows2, query(window), run.window + window);
             }
         }
         if (!keep) break;
         for (int x = k - 2; x > 0; --x) {
-            float *to = slot(x), *from = slot(x + 1);
+            Real *to = slot(x), *from = slot(x + 1);
             for (int64_t i = 0; i < size; i += LANES) store(to + i, load(to + i) + load(from + i));
         }
     }
@@ -528,16 +537,22 @@ static bool walk(const Task& t, const Panel& panel, const Run& run) {
 }
 
 template <int C>
-static void panel_of_channels(const Task& t, const Panel& panel) {
+static bool walk_run(const Task<Real>& t, const Panel& panel, const Run& run) {
+    if constexpr (!EXACT) {
+        const int k = panel.cols.locked ? 0 : t.patch_size;
+        if (k == 1) return walk_few<C, 1>(t, panel, run);
+        if (k == 3) return walk_few<C, 3>(t, panel, run);
+        if (k == 5) return walk_few<C, 5>(t, panel, run);
+    }
+    return walk<C>(t, panel, run);
+}
+
+template <int C>
+static void panel_of_channels(const Task<Real>& t, const Panel& panel) {
     fill_tails(t, panel);
     int pairs = 0;
     for (const Run& run : panel.runs) {
-        const int k = panel.cols.locked ? 0 : t.patch_size;
-        const bool finished = k == 1   ? walk_few<C, 1>(t, panel, run)
-                              : k == 3 ? walk_few<C, 3>(t, panel, run)
-                              : k == 5 ? walk_few<C, 5>(t, panel, run)
-                                       : walk<C>(t, panel, run);
-        if (!finished) return;
+        if (!walk_run<C>(t, panel, run)) return;
         pairs += panel.entries;
         if (pairs >= PAIRS_A_FLUSH) {
             flush(t, panel);
@@ -547,14 +562,14 @@ static void panel_of_channels(const Task& t, const Panel& panel) {
     if (t.flush_at_end) flush(t, panel);
 }
 
-static void panel_entry(const Task& t, const Panel& panel) {
+static void panel_entry(const Task<Real>& t, const Panel& panel) {
     switch (t.channels) {
         case 1:
             return panel_of_channels<1>(t, panel);
         case 3:
             return panel_of_channels<3>(t, panel);
         case 4:
-            return panel_of_channels<4>(t, panel);
+            return panel_of_channels<EXACT ? 0 : 4>(t, panel);
         default:
             return panel_of_channels<0>(t, panel);
     }
@@ -562,7 +577,7 @@ static void panel_entry(const Task& t, const Panel& panel) {
 
 // Transposes images to [row][column][channel][lane], a few pixels at a time so that both sides stay in the L1 cache.
 template <typename Value, typename Raw>
-static void pack_block(const Images& images, int64_t start, int count, float* block, const Value& value, const Raw*) {
+static void pack_block(const Images& images, int64_t start, int count, Real* block, const Value& value, const Raw*) {
     const int n = images.channels;
     const int64_t pixels = int64_t(images.height) * images.width;
     constexpr int TILE = 16;
@@ -574,66 +589,24 @@ static void pack_block(const Images& images, int64_t start, int count, float* bl
                 if (l < count) image += images.index(start + l) * n * pixels;
                 for (int c = 0; c < n; ++c)
                     for (int64_t x = tile; x < end; ++x)
-                        block[(x * n + c) * LANES + l] = l < count ? value(image[c * pixels + x]) : ABSENT_PIXEL;
+                        block[(x * n + c) * LANES + l] = l < count ? value(image[c * pixels + x]) : Real(ABSENT_PIXEL);
             }
         }
 }
 
-struct ByteValue {
-    const float* table;
-    float operator()(uint8_t raw) const { return table[raw]; }
-};
-
-struct FloatValue {
-    float operator()(float raw) const { return raw; }
-};
-
-static void pack_entry(const Images& images, int64_t start, int count, float* block) {
-    if (images.bytes)
-        pack_block(images, start, count, block, ByteValue{images.value_of_byte}, static_cast<const uint8_t*>(nullptr));
-    else
-        pack_block(images, start, count, block, FloatValue{}, static_cast<const float*>(nullptr));
+static void pack(const Images& images, int64_t start, int count, Real* block) {
+    Real of_byte[256];
+    for (int u = 0; u < 256; ++u) of_byte[u] = Real(images.value_of_byte[u]);
+    const auto looked_up = [&](uint8_t raw) { return of_byte[raw]; };
+    const auto rounded = [](auto raw) { return Real(raw); };
+    switch (images.pixel_bytes) {
+        case 1:
+            return pack_block(images, start, count, block, looked_up, static_cast<const uint8_t*>(nullptr));
+        case 4:
+            return pack_block(images, start, count, block, rounded, static_cast<const float*>(nullptr));
+        default:
+            return pack_block(images, start, count, block, rounded, static_cast<const double*>(nullptr));
+    }
 }
 
-// |q - p|^2 over whole images: float32 squares, added up in float64 every few hundred of them.
-static double whole_distance(const float* q, const float* p, int64_t padded) {
-    double total = 0;
-    for (int64_t start = 0; start < padded; start += 32 * LANES) {
-        const int64_t end = start + 32 * LANES < padded ? start + 32 * LANES : padded;
-        F even = broadcast(0.f), odd = broadcast(0.f);
-        for (int64_t x = start; x < end; x += 2 * LANES) {
-            const F a = load(q + x) - load(p + x), b = load(q + x + LANES) - load(p + x + LANES);
-            even = fma(a, a, even);
-            odd = fma(b, b, odd);
-        }
-        alignas(64) float each[LANES];
-        store(each, even + odd);
-        for (float one : each) total += double(one);
-    }
-    return total;
-}
-
-static void whole_entry(const WholeTask& t) {
-    double m = -HUGE_VAL, s = 0, s2 = 0;
-    for (int i = 0; i < t.count; ++i) {
-        t.logits[i] = -whole_distance(t.q, t.p + i * t.padded, t.padded) * t.scale;
-        m = t.logits[i] > m ? t.logits[i] : m;
-    }
-    for (int i = 0; i < t.count; ++i) {
-        const double w = std::exp(t.logits[i] - m);
-        t.weights[i] = float(w);
-        s += w;
-        s2 += w * w;
-    }
-    for (int64_t x = 0; x < t.padded; x += LANES) {
-        F sum = broadcast(0.f);
-        for (int i = 0; i < t.count; ++i)
-            if (t.weights[i] > 0.f) sum = fma(broadcast(t.weights[i]), load(t.p + i * t.padded + x), sum);
-        alignas(64) float each[LANES];
-        store(each, sum);
-        for (int l = 0; l < LANES && x + l < t.pixels; ++l) t.v[x + l] = double(each[l]);
-    }
-    *t.m = m;
-    *t.s = s;
-    *t.s2 = s2;
-}
+constexpr Kernel<Real> KERNEL = {LANES, pack, panel_entry};

@@ -1,10 +1,11 @@
 // What one call of the sliding kernel works on: one noisy image, one block of training images, one panel of pixels.
 //
-// A lane of a vector register is a training image: a block holds as many images as a register has lanes, pixel by pixel
-// ([row][column][channel][lane]), so every load is aligned, every lane always holds a competing pair, and displacements
-// are plain integers.
+// A lane of a vector register is a training image, or a tile of one where they are few: a block holds as many as a
+// register has lanes, pixel by pixel ([row][column][channel][lane]), so every load is aligned, every lane always holds
+// a competing pair, and displacements are plain integers.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -15,14 +16,26 @@ namespace patchscore {
 
 constexpr int MARGIN = NEIGHBOURS - 1;  // rows of state past either end of the queries, written but never read
 constexpr int GROUP = 4;                // window columns whose weights are taken together
-constexpr float FAR = 1e30f;            // squared distance of a pair that does not exist
-constexpr float ABSENT_PIXEL = 1e15f;   // pixel of a lane without an image: its squared distance passes FAR
+constexpr double FAR = 1e34;            // squared distance of a pair that does not exist
+constexpr double ABSENT_PIXEL = 1e18;   // where a lane has no training pixel: squared distances pass FAR
 constexpr float LARGEST_PIXEL = 1e12f;  // noisy pixels beyond would reach FAR themselves
 constexpr int RISE_BITS = 16;           // a weight above 2^RISE_BITS moves the reference
 constexpr int FEW_ROWS = 5;             // patch sizes whose rows are added afresh for every window
-constexpr float DISTANT_BITS = 2000;    // a nearest window beyond is summed from exact distances ..
-constexpr int FEW = 8;                  // .. unless more than so many of a group matter
 constexpr int PAIRS_A_FLUSH = 2048;     // float32 sums a lane may hold before they go to float64
+
+constexpr double LOG2E = 1.4426950408889634;
+
+// Log-weight of the nearest window, in bits below that of an equal one, up to which float32 distances serve. Their
+// rounding errors are 7e-8 of themselves (rms at k = 7 .. 63, by tests/attack/float32_distances.py), here 1e-4 nats.
+constexpr double DISTANT_BITS = 2000;
+
+// Bound of the rounding error of a float (unit 2^-24) or double (2^-53) distance relative to itself: each pixel's
+// difference and square, k C terms a row, k rows. Pixels that were bytes are themselves rounded to half a unit, which
+// matters beyond DISTANT_BITS only; there a distance d >= DISTANT_BITS / scale moves by sqrt(d C k^2) units at most.
+inline double rounding_bound(double unit, int channels, int patch_size, double scale) {
+    const double pixels = double(channels) * patch_size * patch_size;
+    return unit * (double(channels + 1) * patch_size + 8 + std::sqrt(pixels * scale / DISTANT_BITS));
+}
 
 // A strip of query columns of one group, with the runs that serve it.
 struct Panel {
@@ -38,23 +51,29 @@ struct Panel {
     int lowest;
 };
 
+template <typename Real>
 struct Task {
-    int channels, height, width, patch_size;
+    int channels, height, width, patch_size;  // of the noisy image
+    int image_height, image_width;            // of training images
     bool circular;
     // The noisy image: rows of columns -q_margin .. width + q_margin, channels innermost, then one row of zeros.
-    const float* q;
-    int q_margin, q_pitch;  // columns; floats from row to row
-    // The block: [height][width][channels][lanes], then one row of zeros.
-    const float* p;
+    const Real* q;
+    int q_margin, q_pitch;  // columns; numbers from row to row
+    // The block: [image_height][image_width][channels][lanes], then one row of zeros.
+    const Real* p;
+    int present;           // lanes that hold training images
+    bool pixels_of_bytes;  // training pixels are multiples of 1 / 127.5, rounded
     // Log-weights in bits: l = (reference - distance^2) * scale, scale = log2(e) / (2 sigma^2).
-    float scale;
-    float negligible;   // of reference - distance^2: below it all pairs together round away
+    Real scale;
+    Real negligible;    // of reference - distance^2: below it all pairs together round away
+    double rounding;    // bound of a distance's rounding error, relative to itself
     double* reference;  // [height * width] a squared distance near the least one met
     double* sums;       // [height * width][2 + channels]: s, s2, v
-    float* lanes;       // [queries][2 + channels][lanes]: the same, not yet flushed
+    int* exact_left;    // [height * width] distances that may still be computed exactly; below 0: sums mean nothing
+    Real* lanes;        // [queries][2 + channels][lanes]: the same as sums, not yet flushed
     bool flush_at_end;
-    float* state;    // [1 + slots][state_row][lanes]
-    float* scratch;  // [patch_size + 1][NEIGHBOURS][lanes], or a padded row for locked columns
+    Real* state;    // [1 + slots][state_row][lanes]
+    Real* scratch;  // [patch_size + 1][NEIGHBOURS][lanes], or a padded row for locked columns
     Interrupt* interrupt;
     bool calling_thread;
 };
@@ -63,13 +82,13 @@ struct Span {
     int begin, end;
 };
 
-// Images start .. start + count as one block, of which only some pixels are read.
+// The bank as blocks are packed from it, and which of its pixels are read.
 struct Images {
     const void* data;
-    bool bytes;
+    int pixel_bytes;  // 1: bytes, 4: float, 8: double
     const int64_t* indices;
     int channels, height, width;
-    const float* value_of_byte;  // [256]
+    const double* value_of_byte;  // [256]
     const std::vector<Span>& pixels;
     int64_t index(int64_t i) const { return indices ? indices[i] : i; }
 };
@@ -77,20 +96,26 @@ struct Images {
 // One noisy image against `count` whole training images.
 struct WholeTask {
     int64_t pixels, padded;  // channels * height * width, and rounded up to whole vectors
-    const float* q;          // [padded]
-    const float* p;          // [count][padded]
+    const double* q;         // [padded]
+    const double* p;         // [count][padded]
     int count;
-    double scale;            // 1 / (2 sigma^2)
-    double* logits;          // [count]
-    float* weights;          // [count]
-    double *m, *s, *s2, *v;  // results: scalars, v [pixels]
+    double scale;                  // 1 / (2 sigma^2)
+    double* distances;             // [count]
+    double *nearest, *s, *s2, *v;  // results: scalars, v [padded]
+};
+
+// The window kernel in one precision: images start .. start + count as one block; a panel of it.
+template <typename Real>
+struct Kernel {
+    int lanes;
+    void (*pack)(const Images&, int64_t start, int count, Real* block);
+    void (*panel)(const Task<Real>&, const Panel&);
 };
 
 struct Level {
     const char* name;
-    int lanes;
-    void (*pack)(const Images&, int64_t start, int count, float* block);
-    void (*panel)(const Task&, const Panel&);
+    Kernel<float> single;
+    Kernel<double> exact;
     void (*whole)(const WholeTask&);
 };
 

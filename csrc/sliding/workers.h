@@ -1,0 +1,298 @@
+// What a thread does with a unit of a pass, and the order in which units are merged.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "../common/memory.h"
+#include "../common/simd.h"
+#include "../common/threads.h"
+#include "plan.h"
+
+namespace patchscore {
+
+// A thread's memory and what it does with a unit.
+class Worker {
+    const Pass& pass;
+    Interrupt& interrupt;
+    const bool calling_thread;
+    const int64_t pixels;
+
+public:
+    Worker(const Pass& pass, Interrupt& interrupt, bool calling_thread)
+        : pass(pass),
+          interrupt(interrupt),
+          calling_thread(calling_thread),
+          pixels(int64_t(pass.problem.height) * pass.problem.width) {}
+    virtual ~Worker() = default;
+    virtual void compute(int first_item, int items, int64_t start, int64_t stop) = 0;
+    virtual void merge(int first_item, int items) = 0;
+
+protected:
+    const Pass& the_pass() const { return pass; }
+    const Problem& the_problem() const { return pass.problem; }
+    bool stopped() const { return interrupt.stopped(calling_thread); }
+    Interrupt* the_interrupt() const { return &interrupt; }
+    bool on_calling_thread() const { return calling_thread; }
+    int64_t pixel_count() const { return pixels; }
+};
+
+// Log-weights are -distance^2 times this; sigmas whose square is no number act as the nearest that have one.
+inline double precision_of(double sigma) {
+    return std::min(1e30, std::max(1e-24, LOG2E / (2 * sigma * sigma))) / LOG2E;
+}
+
+// Adds one sum to another. Both have a negated squared distance m as reference; v of `count` values `stride` apart.
+inline void merge_sum(double precision, double& m, double& s, double& s2, double* v, int64_t stride, double other_m,
+                      double other_s, double other_s2, const double* other_v, int64_t count) {
+    if (!(other_s > 0)) return;
+    const double top = std::max(m, other_m);
+    const double mine = std::exp((m - top) * precision), other = std::exp((other_m - top) * precision);
+    m = top;
+    s = s * mine + other_s * other;
+    s2 = s2 * mine * mine + other_s2 * other * other;
+    for (int64_t c = 0; c < count; ++c) v[c * stride] = v[c * stride] * mine + other_v[c] * other;
+}
+
+template <typename Real>
+class WindowWorker : public Worker {
+    // What is kept of one competition, noisy image by noisy image.
+    struct Kept {
+        const WindowPlan& plan;
+        Buffer<Real> q, lanes;
+        Buffer<double> reference, sums;
+        Buffer<int> exact_left;
+        std::vector<Task<Real>> tasks;
+
+        Kept(const WindowPlan& plan, int64_t items, int64_t pixels)
+            : plan(plan),
+              q(plan.q_numbers * items),
+              lanes(plan.lane_numbers * items),
+              reference(pixels * items),
+              sums(pixels * (2 + plan.channels) * items),
+              exact_left(pixels * items) {}
+    };
+    const Kernel<Real>& kernel;
+    Buffer<Real> block, state, scratch;
+    std::vector<Kept> competitions;
+
+public:
+    WindowWorker(const Pass& pass, const Kernel<Real>& kernel, Interrupt& interrupt, bool calling_thread)
+        : Worker(pass, interrupt, calling_thread),
+          kernel(kernel),
+          block(pass.block_numbers),
+          state(pass.state_numbers),
+          scratch(pass.scratch_numbers) {
+        for (const WindowPlan& plan : pass.windows) competitions.emplace_back(plan, pass.items, pixel_count());
+    }
+
+    void compute(int first_item, int items, int64_t start, int64_t stop) override {
+        const Images& bank = the_pass().job.images;
+        const Images images = {bank.data,   bank.pixel_bytes, bank.indices,       bank.channels,
+                               bank.height, bank.width,       bank.value_of_byte, the_pass().pixels};
+        for (Kept& kept : competitions) {
+            kept.tasks.clear();
+            for (int item = 0; item < items; ++item)
+                kept.tasks.push_back(task(kept, first_item + item, item, stop - start));
+        }
+        const int lanes = kernel.lanes;
+        for (int64_t at = start, blocks = 1; at < stop; at += lanes, ++blocks) {
+            const int present = int(std::min<int64_t>(lanes, stop - at));
+            kernel.pack(images, at, present, block.get());
+            // Lanes without an image count for nothing: those before them are flushed first.
+            const bool last = at + lanes >= stop, short_one_follows = !last && at + 2 * lanes > stop;
+            for (Kept& kept : competitions) {
+                const bool flush =
+                    !kept.plan.keep_lanes || last || short_one_follows || blocks % kept.plan.flush_every == 0;
+                for (Task<Real>& task : kept.tasks) {
+                    task.present = present;
+                    task.flush_at_end = flush;
+                    for (const Panel& panel : kept.plan.panels) {
+                        kernel.panel(task, panel);
+                        if (stopped()) return;
+                    }
+                }
+            }
+        }
+    }
+
+    void merge(int first_item, int items) override {
+        const Problem& problem = the_problem();
+        const int64_t pixels = pixel_count(), parts = 2 + problem.channels;
+        for (const Kept& kept : competitions) {
+            const Competition& into = kept.plan.competition;
+            for (int item = 0; item < items; ++item) {
+                const double precision = precision_of(problem.sigma[first_item + item]);
+                for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+                    const int64_t from = item * pixels + pixel, at = (first_item + item) * pixels + pixel;
+                    const double nearest = kept.reference.get()[from];
+                    if (kept.exact_left.get()[from] < 0) {
+                        double& unsure = kept.plan.target.unsure[at];
+                        unsure = std::min(unsure, nearest);
+                        continue;
+                    }
+                    const double* sum = kept.sums.get() + from * parts;
+                    merge_sum(precision, into.m[at], into.s[at], into.s2[at],
+                              into.v + (first_item + item) * pixels * problem.channels + pixel, pixels, -nearest,
+                              sum[0], sum[1], sum + 2, problem.channels);
+                }
+            }
+        }
+    }
+
+private:
+    // A noisy image, at its place among those of a unit of `images`, with nothing added up yet.
+    Task<Real> task(const Kept& kept, int item, int place, int64_t images) const {
+        const WindowPlan& plan = kept.plan;
+        const Pass& pass = the_pass();
+        const Problem& problem = the_problem();
+        const int k = plan.competition.patch_size;
+        const int64_t sum_count = pixel_count() * (2 + problem.channels);
+        Task<Real> t{};
+        t.channels = problem.channels, t.height = problem.height, t.width = problem.width;
+        t.image_height = pass.job.images.height, t.image_width = pass.job.images.width;
+        t.patch_size = k, t.circular = plan.competition.circular;
+        Real* padded = kept.q.get() + place * plan.q_numbers;
+        fill_queries(plan, item, padded);
+        t.q = padded, t.q_margin = plan.q_margin, t.q_pitch = plan.q_pitch;
+        t.p = block.get(), t.pixels_of_bytes = problem.images_are_bytes;
+        const double scale = precision_of(problem.sigma[item]) * LOG2E;
+        t.scale = Real(scale);
+        // All windows of the bank together, each below 2^-bits, weigh less than 2^-17 of the nearest.
+        const double bits = 17 + std::log2(double(plan.windows_per_image) * double(pass.job.count));
+        t.negligible = Real(-bits / scale);
+        t.rounding = rounding_bound(sizeof(Real) == 8 ? 0x1p-53 : 0x1p-24, problem.channels, k, scale);
+        t.reference = kept.reference.get() + place * pixel_count();
+        t.sums = kept.sums.get() + place * sum_count;
+        t.exact_left = kept.exact_left.get() + place * pixel_count();
+        t.lanes = kept.lanes.get() + place * plan.lane_numbers;
+        std::fill_n(t.reference, pixel_count(), FAR);
+        std::fill_n(t.sums, sum_count, 0.0);
+        std::fill_n(t.exact_left, pixel_count(), plan.exact_distances(images));
+        std::fill_n(t.lanes, plan.lane_numbers, Real(0));
+        t.state = state.get(), t.scratch = scratch.get();
+        t.interrupt = the_interrupt(), t.calling_thread = on_calling_thread();
+        return t;
+    }
+
+    void fill_queries(const WindowPlan& plan, int item, Real* padded) const {
+        const Problem& problem = the_problem();
+        const int width = problem.width, channels = problem.channels;
+        const float* z = problem.z + int64_t(item) * channels * pixel_count();
+        for (int i = 0; i < problem.height; ++i)
+            for (int j = -plan.q_margin; j < width + plan.q_margin; ++j) {
+                const int column = plan.competition.circular ? (j % width + width) % width : j;
+                const bool inside = column >= 0 && column < width;
+                for (int c = 0; c < channels; ++c)
+                    padded[int64_t(i) * plan.q_pitch + int64_t(j + plan.q_margin) * channels + c] =
+                        inside ? Real(z[c * pixel_count() + int64_t(i) * width + column]) : Real(0);
+            }
+    }
+};
+
+class WholeWorker : public Worker {
+    const int64_t values, padded;
+    Buffer<double> p, q, distances, v;
+    std::vector<double> nearest, s, s2;
+
+public:
+    WholeWorker(const Pass& pass, Interrupt& interrupt, bool calling_thread)
+        : Worker(pass, interrupt, calling_thread),
+          values(pixel_count() * pass.problem.channels),
+          padded(pass.whole_padded()),
+          p(padded * pass.chunk),
+          q(padded),
+          distances(pass.chunk),
+          v(padded * pass.items),
+          nearest(size_t(pass.items)),
+          s(size_t(pass.items)),
+          s2(size_t(pass.items)) {}
+
+    void compute(int first_item, int items, int64_t start, int64_t stop) override {
+        const Images& bank = the_pass().job.images;
+        const Problem& problem = the_problem();
+        for (int64_t i = start; i < stop; ++i) {
+            const int64_t index = bank.index(i);
+            double* image = p.get() + (i - start) * padded;
+            if (bank.pixel_bytes == 1) {
+                const uint8_t* raw = static_cast<const uint8_t*>(bank.data) + index * values;
+                for (int64_t x = 0; x < values; ++x) image[x] = bank.value_of_byte[raw[x]];
+            } else {
+                std::copy_n(static_cast<const float*>(bank.data) + index * values, values, image);
+            }
+        }
+        for (int item = 0; item < items && !stopped(); ++item) {
+            std::copy_n(problem.z + (first_item + item) * values, values, q.get());
+            the_pass().level.whole({values, padded, q.get(), p.get(), int(stop - start),
+                                    precision_of(problem.sigma[first_item + item]), distances.get(),
+                                    &nearest[size_t(item)], &s[size_t(item)], &s2[size_t(item)],
+                                    v.get() + item * padded});
+        }
+    }
+
+    void merge(int first_item, int items) override {
+        const Competition& into = *the_pass().whole;
+        for (int item = 0; item < items; ++item) {
+            const int64_t at = first_item + item;
+            merge_sum(precision_of(the_problem().sigma[at]), into.m[at], into.s[at], into.s2[at], into.v + at * values,
+                      1, -nearest[size_t(item)], s[size_t(item)], s2[size_t(item)], v.get() + item * padded, values);
+        }
+    }
+};
+
+// Hands out units in order and lets each merge only after those before it that share its noisy images.
+class Queue {
+    const Pass& pass;
+    Interrupt& interrupt;
+    std::atomic<int64_t> next{0};
+    std::mutex mutex;
+    std::condition_variable turned;
+    std::vector<int> turn;  // per group of noisy images: the chunk that may merge now
+
+public:
+    Queue(const Pass& pass, Interrupt& interrupt)
+        : pass(pass), interrupt(interrupt), turn(size_t(pass.units() / pass.chunks), 0) {}
+
+    void work(bool calling_thread) {
+        const FlushSubnormals flush_subnormals;
+        std::unique_ptr<Worker> worker;
+        if (pass.whole)
+            worker = std::make_unique<WholeWorker>(pass, interrupt, calling_thread);
+        else if (pass.job.exact)
+            worker = std::make_unique<WindowWorker<double>>(pass, pass.level.exact, interrupt, calling_thread);
+        else
+            worker = std::make_unique<WindowWorker<float>>(pass, pass.level.single, interrupt, calling_thread);
+        for (int64_t unit; (unit = next++) < pass.units() && !interrupt.stopped(calling_thread);)
+            if (!serve(*worker, unit, calling_thread)) break;
+    }
+
+private:
+    bool serve(Worker& worker, int64_t unit, bool calling_thread) {
+        const int group = int(unit / pass.chunks), chunk = int(unit % pass.chunks);
+        const int first = group * pass.items, items = std::min(pass.items, pass.problem.batch - first);
+        const int64_t start = chunk * pass.chunk;
+        worker.compute(first, items, start, std::min(start + pass.chunk, pass.job.count));
+        std::unique_lock<std::mutex> lock(mutex);
+        while (!interrupt.stop && turn[size_t(group)] != chunk) {
+            turned.wait_for(lock, std::chrono::milliseconds(20));
+            lock.unlock();
+            interrupt.stopped(calling_thread);
+            lock.lock();
+        }
+        if (interrupt.stop) return false;
+        lock.unlock();
+        worker.merge(first, items);
+        lock.lock();
+        ++turn[size_t(group)];
+        turned.notify_all();
+        return true;
+    }
+};
+
+}  // namespace patchscore
