@@ -328,6 +328,7 @@ def test_webdataset_shards(tmp_path, kind, suffix):
     names = NAMES if kind == "text" else None
     check(PatchBank.open(tmp_path / f"set-000000.{suffix}"), LABELS[:7], names, IMAGES[:7])
     if suffix == "tar":
+        (tmp_path / "README.md").write_text("what is in the shards")
         check(PatchBank.open(tmp_path), names=names)
         assert PatchBank.open(tmp_path, limit=4).labels.tolist() == [3, 0, 2, 1]
 
@@ -407,6 +408,17 @@ def test_huggingface_splits_are_asked_about(tmp_path):
             sources.read(source)
         check(PatchBank.open(source, split="train"), LABELS[:8], NAMES, IMAGES[:8])
         check(PatchBank.open(source, split="test"), LABELS[8:], NAMES, IMAGES[8:])
+
+
+def test_a_table_beside_images_does_not_take_their_place(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.png").write_bytes(encoded(IMAGES[0]))
+    parquet.write_table(pyarrow.table({"file_name": ["cat/a.png"]}), tmp_path / "metadata.parquet")
+    with pytest.warns(UserWarning, match=r"left out: 1 \.parquet$"):
+        check(PatchBank.open(tmp_path), [0], ("cat",), IMAGES[:1])
 
 
 @pytest.mark.parametrize("name", ["../a.arrow", "/etc/passwd", "", 3, None])

@@ -162,11 +162,12 @@ def tar_images(path: Path, wanted: Wanted) -> Source:
 
 
 def shards(folder: Path, wanted: Wanted) -> Source | None:
-    """A folder of tars and of nothing else, read one after the other; None if it is not one."""
+    """A folder of tars, with what may describe them, read one after the other; None if it is not one."""
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    if not names or not all(name.endswith(".tar") and os.path.isfile(folder / name) for name in names):
+    tars = [name for name in names if name.endswith(".tar")]
+    if not tars or not all(name.endswith((".tar", ".json", ".txt", ".md")) for name in names):
         return None
-    return joined(str(folder), [tar_images(folder / name, wanted) for name in names])
+    return joined(str(folder), [tar_images(folder / name, wanted) for name in tars])
 
 
 def _key(parts: Parts) -> tuple[str, str]:

@@ -33,7 +33,13 @@ _LABELS = ("labels", "fine_labels", "coarse_labels")
 
 def cifar_folder(folder: Path, wanted: Wanted) -> Source | None:
     """A folder with CIFAR's batches; None if it is not one."""
-    names = [name for name in os.listdir(folder) if os.path.isfile(folder / name)]
+    patterns = [*_PYTHON.values(), *_BINARY.values()]
+    named_so = [
+        name
+        for name in os.listdir(folder)
+        if name in (*_META, *_META_TEXT) or any(re.fullmatch(pattern, name) for pattern in patterns)
+    ]
+    names = [name for name in named_so if os.path.isfile(folder / name)]
     return cifar(str(folder), names, lambda name: _bytes(folder / name), wanted)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import zipfile
 from collections.abc import Sequence
@@ -122,10 +123,10 @@ def _keys(held: Npz, wanted: Wanted) -> tuple[str, str | None]:
 def imagenet_folder(folder: Path, wanted: Wanted) -> Source | None:
     """ImageNet 32 x 32 or 64 x 64 as downloaded, a folder of .npz batches; None if it is not one."""
     found: dict[str, list[tuple[int, Path]]] = {}
-    for path in folder.iterdir():
-        match = _NAMES.fullmatch(path.name)
-        if match and match[3] and path.is_file():
-            found.setdefault(match[1], []).append((int(match[2] or 0), path))
+    for name in os.listdir(folder):
+        match = _NAMES.fullmatch(name)
+        if match and match[3] and os.path.isfile(folder / name):
+            found.setdefault(match[1], []).append((int(match[2] or 0), folder / name))
     if not found:
         return None
     split = wanted.choose_split(str(folder), sorted(found), "train")

@@ -153,7 +153,7 @@ def _one_image(path: Path, wanted: Wanted) -> Source:
         if path.suffix.lower() in HEIF_SUFFIXES:
             raise ImportError(f"{path}: HEIC needs pillow-heif: pip install 'patchscore[heif]'") from error
         raise ValueError(
-            f"{path}: takes an image, a folder or an archive of images, or a file of arrays, tensors or a table; this is "
-            f"none that is known"
+            f"{path}: takes an image, a folder or an archive of images, or a file of arrays, tensors or a table; this "
+            f"is none that is known"
         ) from error
     return Source(str(path), 1, lambda i: (Encoded(path), None), lambda i: str(path))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .image import file_or_array
+from .image import file_or_array, image_formats
 from .source import IMAGE_KEYS, Source, Wanted, joined, named
 from .tree import integers, read_json
 
@@ -49,7 +49,9 @@ def parquet_file(path: Path, wanted: Wanted) -> Source:
 
 
 def parquet_folder(folder: Path, wanted: Wanted) -> Source | None:
-    """A folder of parquet files, as data sets are published; None if there are none in it."""
+    """A folder of parquet files, as data sets are published; None if there are none in it, or images beside them."""
+    if _has_images(folder):
+        return None
     found = sorted(path for path in folder.rglob("*.parquet") if path.is_file() and not path.name.startswith("."))
     if not found:
         return None
@@ -66,6 +68,11 @@ def parquet_folder(folder: Path, wanted: Wanted) -> Source | None:
     else:
         chosen = splits[wanted.choose_split(str(folder), splits)]
     return joined(str(folder), [parquet_file(path, wanted) for path in chosen])
+
+
+def _has_images(folder: Path) -> bool:
+    suffixes = image_formats()[0]
+    return any(os.path.splitext(name)[1].lower() in suffixes for _, _, names in os.walk(folder) for name in names)
 
 
 def saved_dataset(folder: Path, wanted: Wanted) -> Source | None:
