@@ -1,9 +1,9 @@
-"""Agreement of other people's samplers, through the adapters, with our own, scheduler by scheduler.
+"""Agreement of diffusers' samplers, through the adapter, with our own, scheduler by scheduler.
 
-Where a scheduler is one of our samplers in other words (DDIM, DDPM on the same noise, Euler, Heun, first-order
-DPM-Solver++ and UniPC) the samples must be ours: rms and worst pixel. A pixel between two windows that fit equally well
-decides by the last digit, so one in thousands may differ by more. Higher-order ones are set against the exact
-probability flow of a Gaussian. Writes benchmarks/results/adapters.json. Needs diffusers.
+Where a scheduler and one of our samplers are the same algorithm (DDIM, DDPM on the same noise, Euler, Heun, first-order
+DPM-Solver++ and UniPC) the samples must agree: rms and worst pixel. Where two windows fit a pixel equally well,
+rounding decides between them, so one pixel in thousands may differ by more. Higher-order schedulers are compared with
+the exact probability flow of a Gaussian. Writes benchmarks/results/adapters.json. Needs diffusers.
 """
 
 import math

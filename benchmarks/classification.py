@@ -1,6 +1,6 @@
 """How well class-conditional denoising errors tell classes apart: held-out Fashion-MNIST, by machine and noise level.
 
-The first 500 images of the test set against the built-in training images; machines that cost more get fewer of them.
+The first 500 images of the test set against the built-in training images; more expensive machines get fewer of them.
 Writes benchmarks/results/classification.json.
 
     python benchmarks/classification.py t10k-images-idx3-ubyte.gz t10k-labels-idx1-ubyte.gz

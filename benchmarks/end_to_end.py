@@ -1,4 +1,4 @@
-"""Whole samples, as a user waits for them: exact, pruned, and every peer, in seconds and in r^2 with the exact images.
+"""Time to whole samples by exact sums, by `pruned` and by every peer, and their r^2 with the exact images.
 
 Sixteen images, twenty steps of DDIM, published patch sizes, zeros padding, over 60,000 images of Fashion-MNIST and
 20,000 of CIFAR-10. Exact sums, `pruned`, a uniform subset of the images of equal time and FAISS top-k (softmax over the

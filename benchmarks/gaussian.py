@@ -1,4 +1,4 @@
-"""Where a machine's score departs from the Gaussian one, and what a sampler gains and loses by starting with it.
+"""Where a machine's score differs from the Gaussian one, and what a sampler gains and loses by starting with it.
 
 Class-conditional, as the published networks were, DDIM from the same noise throughout. r^2 is the squared correlation
 of final images with those of every step from white noise, or with the machine's own flow in small steps; times are CPU

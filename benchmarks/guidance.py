@@ -1,6 +1,6 @@
-"""What classifier-free guidance does to a machine's samples: one row a scale, one column a class, one noise a column.
+"""What classifier-free guidance does to a machine's samples: one row per scale, one column per class and noise.
 
-The unconditional half sees the whole bank, so a guided step costs as much as eleven conditional ones. Writes
+The unconditional half sums over the whole bank, so a guided step costs as much as eleven conditional ones. Writes
 docs/images/guidance.png and benchmarks/results/guidance.json: how many of the samples a classifier puts into their
 class (a LocalScore over other images), and how far beyond [-1, 1] the denoised images reach.
 

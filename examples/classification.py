@@ -1,4 +1,4 @@
-"""Which class explains an image best, by denoising errors under every class: python examples/classification.py"""
+"""Classifies images by their denoising errors under every class: python examples/classification.py"""
 
 import torch
 

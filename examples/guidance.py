@@ -1,4 +1,4 @@
-"""Classifier-free guidance, one row a scale, one column a class: python examples/guidance.py out.png"""
+"""Classifier-free guidance, one row per scale and one column per class: python examples/guidance.py out.png"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What a share of the windows costs in accuracy, as stated and as it is: python examples/pruned.py"""
+"""The error of `pruned` at several budgets, estimated and true: python examples/pruned.py"""
 
 import tempfile
 

@@ -1,9 +1,9 @@
-"""Trains a small network to find the noise in images: python examples/train_cnn.py fashion-mnist out.safetensors
+"""Trains a small network to predict noise: python examples/train_cnn.py fashion-mnist out.safetensors
 
-The network predicts eps in x = alpha x_0 + sigma_t eps, at levels drawn evenly from the cosine schedule. An error of
+The network predicts eps in x = alpha x_0 + sigma_t eps, at levels drawn uniformly from the cosine schedule. An error of
 eps is an error sigma_t / alpha times as large in the image, so the loss is |error of eps|^2 / alpha^2, which is the
-error of v and weighs all levels alike. Every batch depends on the seed and its number alone, so a run that was stopped
-continues, from out.training.safetensors, as if it had not been.
+squared error of v and weighs all levels alike. Every batch depends only on the seed and its number, so an interrupted
+run continues, from out.training.safetensors, with the same result.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from patchscore.pixels import to_values
 
 EMA = 0.999
 DROPPED_LABELS = 0.1
-"""The share of images trained without their class, so that the network can be asked without one too."""
+"""The fraction of images trained without their class, so that the network also learns the unconditional score."""
 
 
 def main() -> None:

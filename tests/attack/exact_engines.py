@@ -1,9 +1,9 @@
 """Random cases of the definition (tests/naive.py, float64) against every exact engine on the CPU.
 
 Shapes, banks (smooth, constant, duplicated, halftone, one image, one outlier; bytes or float), machines, sigma from
-1e-5 to 1e3 and z near the bank or far from it are drawn from a seed. Judged by the promises of the documentation: 1e-4 for
-sigma >= 0.05, 1e-3 for sigma >= 0.005; below, the nearest window where it is alone; never NaN, an effective sample size
-in [1, windows], a mean inside the bank's range.
+1e-5 to 1e3 and z near the bank or far from it are drawn from a seed. Judged by the promises of the documentation: 1e-4
+for sigma >= 0.05, 1e-3 for sigma >= 0.005; below, the nearest window where it is alone; never NaN, an effective sample
+size in [1, windows], a mean inside the bank's range.
 
     python tests/attack/exact_engines.py --cases 10000 --seed 0
 """
