@@ -1,9 +1,9 @@
 """How well the theory predicts trained networks: calibrated on some seeds, tested on others.
 
 Takes networks that examples/train_cnn.py trained, and the images they were trained on. For each: patch sizes are
-calibrated on ten trajectories from seeds that are not used again; then network and machines start from the same noise,
-one image of each class in turn. Writes benchmarks/results/theory.json (rows are replaced network by network, so that
-runs add up) and pictures in docs/.
+calibrated on ten trajectories from seeds not used again; then network and machines start from the same noise, one
+image of each class in turn. Writes benchmarks/results/theory.json (rows are replaced network by network, so that runs
+add up) and pictures in docs/.
 
     python benchmarks/theory.py NAME NETWORK SOURCE [--limit N]     e.g.
     python benchmarks/theory.py fashion-mnist examples/fashion-mnist-resnet-zeros.safetensors fashion-mnist
@@ -48,18 +48,22 @@ OFFERED = {"ResNet": PATCH_SIZES, "UNet": (*PATCH_SIZES, 23, 25, 27)}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", help="fashion-mnist or cifar10") parser.add_argument("network", nargs="?",
-    type=Path) parser.add_argument("source", nargs="?") parser.add_argument("--limit", type=int, help="as in training")
+    parser.add_argument("name", nargs="?", help="fashion-mnist or cifar10")
+    parser.add_argument("network", nargs="?", type=Path)
+    parser.add_argument("source", nargs="?")
+    parser.add_argument("--limit", type=int, help="as in training")
     parser.add_argument("--bank", type=int, help="let the machines see only so many of the training images")
     parser.add_argument("--wider", help="let the machines see other images than the training, from here")
-    parser.add_argument("-n", type=int, default=50, help="images of the test") parser.add_argument("--walks", type=int,
-    default=10, help="of the calibration") parser.add_argument("--only-els", action="store_true", help="leave the
-    baselines out") parser.add_argument("--published", action="store_true", help="calibrate nothing, take the published
-    sizes") parser.add_argument("--few", action="store_true", help="of the baselines only those that cost little")
-    parser.add_argument("--no-along", action="store_true", help="only the final images, not every step of the
-    trajectory") parser.add_argument("--work", type=Path, default=Path("out-theory"), help="folder for what can be
-    resumed") parser.add_argument("--draw", action="store_true", help="only draw the pictures") options =
-    parser.parse_args() if not options.draw:
+    parser.add_argument("-n", type=int, default=50, help="images of the test")
+    parser.add_argument("--walks", type=int, default=10, help="of the calibration")
+    parser.add_argument("--only-els", action="store_true", help="leave the baselines out")
+    parser.add_argument("--published", action="store_true", help="calibrate nothing, take the published sizes")
+    parser.add_argument("--few", action="store_true", help="of the baselines only those that cost little")
+    parser.add_argument("--no-along", action="store_true", help="only final images, not every step of the way")
+    parser.add_argument("--work", type=Path, default=Path("out-theory"), help="folder for what can be resumed")
+    parser.add_argument("--draw", action="store_true", help="only draw the pictures")
+    options = parser.parse_args()
+    if not options.draw:
         measure(options)
     draw()
 
