@@ -500,6 +500,8 @@ def test_limit_without_labels_takes_the_first(tmp_path):
         ({"size": 8.0}, TypeError, "size: got 8.0"),
         ({"size": "8"}, TypeError, "size: got '8'"),
         ({"size": True}, TypeError, "size: got True"),
+        ({"size": 1_000_000}, ValueError, "size: got 1000000 x 1000000, takes images of at most 100,000,000 pixels"),
+        ({"memory_limit": 0}, ValueError, "memory_limit: got 0"),
         ({"channels": 2}, ValueError, "channels: got 2, takes 1, 3 or None"),
         ({"channels": True}, ValueError, "channels: got True"),
         ({"limit": 0}, ValueError, "limit: got 0"),

@@ -5,6 +5,7 @@ No source is held at full size beside its resized copy unless it came as one arr
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import os
@@ -12,20 +13,38 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from .. import checks
-from .image import Prepared, Span, prepared
+from .image import MOST_PIXELS, Prepared, Span, prepared
 from .opening import opened
 from .source import Source, UnreadableImage, Wanted, printable
 
+Read = TypeVar("Read", bound=Callable[..., Any])
 Images = tuple[np.ndarray, "np.ndarray | None", "tuple[str, ...] | None"]
 
 
+def _printable_errors(function: Read) -> Read:
+    """Errors with the control characters of names written out."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except (ValueError, TypeError) as error:
+            text = printable(str(error))
+            if text == str(error):
+                raise
+            raise type(error)(text) from error
+
+    return wrapped  # type: ignore[return-value]
+
+
+@_printable_errors
 def read(
     source: Any,
     size: int | tuple[int, int] | None = None,
@@ -66,27 +85,6 @@ def read(
         TypeError: a source or an argument of a type that is not taken.
         ImportError: a source that an optional package reads, which is not installed; names the extra to install.
     """
-    try:
-        return _read(source, size, channels, labels, limit, skip_bad, split, image_key, label_key, memory_limit)
-    except (ValueError, TypeError) as error:
-        text = printable(str(error))
-        if text == str(error):
-            raise
-        raise type(error)(text) from error
-
-
-def _read(
-    source: Any,
-    size: Any,
-    channels: int | None,
-    labels: bool,
-    limit: int | None,
-    skip_bad: bool,
-    split: str | None,
-    image_key: str | None,
-    label_key: str | None,
-    memory_limit: int | None,
-) -> Images:
     target = _checked_size(size)
     if channels is not None and (isinstance(channels, bool) or channels not in (1, 3)):
         raise ValueError(f"channels: got {channels!r}, takes 1, 3 or None")
@@ -195,12 +193,13 @@ def _label_number(label: Any, name: str) -> int:
 def _checked_size(size: Any) -> tuple[int, int] | None:
     if size is None:
         return None
-    if isinstance(size, (tuple, list)):
-        if len(size) != 2:
-            raise ValueError(f"size: got {size!r}, takes a number or (height, width)")
-        return checks.integer("size", size[0], at_least=1), checks.integer("size", size[1], at_least=1)
-    side = checks.integer("size", size, at_least=1)
-    return side, side
+    sides = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2:
+        raise ValueError(f"size: got {size!r}, takes a number or (height, width)")
+    height, width = (checks.integer("size", side, at_least=1) for side in sides)
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"size: got {height} x {width}, takes images of at most {MOST_PIXELS:,} pixels")
+    return height, width
 
 
 def _memory_of_machine() -> int:
