@@ -34,7 +34,8 @@ def compiled_work(row: dict) -> tuple[cost.Work, bool]:
         return cost.Work(0, columns, skipped, l2_bytes), True
     values = 2 * cost.VALUE_COLUMNS / queries
     products = columns + cost.VALUE_PRODUCTS
-    return cost.Work(row["exponentials_per_pair"], products, row["per_pair"], l2_bytes + values), False
+    loop = cost.Work(row["exponentials_per_pair"], products, row["per_pair"], l2_bytes + values)
+    return loop.scaled(1 + cost.PILOT), False
 
 
 def compiled_scan(row: dict) -> cost.Work:

@@ -43,8 +43,8 @@ def test_flash_attention_3_at_head_size_64_does_1_94e12_pairs_a_second():
      (1792, 64, 84.25, 0.065e12)],
 )  # fmt: skip
 def test_l2_bytes_are_those_of_the_tiles(columns, patches, bytes_a_pair, allowed):
-    work = cost.fused(columns, tile=(128, patches), whole=columns <= 256)
-    assert work.l2_bytes == bytes_a_pair
+    work = cost.fused(columns, tile=(128, patches), whole=columns <= 256).scaled(1 / (1 + cost.PILOT))
+    assert work.l2_bytes == pytest.approx(bytes_a_pair)
     assert cost.H100.l2_rate / work.l2_bytes == pytest.approx(allowed, rel=0.03)
 
 
@@ -56,6 +56,7 @@ def test_instructions_are_those_counted_in_the_machine_code():
     for row in rows:
         queries, patches = map(int, row["tile"].split(" x "))
         work = cost.fused(row["columns"], tile=(queries, patches), whole=row["block"] == 0)
+        work = work.scaled(1 / (1 + cost.PILOT))  # the pilot is another loop
         assert work.instructions == pytest.approx(row["per_pair"], rel=0.2), row["plan"]
 
 
