@@ -43,7 +43,7 @@ class Case:
 
 CASES = {
     "fused": Case("fused", 3, 0.5),
-    "fused-split": Case("fused", 5, 0.2),  # two halves of the query; tiles that are skipped
+    "fused-split": Case("fused", 7, 0.4),  # two halves of the query; tiles that are skipped
     "fused-exact": Case("fused", 3, 0.02),  # weights from differences
     "fused-blocks": Case("fused", 11, 0.5, images=60),  # more columns than stay in shared memory
     "pruned": Case("pruned", 3, 0.3, "zeros", images=200),

@@ -148,7 +148,7 @@ WHOLE_ROWS = 320  # columns up to which queries stay in registers and shared mem
 SOFTMAX_INSTRUCTIONS = 2.9  # of a pair and lane, where the reference log-weight is fixed
 RUNNING_INSTRUCTIONS = 3.6  # more, where it is a running maximum
 COPY_INSTRUCTIONS, BLOCK_INSTRUCTIONS = 1.0, 0.64  # of a byte a pair brings to shared memory; rows whole, in blocks
-"""Fitted to benchmarks/results/fused_compile-triton-3.6.json, within a fifth (tests/test_cost.py)."""
+"""Fitted to what benchmarks/compile_report.py counts, within a fifth (tests/test_cost.py)."""
 PILOT = 1 / 17  # share of the tiles that are multiplied and weighed before, to fix the reference
 DECISIVE = 0.08
 """Share of tiles whose weights an exact plan takes again from differences, at two instructions a number: 4 to 11% of
