@@ -206,6 +206,15 @@ def save_network(
     write_atomically(Path(path), save(weights, metadata))
 
 
+def _check_sizes(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """ValueError where a configuration asks for more than the weights there are, before any memory is taken for it."""
+    width, channels = weights["enter.weight"].shape[:2]
+    there = {"width": width, "channels": channels, "classes": len(weights["class_embedding.weight"]) - 1}
+    asked = {"width": config["width"], "channels": config["channels"], "classes": len(config["classes"])}
+    if asked != there or checks.integer("depth", config["depth"], at_least=1) > len(weights):
+        raise ValueError("its configuration does not fit its weights")
+
+
 def _digest(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """SHA-256 of the metadata and of every weight with its name, type and shape."""
     digest = hashlib.sha256(json.dumps({n: metadata[n] for n in ("config", "notes") if n in metadata}).encode())
@@ -236,11 +245,9 @@ def load_network(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any]]
         if not (isinstance(config, dict) and isinstance(notes, dict)):
             raise ValueError("its config or notes are no JSON object")
         architecture = ARCHITECTURES[checks.one_of("architecture", config.pop("architecture"), ARCHITECTURES)]
-        if checks.integer("depth", config.get("depth"), at_least=1) > len(weights):
-            raise ValueError(f"depth: got {config['depth']}, more than there are weights")
-        with torch.device("meta"):  # sizes that the file's own weights do not have take no memory
-            network = architecture(**config)
-        network.load_state_dict(weights, assign=True)
+        _check_sizes(config, weights)
+        network = architecture(**config)
+        network.load_state_dict(weights)
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path}: not a usable network: {' '.join(str(error).split())[:300]}") from None
     if not all(torch.isfinite(weight).all() for weight in weights.values()):
