@@ -85,9 +85,12 @@ def one_line_errors(command: Command) -> Command:
     return wrapped
 
 
+OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive", "bad_alloc", "Unable to allocate")
+"""How errors without a type of their own say it: torch's allocator on the CPU, oneDNN, C++, numpy."""
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
-    """MemoryError, torch's error of a device, or torch's untyped one on the CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(said in str(error) for said in OUT_OF_MEMORY)
 
 
 def _place_outside(error: BaseException) -> str:
