@@ -67,9 +67,9 @@ test-triton: $(VENV)/.installed-test
 sanitize:
 	tests/sanitize/run.sh
 
-# Where atheris is installed, the second half of the time is its own.
+# Another seed every day, which names what is kept. Where atheris is installed, the second half of the time is its own.
 FUZZ_SECONDS := 60
-FUZZ_SEED := 0
+FUZZ_SEED := $(shell date +%Y%m%d)
 FUZZ := $(BIN)/python tests/fuzz/readers.py --seconds $$(( $(FUZZ_SECONDS) / 2 )) --seed
 fuzz: $(VENV)/.installed-test
 	$(FUZZ) $(FUZZ_SEED)
