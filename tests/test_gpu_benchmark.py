@@ -22,7 +22,7 @@ COMMAND_LIMIT = 600
 
 def run(out, *options, **environment):
     environment = os.environ | {"OUT": str(out), "PYTHON": sys.executable, **environment}
-    return subprocess.run([SCRIPT, *options], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    return subprocess.run([SCRIPT, *options], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800)
 
 
 def steps(out):
