@@ -6,8 +6,8 @@ says which one did. Beside a rate stand the range that the cost model derives fo
 
 Every section is written as soon as it is done, to gpu-<device>.json in benchmarks/results (or PATCHSCORE_RESULTS), so
 that a run cut short, or a section that fails, leaves what the others found; `--only` runs some sections and keeps what
-other runs of the same commit wrote. `--dry` goes through all of it on tiny data, on the CPU under Triton's interpreter
-where there is no GPU, and writes nothing.
+other runs of the same commit wrote. `--dry` goes through all but `pruned` on tiny data, on the CPU under Triton's
+interpreter where there is no GPU, and writes nothing.
 
 The rows of `pruned` need FAISS, to build an index (on the CPU). Without `--indexes` that is one of 2,000 images, built
 in a temporary folder; with it, the index of the whole bank is opened there, or built, which takes long:
@@ -54,7 +54,6 @@ from patchscore.engines import cost
 from patchscore.engines import device as resident
 from patchscore.engines.fused import launch as fused
 from patchscore.engines.fused.plan import choose_plan, spectrum_of
-from patchscore.engines.pruned import triton as pruned_cuda
 
 TABLE = "cifar10-resnet-zeros"
 CASES = ((3, 0.02), (3, 0.16), (5, 0.1), (5, 0.5), (7, 0.99), (11, 1.92), (17, 3.98), (7, 30.0))
@@ -472,9 +471,9 @@ def streamed(bench: Bench, bank: ps.PatchBank) -> None:
     resident.RESIDENT_SHARE = share
 
 
-def index_of(bank: ps.PatchBank, sizes: list[int], folder: Path, cells: int | None = None) -> ps.PatchIndex:
+def index_of(bank: ps.PatchBank, sizes: list[int], folder: Path) -> ps.PatchIndex:
     """The index of these images in `folder`, built or completed where it has to be."""
-    return ps.PatchIndex.build(bank, sizes, folder / f"{bank.fingerprint[:16]}.index", cells=cells)
+    return ps.PatchIndex.build(bank, sizes, folder / f"{bank.fingerprint[:16]}.index")
 
 
 def golddiff_of(call: Call, engine: str) -> Callable[[], torch.Tensor]:
@@ -496,28 +495,30 @@ def keep(name: str, work: Callable[[], object], answers: dict[str, object]) -> C
     return lambda: answers.update({name: work()})
 
 
-def shares(bench: Bench, index: ps.PatchIndex, cases: tuple[tuple[int, float], ...], batch: int) -> None:
-    """`pruned` at several budgets beside `fused` and GoldDiff's images on the same queries, zeros padding."""
+def shares(
+    bench: Bench, index: ps.PatchIndex, cases: tuple[tuple[int, float], ...], batch: int, exact_by: str = "fused"
+) -> None:
+    """`pruned` at several budgets beside exact sums and GoldDiff's images on the same queries, zeros padding."""
     bank = index.bank
     for k, sigma in cases:
         if bench.out_of_time(f"{bench.name_of_section}: k = {k}"):
             return
         call = Call(bank, k, sigma, noisy(bank, sigma, batch, bench.device), "zeros")
-        error = call.error("fused")
-        dense = call.work("fused")
+        error = call.error(exact_by)
+        dense = call.work(exact_by)
         exact = dense().mean
         summed = "fused" if unavailable("sliding", bench.device) else "sliding"
-        works = {"fused": dense, "golddiff": golddiff_of(call, summed)}
-        budgets = {f"pruned {budget:g}": budget for budget in (BUDGETS[-1:] if bench.dry else BUDGETS)}
+        works = {exact_by: dense, "golddiff": golddiff_of(call, summed)}
+        budgets = {f"pruned {budget:g}": budget for budget in BUDGETS}
         for name, budget in budgets.items():
             works[name] = call.work("pruned", index=index, budget=budget)
         answers: dict[str, object] = {}
         keeping = {name: keep(name, work, answers) for name, work in works.items()}
         for name, times in bench.interleaved(keeping).items():
             about, rate = call.about(), rated(times, call.pairs, batch)
-            if name == "fused":
+            if name == exact_by:
                 served = answers[name].engine
-                bench.add(engine=served, **about, error=error, **described(call, bench.device), **rate)
+                bench.add(engine=served, **about, error=error, **details(served, call, bench.device), **rate)
                 continue
             got = answers[name]
             mean = got.mean if isinstance(got, ps.Estimate) else got
@@ -544,17 +545,17 @@ def pruned(bench: Bench, bank: ps.PatchBank, folder: Path | None) -> ps.PatchInd
     if importlib.util.find_spec("faiss") is None:
         bench.skip("pruned: FAISS is not installed")
         return None
-    if folder is not None and not bench.dry:
+    if bench.dry:
+        bench.skip("pruned: its kernels take minutes under an interpreter; tests/pruned_interpreted.py runs them")
+        return None
+    if folder is not None:
         index = index_of(bank, sorted(set(ps.ScaleTable.published(TABLE).sizes[1:])), folder)
         shares(bench, index, PRUNED_CASES, BATCH)
         return index
-    if bench.dry:
-        pruned_cuda.RECHECK = 4  # the interpreter takes milliseconds for each
     with tempfile.TemporaryDirectory() as there:
-        small = first_images(bank, 4 if bench.dry else 2000)
-        cases = ((3, 0.5),) if bench.dry else PRUNED_CASES[:2]
-        index = index_of(small, [k for k, _ in cases], Path(there), 16 if bench.dry else None)
-        shares(bench, index, cases, 1 if bench.dry else BATCH)
+        cases = PRUNED_CASES[:2]
+        index = index_of(first_images(bank, 2000), [k for k, _ in cases], Path(there))
+        shares(bench, index, cases, BATCH)
     return None
 
 
