@@ -1,13 +1,15 @@
 """Instructions a pair takes in the CUDA kernel, counted in its machine code, and the rate an H200 could reach by them.
 
 Needs no GPU: nvcc compiles csrc/sliding/sliding.cu for sm_90, nvdisasm (of the CUDA toolkit, or triton's) lists it, and
-the basic blocks of the loop over windows are told apart by what is in them. Circular, 32 x 32, every
-window weighed; then the kernels of whole images. Writes benchmarks/results/sliding_cuda_sass.json.
+the basic blocks of the loop over windows are told apart by what is in them. Circular, 32 x 32, every window weighed;
+then the kernels of whole images; then registers, spills and blocks a multiprocessor of every kernel on sm_80, sm_90 and
+sm_100. Writes benchmarks/results/sliding_cuda_sass.json, from which tests/emulated.py takes the registers.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import re
 import subprocess
@@ -16,8 +18,14 @@ from collections import Counter
 from pathlib import Path
 
 import record
+import torch
+
+import patchscore as ps
+from patchscore.engines.sliding import cuda
 
 SIZE = 32
+TARGETS, COUNTED = ("sm_80", "sm_90", "sm_100"), "sm_90"
+REGISTERS, THREADS = 65536, 256  # of a multiprocessor; of a block
 CLOCK, SMS = 1.98e9, 132  # an H200 at its boost clock
 ISSUE = 4 * 32 * SMS * CLOCK  # lanes of instructions a second
 SHARED = 32 * SMS * CLOCK  # lanes of 4-byte shared memory accesses
@@ -117,24 +125,57 @@ def whole_images(sass: str) -> dict[str, float]:
     }
 
 
+def compiled(target: str, cubin: Path) -> list[dict]:
+    """Registers, spilled bytes and blocks a multiprocessor (by registers) of every kernel."""
+    command = ["nvcc", "-std=c++17", "-O3", f"-arch={target}", "-cubin", "-Xptxas", "-v", "-o", str(cubin)]
+    source = str(record.ROOT / "csrc" / "sliding" / "sliding.cu")
+    report = subprocess.run([*command, source], capture_output=True, text=True, check=True).stderr
+    report = subprocess.run(["c++filt"], input=report, capture_output=True, text=True, check=True).stdout
+    found = re.findall(
+        r"entry function '(?:void )?patchscore::(.*?)\(.*?(\d+) bytes spill stores.*?Used (\d+) registers", report, re.DOTALL
+    )
+    return [
+        {
+            "kernel": name,
+            "target": target,
+            "registers": int(registers),
+            "spilled": int(spilled),
+            "blocks": REGISTERS // (THREADS * -(-int(registers) // 8) * 8),
+        }
+        for name, spilled, registers in found
+    ]
+
+
+def shared_bytes(k: int, channels: int) -> int | None:
+    """Shared memory of a block of the windows kernel, circular, 32 x 32; None where the library was not built."""
+    if cuda.library is None:
+        return None
+    bank = ps.PatchBank(torch.zeros(1, channels, SIZE, SIZE, dtype=torch.uint8))
+    (group,) = ps.EquivariantLocalScore(bank, k, padding_mode="circular").competition(k).groups
+    task = cuda._Windows(
+        channel_quads=-(-channels // 4), planes=1, values_per_pixel=channels, height=SIZE, width=SIZE, patch_size=k,
+        circular=1, rows=cuda._axis(group.rows), cols=cuda._axis(group.cols), strip=min(cuda.STRIP, SIZE),
+    )  # fmt: skip
+    return cuda.library.patchscore_shared_bytes(ctypes.byref(task))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nvdisasm", default="nvdisasm", help="the disassembler of the CUDA toolkit")
     options = parser.parse_args()
+    kernels: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "sliding.cubin"
-        command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-o", str(cubin)]
-        source = str(record.ROOT / "csrc" / "sliding" / "sliding.cu")
-        report = subprocess.run([*command, source], capture_output=True, text=True, check=True).stderr
-        sass = subprocess.run([options.nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-    compiled = re.findall(
-        r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", report, flags=re.DOTALL
-    )
-    kernels = [
-        {"kernel": re.sub(r"_ZN10patchscore\d+|EvNS.*", "", name), "registers": int(registers), "spilled": int(spilled)}
-        for name, spilled, registers in compiled
+        for target in TARGETS:
+            cubin = Path(folder) / target
+            kernels += compiled(target, cubin)
+            if target == COUNTED:
+                command = [options.nvdisasm, "-c", str(cubin)]
+                sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [
+        rates(parts(sass, channels), k, channels) | {"shared_bytes": shared_bytes(k, channels)}
+        for channels in (1, 3, 4)
+        for k in range(3, 18, 2)
     ]
-    rows = [rates(parts(sass, channels), k, channels) for channels in (1, 3, 4) for k in range(3, 18, 2)]
     print(whole_images(sass))
     for row in rows:
         print(f"C={row['channels']} k={row['k']:2}: {row['instructions_per_pair']:.1f} instructions,"

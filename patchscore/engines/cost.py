@@ -211,8 +211,8 @@ def fused_seconds(device: Device, group: Group, images: int, batch: int, plan: P
 # code for sm_90 (benchmarks/sass.py). ROW, by values a pixel: a row of windows is weighed. SLIDE: a step of products,
 # four columns of the patch, slides by one row. Where a diagonal begins, FIRST for two patch rows, BEGIN a step of them.
 
-ROW = {1: 373, 3: 413, 4: 442}
-SLIDE, FIRST, BEGIN = 44, 41, 47
+ROW = {1: 383, 3: 422, 4: 451}
+SLIDE, FIRST, BEGIN = 44, 40, 47
 TILE_QUERIES, TILE_WINDOWS, TILE_PAIRS = 16, 8, 16 * 8 * 4
 STRIP, WARPS = 32, 8  # query rows of a block; its warps
 FLOATS = 2  # a step of products costs so many times more for float32 banks: six products instead of three
