@@ -61,7 +61,7 @@ def load(path, source=cuda.load):
 def registers():
     """Registers a thread by kernel, on the target that takes most: the report of benchmarks/sass.py."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "sliding_cuda_sass.json").read_text())["kernels"]
-    return {name: max(row["registers"] for row in rows if row["kernel"] == name) for name in {r["kernel"] for r in rows}}
+    return {row["kernel"]: max(r["registers"] for r in rows if r["kernel"] == row["kernel"]) for row in rows}
 
 
 class Emulation:
