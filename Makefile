@@ -7,6 +7,7 @@
 # make bench       the CPU benchmarks in short, in out-bench/
 # make test-triton the tests of the Triton kernels, interpreted and compiled ahead of time, without a GPU
 # make sanitize    the C++ engines under sanitizers
+# make emulate     the CUDA kernels under an emulator stricter than a GPU: more shapes and orders than in make test
 # make fuzz   damaged files of every format to everything that reads files, for FUZZ_SECONDS=60
 # make faults      commands killed, starved and given changed files: KILLS=50 times each, then all is as if nothing was
 # make gpu-check   the tests that need a GPU
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/* csrc/*/*)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: demo test lint format docs site bench test-triton sanitize fuzz faults gpu-check gpu-quick sdist wheel wheel-test clean
+.PHONY: demo test lint format docs site bench test-triton sanitize emulate fuzz faults gpu-check gpu-quick sdist wheel wheel-test clean
 
 # Without a compiler the engine in plain torch serves; fewer training images keep that within minutes too.
 demo: $(VENV)/.installed
@@ -66,6 +67,9 @@ test-triton: $(VENV)/.installed-test
 # The C++ engines under AddressSanitizer and UBSan, on every instruction set of this machine; some minutes.
 sanitize:
 	tests/sanitize/run.sh
+
+emulate: $(VENV)/.installed-test
+	PATCHSCORE_EMULATE=all $(BIN)/python -m pytest -m "not gpu" tests/test_emulation.py tests/test_sliding_cuda.py
 
 # Another seed every day, which names what is kept. Where atheris is installed, the second half of the time is its own.
 FUZZ_SECONDS := 60

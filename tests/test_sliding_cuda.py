@@ -83,6 +83,16 @@ def test_sums_are_the_references(kernels, kind, k, channels, height, width):
     compare(bank, kind(k, height, width), [0.05, 0.3, 2.0])
 
 
+@pytest.mark.skipif(not EVERYTHING, reason="minutes: make emulate")
+@pytest.mark.parametrize("kind", [circular, broken, local])
+@pytest.mark.parametrize("k", [3, 9, 17])
+@pytest.mark.parametrize(("channels", "height", "width"), [(3, 32, 32), (1, 28, 28), (4, 37, 20)])
+def test_sums_of_whole_images_size_are_the_references(kernels, kind, k, channels, height, width):
+    for dtype in (torch.uint8, torch.float32):
+        bank = ps.PatchBank(smooth_images(2, channels, height, width, dtype=dtype))
+        compare(bank, kind(k, height, width), [0.3])
+
+
 @pytest.mark.parametrize("kind", [local, broken])
 @pytest.mark.parametrize("k", [9, 11, 17])
 def test_sums_are_the_references_where_the_window_is_larger_than_the_image(kernels, kind, k):
