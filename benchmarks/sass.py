@@ -131,9 +131,8 @@ def compiled(target: str, cubin: Path) -> list[dict]:
     source = str(record.ROOT / "csrc" / "sliding" / "sliding.cu")
     report = subprocess.run([*command, source], capture_output=True, text=True, check=True).stderr
     report = subprocess.run(["c++filt"], input=report, capture_output=True, text=True, check=True).stdout
-    found = re.findall(
-        r"entry function '(?:void )?patchscore::(.*?)\(.*?(\d+) bytes spill stores.*?Used (\d+) registers", report, re.DOTALL
-    )
+    entry = r"entry function '(?:void )?patchscore::(.*?)\(.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+    found = re.findall(entry, report, re.DOTALL)
     return [
         {
             "kernel": name,
