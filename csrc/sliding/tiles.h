@@ -24,7 +24,7 @@ struct Tiling {
 inline Tiling choose_tiling(const Group& group, int patch_size, int64_t images, int lanes) {
     const int rows = group.rows.windows(), cols = group.cols.windows();
     Tiling best{1, 1, rows, cols};
-    if (group.rows.locked || group.cols.locked || images >= 4 * lanes) return best;
+    if (group.rows.locked || group.cols.locked || images >= lanes) return best;
     double least = 0;
     for (int down = 1; down <= std::min(rows, 16); down *= 2)
         for (int across = 1; across <= std::min(cols, 16); across *= 2) {
