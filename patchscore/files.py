@@ -79,7 +79,8 @@ def remove_temporaries(folder: Path) -> None:
 def locked(folder: Path, taken: str) -> Iterator[None]:
     """Holds the lock of a folder, which the operating system releases when the process ends, however it ends.
 
-    The lock file is created where it is absent and never written to or followed.
+    What killed calls of `write_atomically` left in the folder is removed. The lock file is created where it is absent,
+    and never written to or followed.
 
     Raises:
         ValueError: another process holds it (the message is `taken`), or something else has its name.
@@ -105,6 +106,8 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
                 f"{path}: cannot be locked here ({error.strerror}); let no other process write this folder",
                 stacklevel=3,
             )
+        else:
+            remove_temporaries(folder)
         yield
     finally:
         os.close(descriptor)

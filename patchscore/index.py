@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from . import checks
 from .bank import PatchBank
-from .files import LOCK, TEMPORARY, errors_name, locked, remove_temporaries, write_atomically
+from .files import LOCK, TEMPORARY, errors_name, locked, write_atomically
 from .pixels import to_values
 
 FORMAT = 2
@@ -190,7 +190,6 @@ class PatchIndex:
                         "take another folder"
                     )
                 meta = kept
-            remove_temporaries(path)
             _write_json(path / "meta.json", meta)
             for k in sizes:
                 if k in meta["patch_sizes"]:

@@ -55,6 +55,13 @@ def test_a_lock_keeps_others_out_until_its_process_ends(tmp_path):
         pass
 
 
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path):
+    (tmp_path / ".pairs.png.0123abcd.tmp").write_text("half")
+    (tmp_path / "notes.tmp").write_text("mine")
+    with locked(tmp_path, "taken"):
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "notes.tmp"]
+
+
 def test_a_lock_file_is_neither_emptied_nor_followed(tmp_path):
     (tmp_path / "folder").mkdir()
     lock = tmp_path / "folder" / ".lock"

@@ -127,7 +127,6 @@ class RunFolder:
 
     def begin(self, record: Mapping[str, Any]) -> None:
         """Writes run.json and makes the folder of samples: from here on the folder is a run's."""
-        remove_temporaries(self.path)
         self.write_record(record)
         self.samples.mkdir(exist_ok=True)
         remove_temporaries(self.samples)
