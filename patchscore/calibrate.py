@@ -23,14 +23,17 @@ from tqdm import tqdm
 from . import checks
 from .bank import PatchBank
 from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Labels, ScoreMachine, alike, check_labels
-from .files import read_record, write_record
+from .files import read_record, unsealed, write_record
 from .machines import EquivariantLocalScore, LocalScore
 from .noise import Schedule, get_schedule
 from .sampling import DEFAULT_BATCH, Step, labels_in_turn, sample
 from .scales import ScaleTable
 
 FORMAT = "patchscore-calibration"
-VERSION = 1
+VERSION = 2
+UNSEALED = 1
+"""Of release 0.1.0, which wrote no hash."""
+
 METRICS = ("cosine", "l2")
 SUMMARIES = ("median", "mode")
 PATCH_SIZES = (3, 5, 7, 9, 11, 13, 15, 17, 19, 21)
@@ -86,13 +89,14 @@ class Calibration:
             "choices": self.choices.tolist(),
             "agreement": self.agreement.tolist(),
         }
-        write_record(Path(path), FORMAT, VERSION, content)
+        write_record(Path(path), FORMAT, VERSION, content, seal=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
         """Reads what `save` wrote; ValueError names the path of a file that is not that."""
         try:
-            content = read_record(Path(path), FORMAT, VERSION)
+            content = read_record(Path(path), FORMAT, UNSEALED, VERSION)
+            content = content if content["version"] == UNSEALED else unsealed(content)
             sizes = tuple(checks.odd("patch_sizes", size) for size in content["patch_sizes"])
             agreement = np.asarray(content["agreement"], dtype=float)
             if agreement.ndim != 3 or agreement.shape[::2] != (len(content["sigmas"]), len(sizes)):

@@ -160,9 +160,10 @@ def check_header(found: Any, kind: str, *versions: int) -> None:
         raise ValueError(f"format version {version!r}, this release reads {' and '.join(map(str, versions))}")
 
 
-def write_record(path: Path, kind: str, version: int, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object with its header."""
-    text = json.dumps({**header(kind, version), **content}, indent=1)
+def write_record(path: Path, kind: str, version: int, content: Mapping[str, Any], seal: bool = False) -> None:
+    """Writes a JSON object with its header, and sealed where nobody should write it by hand."""
+    record = {**header(kind, version), **content}
+    text = json.dumps(sealed(record) if seal else record, indent=1)
     write_atomically(path, (text + "\n").encode())
 
 

@@ -134,3 +134,26 @@ def test_bad_input_is_named(bank, options, error, message):
     good = {"network": ps.LocalScore(bank, 3), "bank": bank, "patch_sizes": [3], "n": 1, "steps": 4, "progress": False}
     with pytest.raises(error, match=message):
         ps.calibrate(**{**good, **options})
+
+
+def test_a_changed_calibration_is_refused_by_its_path(tmp_path):
+    """One digit of one agreement would otherwise choose another patch size without a word."""
+    found = Calibration([1.0], (3, 5), np.array([[[0.25, 0.5]]]), {})
+    found.save(tmp_path / "c.json")
+    text = (tmp_path / "c.json").read_text()
+    assert Calibration.load(tmp_path / "c.json").median == [5]
+    (tmp_path / "c.json").write_text(text.replace("0.25", "0.75"))
+    with pytest.raises(ValueError, match=r"c\.json: not a usable calibration: was changed since it was written"):
+        Calibration.load(tmp_path / "c.json")
+    (tmp_path / "c.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"c\.json: not a usable calibration: nested too deeply"):
+        Calibration.load(tmp_path / "c.json")
+
+
+def test_a_damaged_table_is_refused_by_its_path(tmp_path):
+    ps.ScaleTable([1.0], [3]).save(tmp_path / "t.json")
+    text = (tmp_path / "t.json").read_text()
+    for content in ("[" * 100_000, text.replace("1.0", "1" * 400), text.replace("1.0", "1e999"), "{}"):
+        (tmp_path / "t.json").write_text(content)
+        with pytest.raises(ValueError, match=r"t\.json: not a usable scale table"):
+            ps.ScaleTable.load(tmp_path / "t.json")
