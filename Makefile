@@ -5,7 +5,7 @@
 # make docs        what is generated in docs/ and README.md, from the code and from the results of benchmarks
 # make site        the documentation site, in site/
 # make bench       the CPU benchmarks in short, in out-bench/
-# make test-triton the tests of the Triton kernels, interpreted and compiled ahead of time, without a GPU
+# make triton-check  every test of the Triton kernels, interpreted and compiled ahead of time, without a GPU
 # make sanitize    the C++ engines under sanitizers
 # make emulate     the CUDA kernels under an emulator stricter than a GPU: more shapes and orders than in make test
 # make fuzz   damaged files of every format to everything that reads files, for FUZZ_SECONDS=60
@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/* csrc/*/*)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: demo test lint format docs site bench test-triton sanitize emulate fuzz faults gpu-check gpu-quick sdist wheel wheel-test clean
+.PHONY: demo test lint format docs site bench triton-check sanitize emulate fuzz faults gpu-check gpu-quick sdist wheel wheel-test clean
 
 # Without a compiler the engine in plain torch serves; fewer training images keep that within minutes too.
 demo: $(VENV)/.installed
@@ -61,9 +61,8 @@ site: $(VENV)/.installed-docs
 bench: $(VENV)/.installed-test
 	$(BIN)/patchscore bench
 
-test-triton: $(VENV)/.installed-test
-	$(BIN)/pip install -q $(CONSTRAINTS) 'triton>=3.6'
-	$(BIN)/python -m pytest $$(grep -l needs_triton tests/test_*.py)
+triton-check: $(VENV)/.installed-test
+	PATCHSCORE_TRITON_CHECK=all $(BIN)/python -m pytest $$(grep -l needs_triton tests/test_*.py)
 
 # The C++ engines under AddressSanitizer and UBSan, on every instruction set of this machine; some minutes.
 sanitize:

@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -64,19 +65,19 @@ PLANS = {
     "k = 3, sigma < 0.1: pixels, decisive weights from differences": Plan(27, q_lo=27, exact=True, skip=True),
     "k = 5, sigma < 0.1: pixels, decisive weights from differences": Plan(75, q_lo=75, exact=True, skip=True),
     "k = 3, pixels, query split": Plan(27, q_lo=27, skip=True),
-    "k = 3, pixels": Plan(27),
-    "k = 5, pixels": Plan(75),
-    "k = 7, pixels": Plan(147),
-    "k = 5, axes, eight split": Plan(75, axes=True, q_lo=8, p_lo=8),
-    "k = 7, axes, eight split": Plan(147, axes=True, q_lo=8, p_lo=8),
+    "k = 3, pixels": Plan(27, pilot=True),
+    "k = 5, pixels": Plan(75, pilot=True),
+    "k = 7, pixels": Plan(147, pilot=True),
+    "k = 5, axes, eight split": Plan(75, axes=True, q_lo=8, p_lo=8, pilot=True),
+    "k = 7, axes, eight split": Plan(147, axes=True, q_lo=8, p_lo=8, pilot=True),
     "k = 7, pixels, query split": Plan(147, q_lo=147, skip=True),
-    "rank 61": Plan(61, axes=True),
-    "rank 125": Plan(125, axes=True),
-    "rank 189": Plan(189, axes=True),
-    "rank 253": Plan(253, axes=True),
-    "rank 317": Plan(317, axes=True),
-    "rank 509": Plan(509, axes=True),
-    "k = 17, pixels": Plan(867),
+    "rank 61": Plan(61, axes=True, pilot=True),
+    "rank 125": Plan(125, axes=True, pilot=True),
+    "rank 189": Plan(189, axes=True, pilot=True),
+    "rank 253": Plan(253, axes=True, pilot=True),
+    "rank 317": Plan(317, axes=True, pilot=True),
+    "rank 509": Plan(509, axes=True, pilot=True),
+    "k = 17, pixels": Plan(867, pilot=True),
     "k = 17, sigma < 0.6: pixels, decisive weights from differences": Plan(867, q_lo=867, exact=True, skip=True),
 }
 
@@ -320,13 +321,12 @@ def ceilings(row: dict, configuration: Configuration, values: int) -> dict[str, 
     }
 
 
-def jobs() -> list[tuple[str, Plan, Configuration, int, bool]]:
+def jobs(capabilities: Sequence[int], ess: bool) -> list[tuple[str, Plan, Configuration, int, bool]]:
     return [
         (title, plan, configuration, capability, ess)
-        for capability in CAPABILITIES
+        for capability in capabilities
         for title, plan in PLANS.items()
         for configuration in configurations(plan, divmod(capability, 10))
-        for ess in (False, True)
     ]
 
 
@@ -359,10 +359,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--only", choices=["fused", "pruned"], help="kernels of one engine")
     parser.add_argument("--suffix", default="", help="of the files in benchmarks/results")
+    parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES, choices=CAPABILITIES)
+    parser.add_argument("--ess", action="store_true", help="`fused` with the effective sample size")
     parser.add_argument("--no-json", action="store_true", help="print only")
     options = parser.parse_args()
     small = [(name, capability) for capability in (90, 80) for name in LISTS]
-    work = {"fused": [(report, jobs())], "pruned": [(report_scan, scan_jobs()), (report_list, small)]}
+    work = {
+        "fused": [(report, jobs(options.capabilities, options.ess))],
+        "pruned": [(report_scan, scan_jobs()), (report_list, small)],
+    }
     for engine, tasks in work.items():
         if options.only not in (None, engine):
             continue

@@ -437,10 +437,10 @@ def assert_kernel_is_naive(queries, patches, plan, channels, configuration, ess=
 
 
 PLANS = {
-    "pixels": Plan(27),
-    "two blocks of columns": Plan(71),
-    "axes, the leading ones split": Plan(20, axes=True, q_lo=4, p_lo=4),
-    "blocks of 64 columns": Plan(330),
+    "pixels": Plan(27, pilot=True),
+    "two blocks of columns": Plan(71, pilot=True),
+    "axes, the leading ones split": Plan(20, axes=True, q_lo=4, p_lo=4, pilot=True),
+    "blocks of 64 columns": Plan(330, pilot=True),
     "running maximum": Plan(27, q_lo=27, skip=True),
     "differences": Plan(9, q_lo=9, p_lo=9, exact=True, skip=True),
 }
@@ -462,7 +462,7 @@ def test_the_kernel_is_its_definition(name, queries, windows, locked):
 @pytest.mark.parametrize("multiprocessors", [1, 132], indirect=True)
 def test_a_pilot_that_misses_the_heaviest_window_is_made_good(multiprocessors):
     # One window sits on the queries, in a tile that the pilot passes over, and weighs 2^40 times all others.
-    plan = Plan(27)
+    plan = Plan(27, pilot=True)
     queries, patches = random_launch(plan, 20, 700)
     patches.rows[:, 100, :27] = queries.rows[:, 3, :27]
     patches.rows[:, 100, 27] = -0.5 * queries.rows[0, 3, :27].double().square().sum()

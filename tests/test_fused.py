@@ -66,11 +66,11 @@ PLANS = {
     "exact, float bank": Plan(27, q_lo=27, p_lo=27, exact=True, skip=True),
     "exact, long rows": Plan(867, q_lo=867, exact=True, skip=True),
     "split queries, skipping": Plan(27, q_lo=27, skip=True),
-    "two blocks of columns": Plan(75),
-    "rank 61": Plan(61, axes=True),
-    "axes, eight split": Plan(147, axes=True, q_lo=8, p_lo=8),
-    "rank 253": Plan(253, axes=True),
-    "rank 317": Plan(317, axes=True),
+    "two blocks of columns": Plan(75, pilot=True),
+    "rank 61": Plan(61, axes=True, pilot=True),
+    "axes, eight split": Plan(147, axes=True, q_lo=8, p_lo=8, pilot=True),
+    "rank 253": Plan(253, axes=True, pilot=True),
+    "rank 317": Plan(317, axes=True, pilot=True),
 }
 
 

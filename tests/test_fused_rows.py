@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import patchscore as ps
 from patchscore.engines.fused import naive
-from patchscore.engines.fused import plan as plans
-from patchscore.engines.fused.plan import Plan, Spectrum, choose_plan, spectrum_of
+from patchscore.engines.fused.plan import BIAS_COLUMNS, Plan, Spectrum, choose_plan, spectrum_of
 from patchscore.engines.fused.rows import patch_rows, query_rows, stored_bytes, value_columns, working_bytes
 
 CPU = torch.device("cpu")
@@ -129,7 +128,8 @@ def test_splitting_the_leading_axes_is_taken_where_it_shortens_rows():
     for sigma in (0.3, 0.4, 0.5, 0.6, 0.7, 1.0):
         plan = choose_plan(decaying(147, 30.0, 10**7), 147, sigma, 1e-3, True, True)
         found[sigma] = plan
-        assert plan.q_lo in (0, 147, *plans.SPLIT_AXES)
+        if plan.axes:  # no column is wasted
+            assert plan.columns - plan.bias - BIAS_COLUMNS < 2 or plan.q_lo == plan.size
         assert plan.columns <= Plan(147, q_lo=147).columns
     assert any(plan.axes and 0 < plan.q_lo < 147 for plan in found.values())
 
@@ -164,3 +164,11 @@ def test_values_have_room_for_both_halves_and_ones(channels):
     columns = value_columns(channels)
     assert columns >= 2 * channels + 1
     assert columns & (columns - 1) == 0
+
+
+def test_a_pilot_is_for_many_effective_windows_and_never_for_locked_coordinates():
+    found = [choose_plan(decaying(147, 30.0, 10**7), 147, sigma, 1e-3, True, True) for sigma in (0.02, 0.3, 4.0, 30.0)]
+    assert [plan.pilot for plan in found] == [False, False, True, True]
+    assert not any(plan.pilot and (plan.skip or plan.exact) for plan in found)
+    assert not choose_plan(decaying(147, 30.0, 10**7), 147, 30.0, 1e-3, True, axes=False).pilot
+    assert not choose_plan(None, 147, 30.0, 1e-3, True, axes=True).pilot

@@ -74,7 +74,7 @@ def configurations(plan: Plan, capability: tuple[int, int]) -> list[Configuratio
         # Whole rows read half as much from L2, one program a multiprocessor; blocks run two.
         return [Configuration(128, 64, 8, 2), Configuration(128, 128, 8, 3, block=64)]
     if columns > 128:
-        return [Configuration(128, 64, 4, 2)]
+        return [Configuration(128, 64, 8 if columns > 192 else 4, 2)]
     if plan.skip:
         return [Configuration(128, 64, 4, 3), Configuration(128, 128, 8, 3)]
     # Three programs a multiprocessor, or two of fewer instructions, or five.
@@ -96,8 +96,7 @@ def kernel_constants(plan: Plan, channels: int, configuration: Configuration, es
         "ONES": channels,
         "BQ": configuration.queries,
         "BP": configuration.patches,
-        # At low noise tiles are skipped, which takes their maximum, and no pilot foresees the one window that counts.
-        "PILOT": 0 if plan.skip or plan.exact else PILOT,
+        "PILOT": PILOT if plan.pilot else 0,
         "ESS": ess,
         "SKIP": plan.skip,
         "EXACT": plan.size if plan.exact else 0,

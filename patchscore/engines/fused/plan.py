@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ UNIT_ROUNDOFF = 2.0**-11
 SPLIT_AXES = (0, 4, 8)
 """Numbers of leading axes that may be split into hi + lo. The variance of windows lies in the first few; more than
 eight gained no size of rows on CIFAR-10 at k = 5 and 7."""
+PILOT_ESS = 17 * 64
+"""Effective windows of the worst pixel from which on a pilot sets the reference: of 64 splits each has one among the
+17th of its windows that its pilot reads. With fewer a tile of 128 queries is often done twice (docs/notes/fused.md)."""
 SPECTRUM_IMAGES = 512
 
 
@@ -37,6 +40,7 @@ class Plan:
     q_lo, p_lo: of how many leading numbers queries, patches carry a low half; it meets the other side's high half.
     exact: weights that decide a result are taken from differences instead of products.
     skip: tiles without a visible weight are passed over.
+    pilot: a pilot sets the reference log-weight, instead of a running maximum.
     """
 
     size: int
@@ -45,6 +49,7 @@ class Plan:
     p_lo: int = 0
     exact: bool = False
     skip: bool = False
+    pilot: bool = False
 
     @property
     def bias(self) -> int:
@@ -143,7 +148,11 @@ def choose_plan(spectrum: Spectrum | None, d: int, sigma: float, tolerance: floa
         if rank is not None:
             reduced = Plan(rank, axes=True, q_lo=split, p_lo=split, skip=skip)
             best = min(best, reduced, key=lambda plan: plan.columns)
-    return best
+    if best.axes:
+        # Columns that K has room for split more axes.
+        split = min(best.size, (best.columns - BIAS_COLUMNS - best.size) // 2)
+        best = replace(best, q_lo=split, p_lo=split)
+    return replace(best, pilot=not skip and ess >= PILOT_ESS)
 
 
 _spectra: weakref.WeakKeyDictionary[PatchBank, dict[tuple[int, torch.device], tuple[Spectrum, Made]]] = (
