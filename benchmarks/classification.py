@@ -104,7 +104,7 @@ class Counted(ps.Denoiser):
     def __init__(self, denoiser: ps.Denoiser):
         self.denoiser, self.shape, self.bank, self.pairs = denoiser, denoiser.shape, denoiser.bank, 0
 
-    def estimate(self, z: torch.Tensor, sigma: float | torch.Tensor, labels: ps.machines.Labels = None) -> ps.Estimate:
+    def estimate(self, z: torch.Tensor, sigma: float | torch.Tensor, labels: ps.denoiser.Labels = None) -> ps.Estimate:
         estimate = self.denoiser.estimate(z, sigma, labels)
         self.pairs += estimate.pairs
         return estimate

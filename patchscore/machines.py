@@ -15,10 +15,14 @@ import math
 
 from . import checks, engines
 from .bank import PatchBank
-from .denoiser import DEFAULT_MEMORY_LIMIT, ScoreMachine
+from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Estimate, Labels, ScoreMachine
 from .index import PatchIndex
 from .scales import ScaleTable
 from .windows import WHOLE_IMAGE, Axis, Competition, Group
+
+
+# Denoiser, Estimate, Labels and ScoreMachine stood here in version 0.1.0.
+__all__ = ["Denoiser", "EquivariantLocalScore", "Estimate", "IdealScore", "Labels", "LocalScore", "ScoreMachine"]
 
 
 class IdealScore(ScoreMachine):
