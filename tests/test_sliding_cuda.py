@@ -153,7 +153,7 @@ def test_largest_values_do_not_overflow(kernels):
     images = torch.tensor([0, 255], dtype=torch.uint8).repeat(3)[:, None, None, None].expand(6, 3, 15, 15)
     for dtype in (torch.uint8, torch.float32):
         bank = ps.PatchBank(images.contiguous() if dtype == torch.uint8 else images / 127.5 - 1)
-        for level in (-1.99, 1.99, 30.0):
+        for level in (-1.99, 1.99, 30.0, 300.0):  # the last is counted in units of several steps
             z = torch.full((1, 3, 15, 15), level)
             sigma = torch.tensor([5.0], dtype=torch.float64)
             (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [local(29, 15, 15)], LIMIT)
