@@ -20,7 +20,6 @@ from .index import PatchIndex
 from .scales import ScaleTable
 from .windows import WHOLE_IMAGE, Axis, Competition, Group
 
-
 # Denoiser, Estimate, Labels and ScoreMachine stood here in version 0.1.0.
 __all__ = ["Denoiser", "EquivariantLocalScore", "Estimate", "IdealScore", "Labels", "LocalScore", "ScoreMachine"]
 
