@@ -38,7 +38,7 @@ from patchscore.draw import charts
 from patchscore.networks import ResNet, save_network
 
 FOLDER = Path("out")
-TIMES = ("seconds_per_step", "seconds", "noted", "versions", "sha256")
+TIMES = ("seconds_per_step", "build_seconds", "noted", "versions", "sha256")
 """What two runs with the same results may have written otherwise: how long it took, and hashes of that."""
 
 
