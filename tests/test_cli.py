@@ -717,6 +717,7 @@ def test_huge_numbers_are_one_line_or_served(photos, tmp_path, more, message):
         RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: 4096 bytes"),
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("could not create a primitive"),
+        RuntimeError("can't start new thread"),
     ],
 )
 def test_too_little_memory_is_one_line(photos, tmp_path, monkeypatch, error):

@@ -85,8 +85,8 @@ def one_line_errors(command: Command) -> Command:
     return wrapped
 
 
-OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive", "bad_alloc", "Unable to allocate")
-"""How errors without a type of their own say it: torch's allocator on the CPU, oneDNN, C++, numpy."""
+OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive", "bad_alloc", "can't start new thread")
+"""How errors without a type of their own say it: torch's allocator on the CPU, oneDNN, C++, Python's threads."""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
