@@ -170,6 +170,11 @@ def test_explain_choice_says_which_and_why(fastest_is_missing, bank):
     assert "reference: serves float32 on cpu (named)" in ps.LocalScore(bank, 3, engine="reference").explain_choice()
 
 
+def test_an_engine_with_a_half_for_each_device_is_told_of_once():
+    names = [one.name for one, _, _ in engines.candidates(engines.EXACT, "auto", CPU, torch.float32)]
+    assert names == ["fused", "sliding", "reference"]
+
+
 def test_float64_images_get_float64_digits(bank):
     machine = ps.LocalScore(bank, 3)
     with warnings.catch_warnings():

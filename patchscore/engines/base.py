@@ -102,10 +102,12 @@ def candidates(
     The named one first; engines written for another device are left out unless named. float64 images ask for float64
     digits, and "auto" takes an engine that has them.
     """
-    ordered = [engine for engine in engines if engine.name == named]
-    # Of two halves of one engine the one for this device speaks.
-    ordered = [engine for engine in ordered if engine.runs_on(device)] or ordered[:1]
-    ordered += [engine for engine in engines if engine.name != named]
+    # Of the halves of an engine the one for this device speaks.
+    halves: dict[str, Engine] = {}
+    for engine in engines:
+        if engine.name not in halves or engine.runs_on(device):
+            halves[engine.name] = engine
+    ordered = sorted(halves.values(), key=lambda engine: engine.name != named)
     for engine in ordered:
         if not engine.runs_on(device):
             yield engine, f"it does not run on {device.type}", engine.name == named
