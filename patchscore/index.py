@@ -29,10 +29,12 @@ from tqdm import tqdm
 
 from . import checks
 from .bank import PatchBank
-from .files import LOCK, TEMPORARY, errors_name, locked, write_atomically
+from .files import LOCK, TEMPORARY, errors_name, locked, parse_json, sealed, unsealed, write_atomically
 from .pixels import to_values
 
-FORMAT = 2
+FORMAT = 3
+"""Since 3 each patch size names its bank and options, and both meta.json carry a hash."""
+
 OPTIONS = ("padding_mode", "rank", "cells", "max_windows", "seed")
 MOST_AXES = 40
 """Axes kept at most up to k = 5: a window then takes 80 bytes of features, 8 of place, 2 of count and C of value.
@@ -225,7 +227,7 @@ class PatchIndex:
             raise ValueError(f"{path}: this index holds no patch size yet; build it again")
         index = cls(path, bank, meta)
         for k in meta["patch_sizes"]:
-            _check_files(path / f"k{k:02d}", verify)
+            _check_part(path / f"k{k:02d}", k, meta, verify)
         return index
 
     def at(self, k: int) -> IndexedSize:
@@ -289,9 +291,9 @@ class IndexedSize:
         self.index = index
         self.k = k
         self.folder = index.path / f"k{k:02d}"
-        self.meta = json.loads((self.folder / "meta.json").read_text())
+        self.meta = unsealed(parse_json((self.folder / "meta.json").read_bytes()))
         arrays = safetensors.torch.load_file(self.folder / "cells.safetensors")
-        self.rank: int = self.meta["rank"]
+        self.rank: int = self.meta["axes"]
         self.regions = [
             Region(range(*entry["rows"]), range(*entry["cols"]), entry["first_cell"], entry["cells"])
             for entry in self.meta["regions"]
@@ -452,7 +454,8 @@ class _Builder:
         record = {
             "format": FORMAT,
             "patch_size": self.k,
-            "rank": self.rank,
+            **{name: self.meta[name] for name in ("bank", *OPTIONS)},
+            "axes": self.rank,
             "windows": self.seen,
             "stored": self.stored,
             "subsampled_images": len(self.members) if len(self.members) < len(self.bank) else None,
@@ -832,19 +835,27 @@ def _faiss() -> Any:
 
 def _read_meta(path: Path, bank: PatchBank) -> dict[str, Any]:
     try:
-        meta = json.loads((path / "meta.json").read_text())
-        form = meta["format"]
-        if form == FORMAT:
-            _ = [meta[name] for name in ("bank", "patch_sizes", *OPTIONS)]
+        meta = _read_json(path / "meta.json")
     except FileNotFoundError:
         raise ValueError(f"{path}: no index here; PatchIndex.build or `patchscore index` makes one") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise ValueError(f"{path / 'meta.json'}: damaged, not the description of an index") from None
-    if form != FORMAT:
-        raise ValueError(f"{path}: index format {form}, this version reads {FORMAT}; build it again")
+    if meta.get("format") != FORMAT:
+        sizes = ",".join(map(str, meta.get("patch_sizes") or ["3"]))
+        raise ValueError(
+            f"{path}: index format {meta.get('format')!r}, this version reads {FORMAT}; build it again elsewhere: "
+            f"patchscore index SOURCE --patch-sizes {sizes} --out {path}-{FORMAT}"
+        )
     if meta["bank"] != bank.fingerprint:
         raise ValueError(f"{path}: the index of another bank: {_difference(meta, bank)}")
     return meta
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A meta.json, its hash checked; one of another format as it is."""
+    try:
+        record = parse_json(path.read_bytes())
+        return unsealed(record) if record["format"] == FORMAT else record
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: damaged, not the description of an index") from None
 
 
 def _difference(meta: dict[str, Any], bank: PatchBank) -> str:
@@ -858,11 +869,17 @@ def _difference(meta: dict[str, Any], bank: PatchBank) -> str:
     return f"as many images of the same shape, {n}, but other pixels or labels"
 
 
-def _check_files(folder: Path, verify: bool) -> None:
+def _check_part(folder: Path, k: int, meta: dict[str, Any], verify: bool) -> None:
+    """ValueError unless the folder of a patch size is this index's own and its files are as they were written."""
     try:
-        files = json.loads((folder / "meta.json").read_text())["files"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        raise ValueError(f"{folder / 'meta.json'}: missing or damaged; build the index again") from None
+        part = _read_json(folder / "meta.json")
+    except OSError:
+        raise ValueError(f"{folder / 'meta.json'}: missing; build the index again") from None
+    for name, expected in {"format": FORMAT, "patch_size": k, **{n: meta[n] for n in ("bank", *OPTIONS)}}.items():
+        if part.get(name) != expected:
+            what = "bank" if name == "bank" else f"{name} {part.get(name)!r} instead of {expected!r}"
+            raise ValueError(f"{folder}: part of an index of another {what}; build the index again")
+    files = part["files"]
     for name, expected in files.items():
         file = folder / name
         size = file.stat().st_size if file.is_file() else -1
@@ -882,4 +899,5 @@ def _sha256(path: Path) -> str:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    """Writes a meta.json with its hash."""
+    write_atomically(path, (json.dumps(sealed(content), indent=1) + "\n").encode())

@@ -1,7 +1,6 @@
 """PatchIndex: what it stores, what search finds, and that no folder on disk is ever half valid."""
 
 import builtins
-import json
 import os
 import shutil
 
@@ -363,7 +362,7 @@ def test_no_index_is_refused(images, tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 2}', '{"format": 99}', "\udcff"])
 def test_a_damaged_or_foreign_description_is_refused(images, copied, content):
     (copied / "meta.json").write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=r"damaged, not the description|index format 99, this version reads"):
+    with pytest.raises(ValueError, match=r"damaged, not the description|index format (2|99), this version reads"):
         ps.PatchIndex.open(copied, images)
 
 
@@ -377,14 +376,22 @@ def test_a_damaged_file_is_refused_by_its_path(images, copied, name, damage):
     elif damage == "truncated":
         file.write_bytes(content[:-1] if name != "meta.json" else content[:-9])
     elif name == "meta.json":
-        meta = json.loads(content)
-        meta["files"]["lists.bin"]["sha256"] = "0" * 64
-        file.write_text(json.dumps(meta))
-        file = copied / "k05" / "lists.bin"
+        file.write_bytes(content.replace(b'"sha256": "', b'"sha256": "0', 1))
     else:
         content[len(content) // 2] ^= 4
         file.write_bytes(content)
     with pytest.raises(ValueError, match=str(file)):
+        ps.PatchIndex.open(copied, images)
+
+
+@pytest.mark.parametrize("difference", ["bank", "max_windows", "patch_size"])
+def test_a_part_of_another_index_is_refused_by_name(images, copied, tmp_path, difference):
+    other = ps.PatchBank(smooth_images(12, 3, 12, 10, seed=9)) if difference == "bank" else images
+    limit = 500 if difference == "max_windows" else None
+    ps.PatchIndex.build(other, [3, 5], tmp_path / "other", max_windows=limit, progress=False)
+    shutil.rmtree(copied / "k05")
+    shutil.copytree(tmp_path / "other" / ("k03" if difference == "patch_size" else "k05"), copied / "k05")
+    with pytest.raises(ValueError, match=f"k05: part of an index of another {difference}"):
         ps.PatchIndex.open(copied, images)
 
 

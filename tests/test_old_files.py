@@ -30,18 +30,18 @@ def run(*words):
 SAMPLE = ("sample", "bank.npz", "--table", "table.json", "--steps", 4, "--batch-size", 2, "-n", 3, "--labels", "all")
 
 
-def test_an_index_is_opened_and_grows(old):
+def test_an_index_is_refused_with_the_command_that_builds_it_again(old):
     pytest.importorskip("faiss", reason="FAISS cannot be imported")
     bank = ps.PatchBank.open("bank.npz")
-    index = ps.PatchIndex.open("index", bank, verify=True)
-    assert index.patch_sizes == [3, 5]
-    z = bank.chunk(0, 2)
-    found = ps.EquivariantLocalScore(bank, 3, index=index, budget=1.0).estimate(z, 0.5)
-    exact = ps.EquivariantLocalScore(bank, 3).denoise(z, 0.5)
-    assert ((found.mean - exact).abs() <= 5 * found.stderr + 1e-3).all()
-    words = ("index", "bank.npz", "--cells", 16, "--rank", 4, "--out", "index", "--patch-sizes")
-    assert run(*words, "3,5,7").exit_code == 0
-    assert ps.PatchIndex.open("index", bank).patch_sizes == [3, 5, 7]
+    message = r"index: index format 2, this version reads 3; .* patchscore index SOURCE --patch-sizes 3,5 --out index-3"
+    with pytest.raises(ValueError, match=message):
+        ps.PatchIndex.open("index", bank)
+    words = ("index", "bank.npz", "--cells", 16, "--rank", 4, "--patch-sizes", "3,5", "--out")
+    refused = run(*words, "index")
+    assert refused.exit_code == 2
+    assert "index format 2" in refused.stderr
+    assert run(*words, "index-3").exit_code == 0
+    assert ps.PatchIndex.open("index-3", bank).patch_sizes == [3, 5]
 
 
 def test_a_table_a_network_and_a_calibration_are_read(old):
@@ -73,9 +73,14 @@ def test_a_run_is_explained_where_it_lies(old):
     assert run("explain", "run", "--image", 1, "--levels", 1).exit_code == 0
 
 
-def test_a_run_with_an_index_is_explained_with_it(old):
+def test_a_run_with_an_index_is_explained_once_the_index_is_built_again(old):
     pytest.importorskip("faiss", reason="FAISS cannot be imported")
-    result = run("explain", "run-with-index", "--levels", 1)
+    refused = run("explain", "run-with-index", "--levels", 1)
+    assert refused.exit_code == 2
+    assert "index format 2" in refused.stderr
+    words = ("bank.npz", "--cells", 16, "--rank", 4, "--patch-sizes", "3,5", "--out", "index-3")
+    assert run("index", *words).exit_code == 0
+    result = run("explain", "run-with-index", "--levels", 1, "--index", "index-3")
     assert result.exit_code == 0, result.output
     assert "is not there" not in result.output
 
