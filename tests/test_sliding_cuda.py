@@ -161,10 +161,14 @@ def test_largest_values_do_not_overflow(kernels):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_selections_read_the_same_pixels(kernels, dtype):
+def test_selections_read_the_same_pixels(kernels, monkeypatch, dtype):
     bank = ps.PatchBank(smooth_images(24, 3, 8, 9, dtype=dtype), torch.arange(24) % 3).select(1)
     compare(bank, circular(3, 8, 9), [0.1, 1.0])
     compare(bank, broken(5, 8, 9), [0.1, 1.0])
+    monkeypatch.setattr(sliding_cuda, "SLAB_BYTES", 11_000)
+    kernels.launches.clear()
+    compare(bank, circular(3, 8, 9), [0.1])
+    assert kernels.launches.count("patchscore_pack") > 2
 
 
 def test_any_product_of_axes_gives_the_references_sums(kernels):
