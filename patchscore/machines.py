@@ -12,6 +12,7 @@ everywhere (equivariant local). A machine decides that and nothing else; engines
 from __future__ import annotations
 
 import math
+import warnings
 
 from . import checks, engines
 from .bank import PatchBank
@@ -115,8 +116,17 @@ class EquivariantLocalScore(ScoreMachine):
         rounding = tolerance if index is None else None
         super().__init__(bank, _check_patch_size(patch_size), engine, memory_limit, pruned, rounding)
         self.padding_mode = checks.one_of("padding_mode", padding_mode, ("zeros", "circular"))
+        used = patch_size.sizes if isinstance(patch_size, ScaleTable) else [int(patch_size)]
         _, height, width = self.shape
-        largest = max(patch_size.sizes) if isinstance(patch_size, ScaleTable) else int(patch_size)
+        sizes = {_widest(k, height, width) for k in used}
+        if index is not None and not sizes & set(index.patch_sizes):
+            has, uses = (", ".join(map(str, sorted(some))) for some in (index.patch_sizes, sizes))
+            warnings.warn(
+                f"index: it has patch sizes {has}, the machine uses {uses}: all sums are exact",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        largest = max(used)
         if padding_mode == "circular" and largest > min(height, width):
             raise ValueError(
                 f'patch_size: {largest} does not fit in {height} x {width} images, and with padding_mode="circular" '

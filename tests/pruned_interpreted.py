@@ -18,9 +18,8 @@ import torch
 from conftest import noisy, smooth_images
 
 import patchscore as ps
-from patchscore import engines
+from patchscore.engines import base, native, reference
 from patchscore.engines import device as devices
-from patchscore.engines import native, reference
 from patchscore.engines.fused import launch as fused
 from patchscore.engines.pruned import device_index as lists_rows
 from patchscore.engines.pruned import kernels as lists
@@ -382,7 +381,7 @@ def test_rows_die_with_their_index(tmp_path):
 def test_a_kernel_that_does_not_compile_falls_back_with_one_warning(indexed, monkeypatch):
     bank, index = indexed(1)
     monkeypatch.setattr(pruned_cuda, "_broken", None)
-    monkeypatch.setattr(engines, "_warned", set())
+    monkeypatch.setattr(base, "_warned", set())
 
     class Broken:
         def __getitem__(self, grid):

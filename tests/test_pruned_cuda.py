@@ -181,7 +181,7 @@ class TestOnGpu:
         for budget in (1.0, 0.03):
             machine = ps.EquivariantLocalScore(bank, k, mode, index=index, budget=budget)
             found = machine.estimate(z, sigma)
-            assert found.engine == "pruned"
+            assert found.engine in ("pruned", "pruned and sliding")  # corners are exact
             error = found.mean - exact.mean
             assert (error.abs() <= 3 * found.stderr + 1e-3).float().mean() > 0.9
             assert _rms(error) < (0.02 if budget == 1 else 0.1)
