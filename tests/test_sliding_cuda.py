@@ -193,6 +193,7 @@ def test_numbers_do_not_depend_on_slabs_or_batch(kernels, monkeypatch):
     bank = ps.PatchBank(smooth_images(150, 1, 6, 6))
     z, sigma = noisy_batch(bank, [0.05, 3.0, 0.4])
     competition = circular(3, 6, 6)
+    monkeypatch.setattr(sliding_cuda, "CHUNKS", 4)  # so that a slab alone would be cut into smaller chunks
     (expected,) = sliding_cuda.posterior_sums(z, sigma, bank, [competition], LIMIT)
     monkeypatch.setattr(sliding_cuda, "SLAB_BYTES", 64 * 60 * 36)
     (slabs,) = sliding_cuda.posterior_sums(z, sigma, bank, [competition], LIMIT)

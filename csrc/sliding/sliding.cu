@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
             const int b = tile % tiles_per_image * TILE + 2 * quad;
             for (int e = 0; e < 2; ++e)
                 for (int jj = 0; jj < 2; ++jj) {
-                    const bool matches = t.cols.locked ? b + e == row_of_lane + 8 * jj : b + e < columns;
+                    const bool matches = !t.cols.locked || b + e == row_of_lane + 8 * jj;
                     if (tile < all_tiles && b + e < columns && matches) exist |= 1u << (jj * 8 + n * 2 + e);
                 }
             if (threadIdx.x == 0 && tile < all_tiles)
