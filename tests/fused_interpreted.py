@@ -17,6 +17,7 @@ from patchscore.engines.fused import launch, naive, rows
 from patchscore.engines.fused.launch import Fused
 from patchscore.engines.fused.plan import Plan, choose_plan, spectrum_of
 from patchscore.engines.reference import Reference
+from patchscore.pixels import to_bytes, to_values
 from patchscore.windows import Axis, Competition, Group
 
 LIMIT = 2**30
@@ -104,6 +105,23 @@ def test_sums_are_the_references_where_the_window_is_larger_than_the_image(name)
 def test_low_noise_is_held(name, k):
     bank = ps.PatchBank(smooth_images(13, 1, 6, 7))
     compare(bank, competition(name, bank, k), [0.005, 0.02, 0.08])
+
+
+@pytest.mark.parametrize(
+    ("k", "sigma"), [*((3, s) for s in (0.1, 0.11, 0.12)), *((5, s) for s in (0.17, 0.2, 0.25)), (7, 0.4), (11, 1.0)]
+)
+@pytest.mark.parametrize("dtype", [torch.uint8, pytest.param(torch.float32, marks=thorough)])
+def test_queries_between_two_windows_are_held_where_nothing_averages_out(k, sigma, dtype):
+    # One or two windows have the weight: rounding a query moves a mean by as much as it moves their logits apart.
+    generator = torch.Generator().manual_seed(0)
+    size = max(8, k + 1)
+    coarse = torch.randn(5, 3, size // 4, size // 4, generator=generator)
+    fine = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
+    images = to_bytes(0.5 * (fine + 0.1 * torch.randn(fine.shape, generator=generator)))
+    bank = ps.PatchBank(images if dtype == torch.uint8 else to_values(images))
+    z = bank.chunk(0, 2)
+    z = z + sigma * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    compare(bank, competition("els-circular", bank, k), [sigma] * 2, z=z)
 
 
 @pytest.mark.parametrize("name", ["els-circular", "els-zeros"])

@@ -28,6 +28,9 @@ eight gained no size of rows on CIFAR-10 at k = 5 and 7."""
 PILOT_ESS = 17 * 64
 """Effective windows of the worst pixel from which on a pilot sets the reference: of 64 splits each has one among the
 17th of its windows that its pilot reads. With fewer a tile of 128 queries is often done twice (docs/notes/fused.md)."""
+NOISE_DEVIATIONS, ROUNDING_DEVIATIONS = 4.0, 3.0
+"""Of the noise along the line between two windows, and of rounding: both at once are exceeded with a probability of
+e^-12.5, once in 250,000 pixels."""
 SPECTRUM_IMAGES = 512
 
 
@@ -86,17 +89,24 @@ def choose_plan(spectrum: Spectrum | None, d: int, sigma: float, tolerance: floa
 
     where u_i = u = 2^-11, or u^2 on axes that are split into hi + lo. By Cauchy-Schwarz that is at most
     u (|q - p| |p| + |q| |p|) / sigma^2. What moves a result is the spread of this over the windows that carry weight,
-    whose (q - p)_i has variance sigma^2 and whose p_i has the posterior variance s_i = l_i sigma^2 / (l_i + sigma^2),
-    l_i the variance of axis i: rounding errors have mean square u_i^2/6 of the number's, so for axes rounded on both
-    sides the standard deviation of a logit is
+    whose (q - p)_i has variance sigma^2; rounding errors have mean square u_i^2/6 of the number's.
 
-        delta = sqrt(L / 3) / sigma,   L = sum of u_i^2 l_i,
+    Few windows: nothing averages out. A query is a window plus noise, so two windows p and p' can share the weight
+    where the noise along their difference reaches |p - p'| / 2: within a = NOISE_DEVIATIONS standard deviations,
 
-    and dropping an axis does the same with 1 in place of u_i / sqrt(3). A result moves by delta times the posterior's
-    standard deviation (at most min(sigma, 1/2)) over sqrt(effective sample size), and by the part that does not
-    average, the derivative of the mean, Cov(v, p) / sigma^2, times e. The effective sample size of N windows is that of
-    a Gaussian bank, N prod_i sqrt(1 + 2 t) / (1 + t) e^(-t / (1 + 2 t)), t = l_i / sigma^2, divided by 300 for the
-    worst pixel. Where float32 sums of products could be off by `tolerance` nats, 1.5 d 2^-22 / sigma^2 with pixels up
+        |p - p'| <= R = min(2 a sigma, 2 sqrt(d)),   |v - v'| <= V = min(2 a sigma, 2),
+
+    as pixels lie in [-1, 1]. Their logits part by (p' - p).e / sigma^2, of standard deviation at most
+    R max_i(u_i |q_i|) / sqrt(6) / sigma^2; q_i^2 is 1 + sigma^2 for a pixel and l_i + sigma^2 for an axis, l_i its
+    variance. Patches rounded too add 2 sum_i(u_i^2 l_i) / (6 sigma^2) to the square of that, and a dropped axis
+    2 l_i / sigma^2, the one part that takes the bank's variances for those of the pair. Let X be ROUNDING_DEVIATIONS
+    standard deviations. A covariance is at most a quarter of the product of two ranges: the mean moves by V X / 4.
+
+    Many windows: this is divided by sqrt(effective sample size), and the part that does not average, the derivative of
+    the mean, Cov(v, p) / sigma^2, times e, is added, with posterior variances s_i = l_i sigma^2 / (l_i + sigma^2). The
+    effective sample size of N windows is that of a Gaussian bank,
+    N prod_i sqrt(1 + 2 t) / (1 + t) e^(-t / (1 + 2 t)), t = l_i / sigma^2, divided by 300 for the worst pixel, and at
+    least 1. Where float32 sums of products could be off by `tolerance` nats, 1.5 d 2^-22 / sigma^2 with pixels up
     to 1, the plan is `exact`; a logit error of x nats moves a mean of values in [-1, 1] by tanh(x) at most.
     docs/notes/fused.md holds this against measured errors.
 
@@ -119,16 +129,20 @@ def choose_plan(spectrum: Spectrum | None, d: int, sigma: float, tolerance: floa
 
     log_share = sum(0.5 * math.log1p(2 * v / s2) - math.log1p(v / s2) - v / (2 * v + s2) for v in variances)
     ess = max(1.0, spectrum.windows * math.exp(log_share) / 300)
-    spread = 2 * min(sigma, 0.5) / math.sqrt(ess)
+    range_of_value = min(2 * NOISE_DEVIATIONS * sigma, 2.0)
+    spread = range_of_value / math.sqrt(ess) / 4
     centre = 2 / d  # share of a pixel in an axis, at most about that
 
     def error(logit_variance: float, shift_variance: float) -> float:
-        return spread * math.sqrt(logit_variance / s2) + 4 * math.sqrt(centre * shift_variance / s2)
+        range_of_logit = ROUNDING_DEVIATIONS * math.sqrt(2 * logit_variance / s2)
+        return spread * range_of_logit + 4 * math.sqrt(centre * shift_variance / s2)
 
     # Pixels: patches exact or split, queries rounded or split.
     posterior = [v * s2 / (v + s2) for v in variances]
-    rounding = UNIT_ROUNDOFF**2 / 6 * (spectrum.square + s2) / s2
-    rounded = error(rounding * sum(posterior), rounding * sum(p * p for p in posterior))
+    farthest = min((2 * NOISE_DEVIATIONS * sigma) ** 2, 4.0 * d)
+    pair = UNIT_ROUNDOFF**2 / 6 * (1 + s2) * farthest / (2 * s2)
+    shifted = UNIT_ROUNDOFF**2 / 6 * (spectrum.square + s2) / s2 * sum(p * p for p in posterior)
+    rounded = error(pair, shifted)
     best = Plan(d, q_lo=d if rounded > tolerance else 0, p_lo=p_lo, skip=skip)
     if not axes:
         return best
@@ -141,7 +155,8 @@ def choose_plan(spectrum: Spectrum | None, d: int, sigma: float, tolerance: floa
         if split > d:
             break
         u2 = [UNIT_ROUNDOFF ** (4 if i < split else 2) for i in range(d)]
-        rounded = sum(u * v for u, v in zip(u2, variances, strict=True)) / 3
+        rounded = sum(u * v for u, v in zip(u2, variances, strict=True)) / 6
+        rounded += max(u * (v + s2) for u, v in zip(u2, variances, strict=True)) / 6 * farthest / (2 * s2)
         shifted = sum(u * v for u, v in zip(u2, shifts, strict=True)) / 6
         errors = [error(tail + rounded, squares + shifted) for tail, squares in zip(tails, tail_squares, strict=True)]
         rank = next((rank for rank in range(max(1, split), d + 1) if errors[rank] <= tolerance), None)
