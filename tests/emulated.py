@@ -32,7 +32,7 @@ def build(folder, source=ROOT / "csrc" / "sliding" / "sliding.cu"):
     library = kernels.with_name(kernels.name + emulator.name + ".so")
     if not library.exists():
         # Without the sanitizers' libraries: the emulator answers their calls.
-        subprocess.run([compiler, "-shared", "-o", library, kernels, emulator, "-ldl", "-pthread"], check=True)
+        _make([compiler, "-shared", str(kernels), str(emulator), "-ldl", "-pthread"], library)
     return library
 
 
@@ -43,8 +43,15 @@ def _built(folder, command, source):
     if not made.exists():
         with open(source) as text:
             # From standard input, so that "cuda_device.h" is the emulation's.
-            subprocess.run([*command, "-o", made, "-"], stdin=text, cwd=EMULATION, check=True)
+            _make([*command, "-"], made, stdin=text, cwd=EMULATION)
     return made
+
+
+def _make(command, made, **options):
+    """Another process may make the same: a file appears whole."""
+    own = made.with_name(f"{made.name}.{os.getpid()}")
+    subprocess.run([*command, "-o", str(own)], check=True, **options)
+    own.replace(made)
 
 
 def load(path, source=cuda.load):

@@ -148,6 +148,21 @@ def test_maximum_may_rise_by_thousands_of_nats(kernels):
         assert_same(got, reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT), 1e-3)
 
 
+@pytest.mark.parametrize("half", [0, 1])
+def test_one_half_of_the_columns_may_weigh_alone(kernels, monkeypatch, half):
+    # A warp takes columns 0-7 and 8-15 at once; the last image is near in one half, where another was before.
+    monkeypatch.setattr(sliding_cuda, "CHUNKS", 1)
+    images = torch.full((8, 1, 6, 16), 255, dtype=torch.uint8)
+    halves = [slice(0, 8), slice(8, 16)]
+    images[0, :, :, halves[1 - half]] = 10
+    images[7, :, :, halves[half]] = 20
+    bank = ps.PatchBank(images)
+    z = ps.PatchBank(torch.full((1, 1, 6, 16), 15, dtype=torch.uint8)).chunk(0, 1)
+    sigma = torch.tensor([0.05], dtype=torch.float64)
+    (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [local(3, 6, 16)], LIMIT)
+    assert_same(got, reference.posterior_sum(z.double(), sigma, bank, local(3, 6, 16), LIMIT), 1e-4)
+
+
 def test_largest_values_do_not_overflow(kernels):
     # Black and white images under a constant far beyond them: every sum of digits is as large as it gets.
     images = torch.tensor([0, 255], dtype=torch.uint8).repeat(3)[:, None, None, None].expand(6, 3, 15, 15)

@@ -37,7 +37,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("no barrier after a group is staged", KERNELS, "exist != 0xffffu);\n        " + BARRIER, "exist != 0xffffu);\n"),
     ("no barrier between rows", KERNELS, "                }\n                " + BARRIER, "                }\n"),
     ("no barrier before lanes are merged", KERNELS, "in their order.\n    " + BARRIER, "in their order.\n"),
-    ("warps come to a barrier unequally often", KERNELS, "step < length;", "step < hi - start;"),
+    ("warps come to a barrier unequally often", KERNELS, "step < length;", "step < at_most(length, hi - start);"),
     ("a vote where only some lanes are", KERNELS, "if (total[jj] <= RISE) continue;", "if (total[jj] <= RISE) break;"),
     ("a thread leaves before the barriers", KERNELS, "    const Layout layout(t);\n\n",
      "    const Layout layout(t);\n    if (j0 + row_of_lane >= t.cols.q1) return;\n\n"),
