@@ -140,6 +140,8 @@ class ScoreMachine(Denoiser):
         return engines.explain_choice(self.engines, self.engine, checks.device(device), dtype)
 
     def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
+        if type(self).estimate is not ScoreMachine.estimate:  # a subclass with an estimate of its own
+            return self.estimate(z, sigma, labels).mean
         return self.estimate(z, sigma, labels, ess=False).mean
 
     @torch.no_grad()
