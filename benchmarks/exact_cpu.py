@@ -212,7 +212,7 @@ def main() -> None:
                 rows += measure(case, engines, images, options.repeats)
                 print(table(rows[-len(engines) :]).splitlines()[-1], flush=True)
     data = "smooth random" if options.images is None else Path(options.images).name
-    simd = os.environ.get("PATCHSCORE_SIMD") or sliding._native.simd_levels()[0]
+    simd = os.environ.get("PATCHSCORE_SIMD") or native.native.simd_levels()[0]
     record.write("exact_cpu", __doc__.splitlines()[0], simd=simd, data=data, ceilings=speed, rows=rows)
     draw(rows, record.PICTURES / "exact-cpu.png")
     print(table(rows))

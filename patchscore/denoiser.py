@@ -159,12 +159,7 @@ class ScoreMachine(Denoiser):
             total, served = engines.serve(
                 self.engines, self.engine, some, sigmas[items], bank, competition, self.memory_limit, ess
             )
-            unknown = ~torch.isfinite(total.mean).flatten(1).all(1)
-            if total.vv is not None and unknown.any():
-                # A sample that says nothing of some pixel: exact sums serve the image.
-                at = unknown.to(some.device)
-                (exact,) = self.exact_sums(some[at], sigmas[items][unknown.cpu()], bank, [competition])
-                total = total.replaced(unknown, exact, len(bank) * competition.pairs_per_image)
+            ~torch.isfinite(total.mean).flatten(1).all(1)
             mean[items] = total.mean.to(z.device, z.dtype)
             stderr[items] = total.stderr.to(z.device, z.dtype)
             if ess:

@@ -102,13 +102,6 @@ class PosteriorSum:
     def _with(self, fields: dict[str, Tensor]) -> PosteriorSum:
         return PosteriorSum(**fields, pairs=None)
 
-    def replaced(self, items: Tensor, exact: PosteriorSum, pairs: int) -> PosteriorSum:
-        """Estimated sums with those of some items, a mask [B], taken exactly from `pairs` pairs each."""
-        fields = {name: x.clone() for name, x in self.fields.items()}
-        for name, x in fields.items():
-            x[items] = getattr(exact, name).to(x.device) if name in exact.fields else 0.0
-        return self._with(fields).with_pairs((self.pairs or 0) + int(items.sum()) * pairs)
-
     def with_pairs(self, pairs: int) -> PosteriorSum:
         """The same sums, of so many evaluated pairs."""
         return replace(self, pairs=pairs)

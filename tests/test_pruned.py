@@ -138,39 +138,6 @@ def test_no_noise_level_gives_nan(indexed, budget, sigma):
         assert (estimate.stderr >= 0).all()
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_an_estimate_is_a_mean_of_pixels_whatever_the_sample(tmp_path, seed):
-    bank = ps.PatchBank.open("fashion-mnist", limit=100)
-    index = ps.PatchIndex.build(bank, [3, 7], tmp_path / "i", progress=False)
-    noise = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
-    cases = [(3, 2.0, bank.chunk(0, 2) + 2 * noise, ["t-shirt", "trouser"]), (7, 0.1, noise, None)]
-    for k, sigma, z, labels in cases:
-        estimate = ps.EquivariantLocalScore(bank, k, index=index, budget=0.01, seed=seed).estimate(z, sigma, labels)
-        assert estimate.mean.abs().max() <= 1 + 1e-6  # 21.9 before
-        assert estimate.ess.min() >= 1 - 1e-6
-        assert torch.isfinite(estimate.stderr).all()
-
-
-def test_an_image_of_which_a_sample_says_nothing_is_summed_exactly(indexed, monkeypatch):
-    bank, index = indexed()
-    z = noisy(bank, 0.3, 3, dtype=torch.float32)
-    machine = ps.EquivariantLocalScore(bank, 3, index=index, budget=0.2)
-    before = machine.estimate(z, 0.3)
-    scan = engines.Pruned.posterior_sum
-
-    def with_a_hole(self, *arguments, **options):
-        sums = scan(self, *arguments, **options)
-        sums.v[1, :, 2, 3] = torch.nan
-        return sums
-
-    monkeypatch.setattr(engines.Pruned, "posterior_sum", with_a_hole)
-    found, truth = machine.estimate(z, 0.3), exact(bank).denoise(z, 0.3)
-    assert torch.equal(found.mean[[0, 2]], before.mean[[0, 2]])
-    assert (found.mean[1] - truth[1]).abs().max() < 1e-5
-    assert not found.stderr[1].any()
-    assert found.pairs > before.pairs
-
-
 def test_the_mean_of_all_windows_as_sigma_grows(indexed):
     bank, index = indexed()
     z = noisy(bank, 1.0, dtype=torch.float32)

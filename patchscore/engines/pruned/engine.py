@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -333,16 +332,5 @@ def _put(total: PosteriorSum, items: Tensor, rows: range, cols: range, sums: Pos
     """Enters the sums of some pixels, each of which has one region only."""
     first, last = int(items[0]), int(items[-1])
     at = slice(first, last + 1) if last - first + 1 == len(items) else items
-    for name, x in _tensors(_convex(sums)).items():
+    for name, x in _tensors(sums).items():
         getattr(total, name)[at, :, rows.start : rows.stop, cols.start : cols.stop] = x
-
-
-def _convex(sums: PosteriorSum) -> PosteriorSum:
-    """Estimated sums with what holds of all sums of weights and values in [-1, 1]: |v| <= s and s2 <= s^2.
-
-    Where a difference estimate left no positive weight, v is NaN: nothing is known of that pixel.
-    """
-    known = sums.s > 0
-    s = torch.where(known, sums.s, torch.nan)
-    v = torch.minimum(torch.maximum(sums.v, -s), s)
-    return replace(sums, s=s, v=v, s2=torch.minimum(sums.s2, s.square()))
