@@ -30,18 +30,15 @@ def run(*words):
 SAMPLE = ("sample", "bank.npz", "--table", "table.json", "--steps", 4, "--batch-size", 2, "-n", 3, "--labels", "all")
 
 
-def test_an_index_is_opened_and_grows(old):
-    pytest.importorskip("faiss", reason="FAISS cannot be imported")
+def test_an_index_is_refused_with_what_to_do(old):
     bank = ps.PatchBank.open("bank.npz")
-    index = ps.PatchIndex.open("index", bank, verify=True)
-    assert index.patch_sizes == [3, 5]
-    z = bank.chunk(0, 2)
-    found = ps.EquivariantLocalScore(bank, 3, index=index, budget=1.0).estimate(z, 0.5)
-    exact = ps.EquivariantLocalScore(bank, 3).denoise(z, 0.5)
-    assert ((found.mean - exact).abs() <= 5 * found.stderr + 1e-3).all()
-    words = ("index", "bank.npz", "--cells", 16, "--rank", 4, "--out", "index", "--patch-sizes")
-    assert run(*words, "3,5,7").exit_code == 0
-    assert ps.PatchIndex.open("index", bank).patch_sizes == [3, 5, 7]
+    with pytest.raises(
+        ValueError, match="index format 2, this version reads 3; build it again with `patchscore index`"
+    ):
+        ps.PatchIndex.open("index", bank)
+    result = run("index", "bank.npz", "--out", "index", "--patch-sizes", "3")
+    assert result.exit_code == 2
+    assert "index format 2" in result.stderr
 
 
 def test_a_table_a_network_and_a_calibration_are_read(old):
@@ -73,11 +70,10 @@ def test_a_run_is_explained_where_it_lies(old):
     assert run("explain", "run", "--image", 1, "--levels", 1).exit_code == 0
 
 
-def test_a_run_with_an_index_is_explained_with_it(old):
-    pytest.importorskip("faiss", reason="FAISS cannot be imported")
+def test_a_run_with_an_index_names_the_index_to_build_again(old):
     result = run("explain", "run-with-index", "--levels", 1)
-    assert result.exit_code == 0, result.output
-    assert "is not there" not in result.output
+    assert result.exit_code == 2
+    assert "index format 2, this version reads 3; build it again with `patchscore index`" in result.stderr
 
 
 def test_a_run_is_not_continued_but_replaced_on_demand(old):
