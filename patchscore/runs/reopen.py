@@ -85,7 +85,9 @@ def reopen(
         machine = EquivariantLocalScore(bank, table, padding_mode)
     else:
         found = _index_of_run(Path(indexed), bank, built, out)
-        machine = EquivariantLocalScore(bank, table, padding_mode, index=found, **shares, seed=walked["seed"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # sizes that the index lacks were told of when it ran
+            machine = EquivariantLocalScore(bank, table, padding_mode, index=found, **shares, seed=walked["seed"])
     return machine, walked, record, sorted(set(listed))
 
 
