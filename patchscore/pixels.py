@@ -38,8 +38,8 @@ def channel_axis(shape: tuple[int, ...]) -> int | None:
 
 
 def surely_channels_last(shape: tuple[int, ...]) -> bool:
-    """Whether [..., a, b, c] has room for channels at its end alone."""
-    return shape[-1] <= MOST_CHANNELS < shape[-3]
+    """Whether [..., a, b, c] has room for channels at its end alone: an image of 1 x 1 may have five channels."""
+    return shape[-1] <= MOST_CHANNELS < min(shape[-3], shape[-2])
 
 
 def is_one_image(shape: tuple[int, ...]) -> bool:
