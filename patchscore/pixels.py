@@ -37,13 +37,9 @@ def channel_axis(shape: tuple[int, ...]) -> int | None:
     return -3 if first else -1
 
 
-SMALLEST_SIDE = 8
-"""Height and width, in pixels, from which an axis is taken for one of an image rather than for channels."""
-
-
 def surely_channels_last(shape: tuple[int, ...]) -> bool:
-    """Whether [..., a, b, c] has room for channels at its end alone: an image of 1 x 1 may have five channels."""
-    return shape[-1] <= MOST_CHANNELS and min(shape[-3], shape[-2]) >= SMALLEST_SIDE
+    """Whether [..., a, b, c] has room for channels at its end alone."""
+    return shape[-1] <= MOST_CHANNELS < shape[-3]
 
 
 def is_one_image(shape: tuple[int, ...]) -> bool:
