@@ -67,7 +67,7 @@ try:
     extensions.append(
         Pybind11Extension(
             "patchscore._native",
-            ["csrc/bindings.cpp", "csrc/sliding/sliding.cpp", "csrc/pruned/lists.cpp"],
+            ["csrc/bindings.cpp", "csrc/sliding/sliding.cpp", "csrc/pruned/pruned.cpp"],
             depends=glob("csrc/**/*.h", recursive=True),
             cxx_std=17,
             extra_compile_args=["-O3", "-fno-math-errno", "-pthread"],

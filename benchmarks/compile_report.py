@@ -2,7 +2,7 @@
 
 No GPU is needed: Triton's own ptxas, cuobjdump and nvdisasm do it. For each: registers, spills, shared memory, matrix
 instructions, and of the two that multiply the instructions of the loop over patches counted per (query, patch) pair and
-lane, from which the ceilings follow. Writes benchmarks/results/fused_compile.json and pruned_compile.json.
+lane, from which the ceilings follow. Writes benchmarks/results/fused_compile.json.
 """
 
 from __future__ import annotations
@@ -28,10 +28,6 @@ from patchscore.engines.autotune import Configuration
 from patchscore.engines.fused.kernel import posterior_kernel
 from patchscore.engines.fused.launch import configurations, kernel_constants
 from patchscore.engines.fused.plan import Plan
-from patchscore.engines.pruned import device_index as lists_rows
-from patchscore.engines.pruned import kernels as lists
-from patchscore.engines.pruned import recheck as lists_recheck
-from patchscore.engines.pruned import triton as pruned_cuda
 
 CAPABILITIES = (90, 80, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -43,20 +39,6 @@ TYPES = {
     **dict.fromkeys(("scale", "sums", "other"), "*fp32"),
     "floor": "fp32",
 }
-LISTS_TYPES = {
-    **dict.fromkeys(("q", "p", "v"), "*fp16"),
-    **dict.fromkeys(("cell_first", "block_first", "block_end", "item", "first_tile", "first_item"), "*i64"),
-    **dict.fromkeys(("slot", "first_slot", "promising", "picked", "ids", "window"), "*i64"),
-    **dict.fromkeys(("place", "offered", "beside"), "*i64"),
-    **dict.fromkeys(("order", "cell_size", "cell_turn", "block_key", "query", "take", "cell", "counts"), "*i32"),
-    **dict.fromkeys(("family", "n_slots", "geometry"), "*i32"),
-    **dict.fromkeys(("total", "distance", "stands_for", "met", "own"), "*fp64"),
-    **dict.fromkeys(("first_cell", "end_cell", "n_queries", "n_parents"), "i32"),
-    **dict.fromkeys(("bits", "floor", "value_unit", "blur"), "fp32"),
-    "images": "*u8",
-}
-"""Of the arguments of kernels/lists.py; all others are *fp32."""
-
 # Per cycle and multiprocessor of an H200 (CUDA programming guide, throughput of arithmetic instructions; matrix units
 # from the data sheet's dense fp16 rate), its clock under load and its number of multiprocessors.
 H200 = {"exponentials": 16, "lanes": 128, "products": 2048, "clock": 1.755e9, "multiprocessors": 132}
@@ -96,79 +78,6 @@ def _compiled(kernel, types: dict[str, str], constants: dict, capability: int, w
     source = ASTSource(kernel, signature, {(names.index(n),): x for n, x in constants.items()}, attributes)
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
-
-
-# Kernels of the pruned engine, with the constants of an index of colour images at k = 7 unless said.
-LISTS = {
-    "foresee": {"K": 96, "BK": pruned_cuda.FORESEEN_AXES, "BQ": pruned_cuda.PLANNED},
-    "allocate": {"QUANTUM": pruned_cuda.QUANTUM, "BP": pruned_cuda.TILE, "BC": 256},
-    "list": {"QUANTUM": pruned_cuda.QUANTUM, "NM": 8, "BC": 256},
-    "sum": {"C": 3, "NV": 16, "NM": 8, "BI": 128},
-    "pick": {"KA": 64, "KB": 0, "BP": pruned_cuda.TILE, "BT": 32, "COUNTED": True, "ORDERED": True},
-    "distance": {"R": 64, "C": 3, "H": 32, "W": 32, "SIZE": 7, "BYTES": True, "BR": 16, "BD": 64},
-}
-for windows, guided in ((128, True), (576, True), (320, False)):
-    of_samples = {"R": windows, "C": 3, "BR": 1 << (windows - 1).bit_length(), "GUIDED": guided}
-    LISTS[f"correct, {windows} windows"] = of_samples
-for axes, rank, k in ((27, 28, 3), (60, 60, 7), (125, 128, 11), (253, 256, 17)):
-    of_proposals = {"R": 4 * lists_recheck.PROPOSED, "SIZE": k, "A": axes, "RANK": rank, "BD": 16}
-    LISTS[f"propose, {axes} axes"] = LISTS["distance"] | of_proposals | {"BA": lists_recheck.axes_block(axes)}
-
-
-def list_types(name: str, arguments: list[str]) -> dict[str, str]:
-    types = {argument: LISTS_TYPES.get(argument, "*fp32") for argument in arguments}
-    if name in ("allocate", "list"):
-        return types | {"floor": "*fp32"}  # a number elsewhere
-    if name == "correct":
-        return types | {"sums": "*fp64", "result": "*fp64"}
-    return types | {"q": "*fp32"} if name == "foresee" else types
-
-
-def compiled_list(name: str, constants: dict, capability: int, warps: int = 4, stages: int = 3):
-    kernel = getattr(lists, f"{name}_kernel")
-    types = list_types(name, kernel.arg_names)
-    return _compiled(kernel, types, constants, capability, warps, stages)
-
-
-def scan_constants(columns: int, configuration: Configuration, **variant: bool) -> dict:
-    larger = 1 << (columns.bit_length() - 1)
-    flags = {"COUNTED": False, "ORDERED": False, "PILOT": False} | variant
-    return {
-        "KA": larger,
-        "KB": columns - larger,
-        "NV": lists_rows.value_columns(3),
-        "BQ": configuration.queries,
-        "BP": configuration.patches,
-        **flags,
-    }
-
-
-def report_list(name: str, capability: int) -> dict:
-    """Of a kernel without a matrix product."""
-    constants, of = LISTS[name], name.partition(",")[0]
-    warps = {"sum": 1, "pick": 1}.get(of, 4)
-    if of == "propose":
-        warps = lists_recheck.proposal_warps(constants["BA"])
-    elif of == "correct":
-        warps = lists_recheck.correction_warps(constants["BR"])
-    kernel = compiled_list(of, constants, capability, warps)
-    return {"kernel": name, "capability": capability} | resources(kernel)[0]
-
-
-def report_scan(columns: int, configuration: Configuration, capability: int, variant: str = "") -> dict:
-    """Of the pruned engine's scan; `variant` COUNTED, ORDERED or PILOT."""
-    flags = {variant: True} if variant else {}
-    constants = scan_constants(columns, configuration, **flags)
-    kernel = compiled_list("scan", constants, capability, configuration.warps, configuration.stages)
-    used, sass = resources(kernel)
-    row = {"kernel": "scan", "variant": variant, "columns": columns, "capability": capability}
-    row |= {"tile": f"{configuration.queries} x {configuration.patches}", "warps": configuration.warps}
-    row |= {"stages": configuration.stages} | used
-    if variant == "PILOT":  # no exponentials to tell its loop by
-        return row
-    row |= per_pair(sass, configuration, 1)
-    # Both sums read the same values.
-    return row | ceilings(row, configuration, 2 * max(constants["NV"], 32))
 
 
 def resources(kernel) -> tuple[dict, str]:
@@ -330,17 +239,6 @@ def jobs(capabilities: Sequence[int], ess: bool) -> list[tuple[str, Plan, Config
     ]
 
 
-def scan_jobs() -> list[tuple[int, Configuration, int, str]]:
-    return [
-        (columns, configuration, capability, variant)
-        for capability in (90, 80)
-        for columns in lists_rows.COLUMNS
-        for configuration in pruned_cuda.configurations(columns, divmod(capability, 10))
-        for variant in ("", "COUNTED", "ORDERED", "PILOT")
-        if not variant or columns == 64
-    ]
-
-
 def show(row: dict) -> None:
     fits = row["shared_bytes"] <= SHARED_LIMIT[row["capability"]]
     what = row.get("plan") or f"{row['kernel']} {row.get('variant', '')}"
@@ -357,29 +255,19 @@ def show(row: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--only", choices=["fused", "pruned"], help="kernels of one engine")
     parser.add_argument("--suffix", default="", help="of the files in benchmarks/results")
     parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES, choices=CAPABILITIES)
     parser.add_argument("--ess", action="store_true", help="`fused` with the effective sample size")
     parser.add_argument("--no-json", action="store_true", help="print only")
     options = parser.parse_args()
-    small = [(name, capability) for capability in (90, 80) for name in LISTS]
-    work = {
-        "fused": [(report, jobs(options.capabilities, options.ess))],
-        "pruned": [(report_scan, scan_jobs()), (report_list, small)],
-    }
-    for engine, tasks in work.items():
-        if options.only not in (None, engine):
-            continue
-        rows = []
-        with concurrent.futures.ProcessPoolExecutor(options.workers) as pool:
-            for of, todo in tasks:
-                for row in pool.map(of, *zip(*todo, strict=True)):
-                    rows.append(row)
-                    show(row)
-        if not options.no_json:
-            name = f"{engine}_compile{options.suffix}"
-            record.write(name, __doc__.splitlines()[0], triton=triton.__version__, h200=H200, rows=rows)
+    rows = []
+    with concurrent.futures.ProcessPoolExecutor(options.workers) as pool:
+        for row in pool.map(report, *zip(*jobs(options.capabilities, options.ess), strict=True)):
+            rows.append(row)
+            show(row)
+    if not options.no_json:
+        name = f"fused_compile{options.suffix}"
+        record.write(name, __doc__.splitlines()[0], triton=triton.__version__, h200=H200, rows=rows)
 
 
 if __name__ == "__main__":

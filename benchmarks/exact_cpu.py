@@ -20,7 +20,8 @@ import record
 import torch
 
 import patchscore as ps
-from patchscore.engines import native, reference
+from patchscore import native
+from patchscore.engines import reference
 from patchscore.engines.sliding import cpu as sliding
 from patchscore.pixels import to_values
 from patchscore.windows import Axis, Competition, Group

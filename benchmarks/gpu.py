@@ -6,26 +6,18 @@ says which one did. Beside a rate stand the range that the cost model derives fo
 
 Every section is written as soon as it is done, to gpu-<device>.json in benchmarks/results (or PATCHSCORE_RESULTS), so
 that a run cut short, or a section that fails, leaves what the others found; `--only` runs some sections and keeps what
-other runs of the same commit wrote. `--dry` goes through all but `pruned` on tiny data, on the CPU under Triton's
-interpreter where there is no GPU, and writes nothing.
-
-The rows of `pruned` need FAISS, to build an index (on the CPU). Without `--indexes` that is one of 2,000 images, built
-in a temporary folder; with it, the index of the whole bank is opened there, or built, which takes long:
-
-    python benchmarks/gpu.py --images cifar10 --indexes /somewhere/large --index-only   (once)
-    python benchmarks/gpu.py --images cifar10 --indexes /somewhere/large
+other runs of the same commit wrote. `--dry` goes through all of it on tiny data, on the CPU under Triton's interpreter
+where there is no GPU, and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
 import statistics
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Collection
@@ -61,8 +53,7 @@ CASES = ((3, 0.02), (3, 0.16), (5, 0.1), (5, 0.5), (7, 0.99), (11, 1.92), (17, 3
 QUICK = ((3, 0.02), (7, 0.99), (17, 3.98))
 COMPILED = ((7, 0.99),)
 """The cases of peers that torch compiles, some ten seconds each."""
-PRUNED_CASES = ((3, 0.16), (7, 0.99), (11, 1.92), (17, 3.98))
-BUDGETS = (0.001, 0.003, 0.01, 0.03)
+GOLDDIFF_CASES = ((3, 0.16), (7, 0.99), (11, 1.92), (17, 3.98))
 BATCH = 16
 MEMORY = 8 * 2**30
 FEW = 300
@@ -471,11 +462,6 @@ def streamed(bench: Bench, bank: ps.PatchBank) -> None:
     resident.RESIDENT_SHARE = share
 
 
-def index_of(bank: ps.PatchBank, sizes: list[int], folder: Path) -> ps.PatchIndex:
-    """The index of these images in `folder`, built or completed where it has to be."""
-    return ps.PatchIndex.build(bank, sizes, folder / f"{bank.fingerprint[:16]}.index")
-
-
 def golddiff_of(call: Call, engine: str) -> Callable[[], torch.Tensor]:
     """The images that GoldDiff chooses for each noisy image, summed by an exact engine."""
     everything = call.bank.chunk(0, len(call.bank), device=call.z.device)
@@ -495,78 +481,40 @@ def keep(name: str, work: Callable[[], object], answers: dict[str, object]) -> C
     return lambda: answers.update({name: work()})
 
 
-def shares(
-    bench: Bench, index: ps.PatchIndex, cases: tuple[tuple[int, float], ...], batch: int, exact_by: str = "fused"
-) -> None:
-    """`pruned` at several budgets beside exact sums and GoldDiff's images on the same queries, zeros padding."""
-    bank = index.bank
-    for k, sigma in cases:
+def chosen_images(bench: Bench, bank: ps.PatchBank) -> None:
+    """GoldDiff's images, summed exactly, beside sums over all of them, zeros padding."""
+    for k, sigma in ((3, 0.5),) if bench.dry else GOLDDIFF_CASES:
         if bench.out_of_time(f"{bench.name_of_section}: k = {k}"):
             return
+        batch = 1 if bench.dry else BATCH
         call = Call(bank, k, sigma, noisy(bank, sigma, batch, bench.device), "zeros")
-        error = call.error(exact_by)
-        dense = call.work(exact_by)
+        error = call.error("fused")
+        dense = call.work("fused")
         exact = dense().mean
         summed = "fused" if unavailable("sliding", bench.device) else "sliding"
-        works = {exact_by: dense, "golddiff": golddiff_of(call, summed)}
-        budgets = {f"pruned {budget:g}": budget for budget in BUDGETS}
-        for name, budget in budgets.items():
-            works[name] = call.work("pruned", index=index, budget=budget)
+        works = {"fused": dense, "golddiff": golddiff_of(call, summed)}
         answers: dict[str, object] = {}
         keeping = {name: keep(name, work, answers) for name, work in works.items()}
         for name, times in bench.interleaved(keeping).items():
             about, rate = call.about(), rated(times, call.pairs, batch)
-            if name == exact_by:
+            if name == "fused":
                 served = answers[name].engine
                 bench.add(engine=served, **about, error=error, **details(served, call, bench.device), **rate)
                 continue
-            got = answers[name]
-            mean = got.mean if isinstance(got, ps.Estimate) else got
-            off = mean - exact
+            off = answers[name] - exact
+            # Their pairs are those of the subset; what is compared is error and time.
+            del rate["pairs_per_second"], about["pairs"]
             measured = {"error": off.abs().max().item(), "rms": off.square().mean().sqrt().item()}
-            if isinstance(got, ps.Estimate):
-                measured |= {
-                    "budget": budgets[name],
-                    "pairs_share": got.pairs / call.pairs,
-                    "stderr_rms": got.stderr.square().mean().sqrt().item(),
-                    "within_2_stderr": (off.abs() <= 2 * got.stderr + fused.TOLERANCE).double().mean().item(),
-                }
-                about["pairs"], rate["pairs_per_second"] = got.pairs, got.pairs / times["seconds_median"]
-                bench.add(engine=got.engine, **about, **measured, **rate)
-            else:
-                # Their pairs are those of the subset; what is compared is error and time.
-                del rate["pairs_per_second"], about["pairs"]
-                bench.add(engine=f"GoldDiff's images, {summed}", **about, **measured, **rate)
+            bench.add(engine=f"GoldDiff's images, {summed}", **about, **measured, **rate)
         bench.flush()
 
 
-def pruned(bench: Bench, bank: ps.PatchBank, folder: Path | None) -> ps.PatchIndex | None:
-    """The rows of engine `pruned`; the index of the whole bank where there is one."""
-    if importlib.util.find_spec("faiss") is None:
-        bench.skip("pruned: FAISS is not installed")
-        return None
-    if bench.dry:
-        bench.skip("pruned: its kernels take minutes under an interpreter; tests/pruned_interpreted.py runs them")
-        return None
-    if folder is not None:
-        index = index_of(bank, sorted(set(ps.ScaleTable.published(TABLE).sizes[1:])), folder)
-        shares(bench, index, PRUNED_CASES, BATCH)
-        return index
-    with tempfile.TemporaryDirectory() as there:
-        cases = PRUNED_CASES[:2]
-        index = index_of(first_images(bank, 2000), [k for k, _ in cases], Path(there))
-        shares(bench, index, cases, BATCH)
-    return None
-
-
-def samples(bench: Bench, bank: ps.PatchBank, index: ps.PatchIndex | None = None) -> None:
+def samples(bench: Bench, bank: ps.PatchBank) -> None:
     """20 steps of DDIM with the published table, 16 images at once, over the whole bank; compiled before."""
-    engine = "auto" if index is None else "pruned"
-    engine = "fused" if bench.dry else engine
+    engine = "fused" if bench.dry else "auto"
     n, steps = (1, 2) if bench.dry else (BATCH, 20)
     table = ps.ScaleTable.constant(3) if bench.dry else ps.ScaleTable.published(TABLE)
-    options = {} if index is None else {"index": index, "tolerance": 0.01}
-    machine = ps.EquivariantLocalScore(bank, table, engine=engine, memory_limit=MEMORY, **options)
+    machine = ps.EquivariantLocalScore(bank, table, engine=engine, memory_limit=MEMORY)
     served: list[str] = []
 
     def work():
@@ -588,7 +536,7 @@ def images_of(path: Path | None, options: argparse.Namespace) -> torch.Tensor:
 
 
 SECTIONS = (
-    "ceilings", "peers", "banks", "batches", "graph", "samples", "pruned", "pruned samples", "steps", "sliding",
+    "ceilings", "peers", "banks", "batches", "graph", "samples", "golddiff", "steps", "sliding",
     "several sizes", "whole images", "streamed",
 )  # fmt: skip
 
@@ -599,14 +547,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=440, help="start nothing after so many")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="sections, in the order of the run")
     parser.add_argument("--quick", action="store_true", help="three cases, three repeats, 20,000 images at most")
-    parser.add_argument("--indexes", type=Path, help="folder of indexes of the whole bank, some 40 GB with all sizes")
-    parser.add_argument("--index-only", action="store_true", help="build the index in --indexes and stop")
     parser.add_argument("--dry", action="store_true", help="tiny data, no result")
     options = parser.parse_args()
-    if options.index_only:
-        whole = ps.PatchBank(images_of(options.images, options))
-        index_of(whole, sorted(set(ps.ScaleTable.published(TABLE).sizes[1:])), options.indexes)
-        return
     bench = Bench(options)
     if reason := unavailable("fused", bench.device):
         sys.exit(f"engine fused: {reason}")
@@ -635,9 +577,7 @@ def main() -> None:
         bench.section("batches", rates, bank, "fused", [(7, 0.99, len(bank), batch) for batch in (1, 4, 16)])
     bench.section("graph", graph, bank)
     bench.section("samples", samples, bank)
-    index = bench.section("pruned", pruned, bank, options.indexes)
-    if index is not None:
-        bench.section("pruned samples", samples, bank, index)
+    bench.section("golddiff", chosen_images, bank)
     # Many plans over few images: they take the first configuration, as compiling is what takes time.
     os.environ["PATCHSCORE_AUTOTUNE"] = "0"
     steps = [(3, 0.5, 4, 1)] if options.dry else [(scale(sigma), sigma, 10_000, 4) for sigma in levels]

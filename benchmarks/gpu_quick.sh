@@ -30,21 +30,18 @@ smoke-fused       12  20  machine           smoke fused
 smoke-split        9  20  machine           smoke fused-split
 smoke-exact        9  20  machine           smoke fused-exact
 smoke-blocks       9  20  machine           smoke fused-blocks
-smoke-pruned      25  40  build             smoke pruned
 smoke-circular     7  20  build             smoke sliding-circular
 smoke-zeros        7  20  build             smoke sliding-zeros
 smoke-local        7  20  build             smoke sliding-local
 smoke-floats       7  20  build             smoke sliding-floats
 smoke-whole        7  20  build             smoke whole-images
 tests-fused       35  70  smoke-fused       tests fused
-tests-pruned      35  70  smoke-pruned      tests pruned
 tests-sliding     35  70  smoke-circular    tests sliding
 synccheck-sliding 12  30  smoke-circular    sanitize synccheck sliding-circular
 memcheck-sliding  15  35  smoke-zeros       sanitize memcheck sliding-zeros
 racecheck-sliding 15  35  smoke-circular    sanitize racecheck sliding-circular
 memcheck-fused    20  40  smoke-exact       sanitize memcheck fused-exact
 bench-fused       80 110  smoke-fused       bench ceilings peers batches graph
-bench-pruned      60  90  smoke-pruned      bench pruned
 bench-sliding     30  50  smoke-circular    bench sliding
 samples           25  50  smoke-fused       bench samples
 profile           25  45  smoke-fused       profile fused sliding-circular
@@ -66,9 +63,6 @@ done
 for name in $ONLY; do
     plan | grep -q "^$name " || { echo "$name: not a step; --plan lists them" >&2; exit 2; }
 done
-
-# The kernels of `pruned` take minutes under an interpreter; tests/pruned_interpreted.py goes through them.
-too_slow() { [ "$DRY$1" = --drypruned ] && echo "not in a dry run: pruned"; }
 
 # What each step does. Exit status 0: passed; 77: this machine has no such tool; else failed.
 
@@ -109,7 +103,7 @@ build() {
     ls -l "patchscore/_native$suffix" && { [ -n "$DRY" ] || ls -l "patchscore/_sliding_cuda$suffix"; }
 }
 
-smoke() { too_slow "$1" || $PYTHON benchmarks/gpu_smoke.py "$1" $DRY; }
+smoke() { $PYTHON benchmarks/gpu_smoke.py "$1" $DRY; }
 
 # Tests that all skip themselves are no pass.
 tests() {
@@ -126,7 +120,7 @@ sanitize() {
 }
 
 bench() {
-    too_slow "$1" || $PYTHON benchmarks/gpu.py --quick $DRY ${IMAGES:+--images "$IMAGES"} --only "$@"
+    $PYTHON benchmarks/gpu.py --quick $DRY ${IMAGES:+--images "$IMAGES"} --only "$@"
 }
 
 profile() {
@@ -154,7 +148,7 @@ export OUT DRY SITE WHEELS PYTHON IMAGES ROOT
 export PYTHONPATH=$ROOT:$SITE${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PATCHSCORE_RESULTS=$OUT PATCHSCORE_STRICT=1
 export PATCHSCORE_CACHE=$SITE/tuned
 [ -z "$DRY" ] || export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
-export -f too_slow machine build smoke tests sanitize bench profile
+export -f machine build smoke tests sanitize bench profile
 
 declare -A status
 earlier() { awk -F'\t' -v name="$1" '$1 == name { s = $2 } END { print s }' "$FAILED"; }

@@ -25,7 +25,8 @@ import torch
 from torch.nn import functional
 
 import patchscore as ps
-from patchscore.engines import native, reference
+from patchscore import native
+from patchscore.engines import reference
 from patchscore.engines.pruned.engine import Pruned
 from patchscore.engines.sliding import cpu as sliding
 

@@ -4,13 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <limits>
 #include <list>
 #include <optional>
 #include <tuple>
 
-#include "pruned/lists.h"
+#include "pruned/pruned.h"
 #include "sliding/sliding.h"
 
 namespace py = pybind11;
@@ -128,150 +127,122 @@ void sliding(const py::buffer& z, const py::buffer& sigma, const py::buffer& ima
     if (!finished) throw py::error_already_set();
 }
 
-// A region's scan from a dictionary of arrays and numbers; the arrays' buffers are held as long as this is.
-class HeldScan {
-    const py::dict& given;
+patchscore::Images bytes_of(const py::buffer& images, int patch_size, std::list<py::buffer_info>& held) {
+    const py::buffer_info& info = held.emplace_back(images.request());
+    if (info.ndim != 4) throw py::value_error("images: got shape " + shape_text(info.shape) + ", takes [N, C, H, W]");
+    patchscore::Images found{};
+    found.pixels = data_of<uint8_t>("images", info, info.shape, false);
+    found.count = info.shape[0], found.channels = size_of("images", info.shape[1]);
+    found.height = size_of("images", info.shape[2]), found.width = size_of("images", info.shape[3]);
+    found.patch_size = patch_size;
+    if (found.channels > patchscore::MOST_CHANNELS)
+        throw py::value_error("images: got " + std::to_string(found.channels) + " channels");
+    if (patch_size < 1 || patch_size % 2 == 0 || patch_size > std::min(found.height, found.width))
+        throw py::value_error("patch_size: got " + std::to_string(patch_size));
+    return found;
+}
+
+// Sizes of cells, which with the ids of their windows must fit the images: [cells], [sum].
+int64_t check_ids(const patchscore::Images& images, const int64_t* sizes, int64_t cells, const int64_t* ids,
+                  int64_t count, bool each) {
+    int64_t total = 0, tiles = 0;
+    for (int64_t c = 0; c < cells; ++c) {
+        if (sizes[c] < 0 || sizes[c] > INT32_MAX || sizes[c] > count - total)
+            throw py::value_error("sizes: cell " + std::to_string(c) + " lies outside the windows");
+        total += sizes[c], tiles += (sizes[c] + patchscore::TILE - 1) / patchscore::TILE;
+    }
+    if (total != count) throw py::value_error("sizes: they add up to another number of windows");
+    const int64_t most = images.count * images.rows() * images.cols();
+    for (int64_t i = 0; each && i < count; ++i)
+        if (ids[i] < 0 || ids[i] >= most) throw py::value_error("ids: got " + std::to_string(ids[i]));
+    return tiles;
+}
+
+void pruned_pack(const py::buffer& images, const py::buffer& ids, const py::buffer& sizes, int patch_size,
+                 const py::buffer& tiles, int threads) {
     std::list<py::buffer_info> held;
+    const patchscore::Images source = bytes_of(images, patch_size, held);
+    const py::buffer_info &ids_info = held.emplace_back(ids.request()), &sizes_info = held.emplace_back(sizes.request());
+    if (ids_info.ndim != 1 || sizes_info.ndim != 1) throw py::value_error("ids, sizes: take one dimension");
+    const int64_t* windows = data_of<int64_t>("ids", ids_info, ids_info.shape, false);
+    const int64_t* counts = data_of<int64_t>("sizes", sizes_info, sizes_info.shape, false);
+    const int64_t needed = check_ids(source, counts, sizes_info.shape[0], windows, ids_info.shape[0], true);
+    int8_t* out = data_of<int8_t>("tiles", held.emplace_back(tiles.request(true)), {needed * source.tile_bytes()}, true);
+    const py::gil_scoped_release release;
+    patchscore::pruned_pack(source, windows, counts, sizes_info.shape[0], out, threads);
+}
 
-    template <typename T>
-    T get(const char* name) const {
-        if (!given.contains(name)) throw py::value_error(std::string(name) + ": missing");
-        try {
-            return given[name].cast<T>();
-        } catch (const py::cast_error&) {
-            throw py::value_error(std::string(name) + ": got an object of another kind");
-        }
-    }
+// Tables and moments of strata: (table [groups, 2, 2 rank + 2, LANES], sizes, value, value_square).
+using StrataArguments = std::tuple<py::buffer, py::buffer, py::buffer, py::buffer>;
 
-    const py::buffer_info& info(const char* name, bool writable = false) {
-        held.push_back(get<py::buffer>(name).request(writable));
-        return held.back();
-    }
+patchscore::Strata strata_of(const char* name, const StrataArguments& given, int64_t count, int rank, int channels,
+                             std::list<py::buffer_info>& held) {
+    const auto& [table, sizes, value, value_square] = given;
+    const int64_t groups = (count + patchscore::LANES - 1) / patchscore::LANES;
+    patchscore::Strata strata{};
+    strata.count = count;
+    strata.table = data_of<float>(name, held.emplace_back(table.request()), {groups, 2, 2 * rank + 2, patchscore::LANES}, false);
+    strata.sizes = data_of<float>(name, held.emplace_back(sizes.request()), {count}, false);
+    strata.value = data_of<float>(name, held.emplace_back(value.request()), {count, channels}, false);
+    strata.value_square = data_of<float>(name, held.emplace_back(value_square.request()), {count, channels}, false);
+    return strata;
+}
 
-    template <typename T>
-    T* data(const char* name, const std::vector<py::ssize_t>& shape, bool writable = false) {
-        return data_of<T>(name, info(name, writable), shape, writable);
-    }
-
-    template <typename T>
-    const T* optional(const char* name, const std::vector<py::ssize_t>& shape) {
-        return get<py::object>(name).is_none() ? nullptr : data<T>(name, shape);
-    }
-
-    // Bytes or floats, whichever it is.
-    const void* pixels(const char* name, const std::vector<py::ssize_t>& shape, bool& are_bytes) {
-        const py::buffer_info& found = info(name);
-        are_bytes = found.itemsize == 1;
-        if (are_bytes) return data_of<uint8_t>(name, found, shape, false);
-        return data_of<float>(name, found, shape, false);
-    }
-
-public:
-    patchscore::Scan scan{};
-
-    explicit HeldScan(const py::dict& given) : given(given) {
-        patchscore::Lists& lists = scan.lists;
-        const py::buffer_info &all = info("data"), &sizes = info("sizes"), &images = info("images");
-        const py::buffer_info &z = info("z"), &items = info("items");
-        if (sizes.ndim != 1) throw py::value_error("sizes: takes one dimension");
-        if (all.ndim != 1) throw py::value_error("data: takes one dimension");
-        if (images.ndim != 4)
-            throw py::value_error("images: got shape " + shape_text(images.shape) + ", takes [N, C, H, W]");
-        if (z.ndim != 4) throw py::value_error("z: takes [items, C, H + k - 1, W + k - 1]");
-        if (items.ndim != 1) throw py::value_error("items: takes [queries]");
-        const py::ssize_t cells = sizes.shape[0], queries = items.shape[0], channels = images.shape[1];
-
-        // The cells.
-        const int rank = get<int>("rank");
-        lists.cells = size_of("sizes", cells), lists.rank = size_of("rank", rank);
-        lists.data = data_of<uint8_t>("data", all, {all.shape[0]}, false);
-        lists.offsets = data<int64_t>("offsets", {cells});
-        lists.sizes = data_of<int64_t>("sizes", sizes, {cells}, false);
-        lists.starts = data<int64_t>("starts", {cells});
-        int64_t stored = 0;
-        for (py::ssize_t c = 0; c < cells; ++c) {
-            const int64_t size = lists.sizes[c], at = lists.offsets[c];
-            if (size < 0 || size > INT32_MAX || lists.starts[c] != stored || at < 0 || at % 2 ||
-                size > (all.shape[0] - at) / (2 * int64_t(rank) + 8) || at > all.shape[0])
-                throw py::value_error("offsets, sizes, starts: cell " + std::to_string(c) + " lies outside the data");
-            stored += size;
-        }
-        lists.values = pixels("values", {stored, channels}, lists.values_are_bytes);
-        lists.counts = optional<uint16_t>("counts", {stored});
-        if (lists.counts) lists.repeats = data<float>("repeats", {1 << 16});
-        lists.allowed = optional<uint8_t>("allowed", {images.shape[0]});
-        lists.competing = data<float>("competing", {cells});
-        if (cells % patchscore::SIBLINGS) throw py::value_error("sizes: takes whole families of cells");
-        const int64_t first = get<int64_t>("first_cell");
-        const py::buffer_info& mean = info("mean");
-        const std::vector<py::ssize_t> all_cells = {rank, mean.ndim == 2 ? mean.shape[1] : 0};
-        const std::vector<py::ssize_t> parents = {rank, all_cells[1] / patchscore::SIBLINGS};
-        if (first < 0 || first % patchscore::SIBLINGS || first + cells > all_cells[1])
-            throw py::value_error("mean: got " + std::to_string(all_cells[1]) + " cells");
-        lists.pitch = all_cells[1];
-        lists.mean = data_of<float>("mean", mean, all_cells, false) + first;
-        lists.variance = data<float>("variance", all_cells) + first;
-        lists.parent_mean = data<float>("parent_mean", parents) + first / patchscore::SIBLINGS;
-        lists.parent_variance = data<float>("parent_variance", parents) + first / patchscore::SIBLINGS;
-        lists.log_repeats = data<float>("log_repeats", {cells});
-        lists.moments = data<float>("moments", {cells, 2 * channels});
-        const auto place = get<std::array<int, 4>>("place");
-        lists.row0 = place[0], lists.col0 = place[1], lists.rows = place[2], lists.cols = place[3];
-        if (place[0] < 0 || place[1] < 0 || place[2] < 1 || place[3] < 1 || place[0] + place[2] > images.shape[2] ||
-            place[1] + place[3] > images.shape[3])
-            throw py::value_error("place: windows outside the images");
-
-        // The queries.
-        scan.queries = size_of("items", queries), scan.channels = size_of("images", channels);
-        scan.height = size_of("images", images.shape[2]), scan.width = size_of("images", images.shape[3]);
-        scan.patch_size = get<int>("patch_size");
-        if (scan.patch_size < 1 || scan.patch_size % 2 == 0 || scan.patch_size > 1 << 12)
-            throw py::value_error("patch_size: got " + std::to_string(scan.patch_size));
-        scan.sigma = get<double>("sigma"), scan.exact_sigma = get<double>("exact_sigma");
-        scan.budget = get<double>("budget"), scan.floor = get<double>("floor");
-        if (!(scan.sigma > 0) || !(scan.exact_sigma > 0) || !(scan.budget > 0) || !(scan.floor >= 0))
-            throw py::value_error("sigma, budget: takes positive numbers");
-        scan.used_rank = get<int>("used_rank"), scan.recheck = get<int>("recheck"), scan.seed = get<uint64_t>("seed");
-        if (scan.used_rank < 1 || scan.used_rank > rank)
-            throw py::value_error("used_rank: takes 1 to " + std::to_string(rank));
-        if (scan.recheck < 0 || scan.recheck > 1 << 16)
-            throw py::value_error("recheck: got " + std::to_string(scan.recheck));
-        scan.foreseen_rank = get<int>("foreseen_rank");
-        if (scan.foreseen_rank < 1 || scan.foreseen_rank > scan.used_rank)
-            throw py::value_error("foreseen_rank: takes 1 to used_rank");
-        const py::ssize_t k = scan.patch_size, pixels_of = channels * k * k;
-        scan.axes = data<float>("axes", {pixels_of, rank}), scan.centre = data<float>("centre", {pixels_of});
-        const py::ssize_t high = images.shape[2] + k - 1, wide = images.shape[3] + k - 1;
-        scan.z = data_of<float>("z", z, {z.shape[0], channels, high, wide}, false);
-        scan.items = data_of<int64_t>("items", items, {queries}, false);
-        scan.numbers = data<int64_t>("numbers", {queries});
-        const auto pixels_at = get<std::array<int, 4>>("pixels");
-        scan.row0 = pixels_at[0], scan.col0 = pixels_at[1], scan.cols = pixels_at[3];
-        if (pixels_at[0] < 0 || pixels_at[1] < 0 || pixels_at[2] < 1 || pixels_at[3] < 1 ||
-            pixels_at[0] + pixels_at[2] > images.shape[2] || pixels_at[1] + pixels_at[3] > images.shape[3])
-            throw py::value_error("pixels: outside the images");
-        for (py::ssize_t i = 0; i < queries; ++i)
-            if (scan.items[i] < 0 || scan.items[i] >= z.shape[0] || scan.numbers[i] < 0 ||
-                scan.numbers[i] >= int64_t(pixels_at[2]) * pixels_at[3])
-                throw py::value_error("items, numbers: query " + std::to_string(i) + " lies outside z");
-        scan.images = pixels("images", images.shape, scan.images_are_bytes), scan.image_count = images.shape[0];
-
-        // Results.
-        scan.m = data<double>("m", {queries}, true), scan.s = data<double>("s", {queries}, true);
-        scan.s2 = data<double>("s2", {queries}, true), scan.ss = data<double>("ss", {queries}, true);
-        scan.v = data<double>("v", {queries, channels}, true), scan.vv = data<double>("vv", {queries, channels}, true);
-        scan.vs = data<double>("vs", {queries, channels}, true), scan.pairs = data<int64_t>("pairs", {1}, true);
-    }
-};
-
-void scan_lists(const std::vector<py::dict>& scans, int threads, const std::string& simd) {
-    std::list<HeldScan> held;
-    std::vector<patchscore::Scan> all;
-    for (const py::dict& given : scans) all.push_back(held.emplace_back(given).scan);
+void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& sizes, const py::buffer& ids,
+                 const std::optional<py::buffer>& tiles, const std::optional<py::buffer>& allowed,
+                 const StrataArguments& parents, const StrataArguments& children, const py::buffer& features,
+                 const py::buffer& rest, const py::buffer& digits, const py::buffer& shift, const py::buffer& bits,
+                 const py::buffer& base, double budget, bool whole, uint64_t key, double certain_from,
+                 double prior_degrees, double misfit, const py::buffer& m, const py::buffer& s, const py::buffer& s2,
+                 const py::buffer& v, const py::buffer& ss, const py::buffer& vs, const py::buffer& vv,
+                 const py::buffer& fits, const py::buffer& pairs, int threads, const std::string& simd) {
+    std::list<py::buffer_info> held;
+    patchscore::Request request{};
+    request.images = bytes_of(images, patch_size, held);
+    const auto info = [&](const py::buffer& buffer, bool writable = false) -> const py::buffer_info& {
+        return held.emplace_back(buffer.request(writable));
+    };
+    const py::buffer_info &sizes_info = info(sizes), &ids_info = info(ids), &features_info = info(features);
+    if (sizes_info.ndim != 1 || ids_info.ndim != 1) throw py::value_error("sizes, ids: take one dimension");
+    if (features_info.ndim != 2) throw py::value_error("features: takes [queries, rank]");
+    request.cells = sizes_info.shape[0];
+    if (request.cells < 1 || request.cells % patchscore::LANES || request.cells > INT32_MAX)
+        throw py::value_error("sizes: got " + std::to_string(request.cells) + " cells, takes whole parents");
+    request.sizes = data_of<int64_t>("sizes", sizes_info, {request.cells}, false);
+    request.ids = data_of<int64_t>("ids", ids_info, ids_info.shape, false);
+    const int64_t needed = check_ids(request.images, request.sizes, request.cells, request.ids, ids_info.shape[0], !tiles);
+    if (tiles)
+        request.tiles = data_of<int8_t>("tiles", info(*tiles), {needed * request.images.tile_bytes()}, false);
+    if (allowed) request.allowed = data_of<uint8_t>("allowed", info(*allowed), {request.images.count}, false);
+    const py::ssize_t queries = features_info.shape[0], channels = request.images.channels;
+    request.queries = size_of("features", queries), request.rank = size_of("features", features_info.shape[1]);
+    request.children = strata_of("children", children, request.cells, request.rank, int(channels), held);
+    request.parents = strata_of("parents", parents, request.cells / patchscore::LANES, request.rank, int(channels), held);
+    request.features = data_of<float>("features", features_info, features_info.shape, false);
+    request.rest = data_of<float>("rest", info(rest), {queries}, false);
+    request.digits = data_of<int16_t>("digits", info(digits), {queries, 2 * request.images.pairs()}, false);
+    request.shift = data_of<int32_t>("shift", info(shift), {queries}, false);
+    for (py::ssize_t q = 0; q < queries; ++q)
+        if (request.shift[q] < 0 || request.shift[q] > 13)
+            throw py::value_error("shift: got " + std::to_string(request.shift[q]));
+    request.bits = data_of<double>("bits", info(bits), {queries}, false);
+    request.base = data_of<double>("base", info(base), {queries}, false);
+    if (!(budget > 0)) throw py::value_error("budget: takes a positive number of windows");
+    request.budget = budget, request.whole = whole, request.key = key;
+    request.policy = {certain_from, prior_degrees, misfit};
+    request.m = data_of<double>("m", info(m, true), {queries}, true);
+    request.s = data_of<double>("s", info(s, true), {queries}, true);
+    request.s2 = data_of<double>("s2", info(s2, true), {queries}, true);
+    request.v = data_of<double>("v", info(v, true), {queries, channels}, true);
+    request.ss = data_of<double>("ss", info(ss, true), {queries}, true);
+    request.vs = data_of<double>("vs", info(vs, true), {queries, channels}, true);
+    request.vv = data_of<double>("vv", info(vv, true), {queries, channels}, true);
+    request.fits = data_of<uint8_t>("fits", info(fits, true), {queries}, true);
+    request.pairs = data_of<int64_t>("pairs", info(pairs, true), {queries}, true);
     bool finished;
     {
         const py::gil_scoped_release release;
-        finished = patchscore::scan_lists(all, threads < 1 ? 1 : threads, simd, interrupted);
+        finished = patchscore::pruned_scan(request, threads, simd, interrupted);
     }
     if (!finished) throw py::error_already_set();
 }
@@ -286,8 +257,13 @@ PYBIND11_MODULE(_native, module) {
                "Adds the posterior sums of z [B, C, H, W] over images [N, C, H, W] to those of competitions, a list of "
                "(patch_size, circular, groups, m, s, s2, v): m, s, s2 [B, 1, H, W], v [B, C, H, W]; groups [G, 8] are "
                "rows and columns as (first query, end, first window, end), -1 locks.");
-    module.def(
-        "scan_lists", &scan_lists, py::arg("scans"), py::arg("threads"), py::arg("simd"),
-        "Estimates the posterior sums of windows from a share of the cells; a scan is a dictionary of what struct "
-        "Scan in csrc/lists.h holds.");
+    module.def("pruned_pack", &pruned_pack, py::arg("images"), py::arg("ids"), py::arg("sizes"), py::arg("patch_size"),
+               py::arg("tiles"), py::arg("threads"), "Copies the bytes of windows into tiles, cell by cell.");
+    module.def("pruned_scan", &pruned_scan, py::kw_only(), py::arg("images"), py::arg("patch_size"), py::arg("sizes"),
+               py::arg("ids"), py::arg("tiles"), py::arg("allowed"), py::arg("parents"), py::arg("children"),
+               py::arg("features"), py::arg("rest"), py::arg("digits"), py::arg("shift"), py::arg("bits"),
+               py::arg("base"), py::arg("budget"), py::arg("whole"), py::arg("key"), py::arg("certain_from"),
+               py::arg("prior_degrees"), py::arg("misfit"), py::arg("m"), py::arg("s"), py::arg("s2"), py::arg("v"),
+               py::arg("ss"), py::arg("vs"), py::arg("vv"), py::arg("fits"), py::arg("pairs"), py::arg("threads"),
+               py::arg("simd"), "Estimates the posterior sums of queries; see struct Request in csrc/pruned/pruned.h.");
 }

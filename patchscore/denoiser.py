@@ -32,8 +32,7 @@ class Estimate:
 
     Attributes:
         mean: [B, C, H, W] the denoised images D(z).
-        stderr: [B, C, H, W] standard error of `mean`; zero from engines that sum over every competing window. From
-            `pruned` it covers the sampling and the truncation of principal axes.
+        stderr: [B, C, H, W] standard error of `mean`: of sampling, from `pruned`; zero where every window was summed.
         ess: [B, H, W] effective sample size of each pixel, (sum w)^2 / sum w^2.
         pairs: number of (query pixel, window) pairs that were evaluated.
         engine: the engine that served; several, joined by "and", where groups of pixels or patch sizes differ.
@@ -113,11 +112,11 @@ class ScoreMachine(Denoiser):
         self.shape = bank.shape
         self.patch_size = patch_size
         if engine == "pruned" and pruned is None:
-            raise ValueError('engine: "pruned" takes an index and a budget or a tolerance')
+            raise ValueError('engine: "pruned" takes a budget, or an index and a tolerance')
         self.engine = checks.one_of("engine", engine, ["auto", *engines.NAMES] + ["pruned"] * (pruned is not None))
         self.memory_limit = checks.integer("memory_limit", memory_limit, at_least=1)
         self.pruned = pruned
-        """The engine that samples, where the machine was given an index."""
+        """The engine that samples, where the machine was given a budget or an index."""
         self.tolerance = tolerance
         """What `fused`, which rounds, may add to the error of a denoised pixel; None: its default."""
         self.engines = engines.available(pruned, tolerance)

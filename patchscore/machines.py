@@ -55,6 +55,8 @@ class LocalScore(ScoreMachine):
         patch_size: k, odd; or a ScaleTable from noise level to k.
         engine: "auto" or an engine's name.
         memory_limit: bytes of working memory beyond the bank.
+        budget: the share of training images to sum over, in (0, 1]; `Estimate.stderr` says what that leaves open.
+        seed: of the sample of images.
     """
 
     def __init__(
@@ -63,8 +65,11 @@ class LocalScore(ScoreMachine):
         patch_size: int | ScaleTable,
         engine: str = "auto",
         memory_limit: int = DEFAULT_MEMORY_LIMIT,
+        budget: float | None = None,
+        seed: int = 0,
     ):
-        super().__init__(bank, _check_patch_size(patch_size), engine, memory_limit)
+        pruned = _check_pruned(bank, None, budget, None, seed)
+        super().__init__(bank, _check_patch_size(patch_size), engine, memory_limit, pruned)
 
     def competition(self, k: int | None) -> Competition:
         _, height, width = self.shape
@@ -93,7 +98,8 @@ class EquivariantLocalScore(ScoreMachine):
         memory_limit: bytes of working memory beyond the bank.
         index: a PatchIndex of `bank`. With `budget` or `tolerance` the engine `pruned` then evaluates a part of the
             windows and says how wrong it may be (`Estimate.stderr`); sizes it lacks are served exactly.
-        budget: the share of (pixel, window) pairs to evaluate, in (0, 1], such as 0.01.
+        budget: the share of (pixel, window) pairs to evaluate, in (0, 1], such as 0.01; without an index, of training
+            images that are drawn and summed whole.
         tolerance: with an index, instead of a budget: the rms standard error that pixels may have; a pilot finds the
             budget for it. Without an index: how far a pixel may be from float64's where the engine `fused` serves, 1e-3
             by default; the other exact engines are closer than that anyway.
@@ -175,19 +181,18 @@ def _check_pruned(
 ) -> engines.Pruned | None:
     if tolerance is not None and not 0 < checks.number("tolerance", tolerance) < math.inf:
         raise ValueError(f"tolerance: got {tolerance}, takes a positive error of pixels in [-1, 1]")
+    if budget is not None and not 0 < checks.number("budget", budget) <= 1:
+        raise ValueError(f"budget: got {budget}, takes a share of pairs in (0, 1]")
+    seed = checks.integer("seed", seed, at_least=0)
     if index is None:
-        if budget is not None:
-            raise ValueError("budget: takes an index; PatchIndex.build makes one")
-        return None
+        return None if budget is None else engines.Pruned(None, budget, None, seed)
     if not isinstance(index, PatchIndex):
         raise TypeError(f"index: got {type(index).__name__}, takes a PatchIndex")
     if index.bank.fingerprint != bank.fingerprint:
         raise ValueError(f"index: of bank {index.bank.fingerprint[:16]}, but this bank is {bank.fingerprint[:16]}")
     if (budget is None) == (tolerance is None):
         raise ValueError("budget, tolerance: an index takes one of the two")
-    if budget is not None and not 0 < checks.number("budget", budget) <= 1:
-        raise ValueError(f"budget: got {budget}, takes a share of pairs in (0, 1]")
     if index.bank is not bank:
         # The same images, held otherwise: selections are lists of places in the bank they are from.
         index = PatchIndex(index.path, bank, index.meta)
-    return engines.Pruned(index, budget, tolerance, checks.integer("seed", seed, at_least=0))
+    return engines.Pruned(index, budget, tolerance, seed)

@@ -539,7 +539,7 @@ def test_index_builds_what_sample_then_uses(photos, tmp_path):
     assert "every file checked" in result.output
     rows = [line.split() for line in result.output.splitlines() if line[:2] in ("3 ", "5 ")]
     assert [row[0] for row in rows] == ["3", "5"]
-    assert rows[0][1] == f"{12 * (8 * 10 + 2 * 8 + 2 * 10):,}"
+    assert rows[0][1] == f"{12 * 8 * 10:,}"
     assert make_index(photos, tmp_path / "i").exit_code == 0
 
     out = tmp_path / "out"
@@ -613,7 +613,7 @@ def test_sample_refuses_a_missing_or_foreign_index_in_one_line(photos, tmp_path)
         ("--index", tmp_path / "i"): "--index: takes one of --budget and --tolerance",
         ("--budget", 0.1): "--budget: takes an --index",
         ("--tolerance", 0.1, "--device", "cpu"): "--tolerance: takes an --index",
-        ("--engine", "pruned"): '"pruned" takes an index',
+        ("--engine", "pruned"): '"pruned" takes a budget',
     }
     for options, message in cases.items():
         result = sample(photos, tmp_path / "out", *options)

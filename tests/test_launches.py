@@ -19,9 +19,6 @@ from patchscore import checks, denoiser
 from patchscore.engines import autotune as tuning
 from patchscore.engines import device as devices
 from patchscore.engines.fused import launch as fused
-from patchscore.engines.pruned import device_index as lists_rows
-from patchscore.engines.pruned import recheck as lists_recheck
-from patchscore.engines.pruned import triton as pruned_cuda
 
 META = torch.device("meta")
 
@@ -68,10 +65,6 @@ def launches(monkeypatch):
     monkeypatch.setattr(fused.Fused, "unavailable", lambda self, device: None)
     # Corners go to `sliding` on a GPU; here no engine but this one knows the device.
     monkeypatch.setattr(fused.Fused, "lacks", lambda self, *asked: None)
-    monkeypatch.setattr(pruned_cuda, "unavailable", lambda device: None)
-    for module in (lists_recheck, lists_rows, pruned_cuda):
-        monkeypatch.setattr(module, "kernels", Kernels)
-    monkeypatch.setattr(pruned_cuda.PrunedOnDevice, "unavailable", lambda self, device: None)
     monkeypatch.setattr(fused, "spectrum_of", spectrum_there)
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(denoiser, "_recording", lambda device: True)
@@ -116,28 +109,3 @@ def test_a_sample_reads_nothing_back_and_launches_so_often_a_step(launches):
     assert (kernels, more_kernels) == (2 * 9, 7 * 9)
     assert copies == more_copies == 1  # the first noise
     assert (many - few) / 5 < 1000
-
-
-def test_the_numbers_of_items_are_what_a_pruned_part_reads_back(launches, monkeypatch, tmp_path):
-    pytest.importorskip("faiss")
-    bank = ps.PatchBank(smooth_images(20, 3, 12, 12))
-    index = ps.PatchIndex.build(bank, 5, tmp_path / "i", cells=64, progress=False)
-    machine = ps.EquivariantLocalScore(bank, 5, engine="pruned", index=index, budget=0.1)
-    tolist, reads = torch.Tensor.tolist, []
-
-    def read(self):
-        if self.device != META:
-            return tolist(self)
-        reads.append(tuple(self.shape))
-        return [1000, 1200, 50_000]  # items, tiles, windows
-
-    monkeypatch.setattr(torch.Tensor, "tolist", read)
-    found = []
-    for batch in (2, 16):
-        z = torch.empty(batch, 3, 12, 12, device=META)
-        reads.clear()
-        watch = watched(lambda z=z: machine.denoise(z, 0.5))
-        assert reads == [(3,), (3,)]  # once in each of two calls, for all regions and items
-        assert watch.copies == 0
-        found.append(watch.operations)
-    assert found[0] == found[1] < 2000

@@ -33,15 +33,15 @@ SAMPLE = ("sample", "bank.npz", "--table", "table.json", "--steps", 4, "--batch-
 def test_an_index_is_refused_with_the_command_that_builds_it_again(old):
     pytest.importorskip("faiss", reason="FAISS cannot be imported")
     bank = ps.PatchBank.open("bank.npz")
-    message = r"index: index format 2, this version reads 3; .* patchscore index SOURCE --patch-sizes 3,5 --out index-3"
+    message = r"index: index format 2, this version reads 4; .* patchscore index SOURCE --patch-sizes 3,5 --out index-4"
     with pytest.raises(ValueError, match=message):
         ps.PatchIndex.open("index", bank)
     words = ("index", "bank.npz", "--cells", 16, "--rank", 4, "--patch-sizes", "3,5", "--out")
     refused = run(*words, "index")
     assert refused.exit_code == 2
     assert "index format 2" in refused.stderr
-    assert run(*words, "index-3").exit_code == 0
-    assert ps.PatchIndex.open("index-3", bank).patch_sizes == [3, 5]
+    assert run(*words, "index-4").exit_code == 0
+    assert ps.PatchIndex.open("index-4", bank).patch_sizes == [3, 5]
 
 
 def test_a_table_a_network_and_a_calibration_are_read(old):
@@ -78,9 +78,9 @@ def test_a_run_with_an_index_is_explained_once_the_index_is_built_again(old):
     refused = run("explain", "run-with-index", "--levels", 1)
     assert refused.exit_code == 2
     assert "index format 2" in refused.stderr
-    words = ("bank.npz", "--cells", 16, "--rank", 4, "--patch-sizes", "3,5", "--out", "index-3")
+    words = ("bank.npz", "--cells", 16, "--rank", 4, "--patch-sizes", "3,5", "--out", "index-4")
     assert run("index", *words).exit_code == 0
-    result = run("explain", "run-with-index", "--levels", 1, "--index", "index-3")
+    result = run("explain", "run-with-index", "--levels", 1, "--index", "index-4")
     assert result.exit_code == 0, result.output
     assert "is not there" not in result.output
 

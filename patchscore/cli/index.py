@@ -78,11 +78,11 @@ def index(
     seconds = time.perf_counter() - start
     if verify:
         PatchIndex.open(out, bank, verify=True)
-    say("", f"{'patch size':<12}{'windows':<16}{'stored':<16}{'axes':<8}{'cells':<10}bytes a window")
+    say("", f"{'patch size':<12}{'windows':<16}{'axes':<8}{'cells':<10}bytes a window")
     for k in built.patch_sizes:
         part = built.at(k)
         total = sum(file["bytes"] for file in part.meta["files"].values())
-        counted = f"{k:<12}{part.meta['windows']:<16,}{part.meta['stored']:<16,}{part.rank:<8}{len(part.sizes):<10,}"
+        counted = f"{k:<12}{part.meta['windows']:<16,}{part.rank:<8}{part.meta['cell_count']:<10,}"
         say(f"{counted}{total / part.meta['windows']:.0f}")
         if part.meta["subsampled_images"]:
             say(f"            of {part.meta['subsampled_images']:,} images taken at random, for --max-windows")

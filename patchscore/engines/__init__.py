@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .base import Engine, EngineError, candidates, chosen, explain_choice, serve, serve_each
 from .fused.launch import Fused
-from .pruned.triton import PrunedOnDevice as Pruned
+from .pruned.engine import Pruned
 from .reference import Reference
 from .sliding.cpu import SlidingCpu
 from .sliding.cuda import SlidingCuda

@@ -1,1 +1,1 @@
-"""Engine `pruned`: an estimate from a chosen part of the windows, with its standard error."""
+"""Engine `pruned`: posterior sums from a sample of the windows, with the error that leaves."""

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ...bank import PatchBank
+from ...native import missing, native
 from ...posterior import PosteriorSum
 from ...windows import Axis, Competition
 from ..base import Engine
-from ..native import missing, native
 
 
 class SlidingCpu(Engine):

@@ -1,0 +1,79 @@
+// The border between Python and the engine `pruned`: plain pointers and sizes.
+//
+// The definition is patchscore/engines/pruned/naive.py; words and constants are those of policy.py beside it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "../sliding/sliding.h"
+
+namespace patchscore {
+
+constexpr int LANES = 16;      // strata whose moments are computed together; cells under one parent
+constexpr int TILE = 8;        // windows side by side: the sampling unit
+constexpr int MOST_CHANNELS = 4;
+
+struct Policy {
+    double certain_from;       // sampling fraction from which a stratum is evaluated whole
+    double prior_degrees;      // weight of the expected variance beside the observed one, in degrees of freedom
+    double misfit;             // difference of expected and estimated log sum, in bits, from which moments are rejected
+};
+
+// A table of moments: [groups][2][columns][LANES]; log2 E[w^t] is column 2 rank + 1, plus that before it times the
+// residual norm, plus linear and quadratic terms of the features (columns rank + j and j).
+struct Strata {
+    int64_t count;             // strata; whole groups of LANES, those beyond hold nothing
+    const float* table;
+    const float* sizes;        // [count] competing windows
+    const float *value, *value_square;  // [count, channels] means over the stratum's windows
+};
+
+struct Images {
+    const uint8_t* pixels;     // [count, channels, height, width]
+    int64_t count;
+    int channels, height, width, patch_size;
+    int rows() const { return height - patch_size + 1; }
+    int cols() const { return width - patch_size + 1; }
+    int values() const { return channels * patch_size * patch_size; }
+    int pairs() const { return (values() + 1) / 2; }              // of bytes, one step of a dot product
+    int64_t tile_bytes() const { return int64_t(pairs()) * 2 * TILE; }
+};
+
+// Queries of one noisy image at one noise level.
+struct Request {
+    Images images;
+    int64_t cells;             // whole parents of LANES
+    int rank;
+    const int64_t* sizes;      // [cells] stored windows
+    const int64_t* ids;        // [windows] image * rows * cols + row * cols + col, cell by cell
+    const int8_t* tiles;       // the windows' bytes less 128, cell by cell in tiles [pairs][TILE][2]; null reads images
+    const uint8_t* allowed;    // [images] which compete, null for all
+    Strata parents, children;
+
+    int queries;
+    const float* features;     // [queries, rank]
+    const float* rest;         // [queries] squared norm beyond the axes
+    const int16_t* digits;     // [queries, 2 pairs] query in units of a byte, less 128, times 2^(1 + shift)
+    const int32_t* shift;      // [queries]
+    const double* bits;        // [queries] log2 of the weight for each unit of (dot - 2^shift |p|^2)
+    const double* base;        // [queries] to be taken off that
+    double budget;             // windows a query
+    bool whole;                // evaluate every window, whatever the budget
+    uint64_t key;              // of the random draws
+    Policy policy;
+
+    double *m, *s, *s2, *v;    // [queries], v [queries, channels]
+    double *ss, *vs, *vv;      // variances and covariance of s and v
+    uint8_t* fits;             // [queries] 0 where the cells' moments are rejected
+    int64_t* pairs;            // [queries] windows evaluated
+};
+
+// False if `poll` asked to stop.
+bool pruned_scan(const Request& request, int threads, const std::string& simd, Poll poll);
+
+// The tiles of some windows, cell by cell: sizes [cells], ids [sum of sizes].
+void pruned_pack(const Images& images, const int64_t* ids, const int64_t* sizes, int64_t cells, int8_t* tiles,
+                 int threads);
+
+}  // namespace patchscore

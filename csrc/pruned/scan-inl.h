@@ -1,0 +1,221 @@
+// The arithmetic of engine `pruned`, compiled once for each instruction set: expected weights of LANES strata, and the
+// sums over the windows of one cell. Included by pruned.cpp through common/each-level-inl.h.
+
+typedef float v8 __attribute__((vector_size(32), aligned(16)));
+typedef int32_t i8 __attribute__((vector_size(32), aligned(16)));
+
+// 2^x for x <= 126; 0 below -126. A polynomial of degree 6 on [-1/2, 1/2], right to 2e-7 (coefficients: ln(2)^n / n!).
+PS_INLINE v8 exp2_of(v8 x) {
+    const i8 tiny = x < -126.0f;
+    x = x < -126.0f ? v8{} - 126.0f : x;
+    const v8 magic = v8{} + 12582912.0f;  // 1.5 2^23: adding it rounds to an integer
+    const v8 shifted = x + magic, whole = shifted - magic, f = x - whole;
+    v8 p = v8{} + 1.5403530e-4f;
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    i8 e, bits;
+    __builtin_memcpy(&e, &shifted, 32);
+    __builtin_memcpy(&bits, &p, 32);
+    bits += e << 23;
+    bits &= ~tiny;
+    __builtin_memcpy(&p, &bits, 32);
+    return p;
+}
+
+// log2 E[w] and log2 E[w^2] of LANES strata at a query: out[2][LANES].
+static void moments(const float* table, int rank, const float* features, float rest, float* out) {
+    const int columns = 2 * rank + 2;
+    for (int t = 0; t < 2; ++t, table += int64_t(columns) * LANES, out += LANES) {
+        v8 a, b, x, y;
+        __builtin_memcpy(&a, table + (2 * rank + 1) * LANES, 32);
+        __builtin_memcpy(&b, table + (2 * rank + 1) * LANES + 8, 32);
+        __builtin_memcpy(&x, table + 2 * rank * LANES, 32);
+        __builtin_memcpy(&y, table + 2 * rank * LANES + 8, 32);
+        a += x * rest, b += y * rest;
+        for (int j = 0; j < rank; ++j) {
+            const float f = features[j];
+            v8 qa, qb, la, lb;
+            __builtin_memcpy(&qa, table + j * LANES, 32);
+            __builtin_memcpy(&qb, table + j * LANES + 8, 32);
+            __builtin_memcpy(&la, table + (rank + j) * LANES, 32);
+            __builtin_memcpy(&lb, table + (rank + j) * LANES + 8, 32);
+            a += (qa * f + la) * f, b += (qb * f + lb) * f;
+        }
+        __builtin_memcpy(out, &a, 32);
+        __builtin_memcpy(out + 8, &b, 32);
+    }
+}
+
+// Of n strata: E and the size measures g1 = N sd(w), g2 = N sqrt(var(w) + TILE E[w]^2), relative to 2^ref.
+static void measures(const float* first, const float* second, const float* windows, const float* competing,
+                            int64_t n, float ref, float* expected, float* g1, float* g2) {
+    for (int64_t i = 0; i < n; i += 8) {
+        v8 l1, l2, size, part;
+        __builtin_memcpy(&l1, first + i, 32);
+        __builtin_memcpy(&l2, second + i, 32);
+        __builtin_memcpy(&size, windows + i, 32);
+        __builtin_memcpy(&part, competing + i, 32);
+        const v8 share = part / (size < 1.0f ? v8{} + 1.0f : size);
+        v8 x1 = l1 - ref, x2 = l2 - 2 * ref;
+        x1 = x1 > 60.0f ? v8{} + 60.0f : x1, x2 = x2 > 120.0f ? v8{} + 120.0f : x2;
+        const v8 e = exp2_of(x1) * share, e2 = exp2_of(x2) * share;
+        v8 variance = e2 - e * e;
+        variance = variance < 1e-6f * e2 ? 1e-6f * e2 : variance;
+        v8 a, b;
+        const v8 c = variance + float(TILE) * e * e;
+        for (int l = 0; l < 8; ++l) a[l] = __builtin_sqrtf(variance[l]), b[l] = __builtin_sqrtf(c[l]);
+        a *= size, b *= size;
+        __builtin_memcpy(expected + i, &e, 32);
+        __builtin_memcpy(g1 + i, &a, 32);
+        __builtin_memcpy(g2 + i, &b, 32);
+    }
+}
+
+// Expected number of windows at a scale: sum of min(N, max(scale g1, min(scale g2, TILE))).
+static double windows_at(const float* windows, const float* g1, const float* g2, int64_t n, float scale) {
+    double total = 0;
+    for (int64_t i = 0; i < n;) {
+        v8 sum{};
+        for (const int64_t end = n < i + 4096 ? n : i + 4096; i < end; i += 8) {
+            v8 size, a, b;
+            __builtin_memcpy(&size, windows + i, 32);
+            __builtin_memcpy(&a, g1 + i, 32);
+            __builtin_memcpy(&b, g2 + i, 32);
+            a *= scale, b *= scale;
+            b = b < float(TILE) ? b : v8{} + float(TILE);
+            a = a > b ? a : b;
+            sum += a < size ? a : size;
+        }
+        for (int l = 0; l < 8; ++l) total += sum[l];
+    }
+    return total;
+}
+
+// What a cell's tiles hold besides their bytes.
+struct TileFacts {
+    i8 norm;                   // |p|^2
+    i8 present;                // -1 where the lane holds a window that competes
+    v8 value[MOST_CHANNELS];
+};
+
+static void facts_of(const int8_t* tile, const Request& request, const int64_t* ids, int count, TileFacts& facts) {
+    const Images& images = request.images;
+    i8 norm{};
+#if PS_LEVEL >= 256
+    __m256i sum = _mm256_setzero_si256();
+    for (int d = 0; d < images.pairs(); ++d) {
+        const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(tile + d * 2 * TILE)));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, a));
+    }
+    __builtin_memcpy(&norm, &sum, 32);
+#else
+    for (int d = 0; d < images.pairs(); ++d)
+        for (int l = 0; l < TILE; ++l) {
+            const int a = tile[(d * TILE + l) * 2], b = tile[(d * TILE + l) * 2 + 1];
+            norm[l] += a * a + b * b;
+        }
+#endif
+    facts.norm = norm;
+    const int64_t per_image = int64_t(images.rows()) * images.cols();
+    for (int l = 0; l < TILE; ++l)
+        facts.present[l] = l < count && (!request.allowed || request.allowed[ids[l] / per_image]) ? -1 : 0;
+    const int area = images.patch_size * images.patch_size;
+    for (int c = 0; c < images.channels; ++c) {
+        const int at = c * area + area / 2;
+        for (int l = 0; l < TILE; ++l)
+            facts.value[c][l] = (tile[(at / 2 * TILE + l) * 2 + at % 2] + 0.5f) / 127.5f;
+    }
+}
+
+// Dot products of QUERIES queries with two tiles of windows.
+template <int QUERIES>
+static inline void dots(const int8_t* one, const int8_t* two, int pairs, const int16_t* const* digits, i8 (*out)[QUERIES]) {
+#if PS_LEVEL >= 256
+    __m256i acc[2][QUERIES];
+    for (int q = 0; q < QUERIES; ++q) acc[0][q] = acc[1][q] = _mm256_setzero_si256();
+    for (int d = 0; d < pairs; ++d) {
+        const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(one + d * 2 * TILE)));
+        const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(two + d * 2 * TILE)));
+        for (int q = 0; q < QUERIES; ++q) {
+            int32_t pair;
+            __builtin_memcpy(&pair, digits[q] + 2 * d, 4);
+            const __m256i x = _mm256_set1_epi32(pair);
+            acc[0][q] = _mm256_add_epi32(acc[0][q], _mm256_madd_epi16(a, x));
+            acc[1][q] = _mm256_add_epi32(acc[1][q], _mm256_madd_epi16(b, x));
+        }
+    }
+    for (int t = 0; t < 2; ++t)
+        for (int q = 0; q < QUERIES; ++q) __builtin_memcpy(&out[t][q], &acc[t][q], 32);
+#else
+    for (int t = 0; t < 2; ++t)
+        for (int q = 0; q < QUERIES; ++q) {
+            const int8_t* tile = t ? two : one;
+            i8 sum{};
+            for (int d = 0; d < pairs; ++d)
+                for (int l = 0; l < TILE; ++l)
+                    sum[l] += digits[q][2 * d] * tile[(d * TILE + l) * 2] +
+                              digits[q][2 * d + 1] * tile[(d * TILE + l) * 2 + 1];
+            out[t][q] = sum;
+        }
+#endif
+}
+
+// Lane sums of a visit: w, w^2, then w v, w^2 v, w^2 v^2 of each channel.
+struct Lanes {
+    v8 w, w2, wv[MOST_CHANNELS], w2v[MOST_CHANNELS], w2v2[MOST_CHANNELS];
+    i8 largest;
+};
+
+PS_INLINE void weigh(i8 dot, const TileFacts& facts, int shift, int32_t ref, float bits, int channels,
+                                Lanes& sums) {
+    const i8 t = dot - (facts.norm << shift);
+    const i8 seen = facts.present ? t : i8{} + INT32_MIN;
+    sums.largest = seen > sums.largest ? seen : sums.largest;
+    v8 x = __builtin_convertvector(t - ref, v8) * bits;
+    x = x < 60.0f ? x : v8{} + 60.0f;
+    v8 w = exp2_of(x);
+    w = facts.present ? w : v8{};
+    const v8 w2 = w * w;
+    sums.w += w, sums.w2 += w2;
+    for (int c = 0; c < channels; ++c) {
+        const v8 v = facts.value[c], w2v = w2 * v;
+        sums.wv[c] += w * v, sums.w2v[c] += w2v, sums.w2v2[c] += w2v * v;
+    }
+}
+
+// Sums of up to 4 visits over their tiles; tile t of a visit is tiles[(first + t) % count].
+static void scan_tiles(const Request& request, const int8_t* const* tiles, const TileFacts* facts, int count,
+                              const ScanVisit* visits, int many, Lanes* sums) {
+    const int pairs = request.images.pairs(), channels = request.images.channels;
+    const int16_t* digits[4];
+    int most = 0;
+    for (int i = 0; i < 4; ++i) {
+        digits[i] = request.digits + int64_t(visits[i < many ? i : 0].query) * 2 * pairs;
+        if (i < many && visits[i].tiles > most) most = visits[i].tiles;
+    }
+    for (int i = 0; i < many; ++i) {
+        sums[i] = Lanes{};
+        sums[i].largest = i8{} + INT32_MIN;
+    }
+    for (int t = 0; t < most; t += 2) {
+        const int one = (visits[0].first + t) % count, two = (visits[0].first + (t + 1 < most ? t + 1 : t)) % count;
+        i8 dot[2][4], single[2][1];
+        if (many == 1) {
+            dots<1>(tiles[one], tiles[two], pairs, digits, single);
+            dot[0][0] = single[0][0], dot[1][0] = single[1][0];
+        } else {
+            dots<4>(tiles[one], tiles[two], pairs, digits, dot);
+        }
+        for (int i = 0; i < many; ++i) {
+            const ScanVisit& visit = visits[i];
+            const int shift = request.shift[visit.query];
+            const float bits = float(request.bits[visit.query]);
+            if (t < visit.tiles) weigh(dot[0][i], facts[one], shift, visit.ref, bits, channels, sums[i]);
+            if (t + 1 < visit.tiles) weigh(dot[1][i], facts[two], shift, visit.ref, bits, channels, sums[i]);
+        }
+    }
+}

@@ -1,0 +1,163 @@
+"""The CPU backend of `pruned`: hands one image's queries to the native scan (csrc/pruned)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...index import IndexedSize, Strata
+from ...native import native
+from ...posterior import PosteriorSum
+from .policy import Policy
+
+LANES = 16
+BYTE = 127.5
+"""Bytes for a pixel value of 1."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Queries of one noisy image at one noise level, all of which compete with the windows of one patch size.
+
+    windows: [Q, C, k, k] the queries.
+    allowed: [images of the index] uint8, which compete; None for all.
+    competing: windows that compete.
+    budget: share of them to evaluate; None for every window.
+    """
+
+    part: IndexedSize
+    windows: Tensor
+    sigma: float
+    allowed: Tensor | None
+    competing: int
+    budget: float | None
+    key: int
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """Sums [Q, ...], and where the cells' moments fit the query."""
+
+    sums: PosteriorSum
+    fits: Tensor
+
+
+def draw_key(seed: int, k: int, sigma: float, z: Tensor) -> int:
+    """Of an image's random draws: the same wherever the image stands in a batch, another for another image."""
+    digest = hashlib.sha256(f"{seed} {k} {sigma!r}".encode())
+    digest.update(z.contiguous().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:8], "little")
+
+
+def scan(request: Request, policy: Policy) -> Scanned | None:
+    """The sums of a request; None where a query is too far outside the pixels' range to be compared in integers."""
+    part, sigma = request.part, request.sigma
+    encoded = _integers(request.windows)
+    if encoded is None:
+        return None
+    digits, shift = encoded
+    unit = 2.0 ** (1 + shift.double())
+    count, channels = len(request.windows), request.windows.shape[1]
+    features, rest = part.project(request.windows)
+    scale = math.log2(math.e) / (2 * sigma**2 * BYTE**2)
+    out = {name: torch.zeros(count, dtype=torch.float64) for name in ("m", "s", "s2", "ss")}
+    out |= {name: torch.zeros(count, channels, dtype=torch.float64) for name in ("v", "vs", "vv")}
+    fits, pairs = torch.zeros(count, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64)
+    competing = _competing(part, request.allowed)
+    assert native is not None
+    native.pruned_scan(
+        images=part.images.numpy(),
+        patch_size=part.k,
+        sizes=part.cells.size.numpy(),
+        ids=part.ids,
+        tiles=part.tiles,
+        allowed=None if request.allowed is None else request.allowed.numpy(),
+        parents=_strata(part.parents, competing.view(-1, LANES).sum(1), part, sigma),
+        children=_strata(part.cells, competing, part, sigma),
+        features=features.contiguous().numpy(),
+        rest=rest.numpy(),
+        digits=digits.numpy(),
+        shift=shift.numpy(),
+        bits=(2 * scale / unit).numpy(),
+        base=(scale * digits.double().square().sum(1) / unit.square()).numpy(),
+        budget=max(1.0, (request.budget or 1.0) * request.competing),
+        whole=request.budget is None,
+        key=request.key,
+        certain_from=policy.certain_from,
+        prior_degrees=policy.prior_degrees,
+        misfit=policy.misfit,
+        **{name: x.numpy() for name, x in out.items()},
+        fits=fits.numpy(),
+        pairs=pairs.numpy(),
+        threads=torch.get_num_threads(),
+        simd=os.environ.get("PATCHSCORE_SIMD", ""),
+    )  # fmt: skip
+    sums = {name: x if x.ndim == 2 else x[:, None] for name, x in out.items()}
+    return Scanned(PosteriorSum(**sums, pairs=int(pairs.sum())), fits.bool())
+
+
+def table(strata: Strata, sigma: float, dims: int) -> Tensor:
+    """[groups, 2, 2 rank + 2, LANES] coefficients of log2 E[w] and log2 E[w^2]; see naive.expected_log_weights."""
+    mean, variance = strata.mean.double(), strata.variance.double()
+    spread = strata.rest.double() / max(1, dims - mean.shape[1])
+    columns = []
+    for power in (1, 2):
+        noise = sigma**2 / power
+        inverse = 1 / (noise + variance)
+        constant = -(torch.log1p(variance / noise).sum(1) + (dims - mean.shape[1]) * torch.log1p(spread / noise)) / 2
+        constant = constant - (inverse * mean.square()).sum(1) / 2
+        columns.append(
+            torch.cat([-inverse / 2, inverse * mean, (-1 / (noise + spread) / 2)[:, None], constant[:, None]], 1)
+        )
+    whole = torch.stack(columns, 1) * math.log2(math.e)  # [strata, 2, columns]
+    padded = torch.nn.functional.pad(whole, (0, 0, 0, 0, 0, -len(whole) % LANES))
+    return padded.unflatten(0, (-1, LANES)).permute(0, 2, 3, 1).float().contiguous()
+
+
+def _strata(strata: Strata, competing: Tensor, part: IndexedSize, sigma: float) -> tuple:
+    tables = part.__dict__.setdefault("_tables", {})
+    key = (sigma, len(strata.size))
+    if key not in tables:
+        if len(tables) >= 2 and not any(held[0] == sigma for held in tables):
+            tables.clear()
+        tables[key] = table(strata, sigma, len(part.centre))
+    values = (strata.value.contiguous().numpy(), strata.value_square.contiguous().numpy())
+    return tables[key].numpy(), competing.float().numpy(), *values
+
+
+def _competing(part: IndexedSize, allowed: Tensor | None) -> Tensor:
+    """[cells] windows that compete."""
+    if allowed is None:
+        return part.cells.size
+    held = part.__dict__.setdefault("_competing", {})
+    if id(allowed) not in held:
+        image = torch.from_numpy(part.ids // part.windows_per_image)
+        cell = torch.repeat_interleave(torch.arange(len(part.cells.size)), part.cells.size)
+        count = torch.bincount(cell[allowed[image].bool()], minlength=len(part.cells.size))
+        held[id(allowed)] = (allowed, count)
+    return held[id(allowed)][1]
+
+
+def _integers(windows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Queries in bytes less 128, times 2^(1 + shift) and rounded: [Q, 2 pairs] int16; and the shift [Q] int32.
+
+    The largest shift for which no dot product with a window leaves 30 bits.
+    """
+    u = windows.flatten(1).double() * BYTE - 0.5
+    largest, total = u.abs().amax(1), u.abs().sum(1)
+    shift = torch.full((len(u),), -1, dtype=torch.int32)
+    for candidate in range(14):
+        unit = 2.0 ** (1 + candidate)
+        fits = (largest * unit < 32767) & (
+            128 * (total * unit + u.shape[1]) + 2**candidate * 16384 * u.shape[1] < 2**30
+        )
+        shift[fits] = candidate
+    if (shift < 0).any():
+        return None
+    digits = (u * 2.0 ** (1 + shift.double())[:, None]).round().to(torch.int16)
+    return torch.nn.functional.pad(digits, (0, digits.shape[1] % 2)).contiguous(), shift

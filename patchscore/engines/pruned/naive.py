@@ -1,0 +1,175 @@
+"""The definition of the engine `pruned` for one query, in float64: read this first.
+
+The population of a query q is the competing windows p_a with weights w_a = exp(-|q - p_a|^2 / (2 sigma^2)) and values
+v_a. Wanted is the ratio of two totals, sum_a w_a v_a / sum_a w_a. The strata are the cells of an index. Steps, in the
+order of the functions below:
+
+1. expected weights: E[w] and E[w^2] in each stratum, from its moments;
+2. allocation: how many windows of each stratum to evaluate (Neyman 1934; Cochran 1977, chapter 5);
+3. sampling: strata that get at least a tile of windows are surely visited, the others by chance (systematic sampling
+   with probability proportional to size; Madow 1949; Saerndal, Swensson & Wretman 1992, 3.6.2);
+4. totals: Horvitz & Thompson 1952, and their ratio;
+5. variance: within strata (Cochran 1977, 5.4) and between the strata visited by chance (Hansen & Hurwitz 1943);
+6. moderated variance: observed and expected variance by their degrees of freedom (Smyth 2004).
+
+All weights are positive and their sum is the denominator, so an estimate is a convex combination of values, and the
+effective sample size (Kish 1965) is at least 1. csrc/pruned does the same for all pixels of an image, cell by cell,
+with two shortcuts: cells are told apart only under parents that would surely be visited, and the sample of a cell
+starts at a random tile and wraps around, which in a random order of windows is a simple random sample.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...index import Strata
+from .policy import POLICY, Policy
+
+TILE = 8
+
+
+class Sums(NamedTuple):
+    """Totals and their covariance: of weights (s), of weighted values (v), of squared weights."""
+
+    s: Tensor
+    v: Tensor
+    s2: Tensor
+    ss: Tensor
+    vs: Tensor
+    vv: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.v / self.s
+
+    @property
+    def stderr(self) -> Tensor:
+        """Of the ratio, to first order (delta method; Cochran 1977, 6.4)."""
+        variance = self.vv - 2 * self.mean * self.vs + self.mean.square() * self.ss
+        return variance.clamp(min=0).sqrt() / self.s
+
+
+def expected_log_weights(
+    features: Tensor, rest: Tensor, strata: Strata, sigma: float, dims: int
+) -> tuple[Tensor, Tensor]:
+    """log E[w] and log E[w^2] of each stratum: [H] each.
+
+    A stratum is taken for a Gaussian, independent along the principal axes and isotropic beyond them. w^t is a Gaussian
+    kernel of variance sigma^2 / t, and a Gaussian kernel averaged over a Gaussian N(c, l) is, along each axis,
+    (1 + t l / sigma^2)^(-1/2) exp(-(q - c)^2 / (2 (sigma^2 / t + l))).
+
+    Args:
+        features: [rank] the query along the axes.
+        rest: [] its squared norm beyond them.
+        dims: pixels of a window.
+    """
+    variance, others = strata.variance.double(), dims - strata.mean.shape[1]
+    beyond = strata.rest.double() / max(1, others)
+    away = (features.double() - strata.mean.double()).square()
+    logs = []
+    for power in (1, 2):
+        noise = sigma**2 / power
+        along = torch.log1p(variance / noise) + away / (noise + variance)
+        logs.append(-(along.sum(1) + others * torch.log1p(beyond / noise) + rest.double() / (noise + beyond)) / 2)
+    return logs[0], logs[1]
+
+
+def size_measures(size: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each stratum: N sd(w), and N sqrt(var(w) + TILE E[w]^2).
+
+    To the first the optimum number of windows is proportional where the stratum is surely visited; to the second where
+    it is visited by chance, TILE windows at a time, which adds the variance between strata.
+    """
+    square = second.exp()
+    variance = torch.maximum(square - (2 * first).exp(), 1e-6 * square)
+    return size * variance.sqrt(), size * (variance + TILE * (2 * first).exp()).sqrt()
+
+
+def allocation(size: Tensor, sure: Tensor, chance: Tensor, budget: float) -> Tensor:
+    """[H] expected windows of each stratum: min(N, max(k sure, min(k chance, TILE))), with k such that they add up to
+    the budget (by bisection)."""
+    low, high = -200.0, 400.0
+    for _ in range(80):
+        k = math.exp((low + high) / 2)
+        windows = torch.minimum(size, torch.maximum(k * sure, (k * chance).clamp(max=TILE)))
+        low, high = ((low + high) / 2, high) if windows.sum() <= budget else (low, (low + high) / 2)
+    return windows
+
+
+def estimate(
+    weights: Tensor, values: Tensor, strata: Strata, log_moments: tuple[Tensor, Tensor], budget: float,
+    generator: torch.Generator, policy: Policy = POLICY,
+) -> Sums:  # fmt: skip
+    """Sums of one query from a sample drawn by `generator`.
+
+    Args:
+        weights, values: [N], [N, C] of all windows, stratum by stratum; only those sampled are looked at.
+        log_moments: `expected_log_weights`, relative to the same reference as the weights.
+        budget: windows to evaluate, in expectation.
+    """
+    size = strata.size.double()
+    starts = (strata.size.cumsum(0) - strata.size).tolist()
+    sure, chance = size_measures(size, *log_moments)
+    windows = allocation(size, sure, chance, budget)
+    channels = values.shape[1]
+    s, v, s2 = torch.zeros(()).double(), torch.zeros(channels).double(), torch.zeros(()).double()
+    covariance = torch.zeros(1 + channels, 1 + channels).double()  # of (s, v)
+    expected = torch.zeros(3, channels).double()  # variances of s, of (v, s), of v, from the moments
+    fourth, hits = 0.0, []
+    climb = torch.rand((), generator=generator).item()
+    for h, n in enumerate(windows.tolist()):
+        count, w_mean = int(strata.size[h]), log_moments[0][h].exp().item()
+        variance = (sure[h] / size[h]).item() ** 2 if count else 0.0
+        if count == 0:
+            continue
+        if n >= policy.certain_from * count or (n >= 0.999 * TILE and count <= 2 * TILE):
+            taken, factor = torch.arange(count), 1.0
+            doubt = 0.0
+        elif n >= 0.999 * TILE:
+            taken = torch.randperm(count, generator=generator)[: max(2 * TILE, math.ceil(n))]
+            factor = count / len(taken)
+            doubt = count**2 * variance * (1 - 1 / factor) / len(taken)
+        else:
+            probability, before = n / TILE, climb
+            climb += probability
+            doubt = (count * w_mean) ** 2 + count**2 * variance / TILE
+            doubt = max(doubt * (1 - probability), count**2 * variance / TILE * (1 - n / count)) / max(
+                probability, 1e-300
+            )
+            taken, factor = torch.arange(0), 0.0
+            if math.floor(climb) > math.floor(before):
+                taken = torch.randperm(count, generator=generator)[:TILE]
+                factor = count / len(taken) / probability
+        square = strata.value_square[h].double()
+        expected += doubt * torch.stack([torch.ones_like(square), strata.value[h].double(), square])
+        if len(taken) == 0:
+            continue
+        w = weights[starts[h] + taken].double()
+        y = torch.cat([w[:, None], w[:, None] * values[starts[h] + taken].double()], 1)
+        total = factor * y.sum(0)
+        s, v, s2 = s + total[0], v + total[1:], s2 + factor * w.square().sum()
+        if n < 0.999 * TILE:
+            hits.append(total)
+        elif factor > 1:
+            centred = y - y.mean(0)
+            part = count**2 * (1 - 1 / factor) / len(taken) * centred.T @ centred / (len(taken) - 1)
+            covariance += part
+            fourth += part[0, 0].item() ** 2
+    if hits:
+        totals = torch.stack(hits)
+        centred = totals - totals.mean(0) if len(totals) > 1 else totals
+        part = centred.T @ centred * (len(totals) / (len(totals) - 1) if len(totals) > 1 else 1)
+        covariance += part
+        fourth += part[0, 0].item() ** 2 / len(totals)
+    degrees = covariance[0, 0].item() ** 2 / fourth if fourth else 0.0
+    own, prior = (x / (degrees + policy.prior_degrees) for x in (degrees, policy.prior_degrees))
+    return Sums(
+        s, v, s2,
+        own * covariance[0, 0] + prior * expected[0, 0],
+        own * covariance[0, 1:] + prior * expected[1],
+        own * covariance.diagonal()[1:] + prior * expected[2],
+    )  # fmt: skip

@@ -1,0 +1,49 @@
+"""Every constant of the engine `pruned`, with its unit, its source and its effect. C++ gets them from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What decides how windows and images are sampled."""
+
+    certain_from: float = 0.75
+    """Sampling fraction from which a stratum is evaluated whole: the last quarter costs little and removes its
+    variance (Cochran 1977, 5.8: strata whose optimum allocation exceeds their size)."""
+
+    prior_degrees: float = 1.0
+    """Degrees of freedom that the expected variance counts for beside those of the observed one (moderated variance,
+    Smyth 2004, eq. 3.1). One is the least that keeps a single observation from stating its own error; more widens the
+    error bars of small samples."""
+
+    misfit: float = 7.2
+    """Bits (5 nats). Where the expected and the estimated sum of weights differ by more, the query is unlike what the
+    cells' moments describe and the pixel is evaluated whole. Held-out images differ by less than 3 nats."""
+
+    unknown: float = 0.5
+    """Standard error, in units of pixels, from which nothing is known and the pixel is evaluated whole."""
+
+    whole_pixels: float = 0.125
+    """Share of an image's pixels from which they are left to the exact engine, which sums an image at once."""
+
+    exact_budget: float = 0.2
+    """Budget from which the exact engine serves: a window compared byte by byte costs two to five times what a sliding
+    sum takes for it."""
+
+    pilot_pixels: int = 64
+    """Pixels by which a budget is found for a tolerance."""
+
+    pilot_budget: float = 1e-3
+    """Budget that the search for a tolerance starts with."""
+
+    image_groups: int = 16
+    """Random groups of a sample of images (Wolter 2007, 2.2); their scatter has one degree of freedom less."""
+
+    sharpest: float = 0.005
+    """Least noise level, in units of pixels. Below, the rounding of a query to 1/128 of a byte moves log-weights by
+    more than 0.02, and the exact engine serves."""
+
+
+POLICY = Policy()
