@@ -192,8 +192,9 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
                  const std::optional<py::buffer>& tiles, const std::optional<py::buffer>& allowed,
                  const StrataArguments& parents, const StrataArguments& children, const py::buffer& features,
                  const py::buffer& rest, const py::buffer& digits, const py::buffer& shift, const py::buffer& bits,
-                 const py::buffer& base, double budget, bool whole, uint64_t key, double certain_from,
-                 double prior_degrees, double misfit, const py::buffer& m, const py::buffer& s, const py::buffer& s2,
+                 const py::buffer& base, int columns, double budget, double largest_budget, bool whole, uint64_t key,
+                 double certain_from, double prior_degrees, double misfit, double unknown, double further,
+                 double whole_pixels, double opened_from, double pilot, int known, const py::buffer& m, const py::buffer& s, const py::buffer& s2,
                  const py::buffer& v, const py::buffer& ss, const py::buffer& vs, const py::buffer& vv,
                  const py::buffer& fits, const py::buffer& pairs, int threads, const std::string& simd) {
     std::list<py::buffer_info> held;
@@ -228,8 +229,11 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
     request.bits = data_of<double>("bits", info(bits), {queries}, false);
     request.base = data_of<double>("base", info(base), {queries}, false);
     if (!(budget > 0)) throw py::value_error("budget: takes a positive number of windows");
-    request.budget = budget, request.whole = whole, request.key = key;
-    request.policy = {certain_from, prior_degrees, misfit};
+    if (columns < 0 || (columns && request.queries % columns)) throw py::value_error("columns: does not divide the queries");
+    if (known < 0 || known > patchscore::MOST_KNOWN) throw py::value_error("known: takes 0 to 16");
+    request.columns = columns, request.budget = budget, request.largest_budget = largest_budget;
+    request.whole = whole, request.key = key;
+    request.policy = {certain_from, prior_degrees, misfit, unknown, further, whole_pixels, opened_from, pilot, known};
     request.m = data_of<double>("m", info(m, true), {queries}, true);
     request.s = data_of<double>("s", info(s, true), {queries}, true);
     request.s2 = data_of<double>("s2", info(s2, true), {queries}, true);
@@ -262,8 +266,9 @@ PYBIND11_MODULE(_native, module) {
     module.def("pruned_scan", &pruned_scan, py::kw_only(), py::arg("images"), py::arg("patch_size"), py::arg("sizes"),
                py::arg("ids"), py::arg("tiles"), py::arg("allowed"), py::arg("parents"), py::arg("children"),
                py::arg("features"), py::arg("rest"), py::arg("digits"), py::arg("shift"), py::arg("bits"),
-               py::arg("base"), py::arg("budget"), py::arg("whole"), py::arg("key"), py::arg("certain_from"),
-               py::arg("prior_degrees"), py::arg("misfit"), py::arg("m"), py::arg("s"), py::arg("s2"), py::arg("v"),
+               py::arg("base"), py::arg("columns"), py::arg("budget"), py::arg("largest_budget"), py::arg("whole"),
+               py::arg("key"), py::arg("certain_from"), py::arg("prior_degrees"), py::arg("misfit"), py::arg("unknown"),
+               py::arg("further"), py::arg("whole_pixels"), py::arg("opened_from"), py::arg("pilot"), py::arg("known"), py::arg("m"), py::arg("s"), py::arg("s2"), py::arg("v"),
                py::arg("ss"), py::arg("vs"), py::arg("vv"), py::arg("fits"), py::arg("pairs"), py::arg("threads"),
                py::arg("simd"), "Estimates the posterior sums of queries; see struct Request in csrc/pruned/pruned.h.");
 }

@@ -19,13 +19,44 @@ namespace patchscore {
 namespace {
 
 constexpr int PARTS = 32;
-constexpr int TOGETHER = 16;  // queries that are planned together, so that a table of moments is read once for all
+constexpr int TOGETHER = 64;  // queries that are planned together, so that a table of moments is read once for all
+constexpr int PILOT_CELLS = 64; // where the first known windows of a query are looked for, at most
+constexpr int SWEEPS = 4;     // over the pixels, of neighbours proposing their known windows
 
 struct ScanVisit {
     int32_t query, cell;
     int32_t first, tiles;      // tiles first, first + 1, .. of the cell, wrapping around
     float units;               // 0: a stratum that is surely visited; else tiles of the stratum over the expected hits
     int32_t ref;
+};
+
+struct Visited {               // sums over the windows of a visit
+    float w, w2, wv[MOST_CHANNELS], w2v[MOST_CHANNELS], w2v2[MOST_CHANNELS];
+    int32_t largest;
+};
+
+// The heaviest windows known of a query, the heaviest first. They are counted surely and weigh nothing in the sample.
+struct Known {
+    int32_t least = INT32_MAX; // of t
+    int32_t count = 0;
+    int32_t t[MOST_KNOWN];     // dot - 2^shift |p|^2
+    int64_t id[MOST_KNOWN];
+
+    bool holds(int64_t window) const {
+        for (int i = 0; i < count; ++i)
+            if (id[i] == window) return true;
+        return false;
+    }
+
+    void take(int32_t value, int64_t window, int most) {
+        int at = count;
+        while (at > 0 && (value > t[at - 1] || (value == t[at - 1] && window < id[at - 1]))) --at;
+        if (at >= most) return;
+        count = std::min(count + 1, most);
+        for (int i = count - 1; i > at; --i) t[i] = t[i - 1], id[i] = id[i - 1];
+        t[at] = value, id[at] = window;
+        least = t[count - 1];
+    }
 };
 
 #define PS_KERNEL "../pruned/scan-inl.h"
@@ -37,18 +68,19 @@ struct Level {
     decltype(&plain::measures) measures;
     decltype(&plain::windows_at) windows_at;
     decltype(&plain::facts_of) facts_of;
+    decltype(&plain::compare_tile) compare_tile;
     decltype(&plain::scan_tiles) scan_tiles;
 };
 
-// TileFacts and Lanes are laid out alike in every namespace.
+// TileFacts is laid out alike in every namespace.
 using TileFacts = plain::TileFacts;
-using Lanes = plain::Lanes;
 
 template <typename F, typename G>
 F as(G g) { return reinterpret_cast<F>(g); }
 
 #define PS_LEVEL_OF(name) \
     {#name, name::moments, name::measures, name::windows_at, as<decltype(&plain::facts_of)>(&name::facts_of), \
+     as<decltype(&plain::compare_tile)>(&name::compare_tile), \
      as<decltype(&plain::scan_tiles)>(&name::scan_tiles)}
 
 const Level LEVELS[] = {
@@ -101,8 +133,13 @@ class Scan {
     ThreadPool& pool;
     Interrupt& interrupt;
     const int channels;
-    std::vector<int64_t> window_start, tile_start, parent_tiles;
+    uint64_t key;
+    std::vector<int64_t> window_start, tile_start;
+    std::vector<float> child_size, parent_size, parent_competing;  // parents padded to whole groups of LANES
     std::vector<std::vector<ScanVisit>> planned;
+    std::vector<Known> known;
+    std::vector<std::vector<int32_t>> pilots;              // cells of each query that hold heavy windows
+    std::vector<double> budget;                            // windows of each query
     std::vector<int32_t> refs;
     std::vector<double> expected;                          // log2 of the expected sum
     std::vector<double> model;                             // [queries, 1 + 2 channels] expected variance, about 2^ref
@@ -111,208 +148,218 @@ class Scan {
 public:
     Scan(const Request& request, const Level& level, ThreadPool& pool, Interrupt& interrupt)
         : request(request), level(level), pool(pool), interrupt(interrupt), channels(request.images.channels),
-          window_start(size_t(request.cells) + 1), tile_start(size_t(request.cells) + 1),
-          planned(size_t(request.queries)), refs(size_t(request.queries)), expected(size_t(request.queries)),
+          key(request.key), window_start(size_t(request.cells) + 1), tile_start(size_t(request.cells) + 1),
+          child_size(size_t(request.cells)), planned(size_t(request.queries)), known(size_t(request.queries)),
+          pilots(size_t(request.queries)), budget(size_t(request.queries), request.budget),
+          refs(size_t(request.queries)), expected(size_t(request.queries)),
           model(size_t(request.queries) * (1 + 2 * size_t(channels))), model_ref(size_t(request.queries)) {
         for (int64_t c = 0; c < request.cells; ++c) {
             window_start[size_t(c) + 1] = window_start[size_t(c)] + request.sizes[c];
             tile_start[size_t(c) + 1] = tile_start[size_t(c)] + tiles_of(request.sizes[c]);
+            child_size[size_t(c)] = float(request.sizes[c]);
+        }
+        const size_t padded = size_t((request.parents.count + LANES - 1) / LANES * LANES);
+        parent_size.assign(padded, 0), parent_competing.assign(padded, 0);
+        for (int64_t p = 0; p < request.parents.count; ++p) {
+            parent_size[size_t(p)] = float(window_start[size_t(p + 1) * LANES] - window_start[size_t(p) * LANES]);
+            parent_competing[size_t(p)] = request.parents.sizes[p];
         }
     }
 
     bool operator()() {
-        pool.each((request.queries + TOGETHER - 1) / TOGETHER, [&](int64_t block, int) {
-            plan_together(int(block * TOGETHER), int(std::min<int64_t>(request.queries, (block + 1) * TOGETHER)));
-        });
-        if (interrupt.stopped(true)) return false;
         std::vector<int> left(size_t(request.queries));
-        for (int q = 0; q < request.queries; ++q) left[size_t(q)] = q;
-        // Where the reference turns out far from the heaviest window, once more with that window's.
-        for (int round = 0; round < 4 && !left.empty(); ++round) {
-            std::vector<Sums> sums;
-            if (!scan(left, sums)) return false;
-            std::vector<int> again;
-            for (size_t i = 0; i < left.size(); ++i) {
-                const int q = left[i];
-                const Sums& sum = sums[size_t(q)];
-                const double off = (double(sum.largest) - refs[size_t(q)]) * request.bits[q];
-                if (sum.largest != INT32_MIN && std::abs(off) > 50 && round < 3)
-                    refs[size_t(q)] = sum.largest, again.push_back(q);
-                else
-                    finish(q, sum);
-            }
-            left = again;
+        for (int q = 0; q < request.queries; ++q) left[size_t(q)] = q, request.pairs[q] = 0;
+        for (int round = 0; !left.empty(); ++round) {
+            key = mixed(request.key + uint64_t(round));
+            if (!plan_all(left)) return false;
+            if (round == 0 && !request.whole && !find_heavy()) return false;
+            for (int q : left) refs[size_t(q)] = reference_of(q);
+            std::vector<int> unknown;
+            if (!scan_all(left, unknown)) return false;
+            if (request.whole) break;
+            // A sample that knows nothing is drawn again, larger; at the end every window is evaluated, unless an
+            // engine that sums a whole image exactly does that sooner.
+            std::vector<int> whole;
+            for (int q : unknown)
+                if ((budget[size_t(q)] *= request.policy.further) > request.largest_budget) whole.push_back(q);
+            if (double(whole.size()) > request.policy.whole_pixels * request.queries) break;
+            left = std::move(unknown);
         }
         return true;
     }
 
 private:
+    // Windows to draw; the rest of a budget goes to the windows that are known.
+    double sampled(int q) const { return (1 - request.policy.pilot) * budget[size_t(q)]; }
+
+    bool is_whole(int q) const { return request.whole || budget[size_t(q)] > request.largest_budget; }
+
     const int8_t* tile_at(int64_t cell, int64_t tile, int8_t* scratch) const {
         if (request.tiles) return request.tiles + (tile_start[size_t(cell)] + tile) * request.images.tile_bytes();
-        const int64_t first = tile * TILE;
-        pack_tile(request.images, request.ids + window_start[size_t(cell)] + first,
-                  int(std::min<int64_t>(TILE, request.sizes[cell] - first)), scratch);
+        pack_tile(request.images, ids_of(cell, tile), windows_in(cell, tile), scratch);
         return scratch;
     }
 
-    int32_t start_of(int64_t cell) const {
-        return int32_t(uniform(request.key, uint64_t(cell)) * double(tiles_of(request.sizes[cell])));
+    const int64_t* ids_of(int64_t cell, int64_t tile) const {
+        return request.ids + window_start[size_t(cell)] + tile * TILE;
     }
 
-    // Largest dot - 2^shift |p|^2 in a few tiles of a cell.
-    int32_t glance(int q, int64_t cell) const {
-        const int64_t tiles = tiles_of(request.sizes[cell]);
-        std::vector<int8_t> scratch(size_t(request.images.tile_bytes()));
-        int32_t largest = INT32_MIN;
-        for (int64_t t = 0; t < std::min<int64_t>(4, tiles); ++t) {
-            const int8_t* tile = tile_at(cell, t, scratch.data());
-            TileFacts facts;
-            const int64_t first = t * TILE;
-            level.facts_of(tile, request, request.ids + window_start[size_t(cell)] + first,
-                           int(std::min<int64_t>(TILE, request.sizes[cell] - first)), facts);
-            ScanVisit visit{q, int32_t(cell), 0, 1, 0, 0};
-            Lanes sums;
-            level.scan_tiles(request, &tile, &facts, 1, &visit, 1, &sums);
-            for (int l = 0; l < TILE; ++l) largest = std::max(largest, int32_t(sums.largest[l]));
-        }
-        return largest;
+    int windows_in(int64_t cell, int64_t tile) const {
+        return int(std::min<int64_t>(TILE, request.sizes[cell] - tile * TILE));
     }
 
-    struct Stratum {
-        int64_t cell;          // of the children, or -1 - parent
-        int64_t windows, tiles;
+    // Samples start at a tile drawn for the cell, or for the parent, not for the query: queries share what is read.
+    int64_t start_of(int64_t stratum, int64_t tiles) const {
+        return std::min(tiles - 1, int64_t(uniform(key, uint64_t(stratum)) * double(tiles)));
+    }
+
+    // What planning a block of queries needs; kept by each thread.
+    struct Scratch {
+        std::vector<float> parents, scale, first, second, size, competing, expected, g1, g2;
+        std::vector<std::vector<float>> cells;             // of each query: moments under its opened parents, in order
+        std::vector<std::vector<int32_t>> opened;
+        std::vector<uint8_t> is_opened;
     };
 
-    // What planning a query needs of the tables: moments of parents, and of the cells under the opened ones in order.
-    struct Planned {
-        std::vector<float> first, second, size, competing, cells;
-        std::vector<uint8_t> opened;
-    };
-
-    void plan_together(int begin, int end) {
-        const Strata &parents = request.parents, &children = request.children;
-        const int rank = request.rank;
-        const int64_t table = int64_t(2) * (2 * rank + 2) * LANES;
-        if (request.whole) {
-            for (int q = begin; q < end; ++q) plan_whole(q);
-            return;
+    bool plan_all(const std::vector<int>& queries) {
+        std::vector<int> sampled;
+        for (int q : queries) {
+            planned[size_t(q)].clear();
+            if (is_whole(q)) plan_whole(q);
+            else sampled.push_back(q);
         }
-        const int64_t groups = (parents.count + LANES - 1) / LANES, padded = groups * LANES;
-        std::vector<Planned> found(size_t(end - begin));
-        for (Planned& of : found) {
-            of.first.assign(size_t(padded), -1e30f), of.second.assign(size_t(padded), -1e30f);
-            of.size.assign(size_t(padded), 0), of.competing.assign(size_t(padded), 0);
-            of.opened.assign(size_t(parents.count), 0);
-        }
-        float out[2 * LANES];
-        for (int64_t g = 0; g < groups; ++g)
-            for (int q = begin; q < end; ++q) {
-                Planned& of = found[size_t(q - begin)];
-                level.moments(parents.table + g * table, rank, request.features + int64_t(q) * rank, request.rest[q], out);
-                std::memcpy(&of.first[size_t(g) * LANES], out, sizeof(float) * LANES);
-                std::memcpy(&of.second[size_t(g) * LANES], out + LANES, sizeof(float) * LANES);
-            }
-        // Parents that would surely be visited are opened.
-        std::vector<float> e(static_cast<size_t>(padded)), g1(e.size()), g2(e.size());
-        for (Planned& of : found) {
-            for (int64_t p = 0; p < parents.count; ++p) {
-                of.size[size_t(p)] = float(window_start[size_t(p + 1) * LANES] - window_start[size_t(p) * LANES]);
-                of.competing[size_t(p)] = parents.sizes[p];
-            }
-            const float ref = reference(of.first, of.competing);
-            level.measures(of.first.data(), of.second.data(), of.size.data(), of.competing.data(), padded, ref, e.data(),
-                           g1.data(), g2.data());
-            const float scale = solve(of.size, g1, g2);
-            for (int64_t p = 0; p < parents.count; ++p)
-                of.opened[size_t(p)] = of.competing[size_t(p)] > 0 && scale * g2[size_t(p)] >= TILE;
-        }
-        for (int64_t p = 0; p < parents.count; ++p)
-            for (int q = begin; q < end; ++q) {
-                Planned& of = found[size_t(q - begin)];
-                if (!of.opened[size_t(p)]) continue;
-                level.moments(children.table + p * table, rank, request.features + int64_t(q) * rank, request.rest[q], out);
-                of.cells.insert(of.cells.end(), out, out + 2 * LANES);
-            }
-        for (int q = begin; q < end; ++q) plan(q, found[size_t(q - begin)]);
+        std::vector<Scratch> scratch(size_t(pool.size()));
+        const int64_t count = int64_t(sampled.size());
+        pool.each((count + TOGETHER - 1) / TOGETHER, [&](int64_t block, int thread) {
+            const int64_t begin = block * TOGETHER;
+            plan_together(&sampled[size_t(begin)], int(std::min<int64_t>(count - begin, TOGETHER)),
+                          scratch[size_t(thread)]);
+        });
+        return !interrupt.stopped(true);
     }
 
     void plan_whole(int q) {
-        std::vector<ScanVisit>& visits = planned[size_t(q)];
         for (int64_t c = 0; c < request.cells; ++c)
-            if (request.sizes[c]) visits.push_back({q, int32_t(c), 0, int32_t(tiles_of(request.sizes[c])), 0, 0});
-        for (int64_t c = 0; c < request.cells; ++c)
-            if (request.sizes[c] && (refs[size_t(q)] = glance(q, c)) != INT32_MIN) break;
+            if (request.sizes[c]) planned[size_t(q)].push_back({q, int32_t(c), 0, int32_t(tiles_of(request.sizes[c])), 0, 0});
     }
 
-    void plan(int q, const Planned& of) {
-        const Strata &parents = request.parents, &children = request.children;
-        std::vector<ScanVisit>& visits = planned[size_t(q)];
-        const float* out = of.cells.data();
-        std::vector<Stratum> strata;
-        std::vector<float> f1, f2, windows, compete;
-        const auto push = [&](int64_t cell, int64_t count, int64_t tiles, float a, float b, float c) {
-            strata.push_back({cell, count, tiles});
-            f1.push_back(a), f2.push_back(b), windows.push_back(float(count)), compete.push_back(c);
+    void plan_together(const int* queries, int count, Scratch& x) {
+        const int rank = request.rank;
+        const int64_t table = int64_t(2) * (2 * rank + 2) * LANES, padded = int64_t(parent_size.size());
+        x.parents.resize(size_t(count * 2 * padded)), x.scale.resize(size_t(count));
+        x.cells.resize(TOGETHER), x.opened.resize(TOGETHER), x.is_opened.assign(size_t(padded * TOGETHER), 0);
+        const auto moments = [&](const float* of, int q, float* out) {
+            level.moments(of, rank, request.features + int64_t(q) * rank, request.rest[q], out);
         };
-        for (int64_t p = 0; p < parents.count; ++p) {
-            if (of.competing[size_t(p)] <= 0) continue;
-            if (!of.opened[size_t(p)]) {
-                const int64_t tiles = tile_start[size_t(p + 1) * LANES] - tile_start[size_t(p) * LANES];
-                push(-1 - p, int64_t(of.size[size_t(p)]), tiles, of.first[size_t(p)], of.second[size_t(p)],
-                     of.competing[size_t(p)]);
-                continue;
+        for (int64_t g = 0; g < padded / LANES; ++g)
+            for (int i = 0; i < count; ++i) {
+                float out[2 * LANES], *to = &x.parents[size_t(2 * padded * i + g * LANES)];
+                moments(request.parents.table + g * table, queries[i], out);
+                std::memcpy(to, out, sizeof(float) * LANES);
+                std::memcpy(to + padded, out + LANES, sizeof(float) * LANES);
             }
-            for (int64_t i = 0; i < LANES; ++i) {
-                const int64_t c = p * LANES + i;
-                if (children.sizes[c] > 0)
-                    push(c, request.sizes[c], tiles_of(request.sizes[c]), out[i], out[LANES + i], children.sizes[c]);
-            }
-            out += 2 * LANES;
+        // Parents that would get some tiles are opened.
+        resize(x, padded);
+        for (int i = 0; i < count; ++i) {
+            const float *first = &x.parents[size_t(2 * padded * i)], *second = first + padded;
+            const float ref = largest(first, parent_competing.data(), padded);
+            level.measures(first, second, parent_size.data(), parent_competing.data(), padded, ref, x.expected.data(),
+                           x.g1.data(), x.g2.data());
+            x.scale[size_t(i)] = solve(parent_size.data(), x.g1.data(), x.g2.data(), padded, sampled(queries[i]), 1);
+            const float from = float(request.policy.opened_from * TILE) / x.scale[size_t(i)];
+            x.cells[size_t(i)].clear(), x.opened[size_t(i)].clear();
+            for (int64_t p = 0; p < request.parents.count; ++p)
+                x.is_opened[size_t(p * TOGETHER + i)] =
+                    parent_competing[size_t(p)] > 0 && (x.g2[size_t(p)] >= from || first[p] >= ref);
         }
-        const size_t count = strata.size(), whole = (count + 7) / 8 * 8;
-        f1.resize(whole, -1e30f), f2.resize(whole, -1e30f), windows.resize(whole, 0), compete.resize(whole, 0);
-        const float ref = reference(f1, compete);
-        std::vector<float> e(whole), g1(whole), g2(whole);
-        level.measures(f1.data(), f2.data(), windows.data(), compete.data(), int64_t(whole), ref, e.data(), g1.data(),
-                       g2.data());
-        const float kappa = solve(windows, g1, g2);
+        for (int64_t p = 0; p < request.parents.count; ++p)
+            for (int i = 0; i < count; ++i)
+                if (x.is_opened[size_t(p * TOGETHER + i)]) {
+                    float out[2 * LANES];
+                    moments(request.children.table + p * table, queries[i], out);
+                    x.cells[size_t(i)].insert(x.cells[size_t(i)].end(), out, out + 2 * LANES);
+                    x.opened[size_t(i)].push_back(int32_t(p));
+                }
+        for (int i = 0; i < count; ++i) plan(queries[i], i, x);
+    }
+
+    static void resize(Scratch& x, int64_t count) {
+        for (auto* of : {&x.first, &x.second, &x.size, &x.competing, &x.expected, &x.g1, &x.g2}) of->resize(size_t(count));
+    }
+
+    // Strata: parents, those that were opened empty, then the cells of the opened ones.
+    void plan(int q, int i, Scratch& x) {
+        const int64_t padded = int64_t(parent_size.size());
+        const std::vector<int32_t>& opened = x.opened[size_t(i)];
+        const int64_t count = padded + LANES * int64_t(opened.size());
+        resize(x, count);
+        std::memcpy(x.first.data(), &x.parents[size_t(2 * padded * i)], sizeof(float) * size_t(padded));
+        std::memcpy(x.second.data(), &x.parents[size_t(2 * padded * i + padded)], sizeof(float) * size_t(padded));
+        std::memcpy(x.size.data(), parent_size.data(), sizeof(float) * size_t(padded));
+        std::memcpy(x.competing.data(), parent_competing.data(), sizeof(float) * size_t(padded));
+        for (size_t j = 0; j < opened.size(); ++j) {
+            const int64_t p = opened[j], at = padded + int64_t(j) * LANES;
+            const float* moments = &x.cells[size_t(i)][j * 2 * LANES];
+            std::memcpy(&x.first[size_t(at)], moments, sizeof(float) * LANES);
+            std::memcpy(&x.second[size_t(at)], moments + LANES, sizeof(float) * LANES);
+            std::memcpy(&x.size[size_t(at)], &child_size[size_t(p * LANES)], sizeof(float) * LANES);
+            std::memcpy(&x.competing[size_t(at)], request.children.sizes + p * LANES, sizeof(float) * LANES);
+            x.size[size_t(p)] = x.competing[size_t(p)] = 0;
+        }
+        const float ref = largest(x.first.data(), x.competing.data(), count);
+        level.measures(x.first.data(), x.second.data(), x.size.data(), x.competing.data(), count, ref, x.expected.data(),
+                       x.g1.data(), x.g2.data());
+        const float kappa = solve(x.size.data(), x.g1.data(), x.g2.data(), count, sampled(q), x.scale[size_t(i)]);
 
         // Visits, and the variance to expect: strata in their order, so that systematic sampling spreads over it.
-        double total = 0, climb = uniform(request.key, mixed(uint64_t(q)) | 1ull << 63);
+        std::vector<ScanVisit>& visits = planned[size_t(q)];
+        double total = 0, climb = uniform(key, mixed(uint64_t(q)) | 1ull << 63), next = std::ceil(climb);
         double* variance = &model[size_t(q) * (1 + 2 * size_t(channels))];
-        double best = -1e300;
-        int64_t best_cell = -1;
-        for (size_t i = 0; i < count; ++i) {
-            const Stratum& stratum = strata[i];
-            const double n = double(windows[i]), expect = e[i];
+        std::fill(variance, variance + 1 + 2 * channels, 0.0);
+        int32_t best[PILOT_CELLS];
+        float best_first[PILOT_CELLS];
+        int bests = 0;
+        for (int64_t h = 0; h < count; ++h) {
+            const double n = x.size[size_t(h)], expect = x.expected[size_t(h)], g1 = x.g1[size_t(h)];
+            if (!(x.g2[size_t(h)] > 0)) continue;
+            const bool is_parent = h < padded;
+            const int64_t p = is_parent ? h : opened[size_t((h - padded) / LANES)];
+            const int64_t cell = p * LANES + (h - padded) % LANES;
             total += n * expect;
-            if (stratum.cell >= 0 && f1[i] > best) best = f1[i], best_cell = stratum.cell;
-            const double sure = double(kappa) * g1[i];
-            const double wanted = std::min(n, std::max(sure, std::min(double(kappa) * g2[i], double(TILE))));
-            double a = 0;      // expected variance of the stratum's sum
-            const double g1s = double(g1[i]) * g1[i];
-            if (stratum.cell >= 0 && wanted >= request.policy.certain_from * n) {
-                visits.push_back({q, int32_t(stratum.cell), 0, int32_t(stratum.tiles), 0, 0});
-            } else if (stratum.cell >= 0 && wanted > TILE * 0.999 && stratum.tiles > 2) {
-                const int64_t tiles = std::min(stratum.tiles, std::max<int64_t>(2, tiles_of(int64_t(std::ceil(wanted)))));
-                visits.push_back({q, int32_t(stratum.cell), start_of(stratum.cell), int32_t(tiles), 0, 0});
-                const double f = double(tiles) / double(stratum.tiles);
-                a = g1s * (1 - f) / (double(tiles) * TILE);
-            } else if (wanted > 0) {
-                const double hits = wanted / TILE;
-                double before = climb;
-                climb += hits;
-                for (double at = std::ceil(before); at < climb; at += 1) {
-                    const int64_t tile = std::min(stratum.tiles - 1, int64_t((at - before) / hits * double(stratum.tiles)));
-                    visits.push_back(hit(q, stratum, tile, float(double(stratum.tiles) / hits)));
-                }
-                a = (n * expect * n * expect + g1s / TILE) * std::max(0.0, 1 - hits) / hits;
-                a = std::max(a, g1s / wanted * (1 - std::min(1.0, wanted / n)));
+            if (!is_parent && (bests < PILOT_CELLS || x.first[size_t(h)] > best_first[bests - 1])) {
+                int at = bests < PILOT_CELLS ? bests++ : PILOT_CELLS - 1;
+                for (; at > 0 && x.first[size_t(h)] > best_first[at - 1]; --at)
+                    best[at] = best[at - 1], best_first[at] = best_first[at - 1];
+                best[at] = int32_t(cell), best_first[at] = x.first[size_t(h)];
             }
-            if (a > 0) {
-                const bool parent = stratum.cell < 0;
-                const Strata& of = parent ? parents : children;
-                const int64_t at = (parent ? -1 - stratum.cell : stratum.cell) * channels;
+            const double wanted = std::min(n, std::max(kappa * g1, std::min(double(kappa) * x.g2[size_t(h)], double(TILE))));
+            double a = 0;      // expected variance of the stratum's sum
+            if (!is_parent && wanted > 0.999 * TILE) {
+                const int64_t tiles = tiles_of(request.sizes[cell]);
+                const int64_t taken = wanted >= request.policy.certain_from * n || tiles <= 2
+                                          ? tiles
+                                          : std::min(tiles, std::max<int64_t>(2, tiles_of(int64_t(std::ceil(wanted)))));
+                visits.push_back({q, int32_t(cell), int32_t(start_of(cell, tiles)), int32_t(taken), 0, 0});
+                const double f = double(taken) / double(tiles);
+                a = g1 * g1 * (1 - f) / (double(taken) * TILE);
+            } else {
+                const double hits = wanted / TILE;
+                climb += hits;
+                if (climb > next) {
+                    const int64_t of = is_parent ? -1 - p : cell, begin = tile_start[size_t(is_parent ? p * LANES : cell)];
+                    const int64_t tiles = tile_start[size_t(is_parent ? (p + 1) * LANES : cell + 1)] - begin;
+                    const int64_t drawn = int64_t(std::ceil(climb - next)), start = start_of(of, tiles);
+                    for (int64_t j = 0; j < drawn; ++j)
+                        visits.push_back(hit(q, is_parent ? p : -1, cell, (start + j * tiles / drawn) % tiles,
+                                             float(double(tiles) / hits)));
+                    next += double(drawn);
+                }
+                a = (n * expect * n * expect + g1 * g1 / TILE) * std::max(0.0, 1 - hits) / hits;
+                a = std::max(a, g1 * g1 / wanted * (1 - std::min(1.0, wanted / n)));
+            }
+            if (a > 1e-6 * variance[0]) {  // what is left out adds up to less than a hundredth
+                const Strata& of = is_parent ? request.parents : request.children;
+                const int64_t at = (is_parent ? p : cell) * channels;
                 variance[0] += a;
                 for (int c = 0; c < channels; ++c) {
                     variance[1 + c] += a * of.value[at + c];
@@ -322,41 +369,150 @@ private:
         }
         model_ref[size_t(q)] = ref;
         expected[size_t(q)] = ref + std::log2(std::max(total, 1e-300));
-        refs[size_t(q)] = best_cell >= 0 ? glance(q, best_cell) : INT32_MIN;
-        for (size_t i = 0; refs[size_t(q)] == INT32_MIN && i < visits.size(); ++i)
-            refs[size_t(q)] = glance(q, visits[i].cell);
-        if (refs[size_t(q)] == INT32_MIN) refs[size_t(q)] = 0;
+        pilots[size_t(q)].assign(best, best + bests);
     }
 
-    ScanVisit hit(int q, const Stratum& stratum, int64_t tile, float units) const {
-        if (stratum.cell >= 0) return {q, int32_t(stratum.cell), int32_t(tile), 1, units, 0};
-        const int64_t p = -1 - stratum.cell, at = tile_start[size_t(p) * LANES] + tile;
-        const auto begin = tile_start.begin() + p * LANES, end = begin + LANES + 1;
+    ScanVisit hit(int q, int64_t parent, int64_t cell, int64_t tile, float units) const {
+        if (parent < 0) return {q, int32_t(cell), int32_t(tile), 1, units, 0};
+        const int64_t at = tile_start[size_t(parent) * LANES] + tile;
+        const auto begin = tile_start.begin() + parent * LANES, end = begin + LANES + 1;
         const int64_t c = (std::upper_bound(begin, end, at) - tile_start.begin()) - 1;
         return {q, int32_t(c), int32_t(at - tile_start[size_t(c)]), 1, units, 0};
     }
 
-    // log2 of the expected sum.
-    static float reference(const std::vector<float>& first, const std::vector<float>& competing) {
-        float largest = -1e30f;
-        for (size_t i = 0; i < first.size(); ++i)
-            if (competing[i] > 0) largest = std::max(largest, first[i]);
-        double sum = 0;
-        for (size_t i = 0; i < first.size(); ++i)
-            if (competing[i] > 0 && first[i] > largest - 60) sum += competing[i] * std::exp2(double(first[i] - largest));
-        return largest + float(std::log2(std::max(sum, 1e-300)));
+    static float largest(const float* first, const float* competing, int64_t count) {
+        float found = -1e30f;
+        for (int64_t i = 0; i < count; ++i) found = competing[i] > 0 && first[i] > found ? first[i] : found;
+        return found;
     }
 
-    // The scale at which the expected number of windows is the budget; by bisection, to one part in a thousand.
-    float solve(const std::vector<float>& size, const std::vector<float>& g1, const std::vector<float>& g2) const {
-        double low = -20, high = 126;
-        while (high - low > 0.002) {
-            const double middle = (low + high) / 2;
-            const double n = level.windows_at(size.data(), g1.data(), g2.data(), int64_t(size.size()),
-                                              float(std::exp2(middle)));
-            (n > request.budget ? high : low) = middle;
+    // The scale at which the expected number of windows is the budget, to one part in a thousand of either: a bracket
+    // around a guess, then false position in log scale (Illinois method).
+    float solve(const float* size, const float* g1, const float* g2, int64_t count, double wanted, double guess) const {
+        const auto excess = [&](double log_scale) {
+            return std::log2(std::max(1e-30, level.windows_at(size, g1, g2, count, float(std::exp2(log_scale)))) / wanted);
+        };
+        double low = std::log2(std::max(guess, 1e-6)), high = low, below = excess(low), above = below;
+        for (double step = 1; below > 0 && low > -60; step *= 2) high = low, above = below, low -= step, below = excess(low);
+        for (double step = 1; above <= 0 && high < 126; step *= 2)
+            low = high, below = above, high = std::min(126.0, high + step), above = excess(high);
+        if (above <= 0) return float(std::exp2(high));
+        for (int i = 0; i < 40 && high - low > 0.0015 && below < -0.0015; ++i) {
+            double middle = (low * above - high * below) / (above - below);
+            if (!(middle > low && middle < high)) middle = (low + high) / 2;
+            const double found = excess(middle);
+            if (found > 0) high = middle, above = found, below /= 2;
+            else low = middle, below = found, above /= 2;
         }
         return float(std::exp2(low));
+    }
+
+    // The heaviest windows known of every query: in the cells of the largest expected weight, then by neighbours, who
+    // propose theirs shifted by a pixel (PatchMatch; Barnes et al. 2009). Nothing here is drawn, so a sample of the other
+    // windows stays unbiased.
+    bool find_heavy() {
+        const int most = request.policy.known;
+        if (most == 0) return true;
+        pool.each(request.queries, [&](int64_t q, int) {
+            std::vector<int8_t> scratch(size_t(request.images.tile_bytes()));
+            const int64_t share = std::max<int64_t>(1, int64_t(request.policy.pilot * budget[size_t(q)] / TILE));
+            int64_t seen = 0;
+            for (const int32_t cell : pilots[size_t(q)])
+                for (int64_t tile = 0; tile < tiles_of(request.sizes[cell]) && seen < share; ++tile, ++seen) {
+                    const int8_t* bytes = tile_at(cell, tile, scratch.data());
+                    TileFacts facts;
+                    int32_t t[TILE];
+                    level.facts_of(bytes, request, ids_of(cell, tile), windows_in(cell, tile), facts);
+                    level.compare_tile(request, int(q), bytes, facts, t);
+                    for (int l = 0; l < TILE; ++l)
+                        if (t[l] != INT32_MIN && (known[size_t(q)].count < most || t[l] > known[size_t(q)].least))
+                            known[size_t(q)].take(t[l], facts.ids[l], most);
+                }
+            request.pairs[q] += seen * TILE;
+        });
+        if (interrupt.stopped(true)) return false;
+        const int width = request.columns, height = width ? request.queries / width : 0;
+        for (int sweep = 0; width && sweep < SWEEPS; ++sweep) {
+            const std::vector<Known> before = known;
+            pool.each(height, [&](int64_t y, int) {
+                for (int x = 0; x < width; ++x) {
+                    if (y > 0) propose(int(y) * width + x, before[size_t((y - 1) * width + x)], 1, 0);
+                    if (y + 1 < height) propose(int(y) * width + x, before[size_t((y + 1) * width + x)], -1, 0);
+                    if (x > 0) propose(int(y) * width + x, before[size_t(y * width + x - 1)], 0, 1);
+                    if (x + 1 < width) propose(int(y) * width + x, before[size_t(y * width + x + 1)], 0, -1);
+                }
+            });
+            if (interrupt.stopped(true)) return false;
+        }
+        return true;
+    }
+
+    void propose(int q, const Known& neighbour, int down, int right) {
+        const Images& images = request.images;
+        const int64_t cols = images.cols(), per_image = images.rows() * cols;
+        Known& own = known[size_t(q)];
+        for (int i = 0; i < neighbour.count; ++i) {
+            const int64_t image = neighbour.id[i] / per_image, at = neighbour.id[i] % per_image;
+            const int64_t row = at / cols + down, col = at % cols + right, id = neighbour.id[i] + down * cols + right;
+            if (row < 0 || col < 0 || row >= images.rows() || col >= cols || own.holds(id)) continue;
+            const int32_t t = compare(q, image, row, col);
+            ++request.pairs[q];
+            if (own.count < request.policy.known || t > own.least) own.take(t, id, request.policy.known);
+        }
+    }
+
+    int32_t compare(int q, int64_t image, int64_t row, int64_t col) const {
+        const Images& images = request.images;
+        const int k = images.patch_size;
+        const int64_t plane = int64_t(images.height) * images.width;
+        const uint8_t* from = images.pixels + image * channels * plane + row * images.width + col;
+        const int16_t* digits = request.digits + int64_t(q) * 2 * images.pairs();
+        int32_t dot = 0, norm = 0;
+        for (int c = 0; c < channels; ++c, from += plane)
+            for (int y = 0; y < k; ++y, digits += k)
+                for (int x = 0; x < k; ++x) {
+                    const int32_t byte = int32_t(from[y * images.width + x]) - 128;
+                    dot += digits[x] * byte, norm += byte * byte;
+                }
+        return dot - (norm << request.shift[q]);
+    }
+
+    // Where sums are accumulated about: the heaviest window known, or one of a few that are visited.
+    int32_t reference_of(int q) const {
+        if (known[size_t(q)].count) return known[size_t(q)].t[0];
+        std::vector<int8_t> scratch(size_t(request.images.tile_bytes()));
+        for (const ScanVisit& visit : planned[size_t(q)]) {
+            const int8_t* bytes = tile_at(visit.cell, visit.first, scratch.data());
+            TileFacts facts;
+            int32_t t[TILE];
+            level.facts_of(bytes, request, ids_of(visit.cell, visit.first), windows_in(visit.cell, visit.first), facts);
+            level.compare_tile(request, q, bytes, facts, t);
+            const int32_t found = *std::max_element(t, t + TILE);
+            if (found != INT32_MIN) return found;
+        }
+        return 0;
+    }
+
+    // Scans and finishes queries; those about which the sample knows nothing go to `unknown`.
+    bool scan_all(std::vector<int> left, std::vector<int>& unknown) {
+        // Where the reference turns out far from the heaviest window, once more with that window's.
+        for (int round = 0; round < 4 && !left.empty(); ++round) {
+            std::vector<Sums> sums;
+            if (!scan(left, sums)) return false;
+            std::vector<int> again;
+            for (const int q : left) {
+                const Sums& sum = sums[size_t(q)];
+                const double off = (double(sum.largest) - refs[size_t(q)]) * request.bits[q];
+                if (sum.largest != INT32_MIN && std::abs(off) > 50 && !known[size_t(q)].count && round < 3)
+                    refs[size_t(q)] = sum.largest, again.push_back(q);
+                else if (off > 50 && round < 3)
+                    refs[size_t(q)] = sum.largest, again.push_back(q);
+                else if (request.pairs[q] += sum.windows, !finish(q, sum))
+                    unknown.push_back(q);
+            }
+            left = again;
+        }
+        return true;
     }
 
     bool scan(const std::vector<int>& queries, std::vector<Sums>& total) {
@@ -383,10 +539,19 @@ private:
         pool.each(PARTS, [&](int64_t part, int) {
             parts[size_t(part)].resize(size_t(request.queries));
             Cell cell;
-            for (int64_t c = edges[size_t(part)]; c < edges[size_t(part) + 1]; ++c)
+            for (int64_t c = edges[size_t(part)], ahead = c; c < edges[size_t(part) + 1]; ++c) {
+                // What the cell after next needs first is fetched from memory meanwhile.
+                for (ahead = std::max(ahead, c + 1); ahead < edges[size_t(part) + 1]; ++ahead)
+                    if (begin[size_t(ahead)] < begin[size_t(ahead) + 1]) break;
+                if (request.tiles && ahead < edges[size_t(part) + 1]) {
+                    const ScanVisit& next = visits[size_t(begin[size_t(ahead)])];
+                    const int8_t* bytes = request.tiles + (tile_start[size_t(ahead)] + next.first) * request.images.tile_bytes();
+                    for (int64_t at = 0; at < 2 * request.images.tile_bytes(); at += 64) __builtin_prefetch(bytes + at);
+                }
                 if (begin[size_t(c)] < begin[size_t(c) + 1])
                     scan_cell(c, &visits[size_t(begin[size_t(c)])], begin[size_t(c) + 1] - begin[size_t(c)], cell,
                               parts[size_t(part)]);
+            }
         });
         if (interrupt.stopped(true)) return false;
         total = std::move(parts[0]);
@@ -404,12 +569,12 @@ private:
 
     void scan_cell(int64_t c, ScanVisit* visits, int64_t count, Cell& cell, std::vector<Sums>& sums) const {
         const int64_t tiles = tiles_of(request.sizes[c]), tile_bytes = request.images.tile_bytes();
-        cell.tiles.assign(size_t(tiles), nullptr), cell.ready.assign(size_t(tiles), 0);
+        cell.tiles.resize(size_t(tiles)), cell.ready.assign(size_t(tiles), 0);
         if (cell.facts.size() < size_t(tiles)) cell.facts.resize(size_t(tiles));
         if (!request.tiles && cell.bytes.size() < size_t(tiles * tile_bytes)) cell.bytes.resize(size_t(tiles * tile_bytes));
         // Four queries with the same first tile go together, those with the most tiles first.
-        std::stable_sort(visits, visits + count, [](const ScanVisit& a, const ScanVisit& b) {
-            return a.first != b.first ? a.first < b.first : a.tiles > b.tiles;
+        std::sort(visits, visits + count, [](const ScanVisit& a, const ScanVisit& b) {
+            return a.first != b.first ? a.first < b.first : a.tiles != b.tiles ? a.tiles > b.tiles : a.query < b.query;
         });
         for (int64_t at = 0; at < count;) {
             int many = 1;
@@ -419,39 +584,32 @@ private:
                 if (cell.ready[size_t(tile)]) continue;
                 cell.ready[size_t(tile)] = 1;
                 cell.tiles[size_t(tile)] = tile_at(c, tile, cell.bytes.data() + tile * tile_bytes);
-                const int64_t first = tile * TILE;
-                level.facts_of(cell.tiles[size_t(tile)], request, request.ids + window_start[size_t(c)] + first,
-                               int(std::min<int64_t>(TILE, request.sizes[c] - first)), cell.facts[size_t(tile)]);
+                level.facts_of(cell.tiles[size_t(tile)], request, ids_of(c, tile), windows_in(c, tile),
+                               cell.facts[size_t(tile)]);
             }
-            Lanes lanes[4];
-            level.scan_tiles(request, cell.tiles.data(), cell.facts.data(), int(tiles), visits + at, many, lanes);
-            for (int i = 0; i < many; ++i) enter(visits[at + i], lanes[i], tiles, c, sums[size_t(visits[at + i].query)]);
+            Visited found[4];
+            level.scan_tiles(request, cell.tiles.data(), cell.facts.data(), int(tiles), visits + at, many, known.data(),
+                             found);
+            for (int i = 0; i < many; ++i) enter(visits[at + i], found[i], tiles, c, sums[size_t(visits[at + i].query)]);
             at += many;
         }
     }
 
-    template <typename V>
-    static double sum_of(const V& lanes) {
-        double sum = 0;
-        for (int l = 0; l < TILE; ++l) sum += lanes[l];
-        return sum;
-    }
-
     // Adds a visit's windows to its query: Horvitz-Thompson totals, and their variance.
-    void enter(const ScanVisit& visit, const Lanes& lanes, int64_t tiles, int64_t c, Sums& sum) const {
-        const double w = sum_of(lanes.w), w2 = sum_of(lanes.w2);
+    void enter(const ScanVisit& visit, const Visited& lanes, int64_t tiles, int64_t c, Sums& sum) const {
+        const double w = lanes.w, w2 = lanes.w2;
         double n = double(visit.tiles) * TILE;
         const int64_t last = tiles * TILE - request.sizes[c];          // lanes that the last tile lacks
         if ((visit.first + visit.tiles - 1) % tiles == tiles - 1 || visit.first + visit.tiles > tiles) n -= double(last);
         const double factor = visit.units > 0 ? visit.units : double(tiles) / visit.tiles;
         sum.windows += int64_t(n);
-        for (int l = 0; l < TILE; ++l) sum.largest = std::max(sum.largest, int32_t(lanes.largest[l]));
+        sum.largest = std::max(sum.largest, lanes.largest);
         sum.s += factor * w, sum.s2 += factor * w2;
         if (visit.units > 0) {
             const double y = factor * w;
             sum.hits += 1, sum.y += y, sum.yy += y * y, sum.y4 += y * y * y * y;
             for (int ch = 0; ch < channels; ++ch) {
-                const double yv = factor * sum_of(lanes.wv[ch]);
+                const double yv = factor * lanes.wv[ch];
                 sum.v[ch] += yv, sum.yv[ch] += yv, sum.yyv[ch] += y * yv, sum.yvv[ch] += yv * yv;
             }
             return;
@@ -461,10 +619,10 @@ private:
         const double ss = std::max(0.0, a * (w2 - w * w / n));
         sum.ss += ss, sum.fourth += ss * ss;
         for (int ch = 0; ch < channels; ++ch) {
-            const double wv = sum_of(lanes.wv[ch]);
+            const double wv = lanes.wv[ch];
             sum.v[ch] += factor * wv;
-            sum.vs[ch] += a * (sum_of(lanes.w2v[ch]) - w * wv / n);
-            sum.vv[ch] += a * (sum_of(lanes.w2v2[ch]) - wv * wv / n);
+            sum.vs[ch] += a * (lanes.w2v[ch] - w * wv / n);
+            sum.vv[ch] += a * (lanes.w2v2[ch] - wv * wv / n);
         }
     }
 
@@ -478,31 +636,61 @@ private:
         }
     }
 
-    void finish(int q, const Sums& sum) const {
+    // The sums of a query; false where the sample knows nothing.
+    bool finish(int q, const Sums& sum) const {
         const int C = channels;
         const double m = request.bits[q] * refs[size_t(q)] - request.base[q];   // log2 of the reference weight
-        request.m[q] = m * std::log(2.0), request.s[q] = sum.s, request.s2[q] = sum.s2, request.pairs[q] = sum.windows;
-        for (int c = 0; c < C; ++c) request.v[q * C + c] = sum.v[c];
+        double s = sum.s, s2 = sum.s2, v[MOST_CHANNELS];
+        std::copy(sum.v, sum.v + C, v);
+        const Images& images = request.images;
+        for (int i = 0; i < known[size_t(q)].count; ++i) {
+            const double w = std::exp2((double(known[size_t(q)].t[i]) - refs[size_t(q)]) * request.bits[q]);
+            const int64_t cols = images.cols(), per_image = images.rows() * cols, plane = int64_t(images.height) * images.width;
+            const int64_t id = known[size_t(q)].id[i], image = id / per_image, at = id % per_image, r = images.patch_size / 2;
+            const uint8_t* pixel = images.pixels + image * C * plane + (at / cols + r) * images.width + at % cols + r;
+            s += w, s2 += w * w;
+            for (int c = 0; c < C; ++c) v[c] += w * (pixel[c * plane] / 127.5 - 1);
+        }
+        request.m[q] = m * std::log(2.0), request.s[q] = s, request.s2[q] = s2;
+        for (int c = 0; c < C; ++c) request.v[q * C + c] = v[c];
         // Hansen & Hurwitz for the strata visited by chance; a single hit is its own variance.
         const double h = sum.hits, spread = h > 1 ? h / (h - 1) : 1, mean = h > 1 ? 1 / h : 0;
         const double hh = spread * std::max(0.0, sum.yy - mean * sum.y * sum.y);
         const double ss = sum.ss + hh;
         const double fourth = sum.fourth + (h > 0 ? std::max(sum.y4 - mean * sum.yy * sum.yy, hh * hh / h) : 0);
         const double degrees = fourth > 0 ? ss * ss / fourth : 0;
-        const double prior = request.whole ? 0 : request.policy.prior_degrees;
+        double vs[MOST_CHANNELS], vv[MOST_CHANNELS], found = 0, foreseen = 0;  // and the variances of the ratio
         const double* variance = &model[size_t(q) * (1 + 2 * size_t(C))];
-        const double about = std::exp2(std::min(500.0, 2 * (model_ref[size_t(q)] - m)));
-        const double own = degrees + prior > 0 ? degrees / (degrees + prior) : 0;
-        const double other = degrees + prior > 0 ? prior / (degrees + prior) * about : 0;
+        // Where the sample holds more weight than was expected, so does its variance: the coefficient of variation stays.
+        const double held = std::max(0.0, m + std::log2(std::max(sum.s, 1e-300)) - expected[size_t(q)]);
+        const double about = std::exp2(std::min(500.0, 2 * (model_ref[size_t(q)] - m + held)));
+        for (int c = 0; c < C; ++c) {
+            vs[c] = sum.vs[c] + spread * (sum.yyv[c] - mean * sum.y * sum.yv[c]);
+            vv[c] = sum.vv[c] + spread * (sum.yvv[c] - mean * sum.yv[c] * sum.yv[c]);
+            const double x = v[c] / s;
+            found += vv[c] - 2 * x * vs[c] + x * x * ss;
+            foreseen += about * (variance[1 + C + c] - 2 * x * variance[1 + c] + x * x * variance[0]);
+        }
+        // Moderated towards the expected variance, where that is larger.
+        const double prior = is_whole(q) || found >= foreseen ? 0 : request.policy.prior_degrees;
+        const double own = prior > 0 ? degrees / (degrees + prior) : 1, other = (1 - own) * about;
+        double largest = 0;    // squared standard error
         request.ss[q] = own * ss + other * variance[0];
         for (int c = 0; c < C; ++c) {
-            const double vs = sum.vs[c] + spread * (sum.yyv[c] - mean * sum.y * sum.yv[c]);
-            const double vv = sum.vv[c] + spread * (sum.yvv[c] - mean * sum.yv[c] * sum.yv[c]);
-            request.vs[q * C + c] = own * vs + other * variance[1 + c];
-            request.vv[q * C + c] = own * vv + other * variance[1 + C + c];
+            request.vs[q * C + c] = own * vs[c] + other * variance[1 + c];
+            request.vv[q * C + c] = own * vv[c] + other * variance[1 + C + c];
+            const double x = v[c] / s;
+            largest = std::max(largest, (request.vv[q * C + c] - 2 * x * request.vs[q * C + c] + x * x * request.ss[q]) / (s * s));
         }
-        const double misfit = std::abs(expected[size_t(q)] - (m + std::log2(std::max(sum.s, 1e-300))));
-        request.fits[q] = request.whole || (sum.s > 0 && misfit <= request.policy.misfit);
+        if (is_whole(q)) {
+            request.fits[q] = 1;
+            return true;
+        }
+        const double misfit = std::abs(expected[size_t(q)] - m - std::log2(std::max(s, 1e-300)));
+        const bool fits = s > 0 && misfit <= request.policy.misfit &&
+                          largest <= request.policy.unknown * request.policy.unknown;
+        request.fits[q] = fits;
+        return fits;
     }
 };
 

@@ -13,11 +13,18 @@ namespace patchscore {
 constexpr int LANES = 16;      // strata whose moments are computed together; cells under one parent
 constexpr int TILE = 8;        // windows side by side: the sampling unit
 constexpr int MOST_CHANNELS = 4;
+constexpr int MOST_KNOWN = 16;
 
 struct Policy {
     double certain_from;       // sampling fraction from which a stratum is evaluated whole
     double prior_degrees;      // weight of the expected variance beside the observed one, in degrees of freedom
     double misfit;             // difference of expected and estimated log sum, in bits, from which moments are rejected
+    double unknown;            // standard error from which nothing is known
+    double further;            // by how much the budget of such a query grows
+    double whole_pixels;       // share of the queries of which every window may be evaluated
+    double opened_from;        // tiles that a parent is to get for its cells to be told apart
+    double pilot;              // share of a budget in which heavy windows are looked for
+    int known;                 // heavy windows of each query that are counted surely, at most MOST_KNOWN
 };
 
 // A table of moments: [groups][2][columns][LANES]; log2 E[w^t] is column 2 rank + 1, plus that before it times the
@@ -52,6 +59,7 @@ struct Request {
     Strata parents, children;
 
     int queries;
+    int columns;               // of the grid of pixels that the queries are; 0 if they are none
     const float* features;     // [queries, rank]
     const float* rest;         // [queries] squared norm beyond the axes
     const int16_t* digits;     // [queries, 2 pairs] query in units of a byte, less 128, times 2^(1 + shift)
@@ -59,13 +67,14 @@ struct Request {
     const double* bits;        // [queries] log2 of the weight for each unit of (dot - 2^shift |p|^2)
     const double* base;        // [queries] to be taken off that
     double budget;             // windows a query
+    double largest_budget;     // beyond which every window of a query is evaluated
     bool whole;                // evaluate every window, whatever the budget
     uint64_t key;              // of the random draws
     Policy policy;
 
     double *m, *s, *s2, *v;    // [queries], v [queries, channels]
     double *ss, *vs, *vv;      // variances and covariance of s and v
-    uint8_t* fits;             // [queries] 0 where the cells' moments are rejected
+    uint8_t* fits;             // [queries] 0 where nothing is known
     int64_t* pairs;            // [queries] windows evaluated
 };
 

@@ -62,7 +62,9 @@ static void measures(const float* first, const float* second, const float* windo
         const v8 share = part / (size < 1.0f ? v8{} + 1.0f : size);
         v8 x1 = l1 - ref, x2 = l2 - 2 * ref;
         x1 = x1 > 60.0f ? v8{} + 60.0f : x1, x2 = x2 > 120.0f ? v8{} + 120.0f : x2;
-        const v8 e = exp2_of(x1) * share, e2 = exp2_of(x2) * share;
+        const v8 e = exp2_of(x1) * share, bound = size * e * e;
+        v8 e2 = exp2_of(x2) * share;
+        e2 = e2 < bound ? e2 : bound;  // of N numbers that are not negative, the squares add up to at most the square
         v8 variance = e2 - e * e;
         variance = variance < 1e-6f * e2 ? 1e-6f * e2 : variance;
         v8 a, b;
@@ -95,10 +97,21 @@ static double windows_at(const float* windows, const float* g1, const float* g2,
     return total;
 }
 
+PS_INLINE bool any_of(i8 mask) {
+#if PS_LEVEL >= 256
+    return _mm256_movemask_ps((__m256)mask);
+#else
+    int found = 0;
+    for (int l = 0; l < TILE; ++l) found |= mask[l];
+    return found;
+#endif
+}
+
 // What a cell's tiles hold besides their bytes.
 struct TileFacts {
     i8 norm;                   // |p|^2
     i8 present;                // -1 where the lane holds a window that competes
+    const int64_t* ids;
     v8 value[MOST_CHANNELS];
 };
 
@@ -119,7 +132,7 @@ static void facts_of(const int8_t* tile, const Request& request, const int64_t* 
             norm[l] += a * a + b * b;
         }
 #endif
-    facts.norm = norm;
+    facts.norm = norm, facts.ids = ids;
     const int64_t per_image = int64_t(images.rows()) * images.cols();
     for (int l = 0; l < TILE; ++l)
         facts.present[l] = l < count && (!request.allowed || request.allowed[ids[l] / per_image]) ? -1 : 0;
@@ -131,37 +144,50 @@ static void facts_of(const int8_t* tile, const Request& request, const int64_t* 
     }
 }
 
-// Dot products of QUERIES queries with two tiles of windows.
-template <int QUERIES>
-static inline void dots(const int8_t* one, const int8_t* two, int pairs, const int16_t* const* digits, i8 (*out)[QUERIES]) {
+// Dot products of QUERIES queries with TILES tiles of windows.
+// Not inlined: what the caller holds would push the sums out of the registers.
+template <int QUERIES, int TILES>
+__attribute__((noinline)) static void dots(const int8_t* const* tiles, int pairs, const int16_t* const* digits, i8 (*out)[4]) {
 #if PS_LEVEL >= 256
-    __m256i acc[2][QUERIES];
-    for (int q = 0; q < QUERIES; ++q) acc[0][q] = acc[1][q] = _mm256_setzero_si256();
+    __m256i acc[TILES][QUERIES];
+    for (int t = 0; t < TILES; ++t)
+        for (int q = 0; q < QUERIES; ++q) acc[t][q] = _mm256_setzero_si256();
     for (int d = 0; d < pairs; ++d) {
-        const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(one + d * 2 * TILE)));
-        const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(two + d * 2 * TILE)));
+        __m256i window[TILES];
+        for (int t = 0; t < TILES; ++t)
+            window[t] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(tiles[t] + d * 2 * TILE)));
         for (int q = 0; q < QUERIES; ++q) {
             int32_t pair;
             __builtin_memcpy(&pair, digits[q] + 2 * d, 4);
             const __m256i x = _mm256_set1_epi32(pair);
-            acc[0][q] = _mm256_add_epi32(acc[0][q], _mm256_madd_epi16(a, x));
-            acc[1][q] = _mm256_add_epi32(acc[1][q], _mm256_madd_epi16(b, x));
+            for (int t = 0; t < TILES; ++t)
+                acc[t][q] = _mm256_add_epi32(acc[t][q], _mm256_madd_epi16(window[t], x));
         }
     }
-    for (int t = 0; t < 2; ++t)
+    for (int t = 0; t < TILES; ++t)
         for (int q = 0; q < QUERIES; ++q) __builtin_memcpy(&out[t][q], &acc[t][q], 32);
 #else
-    for (int t = 0; t < 2; ++t)
+    for (int t = 0; t < TILES; ++t)
         for (int q = 0; q < QUERIES; ++q) {
-            const int8_t* tile = t ? two : one;
             i8 sum{};
             for (int d = 0; d < pairs; ++d)
                 for (int l = 0; l < TILE; ++l)
-                    sum[l] += digits[q][2 * d] * tile[(d * TILE + l) * 2] +
-                              digits[q][2 * d + 1] * tile[(d * TILE + l) * 2 + 1];
+                    sum[l] += digits[q][2 * d] * tiles[t][(d * TILE + l) * 2] +
+                              digits[q][2 * d + 1] * tiles[t][(d * TILE + l) * 2 + 1];
             out[t][q] = sum;
         }
 #endif
+}
+
+// dot - 2^shift |p|^2 of one query with a tile; INT32_MIN where no window competes.
+static void compare_tile(const Request& request, int query, const int8_t* tile, const TileFacts& facts, int32_t* out) {
+    const int pairs = request.images.pairs();
+    const int16_t* digits[1] = {request.digits + int64_t(query) * 2 * pairs};
+    i8 dot[1][4];
+    dots<1, 1>(&tile, pairs, digits, dot);
+    const i8 t = dot[0][0] - (facts.norm << request.shift[query]);
+    const i8 seen = facts.present ? t : i8{} + INT32_MIN;
+    __builtin_memcpy(out, &seen, 32);
 }
 
 // Lane sums of a visit: w, w^2, then w v, w^2 v, w^2 v^2 of each channel.
@@ -170,15 +196,20 @@ struct Lanes {
     i8 largest;
 };
 
-PS_INLINE void weigh(i8 dot, const TileFacts& facts, int shift, int32_t ref, float bits, int channels,
-                                Lanes& sums) {
+PS_INLINE void weigh(i8 dot, const TileFacts& facts, int shift, int32_t ref, float bits, const Known& known, int channels,
+                     Lanes& sums) {
     const i8 t = dot - (facts.norm << shift);
-    const i8 seen = facts.present ? t : i8{} + INT32_MIN;
+    i8 present = facts.present;
+    const i8 seen = present ? t : i8{} + INT32_MIN;
     sums.largest = seen > sums.largest ? seen : sums.largest;
+    const i8 heavy = seen >= known.least;
+    if (__builtin_expect(any_of(heavy), 0))
+        for (int l = 0; l < TILE; ++l)
+            if (heavy[l] && known.holds(facts.ids[l])) present[l] = 0;
     v8 x = __builtin_convertvector(t - ref, v8) * bits;
     x = x < 60.0f ? x : v8{} + 60.0f;
     v8 w = exp2_of(x);
-    w = facts.present ? w : v8{};
+    w = present ? w : v8{};
     const v8 w2 = w * w;
     sums.w += w, sums.w2 += w2;
     for (int c = 0; c < channels; ++c) {
@@ -187,35 +218,62 @@ PS_INLINE void weigh(i8 dot, const TileFacts& facts, int shift, int32_t ref, flo
     }
 }
 
-// Sums of up to 4 visits over their tiles; tile t of a visit is tiles[(first + t) % count].
+PS_INLINE float sum_of(v8 x) {
+    typedef float v4 __attribute__((vector_size(16)));
+    v4 low, high;
+    __builtin_memcpy(&low, &x, 16);
+    __builtin_memcpy(&high, (const char*)&x + 16, 16);
+    low += high;
+    return (low[0] + low[2]) + (low[1] + low[3]);
+}
+
+// Sums of up to 4 visits over their tiles; tile t of a visit is tiles[(first + t) % count]. All start at the same tile,
+// the first has the most. out: w, w^2, then w v, w^2 v, w^2 v^2 of each channel.
 static void scan_tiles(const Request& request, const int8_t* const* tiles, const TileFacts* facts, int count,
-                              const ScanVisit* visits, int many, Lanes* sums) {
-    const int pairs = request.images.pairs(), channels = request.images.channels;
+                       const ScanVisit* visits, int many, const Known* known, Visited* out) {
+    const int pairs = request.images.pairs(), channels = request.images.channels, all = many;
     const int16_t* digits[4];
-    int most = 0;
-    for (int i = 0; i < 4; ++i) {
-        digits[i] = request.digits + int64_t(visits[i < many ? i : 0].query) * 2 * pairs;
-        if (i < many && visits[i].tiles > most) most = visits[i].tiles;
-    }
+    Lanes sums[4];
+    for (int i = 0; i < 4; ++i) digits[i] = request.digits + int64_t(visits[i < many ? i : 0].query) * 2 * pairs;
     for (int i = 0; i < many; ++i) {
         sums[i] = Lanes{};
         sums[i].largest = i8{} + INT32_MIN;
     }
-    for (int t = 0; t < most; t += 2) {
-        const int one = (visits[0].first + t) % count, two = (visits[0].first + (t + 1 < most ? t + 1 : t)) % count;
-        i8 dot[2][4], single[2][1];
-        if (many == 1) {
-            dots<1>(tiles[one], tiles[two], pairs, digits, single);
-            dot[0][0] = single[0][0], dot[1][0] = single[1][0];
+    for (int t = 0; t < visits[0].tiles;) {
+        while (many > 1 && visits[many - 1].tiles <= t) --many;
+        const int both = many > 1 && t + 1 < visits[many - 1].tiles ? 2 : many == 1 && t + 1 < visits[0].tiles ? 2 : 1;
+        const int8_t* of[2];
+        const TileFacts* about[2];
+        for (int j = 0; j < both; ++j) {
+            const int at = (visits[0].first + t + j) % count;
+            of[j] = tiles[at], about[j] = &facts[at];
+        }
+        i8 dot[2][4];
+        if (both == 2) {
+            if (many == 1) dots<1, 2>(of, pairs, digits, dot);
+            else if (many == 2) dots<2, 2>(of, pairs, digits, dot);
+            else dots<4, 2>(of, pairs, digits, dot);
         } else {
-            dots<4>(tiles[one], tiles[two], pairs, digits, dot);
+            if (many == 1) dots<1, 1>(of, pairs, digits, dot);
+            else if (many == 2) dots<2, 1>(of, pairs, digits, dot);
+            else dots<4, 1>(of, pairs, digits, dot);
         }
         for (int i = 0; i < many; ++i) {
             const ScanVisit& visit = visits[i];
-            const int shift = request.shift[visit.query];
             const float bits = float(request.bits[visit.query]);
-            if (t < visit.tiles) weigh(dot[0][i], facts[one], shift, visit.ref, bits, channels, sums[i]);
-            if (t + 1 < visit.tiles) weigh(dot[1][i], facts[two], shift, visit.ref, bits, channels, sums[i]);
+            for (int j = 0; j < both; ++j)
+                weigh(dot[j][i], *about[j], request.shift[visit.query], visit.ref, bits, known[visit.query], channels,
+                      sums[i]);
         }
+        t += both;
+    }
+    for (int i = 0; i < all; ++i) {
+        Visited& to = out[i];
+        to.w = sum_of(sums[i].w), to.w2 = sum_of(sums[i].w2);
+        for (int c = 0; c < channels; ++c)
+            to.wv[c] = sum_of(sums[i].wv[c]), to.w2v[c] = sum_of(sums[i].w2v[c]), to.w2v2[c] = sum_of(sums[i].w2v2[c]);
+        to.largest = INT32_MIN;
+        for (int l = 0; l < TILE; ++l)
+            if (sums[i].largest[l] > to.largest) to.largest = sums[i].largest[l];
     }
 }

@@ -28,6 +28,7 @@ class Request:
     allowed: [images of the index] uint8, which compete; None for all.
     competing: windows that compete.
     budget: share of them to evaluate; None for every window.
+    columns: of the grid of pixels that the queries are; 0 if they are none.
     """
 
     part: IndexedSize
@@ -37,11 +38,12 @@ class Request:
     competing: int
     budget: float | None
     key: int
+    columns: int = 0
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """Sums [Q, ...], and where the cells' moments fit the query."""
+    """Sums [Q, ...], and whether they say anything: [Q] bool."""
 
     sums: PosteriorSum
     fits: Tensor
@@ -85,12 +87,20 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
         shift=shift.numpy(),
         bits=(2 * scale / unit).numpy(),
         base=(scale * digits.double().square().sum(1) / unit.square()).numpy(),
+        columns=request.columns,
         budget=max(1.0, (request.budget or 1.0) * request.competing),
+        largest_budget=policy.exact_budget * request.competing,
         whole=request.budget is None,
         key=request.key,
         certain_from=policy.certain_from,
         prior_degrees=policy.prior_degrees,
         misfit=policy.misfit,
+        unknown=policy.unknown,
+        further=policy.further,
+        whole_pixels=policy.whole_pixels,
+        opened_from=policy.opened_from,
+        pilot=policy.pilot,
+        known=policy.known,
         **{name: x.numpy() for name, x in out.items()},
         fits=fits.numpy(),
         pairs=pairs.numpy(),

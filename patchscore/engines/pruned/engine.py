@@ -142,6 +142,7 @@ class Pruned(Engine):
             competing * part.windows_per_image,
             self.budget,
             cpu.draw_key(self.seed, part.k, sigma, z),
+            len(group.cols.queries),
         )
         found = self._scan(request) if self.tolerance is None else self._within(request)
         if found is None:
@@ -150,20 +151,9 @@ class Pruned(Engine):
         return _map(found, lambda x: x.unflatten(0, shape).permute(0, 3, 1, 2))
 
     def _scan(self, request: cpu.Request) -> PosteriorSum | None:
-        """Sums [Q, 1 or C]: those of the sample, and of every window where the sample knows nothing."""
+        """Sums [Q, 1 or C]; None where too many pixels are unlike anything in the bank."""
         found = cpu.scan(request, self.policy)
-        if found is None:
-            return None
-        unknown = ~found.fits | (found.sums.stderr.amax(1) > self.policy.unknown)
-        if not unknown.any():
-            return found.sums
-        if unknown.double().mean() > self.policy.whole_pixels:
-            return None
-        whole = cpu.scan(dataclasses.replace(request, windows=request.windows[unknown], budget=None), self.policy)
-        assert whole is not None
-        for name, x in found.sums.fields.items():
-            x[unknown] = whole.sums.fields[name]
-        return found.sums.with_pairs((found.sums.pairs or 0) + (whole.sums.pairs or 0))
+        return None if found is None or not found.fits.all() else found.sums
 
     def _within(self, request: cpu.Request) -> PosteriorSum | None:
         """Sums whose rms standard error is at most the tolerance; None where exact ones are as fast.
@@ -173,13 +163,13 @@ class Pruned(Engine):
         assert self.tolerance is not None
         count = len(request.windows)
         pixels = torch.linspace(0, count - 1, min(self.policy.pilot_pixels, count)).round().long().unique()
-        pilot = dataclasses.replace(request, windows=request.windows[pixels])
+        pilot = dataclasses.replace(request, windows=request.windows[pixels], columns=0)
         budget = self.policy.pilot_budget
         while budget < self.policy.exact_budget:
             found = cpu.scan(dataclasses.replace(pilot, budget=budget), self.policy)
             if found is None:
                 return None
-            known = found.fits & (found.sums.stderr.amax(1) <= self.policy.unknown)
+            known = found.fits
             over = _rms(found.sums.stderr[known]) / (0.8 * self.tolerance) if known.any() else 0.0
             if over <= 1:
                 sums = self._scan(dataclasses.replace(request, budget=budget))

@@ -6,21 +6,28 @@ order of the functions below:
 
 1. expected weights: E[w] and E[w^2] in each stratum, from its moments;
 2. allocation: how many windows of each stratum to evaluate (Neyman 1934; Cochran 1977, chapter 5);
-3. sampling: strata that get at least a tile of windows are surely visited, the others by chance (systematic sampling
+3. known windows: some heavy ones, found without chance, are counted surely and weigh nothing in the sample (a stratum
+   that is evaluated completely; Cochran 1977, 5.8);
+4. sampling: strata that get at least a tile of windows are surely visited, the others by chance (systematic sampling
    with probability proportional to size; Madow 1949; Saerndal, Swensson & Wretman 1992, 3.6.2);
-4. totals: Horvitz & Thompson 1952, and their ratio;
-5. variance: within strata (Cochran 1977, 5.4) and between the strata visited by chance (Hansen & Hurwitz 1943);
-6. moderated variance: observed and expected variance by their degrees of freedom (Smyth 2004).
+5. totals: Horvitz & Thompson 1952, and their ratio;
+6. variance: within strata (Cochran 1977, 5.4) and between the strata visited by chance (Hansen & Hurwitz 1943);
+7. moderated variance: where more variance was to be expected than is observed, both by their degrees of freedom (Smyth
+   2004).
 
 All weights are positive and their sum is the denominator, so an estimate is a convex combination of values, and the
 effective sample size (Kish 1965) is at least 1. csrc/pruned does the same for all pixels of an image, cell by cell,
-with two shortcuts: cells are told apart only under parents that would surely be visited, and the sample of a cell
-starts at a random tile and wraps around, which in a random order of windows is a simple random sample.
+with three shortcuts: cells are told apart only under parents that would get some tiles; the sample of a cell starts at
+a random tile and wraps around, which in a random order of windows is a simple random sample; and that tile is drawn for
+the cell, not for the pixel, so that pixels share what is read (their errors are correlated). It knows the heaviest
+windows of the cells of the largest expected weight, and what neighbouring pixels propose (PatchMatch, Barnes et al.
+2009).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,9 +89,10 @@ def size_measures(size: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, 
     """Of each stratum: N sd(w), and N sqrt(var(w) + TILE E[w]^2).
 
     To the first the optimum number of windows is proportional where the stratum is surely visited; to the second where
-    it is visited by chance, TILE windows at a time, which adds the variance between strata.
+    it is visited by chance, TILE windows at a time, which adds the variance between strata. Of N weights the squares
+    add up to at most the square of the sum; a Gaussian, which reaches further than N windows do, knows no such bound.
     """
-    square = second.exp()
+    square = torch.minimum(second, 2 * first + size.clamp(min=1).log()).exp()
     variance = torch.maximum(square - (2 * first).exp(), 1e-6 * square)
     return size * variance.sqrt(), size * (variance + TILE * (2 * first).exp()).sqrt()
 
@@ -102,7 +110,7 @@ def allocation(size: Tensor, sure: Tensor, chance: Tensor, budget: float) -> Ten
 
 def estimate(
     weights: Tensor, values: Tensor, strata: Strata, log_moments: tuple[Tensor, Tensor], budget: float,
-    generator: torch.Generator, policy: Policy = POLICY,
+    generator: torch.Generator, policy: Policy = POLICY, known: Sequence[int] = (),
 ) -> Sums:  # fmt: skip
     """Sums of one query from a sample drawn by `generator`.
 
@@ -110,7 +118,11 @@ def estimate(
         weights, values: [N], [N, C] of all windows, stratum by stratum; only those sampled are looked at.
         log_moments: `expected_log_weights`, relative to the same reference as the weights.
         budget: windows to evaluate, in expectation.
+        known: windows that are counted surely.
     """
+    surely = weights[list(known)].double(), values[list(known)].double()
+    weights = weights.clone()
+    weights[list(known)] = 0
     size = strata.size.double()
     starts = (strata.size.cumsum(0) - strata.size).tolist()
     sure, chance = size_measures(size, *log_moments)
@@ -166,10 +178,12 @@ def estimate(
         covariance += part
         fourth += part[0, 0].item() ** 2 / len(totals)
     degrees = covariance[0, 0].item() ** 2 / fourth if fourth else 0.0
-    own, prior = (x / (degrees + policy.prior_degrees) for x in (degrees, policy.prior_degrees))
-    return Sums(
-        s, v, s2,
-        own * covariance[0, 0] + prior * expected[0, 0],
-        own * covariance[0, 1:] + prior * expected[1],
-        own * covariance.diagonal()[1:] + prior * expected[2],
-    )  # fmt: skip
+    observed = covariance[0, 0], covariance[0, 1:], covariance.diagonal()[1:]
+    # Where the sample holds more weight than was expected, so does its variance: the coefficient of variation stays.
+    expected *= max(1.0, s.item() / (size * log_moments[0].exp()).sum().item()) ** 2
+    s, v, s2 = s + surely[0].sum(), v + surely[0] @ surely[1], s2 + surely[0].square().sum()
+    foreseen = expected[0, 0], expected[1], expected[2]
+    if Sums(s, v, s2, *observed).stderr.square().sum() >= Sums(s, v, s2, *foreseen).stderr.square().sum():
+        return Sums(s, v, s2, *observed)
+    own = degrees / (degrees + policy.prior_degrees)
+    return Sums(s, v, s2, *(own * x + (1 - own) * y for x, y in zip(observed, foreseen, strict=True)))

@@ -13,20 +13,35 @@ class Policy:
     """Sampling fraction from which a stratum is evaluated whole: the last quarter costs little and removes its
     variance (Cochran 1977, 5.8: strata whose optimum allocation exceeds their size)."""
 
-    prior_degrees: float = 1.0
-    """Degrees of freedom that the expected variance counts for beside those of the observed one (moderated variance,
-    Smyth 2004, eq. 3.1). One is the least that keeps a single observation from stating its own error; more widens the
-    error bars of small samples."""
+    prior_degrees: float = 2.0
+    """Degrees of freedom that the expected variance counts for beside those of the observed one, where it is the larger
+    (moderated variance, Smyth 2004, eq. 3.1). Few are enough that no single observation states its own error; more
+    widens the error bars of small samples."""
 
     misfit: float = 7.2
     """Bits (5 nats). Where the expected and the estimated sum of weights differ by more, the query is unlike what the
-    cells' moments describe and the pixel is evaluated whole. Held-out images differ by less than 3 nats."""
+    cells' moments describe. Held-out images differ by less than 3 nats."""
 
-    unknown: float = 0.5
-    """Standard error, in units of pixels, from which nothing is known and the pixel is evaluated whole."""
+    unknown: float = 0.1
+    """Standard error, in units of pixels, from which a pixel is sampled again with a larger budget."""
+
+    further: float = 8.0
+    """By how much that budget grows; a small factor finds the budget that suffices, a large one wastes fewer rounds."""
 
     whole_pixels: float = 0.125
-    """Share of an image's pixels from which they are left to the exact engine, which sums an image at once."""
+    """Share of an image's pixels that may be evaluated completely, once their budgets have grown to `exact_budget`;
+    beyond it they are left to the exact engine, which sums an image at once."""
+
+    pilot: float = 0.25
+    """Share of a budget in which heavy windows are looked for, in the cells of the largest expected weight."""
+
+    known: int = 16
+    """Heavy windows of each pixel that are counted surely. More leave lighter tails to the sample and take longer to
+    find."""
+
+    opened_from: float = 8.0
+    """Tiles that a parent is to get for its cells to be told apart. Fewer foresee weights better and take longer to
+    plan."""
 
     exact_budget: float = 0.2
     """Budget from which the exact engine serves: a window compared byte by byte costs two to five times what a sliding
