@@ -19,7 +19,7 @@ from .bank import PatchBank
 from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Estimate, Labels, ScoreMachine
 from .index import PatchIndex
 from .scales import ScaleTable
-from .windows import WHOLE_IMAGE, Axis, Competition, Group
+from .windows import WHOLE_IMAGE, Competition, equivariant_competition, local_competition, widest
 
 # Denoiser, Estimate, Labels and ScoreMachine stood here in version 0.1.0.
 __all__ = ["Denoiser", "EquivariantLocalScore", "Estimate", "IdealScore", "Labels", "LocalScore", "ScoreMachine"]
@@ -67,12 +67,8 @@ class LocalScore(ScoreMachine):
         super().__init__(bank, _check_patch_size(patch_size), engine, memory_limit)
 
     def competition(self, k: int | None) -> Competition:
-        _, height, width = self.shape
-        return Competition(
-            patch_size=_widest(k, height, width),
-            padding_mode="zeros",
-            groups=(Group(Axis(range(height)), Axis(range(width))),),
-        )
+        assert k is not None
+        return local_competition(*self.shape[1:], k)
 
 
 class EquivariantLocalScore(ScoreMachine):
@@ -118,7 +114,7 @@ class EquivariantLocalScore(ScoreMachine):
         self.padding_mode = checks.one_of("padding_mode", padding_mode, ("zeros", "circular"))
         used = patch_size.sizes if isinstance(patch_size, ScaleTable) else [int(patch_size)]
         _, height, width = self.shape
-        sizes = {_widest(k, height, width) for k in used}
+        sizes = {widest(k, height, width) for k in used}
         if index is not None and not sizes & set(index.patch_sizes):
             has, uses = (", ".join(map(str, sorted(some))) for some in (index.patch_sizes, sizes))
             warnings.warn(
@@ -134,36 +130,8 @@ class EquivariantLocalScore(ScoreMachine):
             )
 
     def competition(self, k: int | None) -> Competition:
-        _, height, width = self.shape
-        k = _widest(k, height, width)
-        if self.padding_mode == "circular":
-            inside = Group(
-                Axis(range(height), windows=_interior(height, k)),
-                Axis(range(width), windows=_interior(width, k)),
-            )
-            return Competition(k, "circular", (inside,))
-        groups = (Group(rows, cols) for rows in _broken_axis(height, k) for cols in _broken_axis(width, k))
-        return Competition(k, "zeros", tuple(groups))
-
-
-def _interior(length: int, k: int) -> range:
-    """Coordinates whose window of size k lies inside an axis of this length."""
-    return range(k // 2, length - k // 2)
-
-
-def _broken_axis(length: int, k: int) -> list[Axis]:
-    """An axis with equivariance broken at the border: near edge locked, interior free, far edge locked."""
-    interior = _interior(length, k)
-    if len(interior) <= 1:
-        return [Axis(range(length))]
-    parts = [Axis(range(interior.start)), Axis(interior, windows=interior), Axis(range(interior.stop, length))]
-    return [part for part in parts if len(part.queries)]
-
-
-def _widest(k: int | None, height: int, width: int) -> int:
-    """k, cut to the size at which a window holds the whole image from every pixel; beyond it nothing changes."""
-    assert k is not None
-    return min(k, 2 * max(height, width) - 1)
+        assert k is not None
+        return equivariant_competition(*self.shape[1:], k, self.padding_mode)
 
 
 def _check_patch_size(patch_size: int | ScaleTable) -> int | ScaleTable:

@@ -252,3 +252,16 @@ def test_bytes_and_values_are_each_others_inverse():
         assert torch.equal(to_bytes(values), levels)
     assert torch.equal(to_values(torch.tensor([-0.5, 0.25])), torch.tensor([-0.5, 0.25]))
     assert to_bytes(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+
+
+def test_images_are_taken_by_number_and_share_memory(bank):
+    some = bank.take([4, 1, 1])
+    assert len(some) == 3
+    assert some.images.data_ptr() == bank.images.data_ptr()
+    torch.testing.assert_close(some.chunk(0, 3), bank.chunk(0, 20)[[4, 1, 1]])
+    assert some.labels.tolist() == bank.labels[[4, 1, 1]].tolist()
+    assert some.fingerprint == PatchBank(bank.images[[4, 1, 1]], bank.labels[[4, 1, 1]]).fingerprint
+    assert bank.select("green").take(torch.tensor([2])).indices.tolist() == [7]
+    for images, error in (([], ValueError), ([20], ValueError), ([-1], ValueError), ([0.5], TypeError)):
+        with pytest.raises(error, match="images: got"):
+            bank.take(images)
