@@ -61,12 +61,22 @@ class Denoiser(ABC):
     shape: tuple[int, int, int]
     """(C, H, W) of the images it denoises."""
 
+    any_size: bool = False
+    """Whether it also denoises images of every other height and width."""
+
+    def check_size(self, size: tuple[int, int], sigmas: Sequence[float], name: str = "size") -> None:
+        """ValueError, beginning with `name`, where images of (height, width) are not denoised at these noise levels."""
+        own = tuple(self.shape[1:])
+        if size != own and not self.any_size:
+            got, makes = (" x ".join(map(str, sides)) for sides in (size, own))
+            raise ValueError(f"{name}: got {got}, {type(self).__name__} makes images of {makes} alone")
+
     @abstractmethod
     def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
         """The denoised images with their effective sample sizes and errors.
 
         Args:
-            z: [B, C, H, W] noisy images z = x_0 + sigma eps, on any device.
+            z: [B, C, H, W] noisy images z = x_0 + sigma eps, on any device; of any H and W where `any_size`.
             sigma: noise level in units of pixel values ([-1, 1] is two wide): a number, or [B].
             labels: one class for all items, or one for each ([B]; None among them means every class).
 
@@ -147,7 +157,7 @@ class ScoreMachine(Denoiser):
     @torch.no_grad()
     def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, ess: bool = True) -> Estimate:
         """As of `Denoiser`; with ess=False the effective sample size is left out (NaN), which saves a GPU some work."""
-        z = check_noisy(z, self.shape)
+        z = check_noisy(z, self.shape, any_size=self.any_size, who=type(self).__name__)
         sigmas = check_sigma(sigma, len(z))
         classes = check_labels(labels, self.bank, len(z))
         sizes = [self.patch_size_at(level) for level in sigmas.tolist()]
@@ -155,18 +165,24 @@ class ScoreMachine(Denoiser):
         mean, stderr, pairs, names = torch.empty_like(z), torch.zeros_like(z), 0, set()
         effective = z.new_full((len(z), *z.shape[2:]), torch.nan)
         for (label, k), items in alike(list(zip(classes, sizes, strict=True))):
-            bank, some, competition = self.bank.of_class(label), z[items], self.competition(k)
-            total, served = engines.serve(
-                self.engines, self.engine, some, sigmas[items], bank, competition, self.memory_limit, ess
-            )
-            ~torch.isfinite(total.mean).flatten(1).all(1)
+            bank, some = self.bank.of_class(label), z[items]
+            total, served = self.sums(some, sigmas[items], bank, k, ess)
             mean[items] = total.mean.to(z.device, z.dtype)
             stderr[items] = total.stderr.to(z.device, z.dtype)
             if ess:
                 effective[items] = total.ess[:, 0].to(z.device, z.dtype).expand(len(some), *z.shape[2:])
-            pairs += len(some) * len(bank) * competition.pairs_per_image if total.pairs is None else total.pairs
+            pairs += total.pairs or 0
             names.update(served)
         return Estimate(mean, stderr, effective, pairs, " and ".join(sorted(names)))
+
+    def sums(
+        self, z: Tensor, sigmas: Tensor, bank: PatchBank, k: int | None, ess: bool = True
+    ) -> tuple[PosteriorSum, list[str]]:
+        """The sums of items that share a class and a patch size, with the pairs they took, and the engines' names."""
+        competition = self.competition(k)
+        total, names = engines.serve(self.engines, self.engine, z, sigmas, bank, competition, self.memory_limit, ess)
+        every = len(z) * len(bank) * competition.pairs_per_image
+        return total.with_pairs(every) if total.pairs is None else total, names
 
     def exact_sums(
         self, z: Tensor, sigmas: Tensor, bank: PatchBank, competitions: Sequence[Competition]
@@ -197,13 +213,19 @@ def alike(keys: Sequence[Key]) -> list[tuple[Key, slice | list[int]]]:
     return [(key, slice(row.start, row.stop) if len(row) == len(found) else found) for key, found, row in rows]
 
 
-def check_noisy(z: Tensor, shape: tuple[int, int, int], name: str = "z") -> Tensor:
+def check_noisy(
+    z: Tensor, shape: tuple[int, int, int], name: str = "z", any_size: bool = False, who: str = ""
+) -> Tensor:
+    """z as float32, or float64 where it is; `who` takes images of `shape`, with `any_size` only as many channels."""
     if not isinstance(z, Tensor) or not z.is_floating_point():
         got = str(z.dtype) if isinstance(z, Tensor) else type(z).__name__
         raise TypeError(f"{name}: got {got}, takes a floating point tensor [B, C, H, W]")
-    if z.ndim != 4 or tuple(z.shape[1:]) != shape:
-        takes = f"[B, {shape[0]}, {shape[1]}, {shape[2]}]"
-        raise ValueError(f"{name}: got shape {list(z.shape)}, takes {takes} as the bank's")
+    fits = z.ndim == 4 and (
+        z.shape[1] == shape[0] and 0 not in z.shape[2:] if any_size else tuple(z.shape[1:]) == shape
+    )
+    if not fits:
+        takes = f"[B, {shape[0]}, H, W]" if any_size else f"[B, {shape[0]}, {shape[1]}, {shape[2]}]"
+        raise ValueError(f"{name}: got shape {list(z.shape)}, {who and who + ' '}takes {takes} as the bank's")
     # Of pixels that a CUDA graph records nothing is known yet.
     if not _recording(z.device) and not torch.isfinite(z).all():
         raise ValueError(f"{name}: NaN or infinite pixels")

@@ -95,7 +95,7 @@ class GaussianScore(Denoiser):
 
     @torch.no_grad()
     def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
-        z = check_noisy(z, self.shape)
+        z = check_noisy(z, self.shape, who=type(self).__name__)
         sigmas = check_sigma(sigma, len(z))
         mean, ess = torch.empty_like(z), z.new_empty(len(z), *z.shape[2:])
         for label, items in self._by_class(labels, len(z)):
@@ -125,7 +125,7 @@ class GaussianScore(Denoiser):
         Returns:
             [B, C, H, W] at sigma_to, float64 if z is, else float32.
         """
-        z = check_noisy(z, self.shape)
+        z = check_noisy(z, self.shape, who=type(self).__name__)
         start, end = check_sigma(sigma_from, len(z)), check_sigma(sigma_to, len(z))
         moved = torch.empty_like(z)
         for label, items in self._by_class(labels, len(z)):

@@ -48,6 +48,7 @@ class Guided(Denoiser):
         self.uncond = uncond
         self.scale = scale
         self.shape = cond.shape
+        self.any_size = cond.any_size and uncond.any_size
         self.bank = getattr(cond, "bank", None)
 
     def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
@@ -97,6 +98,7 @@ class Switch(Denoiser):
             if tuple(denoiser.shape) != tuple(first.shape):
                 raise ValueError(f"parts: got denoisers of {_size(first)} and of {_size(denoiser)} images")
         self.shape = first.shape
+        self.any_size = all(denoiser.any_size for _, denoiser in self.parts)
         self.bank = getattr(first, "bank", None)
 
     def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
@@ -123,7 +125,7 @@ class Switch(Denoiser):
         self, z: Tensor, sigma: float | Tensor, labels: Labels
     ) -> Iterator[tuple[Denoiser, list[int], Tensor, list[int | str | None]]]:
         """The denoisers that are needed, each with its items, their noise levels and their labels."""
-        z = check_noisy(z, self.shape)
+        z = check_noisy(z, self.shape, any_size=self.any_size, who=type(self).__name__)
         sigmas = check_sigma(sigma, len(z))
         listed = labels_per_item(labels, len(z))
         limits = [limit for limit, _ in self.parts]

@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 
-from . import checks, engines
+from torch import Tensor
+
+from . import canvas, checks, engines
 from .bank import PatchBank
 from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Estimate, Labels, ScoreMachine
 from .index import PatchIndex
+from .posterior import PosteriorSum
 from .scales import ScaleTable
 from .windows import WHOLE_IMAGE, Competition, equivariant_competition, local_competition, widest
 
@@ -81,6 +85,9 @@ class EquivariantLocalScore(ScoreMachine):
     both ways. Where k >= H nothing slides, and this is `LocalScore`. Kamb & Ganguli 2024, section 3 ("equivariant local
     score machine") and its boundary-broken form.
 
+    It denoises images of any height and width from k on, whatever the bank's: with "zeros", a pixel closer than r to a
+    border competes with the windows that are as close to that border of their images. All engines serve all sizes.
+
     Args:
         bank: the training images.
         patch_size: k, odd; or a ScaleTable from noise level to k.
@@ -95,6 +102,8 @@ class EquivariantLocalScore(ScoreMachine):
             by default; the other exact engines are closer than that anyway.
         seed: of the sample of windows; the same seed gives the same numbers.
     """
+
+    any_size = True
 
     def __init__(
         self,
@@ -129,9 +138,24 @@ class EquivariantLocalScore(ScoreMachine):
                 "windows must lie fully inside"
             )
 
+    def check_size(self, size: tuple[int, int], sigmas: Sequence[float], name: str = "size") -> None:
+        own = self.shape[1:]
+        for k in {self.patch_size_at(sigma) for sigma in sigmas if size != own}:
+            canvas.check_canvas(size, own, k or 1, self.padding_mode, name)
+
     def competition(self, k: int | None) -> Competition:
         assert k is not None
         return equivariant_competition(*self.shape[1:], k, self.padding_mode)
+
+    def sums(
+        self, z: Tensor, sigmas: Tensor, bank: PatchBank, k: int | None, ess: bool = True
+    ) -> tuple[PosteriorSum, list[str]]:
+        if tuple(z.shape[1:]) == self.shape:
+            return super().sums(z, sigmas, bank, k, ess)
+        assert k is not None
+        return canvas.posterior_sum(
+            self.engines, self.engine, z, sigmas, bank, k, self.padding_mode, self.memory_limit, ess
+        )
 
 
 def _check_patch_size(patch_size: int | ScaleTable) -> int | ScaleTable:

@@ -119,6 +119,7 @@ def sample(
     gaussian: GaussianScore | None = None,
     callback: Callable[[Step], None] | None = None,
     progress: bool = True,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Samples images from noise.
 
@@ -148,6 +149,8 @@ def sample(
             is large, or for several calls). Each image uses the Gaussian of its class.
         callback: called with a `Step` after each denoising step of each batch.
         progress: show a bar on stderr once it has taken two seconds.
+        size: (height, width) of the images; None makes them as large as the denoiser's own, and some denoisers
+            (`Denoiser.any_size`) take every other.
 
     Returns:
         [n, C, H, W] in [-1, 1] on `device`.
@@ -165,6 +168,9 @@ def sample(
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype: got {dtype}, takes torch.float32 or torch.float64")
     levels, begin = _beginning(denoiser, get_schedule(schedule, steps), sigma_max, gaussian_until, gaussian)
+    shape = _check_size(size, denoiser, levels)
+    if shape != tuple(denoiser.shape) and not (sigma_max is None and gaussian_until is None):
+        raise ValueError("sigma_max, gaussian_until: take images of the bank's size, as the Gaussian is of such")
     images = range(first, first + n)
     listed = labels_in_turn(labels, images)
     device = checks.device(device)
@@ -175,13 +181,33 @@ def sample(
             batch = images[start : start + batch_size]
             batch_labels = None if listed is None else listed[start : start + batch_size]
             done.append(
-                _sample_batch(denoiser, batch, levels, begin, sampler, batch_labels, seed, device, dtype, callback, bar)
+                _sample_batch(
+                    denoiser, shape, batch, levels, begin, sampler, batch_labels, seed, device, dtype, callback, bar
+                )
             )
     return torch.cat(done)
 
 
+def _check_size(size: tuple[int, int] | None, denoiser: Denoiser, levels: Schedule) -> tuple[int, ...]:
+    """(C, H, W) of the images to make."""
+    own = tuple(denoiser.shape)
+    if size is None:
+        return own
+    try:
+        height, width = size
+    except (TypeError, ValueError):
+        raise TypeError(f"size: got {size!r}, takes (height, width)") from None
+    wanted = checks.integer("size", height, at_least=1), checks.integer("size", width, at_least=1)
+    if wanted != own[1:]:
+        if not isinstance(denoiser, Denoiser):
+            raise ValueError(f"size: got {height} x {width}, {type(denoiser).__name__} says nothing of other sizes")
+        denoiser.check_size(wanted, levels.ratios[:-1].tolist())
+    return own[0], *wanted
+
+
 def _sample_batch(
     denoiser: Denoiser,
+    shape: tuple[int, ...],
     images: range,
     levels: Schedule,
     begin: Begin,
@@ -198,7 +224,7 @@ def _sample_batch(
 
     def noise() -> Tensor:
         # Drawn on the CPU, so that a seed gives the same noise on every device.
-        drawn = [torch.randn(denoiser.shape, generator=generator, dtype=torch.float64) for generator in generators]
+        drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for generator in generators]
         return torch.stack(drawn).to(device, dtype)
 
     def denoise(z: Tensor, sigma: float) -> Tensor:

@@ -766,3 +766,37 @@ def test_theory_folders_are_locked_too(photos, tmp_path, command):
         assert run(*words, *more).exit_code == 0
     finally:
         sys.path.remove(str(tmp_path))
+
+
+def test_size_out_makes_images_of_another_size_and_is_continued(photos, tmp_path):
+    out = tmp_path / "out"
+    assert sample(photos, out, "--size-out", "14x20").exit_code == 0
+    bank = ps.PatchBank.open(photos)
+    images = ps.sample(ps.EquivariantLocalScore(bank, 3), 3, steps=4, size=(14, 20)).numpy()
+    assert np.abs(np.load(out / "samples.npy") - images).max() < 1e-5
+    assert "nearest" not in images_of(out)[0]
+    assert "3 were there" in sample(photos, out, "--size-out", "14x20", "-n", 4).output
+    other = sample(photos, out)
+    assert other.exit_code == 2
+    assert "holds a run with size [14, 20], asked for None" in other.output
+
+
+def test_the_banks_own_size_out_is_no_other_run(photos, tmp_path):
+    assert sample(photos, tmp_path / "out").exit_code == 0
+    assert "3 were there" in sample(photos, tmp_path / "out", "--size-out", "10x12", "-n", 4).output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size-out", "14by20"], "--size-out: got '14by20', takes HEIGHTxWIDTH such as 48x80"),
+        (["--size-out", "0x20"], "--size-out: got '0x20', takes HEIGHTxWIDTH such as 48x80"),
+        (["--size-out", "2x20"], "--size-out: a canvas of 2 x 20 is smaller than the patch size 3"),
+        (["--size-out", "14", "--machine", "ls"], "--size-out: got 14 x 14, LocalScore makes images of 10 x 12 alone"),
+    ],
+)
+def test_a_size_out_that_cannot_be_is_told_before_anything_is_written(photos, tmp_path, options, message):
+    result = sample(photos, tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "out" / "run.json").exists()

@@ -11,6 +11,7 @@ LAYERS = (
     {"bank"},
     {"index"},
     {"engines"},
+    {"canvas"},
     {"denoiser"},
     {"machines"},
     {"gaussian", "guidance", "networks", "nearest"},

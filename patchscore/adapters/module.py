@@ -55,7 +55,9 @@ class DenoiserModule(nn.Module):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name}: got {got}, takes a floating point tensor [B, C, H, W]")
-        if x.ndim != 4 or tuple(x.shape[1:]) != tuple(self.denoiser.shape):
+        own = tuple(self.denoiser.shape)
+        fits = x.ndim == 4 and (x.shape[1] == own[0] if self.denoiser.any_size else tuple(x.shape[1:]) == own)
+        if not fits:
             has = " x ".join(map(str, self.denoiser.shape))
             raise ValueError(f"{name}: the sampler gives {list(x.shape)}, the denoiser's bank has {has} images")
         if x.requires_grad and torch.is_grad_enabled():

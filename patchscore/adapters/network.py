@@ -69,7 +69,7 @@ class NetworkDenoiser(Denoiser):
 
     @torch.no_grad()
     def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
-        z = check_noisy(z, self.shape)
+        z = check_noisy(z, self.shape, who=type(self).__name__)
         sigmas = check_sigma(sigma, len(z))
         listed = self._labels(labels, len(z))
         level = sigmas if self.level is None else torch.tensor([self.level(s) for s in sigmas.tolist()])

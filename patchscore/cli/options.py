@@ -281,6 +281,14 @@ def numbers(option: str, text: str, takes: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def size_named(option: str, text: str) -> tuple[int, int]:
+    """HEIGHTxWIDTH, such as 48x80, or one number for both."""
+    sides = text.lower().split("x")
+    if not (len(sides) <= 2 and all(side.isdecimal() and len(side) < 10 and int(side) for side in sides)):
+        raise ValueError(f"{option}: got {text!r}, takes HEIGHTxWIDTH such as 48x80")
+    return int(sides[0]), int(sides[-1])
+
+
 # ---- What is said and drawn.
 
 

@@ -31,6 +31,7 @@ from .options import (
     one_line_errors,
     say,
     scale_table,
+    size_named,
     source_options,
     taking,
     walk_options,
@@ -137,6 +138,7 @@ Examples:
   patchscore sample cifar.npz --machine els --padding-mode circular --sampler heun
   patchscore sample photos/ --size 48 --table 7 --labels cats,dogs --seed 3
   patchscore sample cifar.npz --index cifar.index --budget 0.01
+  patchscore sample photos/ --size 32 --table 5 --size-out 48x80
 
 The same command again continues an interrupted run, and a larger -n adds to a finished one.
 
@@ -153,11 +155,23 @@ Published tables, made for 32 x 32 images: """
     "Levels of the noise schedule; the last of the cosine schedule's is the clean image.",
 )
 @computing_options("pruned")
+@click.option(
+    "--size-out",
+    metavar="HEIGHTxWIDTH",
+    help="Make images of this size, say 48x80, whatever the training images'; els only.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default="out", show_default=True, help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace a run with other settings in the same folder.")
 @one_line_errors
 def sample(
-    source: Source, count: int, which: Which, walk: Walk, computing: Computing, out: Path, overwrite: bool
+    source: Source,
+    count: int,
+    which: Which,
+    walk: Walk,
+    computing: Computing,
+    size_out: str | None,
+    out: Path,
+    overwrite: bool,
 ) -> None:
     """Make new images from the training images in SOURCE.
 
@@ -168,6 +182,7 @@ def sample(
     checks.integer("-n", count, at_least=1, at_most=MOST_IMAGES)
     walk.check()
     get_schedule(walk.schedule, walk.steps)
+    size = None if size_out is None else size_named("--size-out", size_out)
     device, _ = computing.where, computing.bytes
     source.check_not_around(out)
     which.check(computing)
@@ -176,6 +191,8 @@ def sample(
     bank = source.open()
     index = None if which.index_path is None else PatchIndex.open(which.index_path, bank)
     machine = which.build(bank, index, walk.seed, computing)
+    if size is not None:
+        machine.check_size(size, get_schedule(walk.schedule, walk.steps).ratios[:-1].tolist(), "--size-out")
     sizes = machine.patch_size if isinstance(machine.patch_size, ScaleTable) else None
     settings = {
         "steps": walk.steps,
@@ -183,6 +200,7 @@ def sample(
         "sampler": walk.sampler,
         "labels": labels_named(walk.labels, bank),
         "seed": walk.seed,
+        "size": None if size in (None, bank.shape[1:]) else list(size),
     }
     say(f"{bank!r} from {source.source}", described(machine, device))
     lacking = sorted(set(sizes.sizes) - set(index.patch_sizes)) if sizes and index else []
