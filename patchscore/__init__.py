@@ -10,6 +10,7 @@ from .evaluate import Comparison, baselines, compare
 from .explain import Explanation, explain, explain_samples
 from .gaussian import GaussianScore
 from .guidance import Guided, Switch
+from .heldout import HeldOutErrors, held_out_errors
 from .index import PatchIndex
 from .machines import EquivariantLocalScore, IdealScore, LocalScore
 from .noise import Schedule, get_schedule
@@ -30,6 +31,7 @@ __all__ = [
     "Explanation",
     "GaussianScore",
     "Guided",
+    "HeldOutErrors",
     "IdealScore",
     "LocalScore",
     "NetworkDenoiser",
@@ -48,6 +50,7 @@ __all__ = [
     "explain",
     "explain_samples",
     "get_schedule",
+    "held_out_errors",
     "merge",
     "sample",
 ]

@@ -7,11 +7,12 @@ PACKAGE = Path(__file__).parent.parent / "patchscore"
 
 LAYERS = (
     {"checks", "files", "version", "windows", "posterior", "pixels"},
-    {"noise", "scales", "sources"},
+    {"noise", "sources"},
     {"bank"},
     {"index"},
     {"engines"},
-    {"canvas"},
+    {"canvas", "heldout"},
+    {"scales"},
     {"denoiser"},
     {"machines"},
     {"gaussian", "guidance", "networks", "nearest"},

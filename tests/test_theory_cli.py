@@ -55,6 +55,29 @@ def test_calibrate_then_compare_an_entry_point(data):
     assert f"{report['rows'][0]['r2_median']:.3f}" in done.output
 
 
+def test_calibrate_without_a_network(data):
+    words = ("calibrate", "bank.npz", "--steps", 5, "-n", 3, "--patch-sizes", "3,5,9")
+    done = run(*words, "--monotone", "--block", 0, "--out", "c")
+    assert done.exit_code == 0, done.output
+    table = ps.ScaleTable.load("c/table.json")
+    errors = ps.HeldOutErrors.load("c/held-out.json")
+    bank = ps.PatchBank.open("bank.npz")
+    levels = ps.get_schedule("cosine", 5).ratios[:-1].tolist()
+    again = ps.held_out_errors(bank, [3, 5, 9], levels, images=3, block=None, progress=False)
+    np.testing.assert_allclose(errors.errors, again.errors, rtol=1e-5)
+    assert table == ps.ScaleTable.of_errors(errors, monotone=True)
+    assert Image.open("c/calibration.png").width > 100
+    for word in ("size", "from", "to", "next"):
+        assert any(line.startswith(word) for line in done.output.splitlines())
+
+    np.savez("more.npz", images=smooth_images(4, 1, 10, 10, seed=5).numpy(), labels=np.arange(4) % 2)
+    done = run(*words, "--held-out", "more.npz", "--labels", "all", "--out", "d")
+    assert done.exit_code == 0, done.output
+    settings = ps.HeldOutErrors.load("d/held-out.json").settings
+    assert settings["held_out"] == ps.PatchBank.open("more.npz").fingerprint
+    assert settings["conditional"]
+
+
 def test_a_checkpoint_brings_its_padding(data):
     done = run("compare", "bank.npz", "net.safetensors", "--steps", 4, "-n", 1, "--table", 3, "--no-baselines")
     assert done.exit_code == 0, done.output
@@ -74,6 +97,11 @@ def test_a_checkpoint_brings_its_padding(data):
         (["calibrate", "bank.npz", "net.safetensors", "--patch-sizes", "3,x"], "--patch-sizes"),
         (["calibrate", "bank.npz", "net.safetensors", "--patch-sizes", "4"], "patch_sizes: got 4"),
         (["calibrate", "bank.npz", "net.safetensors", "-n", "0"], "n: got 0"),
+        (["calibrate", "bank.npz", "net.safetensors", "--monotone"], "take no NETWORK"),
+        (["calibrate", "bank.npz", "-n", "0"], "images: got 0"),
+        (["calibrate", "bank.npz", "--labels", "1"], "--labels: got 1"),
+        (["calibrate", "bank.npz", "--held-out", "absent.npz"], "absent.npz"),
+        (["calibrate", "bank.npz", "--patch-sizes", "11", "--padding-mode", "circular"], "patch_sizes: got 11"),
         (["compare", "bank.npz", "net.safetensors", "--memory-limit", "0"], "--memory-limit"),
         (["compare", "bank.npz", "net.safetensors", "--table", "3", "--labels", "9"], "unknown label"),
     ],

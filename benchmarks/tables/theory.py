@@ -52,6 +52,33 @@ def training() -> str:
     return table(header, rows)
 
 
+def scales() -> str:
+    """Fitted patch sizes beside the published tables of the same data and padding."""
+    record = result("scales")
+    parts, rows = [], []
+    for fit in sorted(record["fits"], key=lambda fit: (fit["dataset"] == "cifar10", fit["padding_mode"] == "circular")):
+        title = f"{DATA[fit['dataset']]}, {fit['padding_mode']}"
+        listed = [["fitted", *map(str, fit["sizes"])], ["95% interval", *(f"{a}-{b}" for a, b in fit["intervals"])]]
+        for of in fit["tables"]:
+            listed.append([of["table"], *map(str, of["sizes"])])
+            near = [f"{of['pixels_apart']:.1f}", f"{of['within_one_size']:.0%}", f"{of['inside_interval']:.0%}"]
+            rows.append([title, f"{fit['bank']:,}", of["table"], *near, f"{of['more_error']:.1%}"])
+        header = ["sigma", *(f"{sigma:.2g}" for sigma in fit["sigmas"])]
+        parts.append(f"{title}, {fit['bank']:,} images, {fit['held_out']} held out:\n\n{table(header, listed)}")
+    header = ["data, padding", "images", "table", "pixels apart", "within 2 pixels", "in the interval", "more error"]
+    return "\n\n".join([*parts, "Nearness to the fit, over the 19 levels:", table(header, rows), measured_on(record)])
+
+
+def scales_of_networks() -> str:
+    """How well each table predicts a network."""
+    record = result("scales")
+    rows = [
+        [DATA[row["dataset"]], row["table"], str(row["n"]), median(row, "r2"), median(row, "correlation")]
+        for row in sorted(record["networks"], key=lambda row: -row["r2_median"])
+    ]
+    return table(["data", "patch sizes", "n", "r^2", "correlation"], rows)
+
+
 def longest(record: dict) -> dict[tuple[str, str, str], dict]:
     """The network of each data set, architecture and padding that was trained longest, of those with baselines."""
     return {

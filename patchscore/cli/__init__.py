@@ -10,11 +10,12 @@ import click
 
 from ..version import __version__
 from .bench import bench
+from .calibrate import calibrate
+from .compare import compare
 from .explain import explain
 from .index import index
 from .info import info
 from .sample import sample
-from .theory import calibrate, compare
 
 __all__ = ["main"]
 

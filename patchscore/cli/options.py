@@ -142,6 +142,10 @@ class Source:
         options["channels"] = None if self.channels is None else int(self.channels)
         return PatchBank.open(**options)
 
+    def at(self, source: str) -> Source:
+        """Another source, read as this one is."""
+        return dataclasses.replace(self, source=source)
+
     def check_not_around(self, out: Path) -> None:
         """ValueError where what is written would lie among the training images."""
         if Path(self.source).is_dir() and out.resolve().is_relative_to(Path(self.source).resolve()):
@@ -242,14 +246,8 @@ def device_named(device: str) -> str:
 # ---- Words.
 
 
-def scale_table(table: str, bank: PatchBank, padding_mode: str) -> ScaleTable:
-    """A table by name, file or constant; "auto" is the published ResNet table for gray or for colour images."""
-    if table == "auto":
-        if not 24 <= min(bank.shape[1:]) <= 48:
-            size = " x ".join(map(str, bank.shape[1:]))
-            warnings.warn(f"the published patch sizes were made for 32 x 32 images, these are {size}", stacklevel=2)
-        gray = "fashionmnist-resnet-zeros" if padding_mode == "zeros" else "mnist-resnet-circular"
-        return ScaleTable.published(gray if bank.shape[0] == 1 else f"cifar10-resnet-{padding_mode}")
+def named_table(table: str) -> ScaleTable:
+    """A table by name, file or constant."""
     if table in PUBLISHED:
         return ScaleTable.published(table)
     if table.isdecimal() and len(table) < 10:

@@ -16,11 +16,13 @@ from .. import checks, engines
 from ..bank import PatchBank
 from ..denoiser import ScoreMachine
 from ..files import check_writable
+from ..heldout import HeldOutErrors
 from ..index import OPTIONS, PatchIndex
 from ..machines import EquivariantLocalScore, IdealScore, LocalScore
 from ..noise import get_schedule
 from ..runs import MOST_IMAGES, Run
 from ..scales import PUBLISHED, ScaleTable
+from .fitted import keep, patch_sizes
 from .options import (
     Computing,
     Source,
@@ -30,7 +32,6 @@ from .options import (
     labels_named,
     one_line_errors,
     say,
-    scale_table,
     size_named,
     source_options,
     taking,
@@ -59,22 +60,34 @@ class Which:
             raise ValueError("--tolerance: takes an --index (`patchscore index` makes one), or els on CUDA with Triton")
         if self.index_path is not None and (self.budget is None) == (self.tolerance is None):
             raise ValueError("--index: takes one of --budget and --tolerance")
+        if self.machine != "els" and self.index_path is not None:
+            raise ValueError(f"--index: got one, the {self.machine} machine takes none")
+        if self.machine != "els" and self.padding_mode != "zeros":
+            raise ValueError(f"--padding-mode: got {self.padding_mode}, the {self.machine} machine pads with zeros")
+        if self.machine == "ideal" and self.table != "auto":
+            raise ValueError(f"--table: got {self.table}, the ideal machine has no patch size")
 
-    def build(self, bank: PatchBank, index: PatchIndex | None, seed: int, computing: Computing) -> ScoreMachine:
+    def sizes(
+        self, source: Source, bank: PatchBank, index: PatchIndex | None, labels: str, computing: Computing, out: Path
+    ) -> tuple[ScaleTable | None, HeldOutErrors | None]:
+        """The patch sizes, and what they were fitted to; None and None where the machine has none."""
+        if self.machine == "ideal":
+            return None, None
+        machine = "local" if self.machine == "ls" else "els"
+        indexed = None if index is None else index.patch_sizes
+        conditional = labels != "none"
+        return patch_sizes(self.table, source, bank, self.padding_mode, machine, conditional, indexed, computing, out)
+
+    def build(
+        self, bank: PatchBank, sizes: ScaleTable | None, index: PatchIndex | None, seed: int, computing: Computing
+    ) -> ScoreMachine:
         """The machine."""
         pruned: dict[str, Any] = {}
         if index or self.tolerance:
             pruned = {"index": index, "budget": self.budget, "tolerance": self.tolerance, "seed": seed}
-        if self.machine != "els" and pruned:
-            raise ValueError(f"--index: got one, the {self.machine} machine takes none")
-        if self.machine != "els" and self.padding_mode != "zeros":
-            raise ValueError(f"--padding-mode: got {self.padding_mode}, the {self.machine} machine pads with zeros")
         engine, memory = computing.engine, computing.bytes
-        if self.machine == "ideal":
-            if self.table != "auto":
-                raise ValueError(f"--table: got {self.table}, the ideal machine has no patch size")
+        if sizes is None:
             return IdealScore(bank, engine, memory)
-        sizes = scale_table(self.table, bank, self.padding_mode)
         if self.machine == "ls":
             return LocalScore(bank, sizes, engine, memory)
         return EquivariantLocalScore(bank, sizes, self.padding_mode, engine, memory, **pruned)
@@ -102,7 +115,8 @@ which_options = taking(
         show_default=True,
         metavar="NAME|FILE|K",
         help="Patch size by noise level: a published table (the list is below), a file that ScaleTable.save wrote, or "
-        "one size. auto is the published ResNet table for gray or colour images.",
+        "one size. auto is the published table of SOURCE where its name says that it is such data, at 32 x 32; else "
+        "sizes are fitted to SOURCE, in seconds, and kept in the folder of the run.",
     ),
     click.option(
         "--index",
@@ -190,7 +204,9 @@ def sample(
 
     bank = source.open()
     index = None if which.index_path is None else PatchIndex.open(which.index_path, bank)
-    machine = which.build(bank, index, walk.seed, computing)
+    labels = labels_named(walk.labels, bank)
+    fitted, errors = which.sizes(source, bank, index, walk.labels, computing, out)
+    machine = which.build(bank, fitted, index, walk.seed, computing)
     if size is not None:
         machine.check_size(size, get_schedule(walk.schedule, walk.steps).ratios[:-1].tolist(), "--size-out")
     sizes = machine.patch_size if isinstance(machine.patch_size, ScaleTable) else None
@@ -198,7 +214,7 @@ def sample(
         "steps": walk.steps,
         "schedule": walk.schedule,
         "sampler": walk.sampler,
-        "labels": labels_named(walk.labels, bank),
+        "labels": labels,
         "seed": walk.seed,
         "size": None if size in (None, bank.shape[1:]) else list(size),
     }
@@ -211,6 +227,8 @@ def sample(
     of_machine = _of_machine(which, machine, sizes, index)
     noted = _noted(source, which, walk, computing, device)
     with Run(out, machine, settings, of_machine, noted, overwrite) as run:
+        if fitted is not None and errors is not None:
+            keep(out, fitted, errors)
         start = time.perf_counter()
         try:
             kept = run.sample(count, walk.batch_size, device)
