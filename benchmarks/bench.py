@@ -50,6 +50,7 @@ def full(given: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str]]:
     yield ("guidance.py",), ""
     yield ("classification.py", *held_out), fashion
     yield ("theory.py", "fashion-mnist", "examples/fashion-mnist-resnet-zeros.safetensors", "fashion-mnist"), ""
+    yield ("scales.py", "cifar10", cifar, "--limit", "1000"), images
     yield ("fused_precision.py", cifar), images
     yield ("compile_report.py",), no_triton
     yield ("sass.py",), no_cuda

@@ -23,7 +23,7 @@ COMMANDS = {
     "end_to_end": "end_to_end.py --cifar10 cifar10 --fashion-mnist train-images-idx3-ubyte.gz --indexes indexes",
     "gpu-*": "gpu.py --images cifar10 --indexes indexes",
     "theory": "theory.py fashion-mnist examples/fashion-mnist-resnet-zeros.safetensors fashion-mnist",
-    "scales": "scales.py cifar10 cifar10 --limit 2000",
+    "scales": "scales.py cifar10 cifar10 --limit 1000",
     "adapters": "adapters.py",
     "gaussian-fashion-mnist": "gaussian.py fashion-mnist",
     "gaussian-cifar10": "gaussian.py cifar10 cifar10/train",

@@ -5,8 +5,8 @@ fit's interval, and how much more held-out error its sizes have. With --network,
 with every table from the same noise. Writes benchmarks/results/scales.json; rows are replaced one by one, so that runs
 add up.
 
-    python benchmarks/scales.py cifar10 FOLDER --limit 2000
-    python benchmarks/scales.py cifar10 FOLDER --limit 2000 --padding-mode circular
+    python benchmarks/scales.py cifar10 FOLDER --limit 1000
+    python benchmarks/scales.py cifar10 FOLDER --limit 1000 --padding-mode circular
     python benchmarks/scales.py fashion-mnist fashion-mnist --network examples/fashion-mnist-resnet-zeros.safetensors \\
         --calibrated examples/fashion-mnist-resnet-zeros.json
 """
