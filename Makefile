@@ -53,6 +53,7 @@ format: $(VENV)/.installed-lint
 
 docs: $(VENV)/.installed-test
 	$(BIN)/python tools/reference.py
+	$(BIN)/python tools/schedulers.py
 	$(BIN)/python benchmarks/report.py
 
 # Warnings are errors: a broken link, a page without a place, a parameter documented that there is not.

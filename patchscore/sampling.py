@@ -133,7 +133,7 @@ def sample(
         steps: noise levels of the schedule (ignored where `schedule` is a Schedule). The last level of the cosine
             schedule is the clean image, so it makes steps - 1 evaluations, as published. Take 10 or more: with fewer,
             its first level has too little noise to start from.
-        schedule: "cosine", "linear", "karras" or a Schedule.
+        schedule: "cosine", "linear", "karras", "flow" or a Schedule.
         sampler: "ddim", "ddpm", "euler" or "heun".
         labels: None, one label for all, or a list whose entries image i takes in turn: labels[i % len(labels)].
         seed: any integer.
