@@ -61,11 +61,12 @@ bool interrupted() {
     return PyErr_CheckSignals() != 0;
 }
 
-// patch_size, circular, groups, and m, s, s2, v to add to.
-using CompetitionArguments = std::tuple<int, bool, py::buffer, py::buffer, py::buffer, py::buffer, py::buffer>;
+// patch_size, circular, groups, and m, s, s2, v and, where moments are asked for, v2, sl to add to.
+using CompetitionArguments = std::tuple<int, bool, py::buffer, py::buffer, py::buffer, py::buffer, py::buffer,
+                                        std::optional<py::buffer>, std::optional<py::buffer>>;
 
 patchscore::Competition competition_of(const CompetitionArguments& arguments, const std::vector<py::ssize_t>& shape) {
-    const auto& [patch_size, circular, groups, m, s, s2, v] = arguments;
+    const auto& [patch_size, circular, groups, m, s, s2, v, v2, sl] = arguments;
     if (patch_size < 0) throw py::value_error("patch_size: got " + std::to_string(patch_size));
     patchscore::Competition competition{};
     competition.patch_size = patch_size, competition.circular = circular;
@@ -81,6 +82,9 @@ patchscore::Competition competition_of(const CompetitionArguments& arguments, co
     competition.s = data_of<double>("s", s.request(true), one, true);
     competition.s2 = data_of<double>("s2", s2.request(true), one, true);
     competition.v = data_of<double>("v", v.request(true), shape, true);
+    if (v2.has_value() != sl.has_value()) throw py::value_error("v2, sl: takes both or none");
+    if (v2) competition.v2 = data_of<double>("v2", v2->request(true), shape, true);
+    if (sl) competition.sl = data_of<double>("sl", sl->request(true), one, true);
     return competition;
 }
 
@@ -284,7 +288,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("sliding", &sliding, py::arg("z"), py::arg("sigma"), py::arg("images"), py::arg("indices"),
                py::arg("competitions"), py::arg("threads"), py::arg("memory_limit"), py::arg("simd"),
                "Adds the posterior sums of z [B, C, H, W] over images [N, C, H, W] to those of competitions, a list of "
-               "(patch_size, circular, groups, m, s, s2, v): m, s, s2 [B, 1, H, W], v [B, C, H, W]; groups [G, 8] are "
+               "(patch_size, circular, groups, m, s, s2, v, v2, sl): m, s, s2, sl [B, 1, H, W], v, v2 [B, C, H, W], v2 "
+               "and sl None where moments are not asked for; groups [G, 8] are "
                "rows and columns as (first query, end, first window, end), -1 locks.");
     module.def(
         "scan_lists", &scan_lists, py::arg("scans"), py::arg("threads"), py::arg("simd"),

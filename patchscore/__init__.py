@@ -12,6 +12,7 @@ from .gaussian import GaussianScore
 from .guidance import Guided, Switch
 from .heldout import HeldOutErrors, held_out_errors
 from .index import PatchIndex
+from .likelihood import LogLikelihood, log_likelihood
 from .machines import EquivariantLocalScore, IdealScore, LocalScore
 from .noise import Schedule, get_schedule
 from .posterior import PosteriorSum, merge
@@ -34,6 +35,7 @@ __all__ = [
     "HeldOutErrors",
     "IdealScore",
     "LocalScore",
+    "LogLikelihood",
     "NetworkDenoiser",
     "PatchBank",
     "PatchIndex",
@@ -51,6 +53,7 @@ __all__ = [
     "explain_samples",
     "get_schedule",
     "held_out_errors",
+    "log_likelihood",
     "merge",
     "sample",
 ]

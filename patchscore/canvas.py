@@ -92,6 +92,7 @@ def posterior_sum(
     padding_mode: str,
     memory_limit: int,
     ess: bool = True,
+    moments: bool = False,
 ) -> tuple[PosteriorSum, list[str]]:
     """As `engines.serve`, for z of any height and width: the sums of every pixel, and who took them.
 
@@ -101,7 +102,8 @@ def posterior_sum(
     channels, *length = bank.shape
     size = (z.shape[2], z.shape[3])
     check_canvas(size, (length[0], length[1]), k, padding_mode)
-    total = PosteriorSum.empty(z.shape, z.device, sampled=not all(engine.exact for engine in available))
+    sampled = not moments and not all(engine.exact for engine in available)
+    total = PosteriorSum.empty(z.shape, z.device, sampled=sampled, moments=moments)
     pairs, names = 0, []
     # Pixels of the strips that share a rule are served in one call, each in a crop of its own.
     by_rule = [_by_rule(strips(canvas, side, k, padding_mode)) for canvas, side in zip(size, length, strict=True)]
@@ -116,7 +118,7 @@ def posterior_sum(
                 some = places[first : first + most]
                 crops = torch.cat([_crop(z, row.start, col.start, length, padding_mode) for row, col in some])
                 sums, served = engines.serve(
-                    available, named, crops, sigma.repeat(len(some)), bank, competition, memory_limit, ess
+                    available, named, crops, sigma.repeat(len(some)), bank, competition, memory_limit, ess, moments
                 )
                 for i, (row, col) in enumerate(some):
                     part = sums.block(slice(i * len(z), (i + 1) * len(z)), *block).to(total.m.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import checks, engines
 from .bank import PatchBank
-from .posterior import PosteriorSum
+from .posterior import PosteriorSum, accumulator_dtype
 from .scales import ScaleTable
 from .windows import Competition
 
@@ -37,6 +37,8 @@ class Estimate:
         ess: [B, H, W] effective sample size of each pixel, (sum w)^2 / sum w^2.
         pairs: number of (query pixel, window) pairs that were evaluated.
         engine: the engine that served; several, joined by "and", where groups of pixels or patch sizes differ.
+        variance: [B, C, H, W] posterior variance of each pixel value, with moments=True.
+        entropy: [B, H, W] entropy of each pixel's weights over the competing windows, in nats, with moments=True.
     """
 
     mean: Tensor
@@ -44,6 +46,8 @@ class Estimate:
     ess: Tensor
     pairs: int
     engine: str
+    variance: Tensor | None = None
+    entropy: Tensor | None = None
 
     def __repr__(self) -> str:
         """Shapes and ranges in a line, not the numbers of every pixel."""
@@ -72,22 +76,39 @@ class Denoiser(ABC):
             raise ValueError(f"{name}: got {got}, {type(self).__name__} makes images of {makes} alone")
 
     @abstractmethod
-    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, *, moments: bool = False) -> Estimate:
         """The denoised images with their effective sample sizes and errors.
 
         Args:
             z: [B, C, H, W] noisy images z = x_0 + sigma eps, on any device; of any H and W where `any_size`.
             sigma: noise level in units of pixel values ([-1, 1] is two wide): a number, or [B].
             labels: one class for all items, or one for each ([B]; None among them means every class).
+            moments: whether the estimate has `variance` and `entropy` too (docs/method.md).
 
         Raises:
-            ValueError: wrong shape, NaN or infinite pixels, sigma not positive and finite, unknown label.
+            ValueError: wrong shape, NaN or infinite pixels, sigma not positive and finite, unknown label; moments of a
+                denoiser that is no posterior mean.
             TypeError: an argument of a type that is not taken.
         """
 
     def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
         """`estimate(...).mean`: [B, C, H, W] on z's device, float64 if z is, else float32."""
         return self.estimate(z, sigma, labels).mean
+
+    def divergence(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
+        """The divergence of D at z, sum_i dD_i / dz_i: [B] float64, exact and without random probes.
+
+        It is the sum of the posterior variances over sigma^2, as the value of a window is its centre pixel
+        (docs/method.md). Arguments and errors as of `estimate`.
+        """
+        return self.with_divergence(z, sigma, labels)[1]
+
+    def with_divergence(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> tuple[Tensor, Tensor]:
+        """`denoise` and `divergence` from one evaluation: [B, C, H, W] and [B] float64."""
+        found = self.estimate(z, sigma, labels, moments=True)
+        assert found.variance is not None
+        levels = check_sigma(sigma, len(z)).to(z.device, accumulator_dtype(z.device))
+        return found.mean, found.variance.flatten(1).to(levels).sum(1) / levels**2
 
     @torch.no_grad()
     def score(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
@@ -155,8 +176,13 @@ class ScoreMachine(Denoiser):
         return self.estimate(z, sigma, labels, ess=False).mean
 
     @torch.no_grad()
-    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, ess: bool = True) -> Estimate:
-        """As of `Denoiser`; with ess=False the effective sample size is left out (NaN), which saves a GPU some work."""
+    def estimate(
+        self, z: Tensor, sigma: float | Tensor, labels: Labels = None, ess: bool = True, *, moments: bool = False
+    ) -> Estimate:
+        """As of `Denoiser`; with ess=False the effective sample size is left out (NaN), which saves a GPU some work.
+
+        Moments come from the engines `reference` and, on the CPU, `sliding`; where another would serve, these do.
+        """
         z = check_noisy(z, self.shape, any_size=self.any_size, who=type(self).__name__)
         sigmas = check_sigma(sigma, len(z))
         classes = check_labels(labels, self.bank, len(z))
@@ -164,23 +190,29 @@ class ScoreMachine(Denoiser):
 
         mean, stderr, pairs, names = torch.empty_like(z), torch.zeros_like(z), 0, set()
         effective = z.new_full((len(z), *z.shape[2:]), torch.nan)
+        variance, entropy = (torch.empty_like(z), torch.empty_like(effective)) if moments else (None, None)
         for (label, k), items in alike(list(zip(classes, sizes, strict=True))):
             bank, some = self.bank.of_class(label), z[items]
-            total, served = self.sums(some, sigmas[items], bank, k, ess)
+            total, served = self.sums(some, sigmas[items], bank, k, ess, moments)
             mean[items] = total.mean.to(z.device, z.dtype)
             stderr[items] = total.stderr.to(z.device, z.dtype)
             if ess:
                 effective[items] = total.ess[:, 0].to(z.device, z.dtype).expand(len(some), *z.shape[2:])
             pairs += total.pairs or 0
+            if variance is not None and entropy is not None:
+                variance[items] = total.variance.to(z.device, z.dtype)
+                entropy[items] = total.entropy[:, 0].to(z.device, z.dtype).expand(len(some), *z.shape[2:])
             names.update(served)
-        return Estimate(mean, stderr, effective, pairs, " and ".join(sorted(names)))
+        return Estimate(mean, stderr, effective, pairs, " and ".join(sorted(names)), variance, entropy)
 
     def sums(
-        self, z: Tensor, sigmas: Tensor, bank: PatchBank, k: int | None, ess: bool = True
+        self, z: Tensor, sigmas: Tensor, bank: PatchBank, k: int | None, ess: bool = True, moments: bool = False
     ) -> tuple[PosteriorSum, list[str]]:
         """The sums of items that share a class and a patch size, with the pairs they took, and the engines' names."""
         competition = self.competition(k)
-        total, names = engines.serve(self.engines, self.engine, z, sigmas, bank, competition, self.memory_limit, ess)
+        total, names = engines.serve(
+            self.engines, self.engine, z, sigmas, bank, competition, self.memory_limit, ess, moments
+        )
         every = len(z) * len(bank) * competition.pairs_per_image
         return total.with_pairs(every) if total.pairs is None else total, names
 

@@ -8,6 +8,7 @@ for diffusion models and its applications", 2024), so that a sampler may start w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -94,10 +95,16 @@ class GaussianScore(Denoiser):
         return self._axes[known, asked]
 
     @torch.no_grad()
-    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, *, moments: bool = False) -> Estimate:
+        """As of `Denoiser`; the entropy of a pixel is the differential entropy of its Gaussian posterior.
+
+        The posterior covariance is P = U diag(lambda sigma^2 / (lambda + sigma^2)) U^T at every z. With P_i the C x C
+        block of pixel i, its entropy is ln det(2 pi e P_i) / 2 nats, -inf where a channel is certain.
+        """
         z = check_noisy(z, self.shape, who=type(self).__name__)
         sigmas = check_sigma(sigma, len(z))
         mean, ess = torch.empty_like(z), z.new_empty(len(z), *z.shape[2:])
+        variance, entropy = (torch.empty_like(z), torch.empty_like(ess)) if moments else (None, None)
         for label, items in self._by_class(labels, len(z)):
             axes = self.axes(label, z.device)
             noise_variance = sigmas[items, None].to(axes.mean) ** 2
@@ -106,7 +113,30 @@ class GaussianScore(Denoiser):
             mean[items] = (axes.mean + (c * axes.variances / total) @ axes.basis.T).view(-1, *self.shape).to(z.dtype)
             spread = (axes.variances * (c / total) ** 2).sum(1)  # a^T Sigma a
             ess[items] = (axes.n / (1 + spread)).to(z.dtype)[:, None, None].expand(-1, *z.shape[2:])
-        return Estimate(mean, torch.zeros_like(mean), ess, 0, "closed-form")
+            if variance is not None and entropy is not None:
+                for item in items:
+                    blocks = self._pixel_covariances(axes, sigmas[item].item())
+                    variance[item] = blocks.diagonal(dim1=-2, dim2=-1).T.reshape(self.shape).to(z.dtype)
+                    blocks = 2 * math.pi * math.e * blocks
+                    entropy[item] = (blocks.logdet() / 2).nan_to_num(nan=-math.inf).view(self.shape[1:]).to(z.dtype)
+        return Estimate(mean, torch.zeros_like(mean), ess, 0, "closed-form", variance, entropy)
+
+    @torch.no_grad()
+    def with_divergence(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> tuple[Tensor, Tensor]:
+        """As of `Denoiser`; the divergence is sum lambda / (lambda + sigma^2), the same at every z."""
+        mean = self.denoise(z, sigma, labels)
+        sigmas = check_sigma(sigma, len(z))
+        found = mean.new_empty(len(z), dtype=accumulator_dtype(z.device))
+        for label, items in self._by_class(labels, len(z)):
+            variances = self.axes(label, z.device).variances
+            found[items] = (variances / (variances + sigmas[items, None].to(variances) ** 2)).sum(1)
+        return mean, found
+
+    def _pixel_covariances(self, axes: Axes, sigma: float) -> Tensor:
+        """[H W, C, C] posterior covariance of the channels of every pixel."""
+        spread = axes.variances * sigma**2 / (axes.variances + sigma**2)
+        basis = axes.basis.view(self.shape[0], -1, len(spread)).transpose(0, 1)  # [H W, C, r]
+        return (basis * spread) @ basis.mT
 
     @torch.no_grad()
     def flow(self, z: Tensor, sigma_from: float | Tensor, sigma_to: float | Tensor, labels: Labels = None) -> Tensor:
@@ -158,6 +188,31 @@ class GaussianScore(Denoiser):
                 noise.dtype
             )
         return drawn
+
+    @torch.no_grad()
+    def log_density(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
+        """ln N(z; mu, Sigma + sigma^2): [B] in nats, float64 wherever the device has it.
+
+        Args:
+            z: [B, C, H, W].
+            sigma: noise level, a number or [B].
+            labels: as in `denoise`.
+        """
+        z = check_noisy(z, self.shape)
+        sigmas = check_sigma(sigma, len(z))
+        found = z.new_empty(len(z), dtype=accumulator_dtype(z.device))
+        for label, items in self._by_class(labels, len(z)):
+            axes = self.axes(label, z.device)
+            noise_variance = sigmas[items, None].to(axes.mean) ** 2
+            offset = z[items].flatten(1).to(axes.mean) - axes.mean
+            c = offset @ axes.basis
+            total = axes.variances + noise_variance
+            outside = offset.square().sum(1) - c.square().sum(1)  # of U, where the variance is sigma^2
+            squared = (c**2 / total).sum(1) + outside / noise_variance[:, 0]
+            others = offset.shape[1] - c.shape[1]
+            log_det = total.log().sum(1) + others * noise_variance[:, 0].log()
+            found[items] = -(squared + log_det + offset.shape[1] * math.log(2 * math.pi)) / 2
+        return found
 
     def _stretch(self, axes: Axes, offset: Tensor, gain: Tensor, outside: Tensor) -> Tensor:
         """mu + U diag(gain) U^T offset + outside (1 - U U^T) offset."""

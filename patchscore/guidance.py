@@ -24,7 +24,7 @@ class Guided(Denoiser):
     not guided. Both may be the same machine: `Guided(els, els, 2.0)`.
 
     In `estimate`, stderr is the bound |scale| stderr_cond + |1 - scale| stderr_uncond, ess is the smaller of the two,
-    and pairs is the sum.
+    and pairs is the sum. It is the posterior mean under no prior, so it has a divergence but no moments.
 
     Args:
         cond: the conditional denoiser.
@@ -54,7 +54,9 @@ class Guided(Denoiser):
     def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
         return self._extend(self.cond.denoise(z, sigma, labels), self.uncond.denoise(z, sigma))
 
-    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, *, moments: bool = False) -> Estimate:
+        if moments:
+            raise ValueError("moments: a guided denoiser is no posterior mean; ask cond and uncond for theirs")
         cond, uncond = self.cond.estimate(z, sigma, labels), self.uncond.estimate(z, sigma)
         return Estimate(
             mean=self._extend(cond.mean, uncond.mean),
@@ -63,6 +65,10 @@ class Guided(Denoiser):
             pairs=cond.pairs + uncond.pairs,
             engine=_joined([cond.engine, uncond.engine]),
         )
+
+    def with_divergence(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> tuple[Tensor, Tensor]:
+        cond, uncond = self.cond.with_divergence(z, sigma, labels), self.uncond.with_divergence(z, sigma)
+        return self._extend(cond[0], uncond[0]), self._extend(cond[1], uncond[1])
 
     def _extend(self, cond: Tensor, uncond: Tensor) -> Tensor:
         return uncond + self.scale * (cond - uncond)
@@ -108,18 +114,32 @@ class Switch(Denoiser):
         ]
         return _assembled(served, len(z))
 
-    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, *, moments: bool = False) -> Estimate:
+        # Only a denoiser that is asked for moments has to know of them.
+        options = {"moments": True} if moments else {}
         served = [
-            (items, denoiser.estimate(z[items], level, part_labels))
+            (items, denoiser.estimate(z[items], level, part_labels, **options))
             for denoiser, items, level, part_labels in self._split(z, sigma, labels)
         ]
+        variances = [(items, part.variance) for items, part in served if part.variance is not None]
+        entropies = [(items, part.entropy) for items, part in served if part.entropy is not None]
         return Estimate(
             mean=_assembled([(items, part.mean) for items, part in served], len(z)),
             stderr=_assembled([(items, part.stderr) for items, part in served], len(z)),
             ess=_assembled([(items, part.ess) for items, part in served], len(z)),
             pairs=sum(part.pairs for _, part in served),
             engine=_joined([part.engine for _, part in served]),
+            variance=_assembled(variances, len(z)) if moments else None,
+            entropy=_assembled(entropies, len(z)) if moments else None,
         )
+
+    def with_divergence(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> tuple[Tensor, Tensor]:
+        served = [
+            (items, denoiser.with_divergence(z[items], level, part_labels))
+            for denoiser, items, level, part_labels in self._split(z, sigma, labels)
+        ]
+        means, divergences = ([(items, part[i]) for items, part in served] for i in (0, 1))
+        return _assembled(means, len(z)), _assembled(divergences, len(z))
 
     def _split(
         self, z: Tensor, sigma: float | Tensor, labels: Labels

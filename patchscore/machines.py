@@ -148,13 +148,13 @@ class EquivariantLocalScore(ScoreMachine):
         return equivariant_competition(*self.shape[1:], k, self.padding_mode)
 
     def sums(
-        self, z: Tensor, sigmas: Tensor, bank: PatchBank, k: int | None, ess: bool = True
+        self, z: Tensor, sigmas: Tensor, bank: PatchBank, k: int | None, ess: bool = True, moments: bool = False
     ) -> tuple[PosteriorSum, list[str]]:
         if tuple(z.shape[1:]) == self.shape:
-            return super().sums(z, sigmas, bank, k, ess)
+            return super().sums(z, sigmas, bank, k, ess, moments)
         assert k is not None
         return canvas.posterior_sum(
-            self.engines, self.engine, z, sigmas, bank, k, self.padding_mode, self.memory_limit, ess
+            self.engines, self.engine, z, sigmas, bank, k, self.padding_mode, self.memory_limit, ess, moments
         )
 
 

@@ -17,7 +17,7 @@ LAYERS = (
     {"machines"},
     {"gaussian", "guidance", "networks", "nearest"},
     {"adapters", "sampling"},
-    {"classification", "calibrate", "evaluate", "explain"},
+    {"classification", "calibrate", "evaluate", "explain", "likelihood"},
     {"draw", "memorisation"},
     {"runs"},
     {"cli", "__init__", "__main__"},

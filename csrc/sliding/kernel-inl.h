@@ -193,9 +193,15 @@ static void slide_row(const Task<Real>& t, const Panel& panel, int query, int wi
 
 // Makes `to`, a squared distance, the query's reference and rescales its sums to it.
 static void refer_to(const Task<Real>& t, double to, Real* lanes, int pixel) {
-    const double factor = std::exp2((to - t.reference[pixel]) * double(t.scale));
-    double* sums = t.sums + int64_t(pixel) * (2 + t.channels);
-    for (int part = 0; part < 2 + t.channels; ++part) {
+    const double nearer = to - t.reference[pixel], factor = std::exp2(nearer * double(t.scale));
+    const int parts = t.parts().count();
+    double* sums = t.sums + int64_t(pixel) * parts;
+    if (t.moments) {  // reference - distance^2 changes for every window alike
+        Real* sl = lanes + 2 * LANES;
+        sums[2] += nearer * sums[0];
+        store(sl, fma(broadcast(Real(nearer)), load(lanes), load(sl)));
+    }
+    for (int part = 0; part < parts; ++part) {
         const double by = part == 1 ? factor * factor : factor;
         sums[part] *= by;
         store(lanes + part * LANES, load(lanes + part * LANES) * broadcast(Real(by)));
@@ -221,18 +227,34 @@ PS_INLINE Scale scale_of(const Task<Real>& t) {
             Real(1 + t.rounding)};
 }
 
+// The query's own pixel, within the range of training pixels: windows that weigh have values near it, so that their
+// squares, taken from there, lose no digits to the mean.
+PS_INLINE Real centre_of(const Task<Real>& t, int pixel, int channel) {
+    const Real value = query_row(t, pixel / t.width)[pixel % t.width * t.channels + channel];
+    return value < -1 ? Real(-1) : value > 1 ? Real(1) : value;
+}
+
+// Numbers from one query's sums to the next's in the lanes.
+template <bool MOMENTS>
+PS_INLINE constexpr int64_t pitch_of(int channels) {
+    return int64_t(MOMENTS ? 3 + 2 * channels : 2 + channels) * LANES;
+}
+
 // One query's sums, held in registers while it meets the windows of one training row.
-template <int C>
+template <int C, bool MOMENTS>
 struct Query {
+    static constexpr int FIRST = MOMENTS ? 3 : 2, STEP = MOMENTS ? 2 : 1;  // where values stand (Parts)
+    static constexpr int SECOND = MOMENTS && C ? C : 1;
     Real* lanes;
     int pixel;
     bool distant;            // so far from all windows that float32 distances are not exact enough
     F reference, far, near;  // distances beyond `far` weigh nothing, nearer than `near` too much
     F s, s2, v[C ? C : 1];
+    F sl, v2[SECOND], centre[SECOND];  // with moments
 };
 
-template <int C>
-PS_INLINE void open(Query<C>& query, const Task<Real>& t, const Scale& by, Real* lanes, int pixel) {
+template <int C, bool MOMENTS>
+PS_INLINE void open(Query<C, MOMENTS>& query, const Task<Real>& t, const Scale& by, Real* lanes, int pixel) {
     query.lanes = lanes;
     query.pixel = pixel;
     const Real reference = Real(t.reference[pixel]);
@@ -243,14 +265,25 @@ PS_INLINE void open(Query<C>& query, const Task<Real>& t, const Scale& by, Real*
     query.near = query.reference - by.rise;
     query.s = load(lanes);
     query.s2 = load(lanes + LANES);
-    for (int c = 0; c < C; ++c) query.v[c] = load(lanes + (2 + c) * LANES);
+    const Real* values = lanes + query.FIRST * LANES;
+    for (int c = 0; c < C; ++c) query.v[c] = load(values + c * query.STEP * LANES);
+    if (!MOMENTS) return;
+    query.sl = load(lanes + 2 * LANES);
+    for (int c = 0; c < C; ++c) {
+        query.v2[c] = load(values + (2 * c + 1) * LANES);
+        query.centre[c] = broadcast(centre_of(t, pixel, c));
+    }
 }
 
-template <int C>
-PS_INLINE void close(const Query<C>& query) {
+template <int C, bool MOMENTS>
+PS_INLINE void close(const Query<C, MOMENTS>& query) {
     store(query.lanes, query.s);
     store(query.lanes + LANES, query.s2);
-    for (int c = 0; c < C; ++c) store(query.lanes + (2 + c) * LANES, query.v[c]);
+    Real* values = query.lanes + query.FIRST * LANES;
+    for (int c = 0; c < C; ++c) store(values + c * query.STEP * LANES, query.v[c]);
+    if (!MOMENTS) return;
+    store(query.lanes + 2 * LANES, query.sl);
+    for (int c = 0; c < C; ++c) store(values + (2 * c + 1) * LANES, query.v2[c]);
 }
 
 // A training pixel as it was before rounding.
@@ -306,7 +339,8 @@ PS_COLD void weigh_exactly(const Task<Real>& t, int pixel, F far, const F* dista
     if (left < 0) return;
     Real each[LANES], limit[LANES];
     store(limit, far);
-    double* sums = t.sums + int64_t(pixel) * (2 + t.channels);
+    const Parts parts = t.parts();
+    double* sums = t.sums + int64_t(pixel) * parts.count();
     for (int i = 0; i < count; ++i) {
         store(each, distance[i]);
         for (int lane = 0; lane < LANES; ++lane) {
@@ -317,15 +351,19 @@ PS_COLD void weigh_exactly(const Task<Real>& t, int pixel, F far, const F* dista
             const double w = std::exp2((t.reference[pixel] - exact) * double(t.scale));
             sums[0] += w;
             sums[1] += w * w;
-            for (int c = 0; c < t.channels; ++c)
-                sums[2 + c] += w * double(values[(int64_t(i) * t.channels + c) * LANES + lane]);
+            if (t.moments) sums[2] += w * (t.reference[pixel] - exact);
+            for (int c = 0; c < t.channels; ++c) {
+                const double value = double(values[(int64_t(i) * t.channels + c) * LANES + lane]);
+                sums[parts.value(c)] += w * value;
+                if (t.moments) sums[parts.value(c) + 1] += w * value * value;
+            }
         }
     }
 }
 
 // Adds COUNT windows at these squared distances, centred at neighbouring training columns with pixels `values`.
-template <int C, int COUNT>
-PS_INLINE void weigh(Query<C>& query, const Task<Real>& t, const Scale& by, const F (&distance)[COUNT],
+template <int C, bool MOMENTS, int COUNT>
+PS_INLINE void weigh(Query<C, MOMENTS>& query, const Task<Real>& t, const Scale& by, const F (&distance)[COUNT],
                      const Real* values) {
     const int n = C ? C : t.channels;
     F nearest = distance[0];
@@ -348,40 +386,57 @@ PS_INLINE void weigh(Query<C>& query, const Task<Real>& t, const Scale& by, cons
     }
     PS_EACH(COUNT) x[i] = query.reference - distance[i];
     exp2_scaled(w, x, by.scale, by.lowest);
+    // The square of an absent pixel outweighs the least weight: here it has to be nothing.
+    if (MOMENTS && PS_RARELY(t.pixels_absent)) PS_EACH(COUNT) w[i] = x[i] > by.lowest ? w[i] : broadcast(0);
     if (COUNT == 4)
         query.s = query.s + ((w[0] + w[1]) + (w[2] + w[3]));
     else
         for (int i = 0; i < COUNT; ++i) query.s = query.s + w[i];
+    PS_EACH(COUNT) query.s2 = fma(w[i], w[i], query.s2);
+    if (MOMENTS) PS_EACH(COUNT) query.sl = fma(w[i], maximum(x[i], by.lowest), query.sl);
+    if (MOMENTS)
+        for (int c = 0; c < C; ++c) PS_EACH(COUNT) {
+                const F offset = load(values + (int64_t(i) * n + c) * LANES) - query.centre[c];
+                const F weighted = w[i] * offset;
+                query.v[c] = query.v[c] + weighted;
+                query.v2[c] = fma(weighted, offset, query.v2[c]);
+            }
     PS_EACH(COUNT) {
-        query.s2 = fma(w[i], w[i], query.s2);
         const Real* value = values + int64_t(i) * n * LANES;
-        for (int c = 0; c < C; ++c) query.v[c] = fma(w[i], load(value + c * LANES), query.v[c]);
+        if (!MOMENTS)
+            for (int c = 0; c < C; ++c) query.v[c] = fma(w[i], load(value + c * LANES), query.v[c]);
         if (C == 0)
             for (int c = 0; c < n; ++c) {
-                Real* sum = query.lanes + (2 + c) * LANES;
-                store(sum, fma(w[i], load(value + c * LANES), load(sum)));
+                Real* sum = query.lanes + (query.FIRST + c * query.STEP) * LANES;
+                F pixel = load(value + c * LANES);
+                if (MOMENTS) {
+                    pixel = pixel - broadcast(centre_of(t, query.pixel, c));
+                    store(sum + LANES, fma(w[i] * pixel, pixel, load(sum + LANES)));
+                }
+                store(sum, fma(w[i], pixel, load(sum)));
             }
     }
 }
 
 // Window row `a` has become complete for query row `i`: adds its pairs to the sums of that row's queries. Squared
 // distances are sums of `ROWS` state rows.
-template <int C, int ROWS>
+template <int C, bool MOMENTS, int ROWS>
 static void evaluate(const Task<Real>& t, const Panel& panel, const Real* const (&state)[ROWS], int row_of_queries,
                      int row_of_windows) {
     const int n = C ? C : t.channels;
     const Axis& cols = panel.cols;
     const int queries = cols.queries(), entries = panel.entries;
-    Real* lanes = t.lanes + (panel.first_query + int64_t(row_of_queries - panel.rows.q0) * queries) * (2 + n) * LANES;
+    const int64_t pitch = pitch_of<MOMENTS>(n);
+    Real* lanes = t.lanes + (panel.first_query + int64_t(row_of_queries - panel.rows.q0) * queries) * pitch;
     const Real* values = t.p + (int64_t(row_of_windows) * t.image_width + cols.w0) * n * LANES;
     const Scale by = scale_of(t);
-    for (int j = 0; j < queries; ++j, lanes += (2 + n) * LANES) {
-        Query<C> query;
+    for (int j = 0; j < queries; ++j, lanes += pitch) {
+        Query<C, MOMENTS> query;
         open(query, t, by, lanes, row_of_queries * t.width + cols.q0 + j);
         if (cols.locked) {
             F distance[1] = {load(state[0] + int64_t(j) * LANES)};
             for (int row = 1; row < ROWS; ++row) distance[0] = distance[0] + load(state[row] + int64_t(j) * LANES);
-            weigh<C, 1>(query, t, by, distance, values + int64_t(j) * n * LANES);
+            weigh<C, MOMENTS, 1>(query, t, by, distance, values + int64_t(j) * n * LANES);
         } else {
             const int64_t at = int64_t(j + MARGIN) * panel.pitch * LANES;
             for (int entry = 0; entry < entries; entry += GROUP) {
@@ -391,7 +446,7 @@ static void evaluate(const Task<Real>& t, const Panel& panel, const Real* const 
                         const F more = load(state[row] + at + (entry + i) * LANES);
                         distance[i] = row % 2 ? plus(more, distance[i]) : distance[i] + more;
                     }
-                weigh<C, GROUP>(query, t, by, distance, values + int64_t(entry) * n * LANES);
+                weigh<C, MOMENTS, GROUP>(query, t, by, distance, values + int64_t(entry) * n * LANES);
             }
         }
         close(query);
@@ -400,20 +455,21 @@ static void evaluate(const Task<Real>& t, const Panel& panel, const Real* const 
 
 // Two window rows, `a` and a + 1, that became complete for two query rows: K + 1 state rows serve both, and the
 // K - 1 rows between are read and added once.
-template <int C, int K>
+template <int C, bool MOMENTS, int K>
 static void evaluate_two(const Task<Real>& t, const Panel& panel, const Real* const (&state)[K + 1], int upper_row,
                          int lower_row, int a) {
     const int n = C ? C : t.channels;
     const Axis& cols = panel.cols;
     const int queries = cols.queries(), entries = panel.entries;
-    const int64_t row_of_lanes = int64_t(queries) * (2 + n) * LANES, row_of_values = int64_t(t.image_width) * n * LANES;
-    Real* const lanes = t.lanes + panel.first_query * (2 + n) * LANES;
+    const int64_t pitch = pitch_of<MOMENTS>(n);
+    const int64_t row_of_lanes = queries * pitch, row_of_values = int64_t(t.image_width) * n * LANES;
+    Real* const lanes = t.lanes + panel.first_query * pitch;
     Real* upper_lanes = lanes + (upper_row - panel.rows.q0) * row_of_lanes;
     Real* lower_lanes = lanes + (lower_row - panel.rows.q0) * row_of_lanes;
     const Real* values = t.p + a * row_of_values + int64_t(cols.w0) * n * LANES;
     const Scale by = scale_of(t);
-    for (int j = 0; j < queries; ++j, upper_lanes += (2 + n) * LANES, lower_lanes += (2 + n) * LANES) {
-        Query<C> upper, lower;
+    for (int j = 0; j < queries; ++j, upper_lanes += pitch, lower_lanes += pitch) {
+        Query<C, MOMENTS> upper, lower;
         open(upper, t, by, upper_lanes, upper_row * t.width + cols.q0 + j);
         open(lower, t, by, lower_lanes, lower_row * t.width + cols.q0 + j);
         const int64_t at = int64_t(j + MARGIN) * panel.pitch * LANES;
@@ -425,8 +481,8 @@ static void evaluate_two(const Task<Real>& t, const Panel& panel, const Real* co
                 PS_EACH(GROUP) second[i] = second[i] + load(state[row] + here + i * LANES);
             PS_EACH(GROUP) first[i] = plus(load(state[0] + here + i * LANES), second[i]);
             PS_EACH(GROUP) second[i] = second[i] + load(state[K] + here + i * LANES);
-            weigh<C, GROUP>(upper, t, by, first, values + int64_t(entry) * n * LANES);
-            weigh<C, GROUP>(lower, t, by, second, values + row_of_values + int64_t(entry) * n * LANES);
+            weigh<C, MOMENTS, GROUP>(upper, t, by, first, values + int64_t(entry) * n * LANES);
+            weigh<C, MOMENTS, GROUP>(lower, t, by, second, values + row_of_values + int64_t(entry) * n * LANES);
         }
         close(upper);
         close(lower);
@@ -435,17 +491,26 @@ static void evaluate_two(const Task<Real>& t, const Panel& panel, const Real* co
 
 // Adds the lanes of every query of the panel to its float64 sums.
 static void flush(const Task<Real>& t, const Panel& panel) {
-    const int parts = 2 + t.channels, queries = panel.cols.queries();
+    const int parts = t.parts().count(), queries = panel.cols.queries();
     Real* lanes = t.lanes + panel.first_query * parts * LANES;
     for (int i = panel.rows.q0; i < panel.rows.q1; ++i)
         for (int j = 0; j < queries; ++j) {
             double* sums = t.sums + (int64_t(i) * t.width + panel.cols.q0 + j) * parts;
+            double s = 0, offsets = 0;  // of values from the query's centre
             for (int part = 0; part < parts; ++part, lanes += LANES) {
                 Real total[LANES];
                 for (int l = 0; l < LANES; ++l) total[l] = l < t.present ? lanes[l] : 0;
                 for (int half = LANES / 2; half > 0; half /= 2)
                     for (int l = 0; l < half; ++l) total[l] += total[l + half];
-                sums[part] += double(total[0]);
+                double sum = double(total[0]);
+                if (part == 0) s = sum;
+                if (t.moments && part >= 3) {
+                    const double centre = double(centre_of(t, i * t.width + panel.cols.q0 + j, (part - 3) / 2));
+                    const bool squares = part % 2 == 0;
+                    if (!squares) offsets = sum;
+                    sum += squares ? centre * (2 * offsets + centre * s) : centre * s;
+                }
+                sums[part] += sum;
                 store(lanes, broadcast(0));
             }
         }
@@ -460,7 +525,7 @@ static void fill_tails(const Task<Real>& t, const Panel& panel) {
 }
 
 // Small patches: the sums of the last K rows are added afresh for every window, two windows at a time.
-template <int C, int K>
+template <int C, bool MOMENTS, int K>
 static bool walk_few(const Task<Real>& t, const Panel& panel, const Run& run) {
     auto slot = [&](int row) PS_LAMBDA { return t.state + (1 + row % (K + 1)) * panel.state_row * LANES; };
     auto query = [&](int window) PS_LAMBDA { return (run.query + window) % t.height; };
@@ -471,18 +536,18 @@ static bool walk_few(const Task<Real>& t, const Panel& panel, const Run& run) {
         if (K > 1 && window % 2 == 1) {
             const Real* rows[K + 1];
             for (int row = 0; row <= K; ++row) rows[row] = slot(window - 1 + row);
-            evaluate_two<C, K>(t, panel, rows, query(window - 1), query(window), run.window + window - 1);
+            evaluate_two<C, MOMENTS, K>(t, panel, rows, query(window - 1), query(window), run.window + window - 1);
         } else if (window >= 0 && (K == 1 || window == run.length - 1)) {
             const Real* rows[K];
             for (int row = 0; row < K; ++row) rows[row] = slot(window + row);
-            evaluate<C, K>(t, panel, rows, query(window), run.window + window);
+            evaluate<C, MOMENTS, K>(t, panel, rows, query(window), run.window + window);
         }
     }
     return true;
 }
 
 // One run of rows: window sums of k rows slide along it as those of columns do, with whole state rows as elements.
-template <int C>
+template <int C, bool MOMENTS>
 static bool walk(const Task<Real>& t, const Panel& panel, const Run& run) {
     const int k = t.patch_size, r = k / 2, windows = run.length, steps = windows + k - 1;
     const int64_t size = panel.state_row * LANES;
@@ -502,7 +567,7 @@ static bool walk(const Task<Real>& t, const Panel& panel, const Run& run) {
             slide_row<C, 0, ADD>(t, panel, y, a, {slot(x < last ? x : last), slot(x < last ? x + 1 : last), nullptr});
     }
     const Real* first_row[1] = {slot(0)};
-    evaluate<C, 1>(t, panel, first_row, query(0), run.window);
+    evaluate<C, MOMENTS, 1>(t, panel, first_row, query(0), run.window);
     // Further blocks, forwards.
     for (int start = k; start < steps; start += k) {
         const bool keep = start < windows;
@@ -521,10 +586,10 @@ static bool walk(const Task<Real>& t, const Panel& panel, const Run& run) {
             const int window = x - k + 1;
             if (x == start + k - 1) {
                 const Real* rows1[1] = {prefix};
-                evaluate<C, 1>(t, panel, rows1, query(window), run.window + window);
+                evaluate<C, MOMENTS, 1>(t, panel, rows1, query(window), run.window + window);
             } else {
                 const Real* rows2[2] = {prefix, slot(x - start + 1)};
-                evaluate<C, 2>(t, panel, rows2, query(window), run.window + window);
+                evaluate<C, MOMENTS, 2>(t, panel, rows2, query(window), run.window + window);
             }
         }
         if (!keep) break;
@@ -536,23 +601,23 @@ static bool walk(const Task<Real>& t, const Panel& panel, const Run& run) {
     return true;
 }
 
-template <int C>
+template <int C, bool MOMENTS>
 static bool walk_run(const Task<Real>& t, const Panel& panel, const Run& run) {
     if constexpr (!EXACT) {
         const int k = panel.cols.locked ? 0 : t.patch_size;
-        if (k == 1) return walk_few<C, 1>(t, panel, run);
-        if (k == 3) return walk_few<C, 3>(t, panel, run);
-        if (k == 5) return walk_few<C, 5>(t, panel, run);
+        if (k == 1) return walk_few<C, MOMENTS, 1>(t, panel, run);
+        if (k == 3) return walk_few<C, MOMENTS, 3>(t, panel, run);
+        if (k == 5) return walk_few<C, MOMENTS, 5>(t, panel, run);
     }
-    return walk<C>(t, panel, run);
+    return walk<C, MOMENTS>(t, panel, run);
 }
 
-template <int C>
+template <int C, bool MOMENTS>
 static void panel_of_channels(const Task<Real>& t, const Panel& panel) {
     fill_tails(t, panel);
     int pairs = 0;
     for (const Run& run : panel.runs) {
-        if (!walk_run<C>(t, panel, run)) return;
+        if (!walk_run<C, MOMENTS>(t, panel, run)) return;
         pairs += panel.entries;
         if (pairs >= PAIRS_A_FLUSH) {
             flush(t, panel);
@@ -565,13 +630,14 @@ static void panel_of_channels(const Task<Real>& t, const Panel& panel) {
 static void panel_entry(const Task<Real>& t, const Panel& panel) {
     switch (t.channels) {
         case 1:
-            return panel_of_channels<1>(t, panel);
+            return t.moments ? panel_of_channels<1, true>(t, panel) : panel_of_channels<1, false>(t, panel);
         case 3:
-            return panel_of_channels<3>(t, panel);
+            return t.moments ? panel_of_channels<3, true>(t, panel) : panel_of_channels<3, false>(t, panel);
         case 4:
-            return panel_of_channels<EXACT ? 0 : 4>(t, panel);
+            if (!t.moments) return panel_of_channels<EXACT ? 0 : 4, false>(t, panel);
+            return panel_of_channels<0, true>(t, panel);
         default:
-            return panel_of_channels<0>(t, panel);
+            return t.moments ? panel_of_channels<0, true>(t, panel) : panel_of_channels<0, false>(t, panel);
     }
 }
 

@@ -111,7 +111,7 @@ struct WindowPlan {
     }
 
     void plan_sizes() {
-        const int64_t k = competition.patch_size, parts = 2 + channels;
+        const int64_t k = competition.patch_size, parts = this->parts().count();
         q_margin = int(width + k / 2 + 8);
         q_pitch = int((width + 2 * q_margin) * channels);
         q_numbers = int64_t(height + 1) * q_pitch;
@@ -129,8 +129,10 @@ struct WindowPlan {
     }
 
     int64_t item_bytes() const {
-        return (q_numbers + lane_numbers) * number_bytes + int64_t(height) * width * ((3 + channels) * 8 + 4);
+        return (q_numbers + lane_numbers) * number_bytes + int64_t(height) * width * ((1 + parts().count()) * 8 + 4);
     }
+
+    Parts parts() const { return {channels, competition.moments()}; }
 
     // How many distances of a unit of so many images may be computed exactly: no more work than all of them in float64.
     int exact_distances(int64_t images) const {
@@ -209,7 +211,7 @@ struct Pass {
     int64_t whole_padded() const { return round_up(int64_t(problem.channels) * problem.height * problem.width, 32); }
 
     int64_t bytes_per_thread() const {
-        if (whole) return (items * 2 + chunk) * whole_padded() * 8 + chunk * 8;
+        if (whole) return (items * (whole->moments() ? 3 : 2) + chunk) * whole_padded() * 8 + chunk * 8;
         return (block_numbers + state_numbers + scratch_numbers) * job.number_bytes() + items * kept_bytes();
     }
 

@@ -32,6 +32,9 @@ struct Competition {
     std::vector<Group> groups;
     double *m, *s, *s2;  // [batch, height, width], or [batch] for whole images; preset to -inf, 0, 0
     double* v;           // [batch, channels, height, width], preset to 0
+    // Second moments and sums of w l, for variance and entropy: as v and as s; both null where nobody asks for them.
+    double *v2 = nullptr, *sl = nullptr;
+    bool moments() const { return v2 != nullptr; }
 };
 
 struct Problem {

@@ -48,16 +48,32 @@ inline double precision_of(double sigma) {
     return std::min(1e30, std::max(1e-24, LOG2E / (2 * sigma * sigma))) / LOG2E;
 }
 
-// Adds one sum to another. Both have a negated squared distance m as reference; v of `count` values `stride` apart.
-inline void merge_sum(double precision, double& m, double& s, double& s2, double* v, int64_t stride, double other_m,
-                      double other_s, double other_s2, const double* other_v, int64_t count) {
-    if (!(other_s > 0)) return;
-    const double top = std::max(m, other_m);
-    const double mine = std::exp((m - top) * precision), other = std::exp((other_m - top) * precision);
-    m = top;
-    s = s * mine + other_s * other;
-    s2 = s2 * mine * mine + other_s2 * other * other;
-    for (int64_t c = 0; c < count; ++c) v[c * stride] = v[c * stride] * mine + other_v[c] * other;
+// One query's sums, of a competition (double) or of a unit (const double). m is a negated squared distance and sl the
+// sum of w (-distance^2 - m); values lie `stride` apart. sl and v2 are null where moments are not taken.
+template <typename Double>
+struct Sums {
+    Double *m, *s, *s2, *sl, *v, *v2;
+    int64_t stride;
+};
+
+// Adds one sum of `count` values to another.
+inline void merge_sum(double precision, const Sums<double>& into, const Sums<const double>& part, int64_t count) {
+    if (!(*part.s > 0)) return;
+    const double top = std::max(*into.m, *part.m);
+    const double mine = std::exp((*into.m - top) * precision), other = std::exp((*part.m - top) * precision);
+    if (into.sl) {
+        const double moved = *into.s > 0 ? *into.sl + (*into.m - top) * *into.s : 0;
+        *into.sl = mine * moved + other * (*part.sl + (*part.m - top) * *part.s);
+    }
+    *into.m = top;
+    *into.s = *into.s * mine + *part.s * other;
+    *into.s2 = *into.s2 * mine * mine + *part.s2 * other * other;
+    const auto add = [&](double* to, const double* from) {
+        for (int64_t c = 0; c < count; ++c)
+            to[c * into.stride] = to[c * into.stride] * mine + from[c * part.stride] * other;
+    };
+    add(into.v, part.v);
+    if (into.v2) add(into.v2, part.v2);
 }
 
 template <typename Real>
@@ -75,7 +91,7 @@ class WindowWorker : public Worker {
               q(plan.q_numbers * items),
               lanes(plan.lane_numbers * items),
               reference(pixels * items),
-              sums(pixels * (2 + plan.channels) * items),
+              sums(pixels * plan.parts().count() * items),
               exact_left(pixels * items) {}
     };
     const Kernel<Real>& kernel;
@@ -124,9 +140,10 @@ public:
 
     void merge(int first_item, int items) override {
         const Problem& problem = the_problem();
-        const int64_t pixels = pixel_count(), parts = 2 + problem.channels;
+        const int64_t pixels = pixel_count();
         for (const Kept& kept : competitions) {
             const Competition& into = kept.plan.competition;
+            const Parts parts = kept.plan.parts();
             for (int item = 0; item < items; ++item) {
                 const double precision = precision_of(problem.sigma[first_item + item]);
                 for (int64_t pixel = 0; pixel < pixels; ++pixel) {
@@ -137,10 +154,14 @@ public:
                         unsure = std::min(unsure, nearest);
                         continue;
                     }
-                    const double* sum = kept.sums.get() + from * parts;
-                    merge_sum(precision, into.m[at], into.s[at], into.s2[at],
-                              into.v + (first_item + item) * pixels * problem.channels + pixel, pixels, -nearest,
-                              sum[0], sum[1], sum + 2, problem.channels);
+                    const double negated = -nearest, *sum = kept.sums.get() + from * parts.count();
+                    const double *sl = into.moments() ? sum + 2 : nullptr, *v = sum + parts.value(0),
+                                 *v2 = into.moments() ? v + 1 : nullptr;
+                    const int64_t values = (first_item + item) * pixels * problem.channels + pixel;
+                    merge_sum(precision,
+                              {into.m + at, into.s + at, into.s2 + at, into.moments() ? into.sl + at : nullptr,
+                               into.v + values, into.moments() ? into.v2 + values : nullptr, pixels},
+                              {&negated, sum, sum + 1, sl, v, v2, parts.value(1) - parts.value(0)}, problem.channels);
                 }
             }
         }
@@ -153,15 +174,16 @@ private:
         const Pass& pass = the_pass();
         const Problem& problem = the_problem();
         const int k = plan.competition.patch_size;
-        const int64_t sum_count = pixel_count() * (2 + problem.channels);
+        const int64_t sum_count = pixel_count() * plan.parts().count();
         Task<Real> t{};
         t.channels = problem.channels, t.height = problem.height, t.width = problem.width;
         t.image_height = pass.job.images.height, t.image_width = pass.job.images.width;
-        t.patch_size = k, t.circular = plan.competition.circular;
+        t.patch_size = k, t.circular = plan.competition.circular, t.moments = plan.competition.moments();
         Real* padded = kept.q.get() + place * plan.q_numbers;
         fill_queries(plan, item, padded);
         t.q = padded, t.q_margin = plan.q_margin, t.q_pitch = plan.q_pitch;
         t.p = block.get(), t.pixels_of_bytes = problem.images_are_bytes;
+        t.pixels_absent = pass.job.images.pixel_bytes == 8;
         const double scale = precision_of(problem.sigma[item]) * LOG2E;
         t.scale = Real(scale);
         // All windows of the bank together, each below 2^-bits, weigh less than 2^-17 of the nearest.
@@ -198,8 +220,8 @@ private:
 
 class WholeWorker : public Worker {
     const int64_t values, padded;
-    Buffer<double> p, q, distances, v;
-    std::vector<double> nearest, s, s2;
+    Buffer<double> p, q, distances, v, v2;
+    std::vector<double> nearest, s, s2, sl;
 
 public:
     WholeWorker(const Pass& pass, Interrupt& interrupt, bool calling_thread)
@@ -210,9 +232,11 @@ public:
           q(padded),
           distances(pass.chunk),
           v(padded * pass.items),
+          v2(pass.whole->moments() ? padded * pass.items : 0),
           nearest(size_t(pass.items)),
           s(size_t(pass.items)),
-          s2(size_t(pass.items)) {}
+          s2(size_t(pass.items)),
+          sl(size_t(pass.items)) {}
 
     void compute(int first_item, int items, int64_t start, int64_t stop) override {
         const Images& bank = the_pass().job.images;
@@ -229,10 +253,10 @@ public:
         }
         for (int item = 0; item < items && !stopped(); ++item) {
             std::copy_n(problem.z + (first_item + item) * values, values, q.get());
-            the_pass().level.whole({values, padded, q.get(), p.get(), int(stop - start),
-                                    precision_of(problem.sigma[first_item + item]), distances.get(),
-                                    &nearest[size_t(item)], &s[size_t(item)], &s2[size_t(item)],
-                                    v.get() + item * padded});
+            the_pass().level.whole(
+                {values, padded, q.get(), p.get(), int(stop - start), precision_of(problem.sigma[first_item + item]),
+                 distances.get(), &nearest[size_t(item)], &s[size_t(item)], &s2[size_t(item)], v.get() + item * padded,
+                 &sl[size_t(item)], the_pass().whole->moments() ? v2.get() + item * padded : nullptr});
         }
     }
 
@@ -240,8 +264,12 @@ public:
         const Competition& into = *the_pass().whole;
         for (int item = 0; item < items; ++item) {
             const int64_t at = first_item + item;
-            merge_sum(precision_of(the_problem().sigma[at]), into.m[at], into.s[at], into.s2[at], into.v + at * values,
-                      1, -nearest[size_t(item)], s[size_t(item)], s2[size_t(item)], v.get() + item * padded, values);
+            const size_t i = size_t(item);
+            const double negated = -nearest[i];
+            merge_sum(precision_of(the_problem().sigma[at]),
+                      {into.m + at, into.s + at, into.s2 + at, into.moments() ? into.sl + at : nullptr,
+                       into.v + at * values, into.moments() ? into.v2 + at * values : nullptr, 1},
+                      {&negated, &s[i], &s2[i], &sl[i], v.get() + item * padded, v2.get() + item * padded, 1}, values);
         }
     }
 };

@@ -68,7 +68,9 @@ class NetworkDenoiser(Denoiser):
         self.classes = classes
 
     @torch.no_grad()
-    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, *, moments: bool = False) -> Estimate:
+        if moments:
+            raise ValueError("moments: a network predicts the mean alone")
         z = check_noisy(z, self.shape, who=type(self).__name__)
         sigmas = check_sigma(sigma, len(z))
         listed = self._labels(labels, len(z))

@@ -93,6 +93,23 @@ class Which:
         return EquivariantLocalScore(bank, sizes, self.padding_mode, engine, memory, **pruned)
 
 
+PADDING_MODE = click.option(
+    "--padding-mode",
+    type=click.Choice(["zeros", "circular"]),
+    default="zeros",
+    show_default=True,
+    help="How els treats borders.",
+)
+TABLE = click.option(
+    "--table",
+    default="auto",
+    show_default=True,
+    metavar="NAME|FILE|K",
+    help="Patch size by noise level: a published table (the list is below), a file that ScaleTable.save wrote, or "
+    "one size. auto is the published table of SOURCE where its name says that it is such data, at 32 x 32; else "
+    "sizes are fitted to SOURCE, in seconds, and kept in the folder of the run.",
+)
+
 which_options = taking(
     Which,
     click.option(
@@ -102,22 +119,8 @@ which_options = taking(
         show_default=True,
         help="Which windows compete: from everywhere (equivariant local), at the same place (local), or whole images.",
     ),
-    click.option(
-        "--padding-mode",
-        type=click.Choice(["zeros", "circular"]),
-        default="zeros",
-        show_default=True,
-        help="How els treats borders.",
-    ),
-    click.option(
-        "--table",
-        default="auto",
-        show_default=True,
-        metavar="NAME|FILE|K",
-        help="Patch size by noise level: a published table (the list is below), a file that ScaleTable.save wrote, or "
-        "one size. auto is the published table of SOURCE where its name says that it is such data, at 32 x 32; else "
-        "sizes are fitted to SOURCE, in seconds, and kept in the folder of the run.",
-    ),
+    PADDING_MODE,
+    TABLE,
     click.option(
         "--index",
         "index_path",

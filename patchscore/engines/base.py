@@ -34,6 +34,8 @@ class Engine(ABC):
     """Whether it sums over every competing window."""
     float64: ClassVar[bool] = False
     """Whether its sums have float64 digits where z has."""
+    moments: ClassVar[bool] = False
+    """Whether its posterior_sum takes moments=True."""
 
     @abstractmethod
     def runs_on(self, device: torch.device) -> bool:
@@ -71,6 +73,9 @@ class Engine(ABC):
             memory_limit: bytes of working memory beyond z, the bank, the result and what is kept between calls.
             ess: False where the effective sample size will not be asked for: s2 may then be anything.
 
+        An engine whose `moments` is True takes a further argument moments, False by default: whether the sums have
+        v2 and sl.
+
         Returns:
             PosteriorSum with parts [B, 1 or C, H, W]; for whole images m, s and s2 are [B, 1, 1, 1].
 
@@ -95,7 +100,7 @@ def strict() -> bool:
 
 
 def candidates(
-    engines: Sequence[Engine], named: str, device: torch.device, dtype: torch.dtype
+    engines: Sequence[Engine], named: str, device: torch.device, dtype: torch.dtype, moments: bool = False
 ) -> Iterator[tuple[Engine, str | None, bool]]:
     """Engines in the order they are asked: (engine, why it cannot serve or None, whether that is worth a warning).
 
@@ -113,6 +118,9 @@ def candidates(
             yield engine, f"it does not run on {device.type}", engine.name == named
         elif dtype == torch.float64 and not engine.float64 and engine.name != named:
             yield engine, "it computes in float32", False
+        elif moments and not engine.moments:
+            # Whoever named it, or wanted no more than a sample, learns that an exact engine takes longer.
+            yield engine, "it takes no moments", engine.name == named or not engine.exact
         else:
             yield engine, engine.unavailable(device), True
 
@@ -142,13 +150,15 @@ def serve(
     competition: Competition,
     memory_limit: int,
     ess: bool = True,
+    moments: bool = False,
 ) -> tuple[PosteriorSum, list[str]]:
     """The sums of every pixel, and the names of the engines that took them.
 
     Raises:
         RuntimeError: with PATCHSCORE_STRICT=1, an engine that would have served cannot.
     """
-    asked = list(candidates(engines, named, z.device, z.dtype))
+    asked = list(candidates(engines, named, z.device, z.dtype, moments))
+    options = {"ess": ess, "moments": True} if moments else {"ess": ess}
     parts: list[tuple[PosteriorSum, Competition]] = []
     names: list[str] = []
     for some, ordered in _by_preference(asked, named, z, sigma, bank, competition):
@@ -162,7 +172,7 @@ def serve(
             if taken is None:
                 continue
             try:
-                sums = engine.posterior_sum(z, sigma, bank, taken, memory_limit, ess=ess)
+                sums = engine.posterior_sum(z, sigma, bank, taken, memory_limit, **options)
             except EngineError as error:
                 _warn(engine, str(error))
                 continue
@@ -239,7 +249,8 @@ def _joined(parts: list[tuple[PosteriorSum, Competition]], z: Tensor, bank: Patc
     if len(parts) == 1:
         return parts[0][0]
     sampled = any(sums.vv is not None for sums, _ in parts)
-    total = PosteriorSum.empty(z.shape, parts[0][0].m.device, sampled)
+    moments = all(sums.v2 is not None for sums, _ in parts)
+    total = PosteriorSum.empty(z.shape, parts[0][0].m.device, sampled, moments)
     pairs = 0
     for sums, taken in parts:
         pairs += len(z) * len(bank) * taken.pairs_per_image if sums.pairs is None else sums.pairs

@@ -8,6 +8,7 @@ which float64 leaves 1e-9 nats off at sigma = 0.005 and float32 a third of a nat
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ class Reference(Engine):
 
     name = "reference"
     float64 = True
+    moments = True
 
     def runs_on(self, device: torch.device) -> bool:
         return True
@@ -42,12 +44,13 @@ class Reference(Engine):
         competition: Competition,
         memory_limit: int,
         ess: bool = True,
+        moments: bool = False,
     ) -> PosteriorSum:
-        return posterior_sum(z, sigma, bank, competition, memory_limit)
+        return posterior_sum(z, sigma, bank, competition, memory_limit, moments)
 
 
 def posterior_sum(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int, moments: bool = False
 ) -> PosteriorSum:
     """`Engine.posterior_sum`.
 
@@ -55,18 +58,20 @@ def posterior_sum(
         ValueError: `memory_limit` cannot hold the smallest tile.
     """
     if competition.patch_size is None:
-        return _whole_images(z, sigma, bank, memory_limit)
+        return _whole_images(z, sigma, bank, memory_limit, moments)
     exact = accumulator_dtype(z.device)
-    total = PosteriorSum.empty(z.shape, z.device)
+    total = PosteriorSum.empty(z.shape, z.device, moments=moments)
     for group in competition.groups:
         for items, images, part in _tiles(group, z.shape, len(bank), competition.patch_size, memory_limit):
             train = bank.chunk(images.start, images.stop, exact, z.device)
-            tile = _tile(z[items], sigma[items], train, part, competition)
+            tile = _tile(z[items], sigma[items], train, part, competition, moments)
             total.add_(tile, items, span(part.rows.queries), span(part.cols.queries))
     return total
 
 
-def _tile(z: Tensor, sigma: Tensor, train: Tensor, group: Group, competition: Competition) -> PosteriorSum:
+def _tile(
+    z: Tensor, sigma: Tensor, train: Tensor, group: Group, competition: Competition, moments: bool
+) -> PosteriorSum:
     """The sums of one group of pixels over the windows of a few training images.
 
     Locked coordinates are a batch dimension L; the remaining query pixels Q and windows M meet in a matrix product.
@@ -94,10 +99,15 @@ def _tile(z: Tensor, sigma: Tensor, train: Tensor, group: Group, competition: Co
     m = largest - _squared_norm(q) / (2 * sigma2)
 
     # The sums, relative to the largest log-weight.
-    w = logits.sub_(largest).exp_()
+    relative = logits.sub_(largest)
+    w = relative.exp() if moments else relative.exp_()
     wv = w @ v
     sums = (m, wv[..., -1:], wv[..., :-1], _squared_norm(w))
-    return PosteriorSum(*(rows_as_pixels(x, len(z), group) for x in sums))
+    total = PosteriorSum(*(rows_as_pixels(x, len(z), group) for x in sums))
+    if not moments:
+        return total
+    v2, sl = w @ v[..., :-1].square(), (w * relative).sum(-1, keepdim=True)
+    return replace(total, v2=rows_as_pixels(v2, len(z), group), sl=rows_as_pixels(sl, len(z), group))
 
 
 def _squared_norm(rows: Tensor) -> Tensor:
@@ -105,11 +115,11 @@ def _squared_norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square()
 
 
-def _whole_images(z: Tensor, sigma: Tensor, bank: PatchBank, memory_limit: int) -> PosteriorSum:
+def _whole_images(z: Tensor, sigma: Tensor, bank: PatchBank, memory_limit: int, moments: bool) -> PosteriorSum:
     """One window, the whole image: the sums of `IdealScore`."""
     exact = accumulator_dtype(z.device)
     batch, pixels = len(z), z[0].numel()
-    total = PosteriorSum.empty((batch, pixels, 1, 1), z.device)
+    total = PosteriorSum.empty((batch, pixels, 1, 1), z.device, moments=moments)
     q, sigma2 = z.to(exact).flatten(1), sigma.to(z.device, exact).square()[:, None]
     image_bytes = ALLOCATOR * 8 * (3 * pixels + batch)  # its values and what they are made from, its weights
     if image_bytes > memory_limit:
@@ -120,10 +130,16 @@ def _whole_images(z: Tensor, sigma: Tensor, bank: PatchBank, memory_limit: int) 
         logits = (q @ p.T).sub_(0.5 * _squared_norm(p).T).div_(sigma2)
         largest = logits.amax(1, keepdim=True)
         m = largest - _squared_norm(q) / (2 * sigma2)
-        w = logits.sub_(largest).exp_()
+        relative = logits.sub_(largest)
+        w = relative.exp() if moments else relative.exp_()
         sums = (m, w.sum(1, keepdim=True), w @ p, _squared_norm(w))
-        total.add_(PosteriorSum(*(x[:, :, None, None] for x in sums)), slice(None), slice(None), slice(None))
-    return PosteriorSum(total.m, total.s, total.v.reshape(z.shape), total.s2)
+        part = PosteriorSum(*(x[:, :, None, None] for x in sums))
+        if moments:
+            squares, logs = w @ p.square(), (w * relative).sum(1, keepdim=True)
+            part = replace(part, v2=squares[:, :, None, None], sl=logs[:, :, None, None])
+        total.add_(part, slice(None), slice(None), slice(None))
+    v2 = None if total.v2 is None else total.v2.reshape(z.shape)
+    return replace(total, v=total.v.reshape(z.shape), v2=v2)
 
 
 def _tiles(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class SlidingCpu(Engine):
     """
 
     name = "sliding"
+    moments = True
 
     def runs_on(self, device: torch.device) -> bool:
         return device.type == "cpu"
@@ -42,8 +44,9 @@ class SlidingCpu(Engine):
         competition: Competition,
         memory_limit: int,
         ess: bool = True,
+        moments: bool = False,
     ) -> PosteriorSum:
-        return posterior_sum(z, sigma, bank, competition, memory_limit)
+        return posterior_sum(z, sigma, bank, competition, memory_limit, moments)
 
     def posterior_sums(
         self, z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
@@ -52,7 +55,7 @@ class SlidingCpu(Engine):
 
 
 def posterior_sum(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int, moments: bool = False
 ) -> PosteriorSum:
     """`Engine.posterior_sum`. A thread takes less than 32 MiB up to 128 x 128 in colour; `memory_limit` bounds threads.
 
@@ -60,11 +63,16 @@ def posterior_sum(
         ValueError: `memory_limit` cannot hold one thread, PATCHSCORE_SIMD names what this machine has not, or the
             arguments do not fit each other.
     """
-    return posterior_sums(z, sigma, bank, [competition], memory_limit)[0]
+    return posterior_sums(z, sigma, bank, [competition], memory_limit, moments)[0]
 
 
 def posterior_sums(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
+    z: Tensor,
+    sigma: Tensor,
+    bank: PatchBank,
+    competitions: Sequence[Competition],
+    memory_limit: int,
+    moments: bool = False,
 ) -> list[PosteriorSum]:
     """`posterior_sum` for several competitions, as calibration asks for several patch sizes at one noise level.
 
@@ -72,7 +80,7 @@ def posterior_sums(
     sums; otherwise a few passes do. The numbers are those of separate calls.
     """
     assert native is not None, "unavailable() says when this engine cannot serve"
-    totals = [_empty(z, competition) for competition in competitions]
+    totals = [_empty(z, competition, moments) for competition in competitions]
     native.sliding(
         z=z.detach().to("cpu", torch.float32).contiguous().numpy(),
         sigma=sigma.detach().to("cpu", torch.float64).contiguous().numpy(),
@@ -84,6 +92,7 @@ def posterior_sums(
                 competition.padding_mode == "circular",
                 _groups(competition).numpy(),
                 *(part.numpy() for part in (total.m, total.s, total.s2, total.v)),
+                *(None if part is None else part.numpy() for part in (total.v2, total.sl)),
             )
             for competition, total in zip(competitions, totals, strict=True)
         ],
@@ -94,10 +103,12 @@ def posterior_sums(
     return totals
 
 
-def _empty(z: Tensor, competition: Competition) -> PosteriorSum:
+def _empty(z: Tensor, competition: Competition, moments: bool) -> PosteriorSum:
     pixels = z.shape[2:] if competition.patch_size else (1, 1)
     m = torch.full((len(z), 1, *pixels), -torch.inf, dtype=torch.float64)
-    return PosteriorSum(m=m, s=torch.zeros_like(m), v=torch.zeros(z.shape, dtype=torch.float64), s2=torch.zeros_like(m))
+    v = torch.zeros(z.shape, dtype=torch.float64)
+    total = PosteriorSum(m=m, s=torch.zeros_like(m), v=v, s2=torch.zeros_like(m))
+    return replace(total, v2=v.clone(), sl=torch.zeros_like(m)) if moments else total
 
 
 def _groups(competition: Competition) -> Tensor:
