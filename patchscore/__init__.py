@@ -9,6 +9,7 @@ from .draw import notebook
 from .evaluate import Comparison, baselines, compare
 from .explain import Explanation, explain, explain_samples
 from .gaussian import GaussianScore
+from .gradients import Differentiable
 from .guidance import Guided, Switch
 from .heldout import HeldOutErrors, held_out_errors
 from .index import PatchIndex
@@ -27,6 +28,7 @@ __all__ = [
     "Classification",
     "Comparison",
     "Denoiser",
+    "Differentiable",
     "EquivariantLocalScore",
     "Estimate",
     "Explanation",

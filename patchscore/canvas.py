@@ -99,34 +99,77 @@ def posterior_sum(
     Raises:
         ValueError: as of `check_canvas`; `memory_limit` cannot hold a crop.
     """
-    channels, *length = bank.shape
-    size = (z.shape[2], z.shape[3])
-    check_canvas(size, (length[0], length[1]), k, padding_mode)
+    length = bank.shape[1:]
+    check_canvas((z.shape[2], z.shape[3]), length, k, padding_mode)
     sampled = not moments and not all(engine.exact for engine in available)
     total = PosteriorSum.empty(z.shape, z.device, sampled=sampled, moments=moments)
     pairs, names = 0, []
-    # Pixels of the strips that share a rule are served in one call, each in a crop of its own.
-    by_rule = [_by_rule(strips(canvas, side, k, padding_mode)) for canvas, side in zip(size, length, strict=True)]
+    for competition, some in _calls(z, bank, k, padding_mode, memory_limit):
+        crops = torch.cat([_crop(z, row.start, col.start, length, padding_mode) for row, col in some])
+        sums, served = engines.serve(
+            available, named, crops, sigma.repeat(len(some)), bank, competition, memory_limit, ess, moments
+        )
+        for i, (row, col) in enumerate(some):
+            block = span(row.axis.queries), span(col.axis.queries)
+            part = sums.block(slice(i * len(z), (i + 1) * len(z)), *block).to(total.m.device)
+            total.add_(part, slice(None), span(row.queries), span(col.queries))
+        every = len(crops) * len(bank) * competition.pairs_per_image
+        pairs += every if sums.pairs is None else sums.pairs
+        names += served
+    return total.with_pairs(pairs), names
+
+
+def product(
+    available: Sequence[engines.Engine],
+    named: str,
+    transposed: bool,
+    z: Tensor,
+    sigma: Tensor,
+    direction: Tensor,
+    bank: PatchBank,
+    k: int,
+    padding_mode: str,
+    memory_limit: int,
+) -> Tensor:
+    """As `engines.serve_product`, for z of any height and width: J^T direction (transposed) or J direction.
+
+    Raises:
+        ValueError: as of `check_canvas`; `memory_limit` cannot hold a crop.
+    """
+    length = bank.shape[1:]
+    check_canvas((z.shape[2], z.shape[3]), length, k, padding_mode)
+    total = torch.zeros_like(direction)
+    for competition, some in _calls(z, bank, k, padding_mode, memory_limit):
+        crops, parts = (
+            torch.cat([_crop(x, row.start, col.start, length, padding_mode) for row, col in some])
+            for x in (z, direction)
+        )
+        # Forwards a crop's pixels move those it serves; backwards only those it serves move others.
+        products = engines.serve_product(
+            available, named, transposed, crops, sigma.repeat(len(some)), parts, bank, competition, memory_limit
+        )
+        for (row, col), found in zip(some, products.split(len(z)), strict=True):
+            if transposed:
+                _add_crop(total, found, row.start, col.start, padding_mode)
+            else:
+                place = total[:, :, span(row.queries), span(col.queries)]
+                place.copy_(found[:, :, span(row.axis.queries), span(col.axis.queries)])
+    return total
+
+
+def _calls(
+    z: Tensor, bank: PatchBank, k: int, padding_mode: str, memory_limit: int
+) -> Iterator[tuple[Competition, list[tuple[Strip, Strip]]]]:
+    """Strips of rows and columns whose pixels are served in one call, for they share a rule, each in its own crop."""
+    channels, *length = bank.shape
+    by_rule = [_by_rule(strips(size, side, k, padding_mode)) for size, side in zip(z.shape[2:], length, strict=True)]
     crop_bytes = len(z) * math.prod(length) * (4 * channels + 16 * (2 * channels + 4))
     most = max(1, min(CROP_BYTES, memory_limit) // crop_bytes)
     for row_rule, row_strips in by_rule[0].items():
         for col_rule, col_strips in by_rule[1].items():
-            competition = Competition(k, "zeros", (Group(row_rule, col_rule),))
-            block = span(row_rule.queries), span(col_rule.queries)
             places = [(row, col) for row in row_strips for col in col_strips]
             for first in range(0, len(places), most):
-                some = places[first : first + most]
-                crops = torch.cat([_crop(z, row.start, col.start, length, padding_mode) for row, col in some])
-                sums, served = engines.serve(
-                    available, named, crops, sigma.repeat(len(some)), bank, competition, memory_limit, ess, moments
-                )
-                for i, (row, col) in enumerate(some):
-                    part = sums.block(slice(i * len(z), (i + 1) * len(z)), *block).to(total.m.device)
-                    total.add_(part, slice(None), span(row.queries), span(col.queries))
-                every = len(crops) * len(bank) * competition.pairs_per_image
-                pairs += every if sums.pairs is None else sums.pairs
-                names += served
-    return total.with_pairs(pairs), names
+                yield Competition(k, "zeros", (Group(row_rule, col_rule),)), places[first : first + most]
 
 
 def _by_rule(some: Sequence[Strip]) -> dict[Axis, list[Strip]]:
@@ -138,13 +181,26 @@ def _by_rule(some: Sequence[Strip]) -> dict[Axis, list[Strip]]:
 
 def _crop(z: Tensor, row: int, col: int, length: Sequence[int], padding_mode: str) -> Tensor:
     """[B, C, *length] from (row, col) on: wrapped around, or with zeros beyond the border."""
+    rows, cols = _places(z, row, col, length, padding_mode)
+    return F.pad(z, (0, 1, 0, 1))[:, :, rows][:, :, :, cols]
+
+
+def _add_crop(canvas: Tensor, crop: Tensor, row: int, col: int, padding_mode: str) -> None:
+    """Adds [B, C, *length] where `_crop` took it from."""
+    rows, cols = _places(canvas, row, col, crop.shape[2:], padding_mode)
+    wide = crop.new_zeros(*crop.shape[:3], canvas.shape[3] + 1).index_add_(3, cols, crop)
+    whole = wide.new_zeros(*crop.shape[:2], canvas.shape[2] + 1, wide.shape[3]).index_add_(2, rows, wide)
+    canvas += whole[:, :, :-1, :-1]
+
+
+def _places(z: Tensor, row: int, col: int, length: Sequence[int], padding_mode: str) -> list[Tensor]:
+    """Rows and columns of the canvas that a crop has; one after the last stands for all beyond the border."""
     places = []
     for start, side, canvas in zip((row, col), length, z.shape[2:], strict=True):
         at = torch.arange(start, start + side, device=z.device)
         inside = (at >= 0) & (at < canvas)
-        # One row of zeros follows the last.
         places.append(at % canvas if padding_mode == "circular" else torch.where(inside, at, canvas))
-    return F.pad(z, (0, 1, 0, 1))[:, :, places[0]][:, :, :, places[1]]
+    return places
 
 
 def _by(size: tuple[int, int]) -> str:

@@ -59,8 +59,11 @@ class Estimate:
 class Denoiser(ABC):
     """Anything that estimates x_0 from z = x_0 + sigma eps: the interface samplers and adapters take.
 
-    Nothing here is differentiable: results carry no autograd graph.
+    Results carry no autograd graph; `Differentiable` wraps a denoiser so that they do.
     """
+
+    differentiable = False
+    """Whether results carry a graph."""
 
     shape: tuple[int, int, int]
     """(C, H, W) of the images it denoises."""
@@ -110,17 +113,42 @@ class Denoiser(ABC):
         levels = check_sigma(sigma, len(z)).to(z.device, accumulator_dtype(z.device))
         return found.mean, found.variance.flatten(1).to(levels).sum(1) / levels**2
 
-    @torch.no_grad()
+    def vjp(self, z: Tensor, sigma: float | Tensor, u: Tensor, labels: Labels = None) -> Tensor:
+        """J^T u with J = dD / dz, the Jacobian of `denoise` at z: a vector-Jacobian product.
+
+        Args:
+            z: [B, C, H, W] noisy images.
+            sigma: a number, or [B].
+            u: [B, C, H, W], one for each image.
+            labels: as in `estimate`.
+
+        Returns:
+            [B, C, H, W] on z's device, float64 if z is, else float32.
+
+        Raises:
+            ValueError: as `estimate`; u of another shape than z; a denoiser without a Jacobian.
+        """
+        raise ValueError(f"denoiser: {type(self).__name__} has no Jacobian")
+
+    def jvp(self, z: Tensor, sigma: float | Tensor, t: Tensor, labels: Labels = None) -> Tensor:
+        """J t, a Jacobian-vector product: how D moves as z moves by t. Arguments and results as of `vjp`."""
+        raise ValueError(f"denoiser: {type(self).__name__} has no Jacobian")
+
+    def graph(self) -> torch.autograd.grad_mode.set_grad_enabled:
+        """A context in which results carry a graph, where the caller wants one and the denoiser has one."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable)
+
     def score(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
         """grad log p_t(x) = (alpha D(x / alpha) - x) / sigma^2 at x = alpha x_0 + sigma eps; levels: numbers or [B]."""
-        alpha, sigma = _per_item(alpha, x, "alpha"), _per_item(sigma, x, "sigma")
-        return (alpha * self._denoise_scaled(x, alpha, sigma, labels) - x) / sigma**2
+        with self.graph():
+            alpha, sigma = _per_item(alpha, x, "alpha"), _per_item(sigma, x, "sigma")
+            return (alpha * self._denoise_scaled(x, alpha, sigma, labels) - x) / sigma**2
 
-    @torch.no_grad()
     def eps(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
         """The predicted noise (x - alpha D(x / alpha)) / sigma at x = alpha x_0 + sigma eps; levels: numbers or [B]."""
-        alpha, sigma = _per_item(alpha, x, "alpha"), _per_item(sigma, x, "sigma")
-        return (x - alpha * self._denoise_scaled(x, alpha, sigma, labels)) / sigma
+        with self.graph():
+            alpha, sigma = _per_item(alpha, x, "alpha"), _per_item(sigma, x, "sigma")
+            return (x - alpha * self._denoise_scaled(x, alpha, sigma, labels)) / sigma
 
     def _denoise_scaled(self, x: Tensor, alpha: Tensor, sigma: Tensor, labels: Labels) -> Tensor:
         return self.denoise(x / alpha, (sigma / alpha).flatten(), labels)
@@ -216,6 +244,33 @@ class ScoreMachine(Denoiser):
         every = len(z) * len(bank) * competition.pairs_per_image
         return total.with_pairs(every) if total.pairs is None else total, names
 
+    def vjp(self, z: Tensor, sigma: float | Tensor, u: Tensor, labels: Labels = None) -> Tensor:
+        return self._product(True, z, sigma, u, labels)
+
+    def jvp(self, z: Tensor, sigma: float | Tensor, t: Tensor, labels: Labels = None) -> Tensor:
+        return self._product(False, z, sigma, t, labels)
+
+    @torch.no_grad()
+    def _product(self, transposed: bool, z: Tensor, sigma: float | Tensor, direction: Tensor, labels: Labels) -> Tensor:
+        z = check_noisy(z, self.shape, any_size=self.any_size, who=type(self).__name__)
+        direction = check_direction(direction, z, "u" if transposed else "t")
+        sigmas = check_sigma(sigma, len(z))
+        classes = check_labels(labels, self.bank, len(z))
+        sizes = [self.patch_size_at(level) for level in sigmas.tolist()]
+        product = torch.empty_like(z)
+        for (label, k), items in alike(list(zip(classes, sizes, strict=True))):
+            bank = self.bank.of_class(label)
+            product[items] = self.product(transposed, z[items], sigmas[items], direction[items], bank, k)
+        return product
+
+    def product(
+        self, transposed: bool, z: Tensor, sigmas: Tensor, direction: Tensor, bank: PatchBank, k: int | None
+    ) -> Tensor:
+        """J^T direction (transposed) or J direction of items that share a class and a patch size."""
+        return engines.serve_product(
+            self.engines, self.engine, transposed, z, sigmas, direction, bank, self.competition(k), self.memory_limit
+        )
+
     def exact_sums(
         self, z: Tensor, sigmas: Tensor, bank: PatchBank, competitions: Sequence[Competition]
     ) -> list[PosteriorSum]:
@@ -262,6 +317,18 @@ def check_noisy(
     if not _recording(z.device) and not torch.isfinite(z).all():
         raise ValueError(f"{name}: NaN or infinite pixels")
     return z if z.dtype == torch.float64 else z.to(torch.float32)
+
+
+def check_direction(direction: Tensor, z: Tensor, name: str) -> Tensor:
+    """What is multiplied by the Jacobian at z, in z's precision and on its device."""
+    if not isinstance(direction, Tensor) or not direction.is_floating_point():
+        got = str(direction.dtype) if isinstance(direction, Tensor) else type(direction).__name__
+        raise TypeError(f"{name}: got {got}, takes a floating point tensor {list(z.shape)}")
+    if direction.shape != z.shape:
+        raise ValueError(f"{name}: got shape {list(direction.shape)}, takes {list(z.shape)} as z")
+    if not torch.isfinite(direction).all():
+        raise ValueError(f"{name}: NaN or infinite values")
+    return direction.to(z)
 
 
 def _recording(device: torch.device) -> bool:

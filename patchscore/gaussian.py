@@ -19,7 +19,16 @@ from tqdm import tqdm
 
 from . import checks
 from .bank import PatchBank
-from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Estimate, Labels, check_labels, check_noisy, check_sigma
+from .denoiser import (
+    DEFAULT_MEMORY_LIMIT,
+    Denoiser,
+    Estimate,
+    Labels,
+    check_direction,
+    check_labels,
+    check_noisy,
+    check_sigma,
+)
 from .posterior import accumulator_dtype
 
 T = TypeVar("T")
@@ -131,6 +140,21 @@ class GaussianScore(Denoiser):
             variances = self.axes(label, z.device).variances
             found[items] = (variances / (variances + sigmas[items, None].to(variances) ** 2)).sum(1)
         return mean, found
+
+    @torch.no_grad()
+    def vjp(self, z: Tensor, sigma: float | Tensor, u: Tensor, labels: Labels = None) -> Tensor:
+        """As of `Denoiser`: J = U diag(lambda / (lambda + sigma^2)) U^T is its own transpose, the same at every z."""
+        z = check_noisy(z, self.shape)
+        u, sigmas, product = check_direction(u, z, "u"), check_sigma(sigma, len(z)), torch.empty_like(z)
+        for label, items in self._by_class(labels, len(z)):
+            axes = self.axes(label, z.device)
+            gain = axes.variances / (axes.variances + sigmas[items, None].to(axes.mean) ** 2)
+            along = u[items].flatten(1).to(axes.mean) @ axes.basis
+            product[items] = ((along * gain) @ axes.basis.T).view(-1, *self.shape).to(z.dtype)
+        return product
+
+    def jvp(self, z: Tensor, sigma: float | Tensor, t: Tensor, labels: Labels = None) -> Tensor:
+        return self.vjp(z, sigma, check_direction(t, check_noisy(z, self.shape), "t"), labels)
 
     def _pixel_covariances(self, axes: Axes, sigma: float) -> Tensor:
         """[H W, C, C] posterior covariance of the channels of every pixel."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .denoiser import Denoiser, Estimate, Labels, check_noisy, check_sigma, labels_per_item
+from .denoiser import Denoiser, Estimate, Labels, check_direction, check_noisy, check_sigma, labels_per_item
 
 
 class Guided(Denoiser):
@@ -69,6 +69,12 @@ class Guided(Denoiser):
     def with_divergence(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> tuple[Tensor, Tensor]:
         cond, uncond = self.cond.with_divergence(z, sigma, labels), self.uncond.with_divergence(z, sigma)
         return self._extend(cond[0], uncond[0]), self._extend(cond[1], uncond[1])
+
+    def vjp(self, z: Tensor, sigma: float | Tensor, u: Tensor, labels: Labels = None) -> Tensor:
+        return self._extend(self.cond.vjp(z, sigma, u, labels), self.uncond.vjp(z, sigma, u))
+
+    def jvp(self, z: Tensor, sigma: float | Tensor, t: Tensor, labels: Labels = None) -> Tensor:
+        return self._extend(self.cond.jvp(z, sigma, t, labels), self.uncond.jvp(z, sigma, t))
 
     def _extend(self, cond: Tensor, uncond: Tensor) -> Tensor:
         return uncond + self.scale * (cond - uncond)
@@ -140,6 +146,22 @@ class Switch(Denoiser):
         ]
         means, divergences = ([(items, part[i]) for items, part in served] for i in (0, 1))
         return _assembled(means, len(z)), _assembled(divergences, len(z))
+
+    def vjp(self, z: Tensor, sigma: float | Tensor, u: Tensor, labels: Labels = None) -> Tensor:
+        u = check_direction(u, check_noisy(z, self.shape, any_size=self.any_size), "u")
+        served = [
+            (items, denoiser.vjp(z[items], level, u[items], part_labels))
+            for denoiser, items, level, part_labels in self._split(z, sigma, labels)
+        ]
+        return _assembled(served, len(z))
+
+    def jvp(self, z: Tensor, sigma: float | Tensor, t: Tensor, labels: Labels = None) -> Tensor:
+        t = check_direction(t, check_noisy(z, self.shape, any_size=self.any_size), "t")
+        served = [
+            (items, denoiser.jvp(z[items], level, t[items], part_labels))
+            for denoiser, items, level, part_labels in self._split(z, sigma, labels)
+        ]
+        return _assembled(served, len(z))
 
     def _split(
         self, z: Tensor, sigma: float | Tensor, labels: Labels

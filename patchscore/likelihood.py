@@ -129,7 +129,8 @@ def log_likelihood(
         raise ValueError(f"dtype: got {dtype}, takes torch.float32 or torch.float64")
     if gaussian is not None and tuple(gaussian.shape) != tuple(denoiser.shape):
         raise ValueError(f"gaussian: of {tuple(gaussian.shape)} images, the denoiser's are {tuple(denoiser.shape)}")
-    x = check_noisy(dequantised(images, checks.integer("seed", seed)), denoiser.shape, "images").to(dtype)
+    x = dequantised(images, checks.integer("seed", seed))
+    x = check_noisy(x, denoiser.shape, "images", any_size=denoiser.any_size).to(dtype)
     if not len(x):
         raise ValueError("images: got none")
     listed = labels_in_turn(labels, range(len(x)))

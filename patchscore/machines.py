@@ -157,6 +157,16 @@ class EquivariantLocalScore(ScoreMachine):
             self.engines, self.engine, z, sigmas, bank, k, self.padding_mode, self.memory_limit, ess, moments
         )
 
+    def product(
+        self, transposed: bool, z: Tensor, sigmas: Tensor, direction: Tensor, bank: PatchBank, k: int | None
+    ) -> Tensor:
+        if tuple(z.shape[1:]) == self.shape:
+            return super().product(transposed, z, sigmas, direction, bank, k)
+        assert k is not None
+        return canvas.product(
+            self.engines, self.engine, transposed, z, sigmas, direction, bank, k, self.padding_mode, self.memory_limit
+        )
+
 
 def _check_patch_size(patch_size: int | ScaleTable) -> int | ScaleTable:
     return patch_size if isinstance(patch_size, ScaleTable) else checks.odd("patch_size", patch_size)

@@ -15,7 +15,7 @@ LAYERS = (
     {"scales"},
     {"denoiser"},
     {"machines"},
-    {"gaussian", "guidance", "networks", "nearest"},
+    {"gaussian", "gradients", "guidance", "networks", "nearest"},
     {"adapters", "sampling"},
     {"classification", "calibrate", "evaluate", "explain", "likelihood"},
     {"draw", "memorisation"},

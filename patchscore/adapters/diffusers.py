@@ -251,11 +251,11 @@ class PatchScoreUNet(DenoiserModule):
             return_dict: whether to return a UNet2DOutput; otherwise a tuple with one element.
 
         Raises:
-            ValueError: images unlike the bank's or that require grad, a timestep that the scheduler has not, an unknown
-                label.
+            ValueError: images unlike the bank's, or that require grad of a denoiser that is no `Differentiable`; a
+                timestep that the scheduler has not, an unknown label.
         """
         self.check_images(sample, "sample")
-        with torch.no_grad():
+        with self.denoiser.graph():
             predicted = self._predicted(sample, timestep, class_labels)
         return UNet2DOutput(sample=predicted) if return_dict else (predicted,)
 

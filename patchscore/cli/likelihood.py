@@ -108,7 +108,10 @@ def likelihood(
     if machine == "gaussian":
         denoiser, words = GaussianScore(bank, memory_limit=memory), f"GaussianScore on {device}"
     else:
-        built = Which(machine, padding_mode, table, None, None, None).build(bank, None, seed, computing)
+        which = Which(machine, padding_mode, table, None, None, None)
+        which.check(computing)
+        sizes, _ = which.sizes(source, bank, None, labels, computing, Path("out") if out is None else out.parent)
+        built = which.build(bank, sizes, None, seed, computing)
         denoiser, words = built, described(built, device)
     say(f"{bank!r} from {source.source}", words)
     start = time.perf_counter()

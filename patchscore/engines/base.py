@@ -36,6 +36,8 @@ class Engine(ABC):
     """Whether its sums have float64 digits where z has."""
     moments: ClassVar[bool] = False
     """Whether its posterior_sum takes moments=True."""
+    gradients: ClassVar[bool] = False
+    """Whether it has vjp and jvp."""
 
     @abstractmethod
     def runs_on(self, device: torch.device) -> bool:
@@ -84,6 +86,18 @@ class Engine(ABC):
             ValueError: `memory_limit` cannot hold the smallest piece of work.
         """
 
+    def vjp(
+        self, z: Tensor, sigma: Tensor, u: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    ) -> Tensor:
+        """J^T u with J the Jacobian of the posterior mean at z: [B, C, H, W] as u; other arguments as above."""
+        raise NotImplementedError(f"engine {self.name!r} takes no gradients")
+
+    def jvp(
+        self, z: Tensor, sigma: Tensor, t: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    ) -> Tensor:
+        """J t: [B, C, H, W] as t."""
+        raise NotImplementedError(f"engine {self.name!r} takes no gradients")
+
     def posterior_sums(
         self, z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
     ) -> list[PosteriorSum]:
@@ -100,12 +114,13 @@ def strict() -> bool:
 
 
 def candidates(
-    engines: Sequence[Engine], named: str, device: torch.device, dtype: torch.dtype, moments: bool = False
+    engines: Sequence[Engine], named: str, device: torch.device, dtype: torch.dtype, needs: str | None = None
 ) -> Iterator[tuple[Engine, str | None, bool]]:
     """Engines in the order they are asked: (engine, why it cannot serve or None, whether that is worth a warning).
 
     The named one first; engines written for another device are left out unless named. float64 images ask for float64
-    digits, and "auto" takes an engine that has them.
+    digits, and "auto" takes an engine that has them. `needs` is "moments" or "gradients", where not every engine will
+    do.
     """
     # Of the halves of an engine the one for this device speaks.
     halves: dict[str, Engine] = {}
@@ -118,9 +133,9 @@ def candidates(
             yield engine, f"it does not run on {device.type}", engine.name == named
         elif dtype == torch.float64 and not engine.float64 and engine.name != named:
             yield engine, "it computes in float32", False
-        elif moments and not engine.moments:
+        elif needs is not None and not getattr(engine, needs):
             # Whoever named it, or wanted no more than a sample, learns that an exact engine takes longer.
-            yield engine, "it takes no moments", engine.name == named or not engine.exact
+            yield engine, f"it takes no {needs}", engine.name == named or not engine.exact
         else:
             yield engine, engine.unavailable(device), True
 
@@ -157,7 +172,7 @@ def serve(
     Raises:
         RuntimeError: with PATCHSCORE_STRICT=1, an engine that would have served cannot.
     """
-    asked = list(candidates(engines, named, z.device, z.dtype, moments))
+    asked = list(candidates(engines, named, z.device, z.dtype, "moments" if moments else None))
     options = {"ess": ess, "moments": True} if moments else {"ess": ess}
     parts: list[tuple[PosteriorSum, Competition]] = []
     names: list[str] = []
@@ -183,6 +198,35 @@ def serve(
                 break
         assert pending is None, "engine reference always serves"
     return _joined(parts, z, bank), names
+
+
+def serve_product(
+    engines: Sequence[Engine],
+    named: str,
+    transposed: bool,
+    z: Tensor,
+    sigma: Tensor,
+    direction: Tensor,
+    bank: PatchBank,
+    competition: Competition,
+    memory_limit: int,
+) -> Tensor:
+    """J^T direction (transposed) or J direction, by the first engine that takes gradients of the whole competition.
+
+    Raises:
+        RuntimeError: with PATCHSCORE_STRICT=1, an engine that would have served cannot.
+    """
+    for engine, reason, worth_a_warning in candidates(engines, named, z.device, z.dtype, "gradients"):
+        if reason is not None:
+            if worth_a_warning:
+                _warn(engine, reason)
+        elif engine.lacks(z, sigma, bank, competition) is None:
+            try:
+                product = engine.vjp if transposed else engine.jvp
+                return product(z, sigma, direction, bank, competition, memory_limit)
+            except EngineError as error:
+                _warn(engine, str(error))
+    raise AssertionError("engine reference always serves")
 
 
 Asked = tuple[Engine, str | None, bool]
