@@ -26,6 +26,9 @@ from .noise import Schedule, get_schedule
 Denoise = Callable[[Tensor, float], Tensor]
 """denoise(z, sigma) -> x0, with the labels already bound."""
 
+Posterior = Callable[[Tensor, float], tuple[Tensor, Tensor]]
+"""posterior(z, sigma) -> the posterior mean x0 and the posterior variance of every pixel."""
+
 Begin = Callable[[Tensor, Labels], Tensor]
 """begin(noise, labels) -> z at the first level."""
 
@@ -84,6 +87,24 @@ def sample_ddpm(denoise: Denoise, z: Tensor, sigmas: Sequence[float], noise: Noi
     return z
 
 
+def sample_ddpm_optimal(
+    posterior: Posterior, z: Tensor, sigmas: Sequence[float], noise: NoiseSource, on_step: OnStep
+) -> Tensor:
+    """Ancestral sampling with the optimal variance of every pixel (Bao et al. 2022, "Analytic-DPM", theorem 1).
+
+    q(z' | z, x_0) has the mean x_0 + kept (z - x_0) and the variance sigma'^2 (1 - kept), kept = (sigma' / sigma)^2.
+    `sample_ddpm` puts D(z) in the place of x_0; what the posterior leaves open of x_0 adds (1 - kept)^2 Var(x_0 | z).
+    """
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        x0, variance = posterior(z, sigma)
+        on_step(i, z, x0)
+        kept = (sigma_next / sigma) ** 2
+        z = x0 + kept * (z - x0)
+        if sigma_next > 0:
+            z = z + (sigma_next**2 * (1 - kept) + (1 - kept) ** 2 * variance).sqrt() * noise()
+    return z
+
+
 def sample_heun(denoise: Denoise, z: Tensor, sigmas: Sequence[float], noise: NoiseSource, on_step: OnStep) -> Tensor:
     """Heun's second-order method (Karras et al. 2022, algorithm 1 without churn): two evaluations a step."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
@@ -99,6 +120,11 @@ def sample_heun(denoise: Denoise, z: Tensor, sigmas: Sequence[float], noise: Noi
 
 SAMPLERS = {"ddim": sample_ddim, "ddpm": sample_ddpm, "euler": sample_ddim, "heun": sample_heun}
 """Samplers by name. In z-coordinates Euler's method and DDIM are the same algorithm, listed under both names."""
+
+MOMENT_SAMPLERS = {"ddpm-optimal": sample_ddpm_optimal}
+"""Samplers that take the posterior variance besides the mean."""
+
+SAMPLER_NAMES = (*SAMPLERS, *MOMENT_SAMPLERS)
 
 
 def sample(
@@ -134,7 +160,7 @@ def sample(
             schedule is the clean image, so it makes steps - 1 evaluations, as published. Take 10 or more: with fewer,
             its first level has too little noise to start from.
         schedule: "cosine", "linear", "karras", "flow" or a Schedule.
-        sampler: "ddim", "ddpm", "euler" or "heun".
+        sampler: "ddim", "ddpm", "euler", "heun", or "ddpm-optimal" for denoisers that have moments.
         labels: None, one label for all, or a list whose entries image i takes in turn: labels[i % len(labels)].
         seed: any integer.
         first: number of the first image; images first .. first + n - 1 are made.
@@ -164,7 +190,7 @@ def sample(
     first = checks.integer("first", first, at_least=0)
     batch_size = checks.integer("batch_size", batch_size, at_least=1)
     seed = checks.integer("seed", seed)
-    checks.one_of("sampler", sampler, SAMPLERS)
+    checks.one_of("sampler", sampler, SAMPLER_NAMES)
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype: got {dtype}, takes torch.float32 or torch.float64")
     levels, begin = _beginning(denoiser, get_schedule(schedule, steps), sigma_max, gaussian_until, gaussian)
@@ -230,6 +256,11 @@ def _sample_batch(
     def denoise(z: Tensor, sigma: float) -> Tensor:
         return denoiser.denoise(z, sigma, labels)
 
+    def posterior(z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        found = denoiser.estimate(z, sigma, labels, moments=True)
+        assert found.variance is not None
+        return found.mean, found.variance
+
     def on_step(index: int, z: Tensor, x0: Tensor) -> None:
         bar.update(len(images))
         if callback is not None:
@@ -237,6 +268,8 @@ def _sample_batch(
             callback(Step(index, len(levels), alpha, sigmas[index], alpha * z, x0, images))
 
     z = begin(noise(), labels)
+    if sampler in MOMENT_SAMPLERS:
+        return MOMENT_SAMPLERS[sampler](posterior, z, ratios, noise, on_step).clamp(-1, 1)
     return SAMPLERS[sampler](denoise, z, ratios, noise, on_step).clamp(-1, 1)
 
 

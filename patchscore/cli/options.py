@@ -27,7 +27,7 @@ from ..draw import charts
 from ..files import write_atomically
 from ..machines import EquivariantLocalScore
 from ..noise import SCHEDULES
-from ..sampling import DEFAULT_BATCH, SAMPLERS
+from ..sampling import DEFAULT_BATCH, SAMPLER_NAMES
 from ..scales import PUBLISHED, ScaleTable
 
 Command = Callable[..., None]
@@ -191,7 +191,7 @@ def walk_options(
         Walk,
         click.option("--steps", type=int, default=20, show_default=True, help=steps_help),
         click.option("--schedule", type=click.Choice(list(SCHEDULES)), default="cosine", show_default=True),
-        click.option("--sampler", type=click.Choice(list(SAMPLERS)), default="ddim", show_default=True),
+        click.option("--sampler", type=click.Choice(list(SAMPLER_NAMES)), default="ddim", show_default=True),
         labels,
         click.option("--seed", type=int, default=0, show_default=True, help=seed_help),
         click.option("--batch-size", type=int, default=DEFAULT_BATCH, show_default=True, help=batch_help),
