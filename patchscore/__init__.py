@@ -1,5 +1,6 @@
 """patchscore: the score of a diffusion model that has no network, from nothing but training patches."""
 
+from . import theories as theories
 from .adapters.network import NetworkDenoiser
 from .bank import PatchBank
 from .calibrate import Calibration, calibrate

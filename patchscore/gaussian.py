@@ -1,4 +1,4 @@
-"""GaussianScore: the optimal denoiser of a Gaussian with the bank's mean and covariance, in closed form.
+"""GaussianScore: the optimal denoiser of a Gaussian with the bank's mean and covariance, the Wiener filter.
 
 With mu and Sigma = U diag(lambda) U^T the mean and covariance of the training images, everything is diagonal in U: the
 posterior mean, the probability flow from one noise level to another, and the marginal at any level. At high noise every
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -60,7 +60,7 @@ class Axes:
 
 
 class GaussianScore(Denoiser):
-    """The optimal denoiser for a Gaussian N(mu, Sigma) with the mean and covariance (divided by N) of the bank.
+    """The optimal denoiser for a Gaussian N(mu, Sigma) with the mean and covariance of the bank, the Wiener filter.
 
         D(z) = mu + U diag(lambda / (lambda + sigma^2)) U^T (z - mu)
 
@@ -68,28 +68,32 @@ class GaussianScore(Denoiser):
     is float64 wherever the device supports it.
 
     `estimate` has stderr 0 and pairs 0, because it evaluates no window. D(z) is a weighted sum of the training images,
-    w_n = (1 + (x_n - mu)^T a) / N with a = (Sigma + sigma^2)^-1 (z - mu), and ess is the effective sample size
-    (sum w)^2 / sum w^2 = N / (1 + a^T Sigma a), the same at all pixels.
+    w_n = 1 / N + (x_n - mu)^T a / (N - ddof) with a = (Sigma + sigma^2)^-1 (z - mu), and ess is the effective sample
+    size (sum w)^2 / sum w^2 = 1 / (1 / N + a^T Sigma a / (N - ddof)), the same at all pixels.
 
     Args:
         bank: the training images.
         rank: number of leading principal axes to keep (by a randomized SVD that streams over the bank); the variance
             along all others is taken as 0. None keeps all.
         memory_limit: bytes that a decomposition may use.
+        ddof: the covariance is divided by N - ddof: 0 as in PSPC (Niedoba et al. 2024), 1 as in Lukoianov et al. 2025.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: an argument out of its range; on the first use of a class, a decomposition that needs more than
-            `memory_limit`.
+            `memory_limit`, or no more than `ddof` images.
     """
 
-    def __init__(self, bank: PatchBank, rank: int | None = None, memory_limit: int = DEFAULT_MEMORY_LIMIT):
+    def __init__(
+        self, bank: PatchBank, rank: int | None = None, memory_limit: int = DEFAULT_MEMORY_LIMIT, ddof: int = 0
+    ):
         if not isinstance(bank, PatchBank):
             raise TypeError(f"bank: got {type(bank).__name__}, takes a PatchBank")
         self.bank = bank
         self.shape = bank.shape
         self.rank = None if rank is None else checks.integer("rank", rank, at_least=1)
         self.memory_limit = checks.integer("memory_limit", memory_limit, at_least=1)
+        self.ddof = checks.integer("ddof", ddof, at_least=0, at_most=1)
         self._axes: dict[tuple[int | None, torch.device], Axes] = {}
 
     def axes(self, label: int | str | None = None, device: torch.device | str = "cpu") -> Axes:
@@ -98,7 +102,10 @@ class GaussianScore(Denoiser):
         home, asked = torch.device("cpu"), torch.device(device)
         if (known, home) not in self._axes:
             bank = self.bank if known is None else self.bank.select(known)
-            self._axes[known, home] = principal_axes(bank, self.rank, self.memory_limit)
+            if len(bank) <= self.ddof:
+                raise ValueError(f"ddof: got {self.ddof}, with {len(bank)} image there is no covariance; takes 0")
+            axes = principal_axes(bank, self.rank, self.memory_limit)
+            self._axes[known, home] = replace(axes, variances=axes.variances * (axes.n / (axes.n - self.ddof)))
         if (known, asked) not in self._axes:
             self._axes[known, asked] = self._axes[known, home].to(asked)
         return self._axes[known, asked]
@@ -121,7 +128,8 @@ class GaussianScore(Denoiser):
             total = axes.variances + noise_variance
             mean[items] = (axes.mean + (c * axes.variances / total) @ axes.basis.T).view(-1, *self.shape).to(z.dtype)
             spread = (axes.variances * (c / total) ** 2).sum(1)  # a^T Sigma a
-            ess[items] = (axes.n / (1 + spread)).to(z.dtype)[:, None, None].expand(-1, *z.shape[2:])
+            sizes = 1 / (1 / axes.n + spread / (axes.n - self.ddof))
+            ess[items] = sizes.to(z.dtype)[:, None, None].expand(-1, *z.shape[2:])
             if variance is not None and entropy is not None:
                 for item in items:
                     blocks = self._pixel_covariances(axes, sigmas[item].item())
@@ -250,7 +258,8 @@ class GaussianScore(Denoiser):
         return list(parts.items())
 
     def __repr__(self) -> str:
-        return f"GaussianScore({self.bank!r}, rank={self.rank})"
+        ddof = f", ddof={self.ddof}" if self.ddof else ""
+        return f"GaussianScore({self.bank!r}, rank={self.rank}{ddof})"
 
 
 def principal_axes(bank: PatchBank, rank: int | None = None, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> Axes:

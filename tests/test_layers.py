@@ -16,6 +16,7 @@ LAYERS = (
     {"denoiser"},
     {"machines"},
     {"gaussian", "gradients", "guidance", "networks", "nearest"},
+    {"theories"},
     {"adapters", "sampling"},
     {"classification", "calibrate", "evaluate", "explain", "likelihood"},
     {"draw", "memorisation"},

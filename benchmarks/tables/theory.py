@@ -79,6 +79,29 @@ def scales_of_networks() -> str:
     return table(["data", "patch sizes", "n", "r^2", "correlation"], rows)
 
 
+def theories_cost() -> str:
+    """CPU seconds of every theory for a step."""
+    record = result("theories")
+    channels, height, width = record["shape"]
+    least = min(row["step_seconds"] for row in record["rows"])
+    rows = [
+        [
+            f"`{row['theory']}`",
+            f"{row['step_seconds'] / least:.0f}",
+            f"{row['once_seconds'] / least:.0f}",
+            f"{row['pairs']:,}",
+        ]
+        for row in sorted(record["rows"], key=lambda row: row["step_seconds"])
+    ]
+    about = (
+        f"One step of one image of {channels} x {height} x {width}, {record['images']:,} training images, sigma = "
+        f"{record['sigma']:g}, k = {record['patch_size']}, one thread: CPU time in units of the fastest theory's "
+        f"{measured_on(record)}. A pair is an image or window weighed for a pixel, a square, or the whole image."
+    )
+    header = ["theory", "a step", "once a noise level or class", "pairs"]
+    return f"{about}\n\n{table(header, rows)}"
+
+
 def longest(record: dict) -> dict[tuple[str, str, str], dict]:
     """The network of each data set, architecture and padding that was trained longest, of those with baselines."""
     return {
