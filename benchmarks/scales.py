@@ -102,7 +102,15 @@ def predictions(name: str, bank: ps.PatchBank, path: str, calibrated: str | None
     machines = {known: ps.EquivariantLocalScore(bank, table, padding_mode) for known, table in tables.items()}
     found = ps.compare(from_network(trained, bank.shape), machines, n, labels=labels, along=False)
     return [
-        {"dataset": name, "table": row["machine"], "bank": len(bank), "fit_cpu_seconds": seconds, **row}
+        {
+            "dataset": name,
+            "table": row["machine"],
+            "bank": len(bank),
+            "fit_cpu_seconds": seconds,
+            **row,
+            "r2_median": row["correlation_squared_median"],
+            "r2_interval": row["correlation_squared_interval"],
+        }
         for row in found.rows()
     ]
 

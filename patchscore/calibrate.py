@@ -173,7 +173,7 @@ def calibrate(
         "seed": seed,
         "first": first,
         "labels": listed,
-        "probe": _probe(network, levels.ratios[0].item(), seed),
+        "probe": probe(network, levels.ratios[0].item(), seed),
     }
 
     done = _resumed(resume, settings, levels, sizes)
@@ -245,7 +245,7 @@ def _machine(
     return LocalScore(bank, k, engine, memory_limit)
 
 
-def _probe(network: Denoiser, sigma: float, seed: int) -> list[float]:
+def probe(network: Denoiser, sigma: float, seed: int) -> list[float]:
     """A few pixels of the network's output for fixed noise: a fingerprint of the network."""
     noise = torch.randn(1, *network.shape, generator=torch.Generator().manual_seed(seed % 2**63))
     x0 = network.denoise(sigma * noise, sigma).flatten()

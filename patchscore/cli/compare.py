@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import click
 
-from ..denoiser import Denoiser
+from .. import checks
 from ..draw import charts
 from ..draw.images import pairs, png
-from ..evaluate import baselines as known_machines
+from ..draw.league import league_page
+from ..evaluate import BASELINES, THEORIES, Comparison, theories_named
 from ..evaluate import compare as run_comparison
 from ..files import check_writable, locked, write_atomically
-from ..machines import EquivariantLocalScore
 from .fitted import keep, patch_sizes
 from .networks import labels_of_network, network_options, opened_network
 from .options import Computing, Source, Walk, one_line_errors, say, seconds_since, write_chart
@@ -25,6 +26,7 @@ from .options import Computing, Source, Walk, one_line_errors, say, seconds_sinc
 Examples:
   patchscore compare fashion-mnist examples/fashion-mnist-resnet-zeros.safetensors -n 10
   patchscore compare fashion-mnist examples/fashion-mnist-resnet-zeros.safetensors --table calibrated/table.json
+  patchscore compare fashion-mnist examples/fashion-mnist-resnet-zeros.safetensors --theories els-zeros,pca,composition
   patchscore compare photos/ mymodels:denoiser --size 32 --table 7 --no-baselines
 """
 )
@@ -37,7 +39,16 @@ Examples:
     metavar="NAME|FILE|K",
     help="Patch sizes, as for sample; the table that calibrate wrote is the one to give.",
 )
-@click.option("--baselines/--no-baselines", default=True, help="Whether the other machines are held beside it.")
+@click.option(
+    "--theories",
+    default="machines",
+    show_default=True,
+    metavar="machines|all|NAME,...",
+    help="Who is compared: the machines of Kamb & Ganguli and a Gaussian; all theories; or some of "
+    f"{', '.join(THEORIES)}.",
+)
+@click.option("--no-baselines", is_flag=True, help="Only the machine of the network's padding; the same as its name.")
+@click.option("--no-steps", is_flag=True, help="Only final images, not every step; half the work.")
 @click.option("--out", type=click.Path(path_type=Path), default="compared", show_default=True, help="Folder.")
 @one_line_errors
 def compare(
@@ -48,25 +59,30 @@ def compare(
     computing: Computing,
     count: int,
     table: str,
-    baselines: bool,
+    theories: str,
+    no_baselines: bool,
+    no_steps: bool,
     out: Path,
 ) -> None:
-    """Hold a network's images against what the theory makes of the same noise.
+    """A league table of theories: which one explains a network's images best, from the same noise.
 
-    SOURCE is the network's training images and NETWORK a file or module:function, as for calibrate. Writes
-    comparison.json, pairs.png (the images under each other) and scatter.png.
+    SOURCE is the network's training images and NETWORK what was trained on them, as for calibrate. Writes
+    comparison.html, a page with all that follows; comparison.json and comparison.csv, every figure with its interval;
+    pairs.png (the images under each other) and scatter.png. The same command again continues an interrupted comparison;
+    a larger -n and other --theories add to it.
     """
     walk.check()
+    known = {"machines": BASELINES, "all": THEORIES}.get(theories) or [name.strip() for name in theories.split(",")]
+    for name in known:
+        checks.one_of("--theories", name, THEORIES)
     check_writable(out)
     bank = source.open()
     denoiser, padding_mode = opened_network(network, bank, padding_mode)
     sizes, errors = patch_sizes(table, source, bank, padding_mode, "els", False, None, computing, out)
     memory = computing.bytes
     own = f"els-{padding_mode}"
-    machines: dict[str, Denoiser] = {own: EquivariantLocalScore(bank, sizes, padding_mode, computing.engine, memory)}
-    if baselines:
-        known = known_machines(bank, sizes, engine=computing.engine, memory_limit=memory)
-        machines |= {name: machine for name, machine in known.items() if name != own}
+    names = [own] if no_baselines else sorted(known, key=lambda name: name != own)
+    machines = theories_named(names, bank, sizes, engine=computing.engine, memory_limit=memory)
     say(f"{bank!r} from {source.source}", f"{denoiser!r}, padding {padding_mode}, patch sizes {sizes.name}")
     labels = labels_of_network(walk.labels, bank, denoiser)
     out.mkdir(parents=True, exist_ok=True)
@@ -83,20 +99,38 @@ def compare(
             walk.seed,
             batch_size=walk.batch_size,
             device=computing.where,
+            along=not no_steps,
+            resume=out / "comparison.npz",
         )
         if errors is not None:
             keep(out, sizes, errors)
         found.save(out / "comparison.json")
-        say(f"{'machine':<14} {'r^2':>6}  {'95% interval':<15} {'correlation':>11} {'mse':>8}")
-        for row in found.rows():
-            low, high = row["r2_interval"]
-            interval = f"{low:.3f} to {high:.3f}"
-            figures = (
-                f"{row['r2_median']:6.3f}  {interval:<15} {row['correlation_median']:11.3f} {row['mse_median']:8.4f}"
-            )
-            say(f"{row['machine']:<14} {figures}")
+        found.save_csv(out / "comparison.csv")
+        lines = [f"{denoiser!r} on {bank!r}", f"{count} images, patch sizes {sizes.name}, seed {walk.seed}"]
+        page = league_page(found, f"Theories beside {Path(network).name}", lines)
+        write_atomically(out / "comparison.html", page.encode())
+        _tell(found)
         shown = {"network": found.images[:10], **{name: of.images[:10] for name, of in found.machines.items()}}
         write_atomically(out / "pairs.png", png(pairs(shown)))
-        if baselines:
+        if {own, "ideal"} <= set(machines):
             write_chart(out / "scatter.png", lambda: charts.agreement(found, own, "ideal"))
-    say(f"{seconds_since(start)}: see {out / 'comparison.json'} and {out / 'pairs.png'}")
+    say(f"{seconds_since(start)}: see {out / 'comparison.html'} and {out / 'pairs.png'}")
+
+
+def _tell(found: Comparison) -> None:
+    """Prints the league table, and which neighbours in it are told apart."""
+    say(f"{'theory':<14} {'r^2':>6}  {'95% interval':<15} {'r':>7} {'determination':>14} {'mse':>8}")
+    rows = {row["machine"]: row for row in found.rows()}
+    table = found.league()
+    for name in table:
+        row = rows[name]
+        low, high = row["correlation_squared_interval"]
+        interval = f"{low:.3f} to {high:.3f}"
+        figures = f"{row['correlation_squared_median']:6.3f}  {interval:<15} {row['correlation_median']:7.3f}"
+        say(f"{name:<14} {figures} {row['determination_median']:14.3f} {row['mse_median']:8.4f}")
+    told = {(row["first"], row["second"]): row for row in found.differences()}
+    for first, second in pairwise(table):
+        row = told[first, second]
+        low, high = row["interval"]
+        verdict = f"{row['nearer']} is nearer" if row["nearer"] else "not told apart"
+        say(f"{first} against {second}: {verdict}, r^2 differs by {row['median']:.3f} ({low:.3f} to {high:.3f})")
