@@ -20,6 +20,7 @@ from .noise import Schedule, get_schedule
 from .posterior import PosteriorSum, merge
 from .sampling import Step, sample
 from .scales import ScaleTable
+from .synthesis import Synthesis, SynthesisLevel, synthesize
 from .version import __version__
 
 notebook.attach()
@@ -47,6 +48,8 @@ __all__ = [
     "Schedule",
     "Step",
     "Switch",
+    "Synthesis",
+    "SynthesisLevel",
     "__version__",
     "baselines",
     "calibrate",
@@ -59,4 +62,5 @@ __all__ = [
     "log_likelihood",
     "merge",
     "sample",
+    "synthesize",
 ]

@@ -20,7 +20,7 @@ LAYERS = (
     {"adapters", "sampling"},
     {"classification", "calibrate", "evaluate", "explain", "likelihood"},
     {"draw", "memorisation"},
-    {"runs"},
+    {"runs", "synthesis"},
     {"cli", "__init__", "__main__"},
 )
 """From the ground up. Modules and subpackages of one layer may import each other, but not in a circle."""

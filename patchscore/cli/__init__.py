@@ -18,6 +18,7 @@ from .index import index
 from .info import info
 from .likelihood import likelihood
 from .sample import sample
+from .synthesize import synthesize_command
 
 __all__ = ["main"]
 
@@ -28,5 +29,5 @@ def main() -> None:
     """New images from nothing but training patches: the exact score of a diffusion model that has no network."""
 
 
-for command in (sample, index, info, calibrate, compare, explain, likelihood, bench):
+for command in (sample, synthesize_command, index, info, calibrate, compare, explain, likelihood, bench):
     main.add_command(command)
