@@ -40,6 +40,8 @@ VERSION = 2
 RESUMED = "patchscore-comparison-arrays"
 RESAMPLES = 2000
 """Bootstrap resamples behind an interval."""
+FEWEST_PAIRS = 6
+"""Images from which a difference is told: of five, all favour the same theory by chance in one of sixteen cases."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +185,8 @@ class Comparison:
         """Every two machines, image by image: the median of first minus second, its 95% interval, and who is nearer.
 
         The same images in both make the interval far narrower than those of the two medians. `nearer` is the machine
-        whose figure is better as far as the interval tells, None where it holds 0; `wins` is the share of images for
-        which the first is nearer, ties half. Names come in the order of `league`.
+        whose figure is better as far as the interval tells, None where it holds 0 or there are fewer than six images;
+        `wins` is the share of images for which the first is nearer, ties half. Names come in the order of `league`.
         """
         names = self.league(figure)
         rows = []
@@ -196,7 +198,7 @@ class Comparison:
                 low, high = bootstrap_interval(gap)
                 ahead = gap if FIGURES[figure].more_is_nearer else -gap
                 nearer = None
-                if low > 0 or high < 0:
+                if (low > 0 or high < 0) and len(gap) >= FEWEST_PAIRS:
                     nearer = first if (low > 0) == FIGURES[figure].more_is_nearer else second
                 wins = float((ahead > 0).mean() + (ahead == 0).mean() / 2)
                 row = {"figure": figure, "first": first, "second": second, "median": float(np.median(gap))}
@@ -400,8 +402,8 @@ class _Parts:
         if path is None:
             return cls({}, torch.empty(0, *network.shape))
         sigma, seed = settings["levels"][0], settings["seed"]
-        settings = {**settings, "labels": labels, "probe": probe(network, sigma, seed)}
-        probes = {name: probe(machine, sigma, seed) for name, machine in machines.items()}
+        settings = {**settings, "labels": labels, "probe": probe(network, sigma, seed, labels)}
+        probes = {name: probe(machine, sigma, seed, labels) for name, machine in machines.items()}
         if not Path(path).exists():
             return cls({**settings, "probes": probes}, torch.empty(0, *network.shape))
         try:

@@ -116,6 +116,8 @@ def test_paired_differences_tell_what_medians_do_not():
     by_error = {(row["first"], row["second"]): row for row in found.differences("mse")}["a", "b"]
     assert (by_error["nearer"], by_error["wins"]) == ("a", 1.0)
     assert by_error["median"] == pytest.approx(-0.01)
+    few = made_up({"a": of_images[:5] + 0.01, "b": of_images[:5]}).differences()[0]
+    assert (few["nearer"], few["wins"]) == (None, 1.0)
     same = made_up({"a": of_images, "b": of_images}).differences()[0]
     assert (same["nearer"], same["wins"], same["interval"]) == (None, 0.5, [0, 0])
 

@@ -20,7 +20,7 @@ from ..heldout import BLOCK, HeldOutErrors, held_out_errors
 from ..noise import get_schedule
 from ..runs.folder import ERRORS, TABLE
 from ..scales import ScaleTable
-from .networks import labels_of_network, network_options, opened_network
+from .networks import NO_CALLING, Calling, labels_of_network, network_options, opened_network
 from .options import (
     Computing,
     Source,
@@ -79,6 +79,7 @@ def calibrate(
     source: Source,
     network: str | None,
     padding_mode: str,
+    calling: Calling,
     walk: Walk,
     computing: Computing,
     count: int,
@@ -94,10 +95,11 @@ def calibrate(
     """Find the patch size for each noise level: as a network has it, or from the images alone.
 
     SOURCE is the training images, as for sample. NETWORK is what was trained on them: a file that
-    examples/train_cnn.py wrote, or module:function, a function that is called with the PatchBank and returns a denoiser
-    (patchscore.adapters.network makes one of any network). Then the size is taken whose score agrees best with the
-    network's. Without NETWORK it is the size that denoises images best which are left out of SOURCE; --labels all lets
-    each be denoised by its own class. Writes table.json, for --table; calibration.json or held-out.json; and
+    examples/train_cnn.py wrote; diffusers:PATH, a folder or hub id of a UNet2DModel and its scheduler; a TorchScript
+    file, which is a program that is run; or module:function, a function that is called with the PatchBank and returns a
+    denoiser (patchscore.adapters.network makes one of any network). Then the size is taken whose score agrees best
+    with the network's. Without NETWORK it is the size that denoises images best which are left out of SOURCE; --labels
+    all lets each be denoised by its own class. Writes table.json, for --table; calibration.json or held-out.json; and
     calibration.png.
     """
     walk.check()
@@ -106,9 +108,11 @@ def calibrate(
         raise ValueError("--held-out, --block, --monotone: take no NETWORK")
     bank = source.open()
     if network is None:
+        if calling != Calling():
+            raise ValueError(NO_CALLING)
         _fit(source, bank, padding_mode, walk, computing, count, patch_sizes, held_out, block, monotone, out)
         return
-    denoiser, padding_mode = opened_network(network, bank, padding_mode)
+    denoiser, padding_mode = opened_network(network, bank, padding_mode, calling)
     sizes = _patch_sizes(patch_sizes) or [k for k in PATCH_SIZES if k <= min(bank.shape[1:])] or [1]
     say(f"{bank!r} from {source.source}", f"{denoiser!r}, padding {padding_mode}")
     labels: Labels = labels_of_network(walk.labels, bank, denoiser)

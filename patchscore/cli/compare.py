@@ -16,7 +16,7 @@ from ..evaluate import BASELINES, THEORIES, Comparison, theories_named
 from ..evaluate import compare as run_comparison
 from ..files import check_writable, locked, write_atomically
 from .fitted import keep, patch_sizes
-from .networks import labels_of_network, network_options, opened_network
+from .networks import Calling, labels_of_network, network_options, opened_network
 from .options import Computing, Source, Walk, one_line_errors, say, seconds_since, write_chart
 
 
@@ -55,6 +55,7 @@ def compare(
     source: Source,
     network: str,
     padding_mode: str,
+    calling: Calling,
     walk: Walk,
     computing: Computing,
     count: int,
@@ -77,7 +78,7 @@ def compare(
         checks.one_of("--theories", name, THEORIES)
     check_writable(out)
     bank = source.open()
-    denoiser, padding_mode = opened_network(network, bank, padding_mode)
+    denoiser, padding_mode = opened_network(network, bank, padding_mode, calling)
     sizes, errors = patch_sizes(table, source, bank, padding_mode, "els", False, None, computing, out)
     memory = computing.bytes
     own = f"els-{padding_mode}"
