@@ -19,30 +19,34 @@ PS_INLINE const Real* window_row(const Task<Real>& t, int row) {
     return t.p + int64_t(inside ? row : t.image_height) * t.image_width * t.channels * LANES;
 }
 
-// Along one diagonal: squared differences e of `U` neighbouring displacements at one training column.
-template <int C, int U>
-PS_INLINE void add_squares(F (&e)[U], const Real* q, const Real* p, int channels) {
+// What is summed along diagonals: squared differences, or products of a pixel of a training image and one of the other.
+enum Terms { SQUARES, PRODUCTS };
+
+// Along one diagonal: terms e of `U` neighbouring displacements at one training column.
+template <Terms TERMS, int C, int U>
+PS_INLINE void add_terms(F (&e)[U], const Real* q, const Real* p, int channels) {
     const int n = C ? C : channels;
     for (int c = 0; c < n; ++c) {
         const F pixel = load(p + c * LANES);
         for (int u = 0; u < U; ++u) {
-            const F difference = pixel - broadcast(q[c - u * n]);
-            e[u] = fma(difference, difference, e[u]);
+            const F query = broadcast(q[c - u * n]);
+            e[u] = TERMS == PRODUCTS ? fma(pixel, query, e[u]) : fma(pixel - query, pixel - query, e[u]);
         }
     }
 }
 
-template <int C, int U>
-PS_INLINE void squares(F (&e)[U], const Real* q, const Real* p, int channels) {
+template <Terms TERMS, int C, int U>
+PS_INLINE void terms(F (&e)[U], const Real* q, const Real* p, int channels) {
+    const int n = C ? C : channels;
     for (int u = 0; u < U; ++u) {
-        const F difference = load(p) - broadcast(q[-u * (C ? C : channels)]);
-        e[u] = difference * difference;
+        const F pixel = load(p), query = broadcast(q[-u * n]);
+        e[u] = TERMS == PRODUCTS ? pixel * query : (pixel - query) * (pixel - query);
     }
-    for (int c = 1; c < (C ? C : channels); ++c) {
+    for (int c = 1; c < n; ++c) {
         const F pixel = load(p + c * LANES);
         for (int u = 0; u < U; ++u) {
-            const F difference = pixel - broadcast(q[c - u * (C ? C : channels)]);
-            e[u] = fma(difference, difference, e[u]);
+            const F query = broadcast(q[c - u * n]);
+            e[u] = TERMS == PRODUCTS ? fma(pixel, query, e[u]) : fma(pixel - query, pixel - query, e[u]);
         }
     }
 }
@@ -70,7 +74,7 @@ PS_INLINE void put(const Rows& rows, int64_t at, F h) {
 
 // The horizontal window sums of one pair of rows (query row q, training row p) on `U` neighbouring diagonals.
 // K = 1, 3, 5 keep the few partial sums in registers; K = 0 takes any k by blocks.
-template <int C, int K, int U, Into INTO>
+template <Terms TERMS, int C, int K, int U, Into INTO>
 PS_INLINE void slide(const Task<Real>& t, const Panel& panel, const Diagonals& d, const Real* q, const Real* p,
                      const Rows& rows) {
     const int n = C ? C : t.channels;
@@ -94,7 +98,7 @@ PS_INLINE void slide(const Task<Real>& t, const Panel& panel, const Diagonals& d
             for (int u = 0; u < U; ++u) sums[i][u] = broadcast(0);
         for (int x = 0; x < windows + K - 1; ++x) {
             F e[U], h[U];
-            squares<C, U>(e, q + x * n, p + int64_t(x) * n * LANES, n);
+            terms<TERMS, C, U>(e, q + x * n, p + int64_t(x) * n * LANES, n);
             PS_EACH(U) h[i] = K > 1 ? plus(sums[HELD - 1][i], e[i]) : e[i];
             for (int held = HELD - 1; held > 0; --held) PS_EACH(U) sums[held][i] = sums[held - 1][i] + e[i];
             PS_EACH(U) sums[0][i] = e[i];
@@ -109,7 +113,7 @@ PS_INLINE void slide(const Task<Real>& t, const Panel& panel, const Diagonals& d
     for (int u = 0; u < U; ++u) store(suffix + (k * U + u) * LANES, h[u]);
     // First block, backwards: suffix sums only.
     for (int x = k - 1; x >= 0; --x) {
-        add_squares<C, U>(h, q + x * n, p + int64_t(x) * n * LANES, n);
+        add_terms<TERMS, C, U>(h, q + x * n, p + int64_t(x) * n * LANES, n);
         if (x < windows)
             for (int u = 0; u < U; ++u) store(suffix + (x * U + u) * LANES, h[u]);
     }
@@ -121,7 +125,7 @@ PS_INLINE void slide(const Task<Real>& t, const Panel& panel, const Diagonals& d
         const int end = start + k < windows + k - 1 ? start + k : windows + k - 1;
         if (start >= windows) {
             for (int x = start; x < end; ++x) {
-                add_squares<C, U>(prefix, q + x * n, p + int64_t(x) * n * LANES, n);
+                add_terms<TERMS, C, U>(prefix, q + x * n, p + int64_t(x) * n * LANES, n);
                 for (int u = 0; u < U; ++u) h[u] = prefix[u] + load(suffix + ((x - start + 1) * U + u) * LANES);
                 emit(x - k + 1, h);
             }
@@ -130,7 +134,7 @@ PS_INLINE void slide(const Task<Real>& t, const Panel& panel, const Diagonals& d
         // Windows start in this block too: keep its squares where the suffixes already used stood.
         for (int x = start; x < end; ++x) {
             F e[U];
-            squares<C, U>(e, q + x * n, p + int64_t(x) * n * LANES, n);
+            terms<TERMS, C, U>(e, q + x * n, p + int64_t(x) * n * LANES, n);
             for (int u = 0; u < U; ++u) {
                 prefix[u] = prefix[u] + e[u];
                 h[u] = prefix[u] + load(suffix + ((x - start + 1) * U + u) * LANES);
@@ -148,7 +152,7 @@ PS_INLINE void slide(const Task<Real>& t, const Panel& panel, const Diagonals& d
 }
 
 // The same where every query column meets its own column only: one diagonal, continued by zeros on both sides.
-template <int C, Into INTO>
+template <Terms TERMS, int C, Into INTO>
 PS_INLINE void slide_locked(const Task<Real>& t, const Panel& panel, const Real* q, const Real* p, const Rows& rows) {
     const int n = C ? C : t.channels;
     const int k = t.patch_size, r = k / 2, windows = panel.cols.queries(), steps = windows + k - 1;
@@ -158,7 +162,7 @@ PS_INLINE void slide_locked(const Task<Real>& t, const Panel& panel, const Real*
     for (int x = 0; x < steps; ++x) {
         F e[1] = {broadcast(0)};
         const int column = first + x;
-        if (column >= 0 && column < t.width) squares<C, 1>(e, q + column * n, p + int64_t(column) * n * LANES, n);
+        if (column >= 0 && column < t.width) terms<TERMS, C, 1>(e, q + column * n, p + int64_t(column) * n * LANES, n);
         store(squared + int64_t(x) * LANES, e[0]);
     }
     for (int start = 0; start < windows; start += k) {
@@ -176,18 +180,18 @@ PS_INLINE void slide_locked(const Task<Real>& t, const Panel& panel, const Real*
     }
 }
 
-template <int C, int K, Into INTO>
+template <Terms TERMS, int C, int K, Into INTO>
 static void slide_row(const Task<Real>& t, const Panel& panel, int query, int window, const Rows& rows) {
     const Real *q = query_row(t, query), *p = window_row(t, window);
     if (panel.cols.locked) {
-        slide_locked<C, INTO>(t, panel, q, p, rows);
+        slide_locked<TERMS, C, INTO>(t, panel, q, p, rows);
         return;
     }
     for (const Diagonals& d : panel.diagonals) {
         if (d.count == NEIGHBOURS)
-            slide<C, K, NEIGHBOURS, INTO>(t, panel, d, q, p, rows);
+            slide<TERMS, C, K, NEIGHBOURS, INTO>(t, panel, d, q, p, rows);
         else
-            slide<C, K, 1, INTO>(t, panel, d, q, p, rows);
+            slide<TERMS, C, K, 1, INTO>(t, panel, d, q, p, rows);
     }
 }
 
@@ -517,11 +521,11 @@ static void flush(const Task<Real>& t, const Panel& panel) {
 }
 
 // Pairs beyond the last window of a query read FAR and weigh nothing.
-static void fill_tails(const Task<Real>& t, const Panel& panel) {
+static void fill_tails(const Task<Real>& t, const Panel& panel, Real with = Real(FAR)) {
     if (panel.cols.locked) return;
     for (int64_t row = 0; row < (1 + panel.slots) * (panel.state_row / panel.pitch); ++row)
         for (int i = panel.entries; i < panel.pitch; ++i)
-            store(t.state + (row * panel.pitch + i) * LANES, broadcast(Real(FAR)));
+            store(t.state + (row * panel.pitch + i) * LANES, broadcast(with));
 }
 
 // Small patches: the sums of the last K rows are added afresh for every window, two windows at a time.
@@ -531,7 +535,8 @@ static bool walk_few(const Task<Real>& t, const Panel& panel, const Run& run) {
     auto query = [&](int window) PS_LAMBDA { return (run.query + window) % t.height; };
     for (int x = 0; x < run.length + K - 1; ++x) {
         if (t.interrupt->stopped(t.calling_thread)) return false;
-        slide_row<C, K, SET>(t, panel, run.query - K / 2 + x, run.window - K / 2 + x, {slot(x), nullptr, nullptr});
+        slide_row<SQUARES, C, K, SET>(t, panel, run.query - K / 2 + x, run.window - K / 2 + x,
+                                      {slot(x), nullptr, nullptr});
         const int window = x - (K - 1);
         if (K > 1 && window % 2 == 1) {
             const Real* rows[K + 1];
@@ -546,9 +551,23 @@ static bool walk_few(const Task<Real>& t, const Panel& panel, const Run& run) {
     return true;
 }
 
-// One run of rows: window sums of k rows slide along it as those of columns do, with whole state rows as elements.
+// Adds the pairs of a run's rows to the posterior sums.
 template <int C, bool MOMENTS>
-static bool walk(const Task<Real>& t, const Panel& panel, const Run& run) {
+struct Summing {
+    const Task<Real>& t;
+    const Panel& panel;
+
+    template <int ROWS>
+    void row(const Real* const (&state)[ROWS], int row_of_queries, int row_of_windows, int) {
+        evaluate<C, MOMENTS, ROWS>(t, panel, state, row_of_queries, row_of_windows);
+    }
+};
+
+// One run of rows: window sums of k rows slide along it as those of columns do, with whole state rows as elements.
+// `meet` takes each row of windows as it becomes complete: state rows to add up, its two rows and its number in the
+// run.
+template <int C, Terms TERMS, typename Meet>
+static bool walk(const Task<Real>& t, const Panel& panel, const Run& run, Meet& meet) {
     const int k = t.patch_size, r = k / 2, windows = run.length, steps = windows + k - 1;
     const int64_t size = panel.state_row * LANES;
     Real* const prefix = t.state;
@@ -562,12 +581,13 @@ static bool walk(const Task<Real>& t, const Panel& panel, const Run& run) {
         if (stop()) return false;
         const int y = run.query - r + x, a = run.window - r + x;
         if (x == k - 1)
-            slide_row<C, 0, SET>(t, panel, y, a, {slot(last), nullptr, nullptr});
+            slide_row<TERMS, C, 0, SET>(t, panel, y, a, {slot(last), nullptr, nullptr});
         else
-            slide_row<C, 0, ADD>(t, panel, y, a, {slot(x < last ? x : last), slot(x < last ? x + 1 : last), nullptr});
+            slide_row<TERMS, C, 0, ADD>(t, panel, y, a,
+                                        {slot(x < last ? x : last), slot(x < last ? x + 1 : last), nullptr});
     }
     const Real* first_row[1] = {slot(0)};
-    evaluate<C, MOMENTS, 1>(t, panel, first_row, query(0), run.window);
+    meet.template row<1>(first_row, query(0), run.window, 0);
     // Further blocks, forwards.
     for (int start = k; start < steps; start += k) {
         const bool keep = start < windows;
@@ -576,20 +596,20 @@ static bool walk(const Task<Real>& t, const Panel& panel, const Run& run) {
             const int y = run.query - r + x, a = run.window - r + x;
             const Rows rows = {prefix, prefix, keep ? slot(x - start) : nullptr};
             if (x == start && keep)
-                slide_row<C, 0, SET_KEEP>(t, panel, y, a, rows);
+                slide_row<TERMS, C, 0, SET_KEEP>(t, panel, y, a, rows);
             else if (x == start)
-                slide_row<C, 0, SET>(t, panel, y, a, rows);
+                slide_row<TERMS, C, 0, SET>(t, panel, y, a, rows);
             else if (keep)
-                slide_row<C, 0, ADD_KEEP>(t, panel, y, a, rows);
+                slide_row<TERMS, C, 0, ADD_KEEP>(t, panel, y, a, rows);
             else
-                slide_row<C, 0, ADD>(t, panel, y, a, rows);
+                slide_row<TERMS, C, 0, ADD>(t, panel, y, a, rows);
             const int window = x - k + 1;
             if (x == start + k - 1) {
                 const Real* rows1[1] = {prefix};
-                evaluate<C, MOMENTS, 1>(t, panel, rows1, query(window), run.window + window);
+                meet.template row<1>(rows1, query(window), run.window + window, window);
             } else {
                 const Real* rows2[2] = {prefix, slot(x - start + 1)};
-                evaluate<C, MOMENTS, 2>(t, panel, rows2, query(window), run.window + window);
+                meet.template row<2>(rows2, query(window), run.window + window, window);
             }
         }
         if (!keep) break;
@@ -609,7 +629,8 @@ static bool walk_run(const Task<Real>& t, const Panel& panel, const Run& run) {
         if (k == 3) return walk_few<C, MOMENTS, 3>(t, panel, run);
         if (k == 5) return walk_few<C, MOMENTS, 5>(t, panel, run);
     }
-    return walk<C, MOMENTS>(t, panel, run);
+    Summing<C, MOMENTS> summing = {t, panel};
+    return walk<C, SQUARES>(t, panel, run, summing);
 }
 
 template <int C, bool MOMENTS>
@@ -675,4 +696,6 @@ static void pack(const Images& images, int64_t start, int count, Real* block) {
     }
 }
 
-constexpr Kernel<Real> KERNEL = {LANES, pack, panel_entry};
+#include "product-inl.h"
+
+constexpr Kernel<Real> KERNEL = {LANES, pack, panel_entry, product_entry};

@@ -105,6 +105,17 @@ public:
         return true;
     }
 
+    // Adds the product to its result; false if the interrupt stopped it. Weights of windows that are thousands of nats
+    // away need float64.
+    bool multiply(const JacobianProduct& product) {
+        const int64_t pixels = int64_t(problem.height) * problem.width;
+        const double least = *std::min_element(product.evidence, product.evidence + problem.batch * pixels);
+        Job whole = job(least * LOG2E < -DISTANT_BITS);
+        whole.targets.push_back({problem.competitions.front(), nullptr});
+        whole.product = &product;
+        return run_all(whole);
+    }
+
 private:
     Job job(bool exact) const {
         const Images images = {problem.images,  problem.images_are_bytes ? 1 : 4,
@@ -263,6 +274,16 @@ bool sliding_posterior_sums(const Problem& problem, const std::string& simd, Pol
     Interrupt interrupt;
     interrupt.poll = poll;
     return Solver(problem, level, interrupt).solve();
+}
+
+bool sliding_product(const Problem& problem, const JacobianProduct& product, const std::string& simd, Poll poll) {
+    const Level& level = choose_level(LEVELS, simd);
+    check(problem);
+    require(problem.competitions.size() == 1 && problem.competitions.front().patch_size > 0,
+            "competitions: a product takes one, by windows");
+    Interrupt interrupt;
+    interrupt.poll = poll;
+    return Solver(problem, level, interrupt).multiply(product);
 }
 
 }  // namespace patchscore

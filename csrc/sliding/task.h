@@ -90,6 +90,30 @@ struct Task {
     Parts parts() const { return {channels, moments}; }
 };
 
+// A product with the Jacobian of the task's posterior mean, or with its transpose.
+template <typename Real>
+struct Product {
+    bool transposed;
+    const Real* evidence;          // [height * width] a squared distance: w = 2^((evidence - distance^2) scale), sum 1
+    const Real* direction;         // transposed: [height * width][channels] u
+    const Real* padded_direction;  // else: t, laid out as q
+    const Real* mean;              // else: [height * width][channels] D
+    const Real* along_mean;        // [height * width] transposed: u.D; else t.q, summed over the query's window
+    Real*
+        lanes;   // [height * width][1 + channels][lanes] transposed: the sums of c and of x c; else w (x - D) t.(p - q)
+    Real* ring;  // transposed: [patch_size][product_row][lanes] c of the last rows ..
+    Real* running;  // .. [product_row][lanes] and their sum
+    bool* nothing;  // [patch_size][queries][groups of windows] where the ring holds none
+    Real* boxes;    // else: [windows of a run][state_row][lanes]
+};
+
+// Vectors of c from one query to the next, with room for diagonals that begin before the first window or end after the
+// last, and of a row of queries.
+inline int64_t product_pitch(const Panel& panel) {
+    return panel.cols.locked ? 1 : (panel.entries + GROUP - 1) / GROUP * GROUP + 2 * NEIGHBOURS;
+}
+inline int64_t product_row(const Panel& panel) { return panel.cols.queries() * product_pitch(panel); }
+
 struct Span {
     int begin, end;
 };
@@ -123,6 +147,7 @@ struct Kernel {
     int lanes;
     void (*pack)(const Images&, int64_t start, int count, Real* block);
     void (*panel)(const Task<Real>&, const Panel&);
+    void (*product)(const Task<Real>&, const Product<Real>&, const Panel&);
 };
 
 struct Level {

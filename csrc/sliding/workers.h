@@ -76,6 +76,21 @@ inline void merge_sum(double precision, const Sums<double>& into, const Sums<con
     if (into.v2) add(into.v2, part.v2);
 }
 
+// One image as the kernel reads it: channels innermost, rows continued as the competition says.
+template <typename Real>
+void fill_queries(const WindowPlan& plan, const Problem& problem, const float* z, Real* padded) {
+    const int width = problem.width, channels = problem.channels;
+    const int64_t pixels = int64_t(problem.height) * width;
+    for (int i = 0; i < problem.height; ++i)
+        for (int j = -plan.q_margin; j < width + plan.q_margin; ++j) {
+            const int column = plan.competition.circular ? (j % width + width) % width : j;
+            const bool inside = column >= 0 && column < width;
+            for (int c = 0; c < channels; ++c)
+                padded[int64_t(i) * plan.q_pitch + int64_t(j + plan.q_margin) * channels + c] =
+                    inside ? Real(z[c * pixels + int64_t(i) * width + column]) : Real(0);
+        }
+}
+
 template <typename Real>
 class WindowWorker : public Worker {
     // What is kept of one competition, noisy image by noisy image.
@@ -180,7 +195,7 @@ private:
         t.image_height = pass.job.images.height, t.image_width = pass.job.images.width;
         t.patch_size = k, t.circular = plan.competition.circular, t.moments = plan.competition.moments();
         Real* padded = kept.q.get() + place * plan.q_numbers;
-        fill_queries(plan, item, padded);
+        fill_queries(plan, problem, problem.z + int64_t(item) * problem.channels * pixel_count(), padded);
         t.q = padded, t.q_margin = plan.q_margin, t.q_pitch = plan.q_pitch;
         t.p = block.get(), t.pixels_of_bytes = problem.images_are_bytes;
         t.pixels_absent = pass.job.images.pixel_bytes == 8;
@@ -202,19 +217,140 @@ private:
         t.interrupt = the_interrupt(), t.calling_thread = on_calling_thread();
         return t;
     }
+};
 
-    void fill_queries(const WindowPlan& plan, int item, Real* padded) const {
-        const Problem& problem = the_problem();
-        const int width = problem.width, channels = problem.channels;
-        const float* z = problem.z + int64_t(item) * channels * pixel_count();
-        for (int i = 0; i < problem.height; ++i)
-            for (int j = -plan.q_margin; j < width + plan.q_margin; ++j) {
-                const int column = plan.competition.circular ? (j % width + width) % width : j;
-                const bool inside = column >= 0 && column < width;
-                for (int c = 0; c < channels; ++c)
-                    padded[int64_t(i) * plan.q_pitch + int64_t(j + plan.q_margin) * channels + c] =
-                        inside ? Real(z[c * pixel_count() + int64_t(i) * width + column]) : Real(0);
+// Products with the Jacobian, one noisy image at a time.
+template <typename Real>
+class ProductWorker : public Worker {
+    static constexpr int64_t BEFORE = NEIGHBOURS;  // pixels of nothing before the block, which diagonals may begin in
+    const Kernel<Real>& kernel;
+    const WindowPlan& plan;
+    const Pass::ProductSizes sizes;
+    Buffer<Real> block, state, scratch, ring, running, boxes, lanes, q, padded_direction, evidence, direction, mean,
+        along_mean;
+    Buffer<bool> nothing;
+    Buffer<double> sums;  // [height * width][1 + channels]
+
+public:
+    ProductWorker(const Pass& pass, const Kernel<Real>& kernel, Interrupt& interrupt, bool calling_thread)
+        : Worker(pass, interrupt, calling_thread),
+          kernel(kernel),
+          plan(pass.windows.front()),
+          sizes(pass.product_sizes()),
+          block(pass.block_numbers + 2 * BEFORE * pass.problem.channels * kernel.lanes),
+          state(pass.state_numbers),
+          scratch(pass.scratch_numbers),
+          ring(sizes.ring),
+          running(sizes.row),
+          boxes(sizes.boxes),
+          lanes(sizes.lanes),
+          q(plan.q_numbers),
+          padded_direction(plan.q_numbers),
+          evidence(pixel_count()),
+          direction(pixel_count() * pass.problem.channels),
+          mean(pixel_count() * pass.problem.channels),
+          along_mean(pixel_count()),
+          nothing(sizes.nothing),
+          sums(pixel_count() * (1 + pass.problem.channels)) {}
+
+    void compute(int item, int, int64_t start, int64_t stop) override {
+        const Images& bank = the_pass().job.images;
+        const Images images = {bank.data,   bank.pixel_bytes, bank.indices,       bank.channels,
+                               bank.height, bank.width,       bank.value_of_byte, the_pass().pixels};
+        const Task<Real> task = prepare(item);
+        const Product<Real> product = {the_pass().job.product->transposed,
+                                       evidence.get(),
+                                       direction.get(),
+                                       padded_direction.get(),
+                                       mean.get(),
+                                       along_mean.get(),
+                                       lanes.get(),
+                                       ring.get(),
+                                       running.get(),
+                                       nothing.get(),
+                                       boxes.get()};
+        std::fill_n(sums.get(), sums.size(), 0.0);
+        for (int64_t at = start; at < stop; at += kernel.lanes) {
+            const int present = int(std::min<int64_t>(kernel.lanes, stop - at));
+            kernel.pack(images, at, present, const_cast<Real*>(task.p));
+            for (const Panel& panel : plan.panels) {
+                kernel.product(task, product, panel);
+                if (stopped()) return;
             }
+            for (int64_t i = 0; i < sums.size(); ++i) {
+                Real* each = lanes.get() + i * kernel.lanes;
+                for (int lane = 0; lane < present; ++lane) sums.get()[i] += double(each[lane]);
+                std::fill_n(each, kernel.lanes, Real(0));
+            }
+        }
+    }
+
+    // J^T u has sum c (p - q) at every pixel, J t is complete; both are over sigma^2.
+    void merge(int item, int) override {
+        const Problem& problem = the_problem();
+        const JacobianProduct& product = *the_pass().job.product;
+        const int64_t pixels = pixel_count(), parts = 1 + problem.channels;
+        const double by = 2 * precision_of(problem.sigma[item]);
+        for (int c = 0; c < problem.channels; ++c)
+            for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+                const int64_t at = (int64_t(item) * problem.channels + c) * pixels + pixel;
+                const double* sum = sums.get() + pixel * parts;
+                const double own = product.transposed ? double(problem.z[at]) * sum[0] : 0;
+                product.result[at] += by * (sum[1 + c] - own);
+            }
+    }
+
+private:
+    Task<Real> prepare(int item) {
+        const Problem& problem = the_problem();
+        const JacobianProduct& product = *the_pass().job.product;
+        const int64_t pixels = pixel_count(), first = int64_t(item) * problem.channels * pixels;
+        const double precision = precision_of(problem.sigma[item]);
+        fill_queries(plan, problem, problem.z + first, q.get());
+        fill_queries(plan, problem, product.direction + first, padded_direction.get());
+        for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+            double along = product.transposed ? 0 : window_product(item, pixel);
+            for (int c = 0; c < problem.channels; ++c) {
+                const int64_t from = first + c * pixels + pixel, to = pixel * problem.channels + c;
+                direction.get()[to] = Real(product.direction[from]);
+                mean.get()[to] = Real(product.mean[from]);
+                if (product.transposed) along += double(product.direction[from]) * product.mean[from];
+            }
+            along_mean.get()[pixel] = Real(along);
+            evidence.get()[pixel] = Real(-product.evidence[item * pixels + pixel] / precision);
+        }
+        Task<Real> t{};
+        t.channels = problem.channels, t.height = problem.height, t.width = problem.width;
+        t.image_height = the_pass().job.images.height, t.image_width = the_pass().job.images.width;
+        t.patch_size = plan.competition.patch_size, t.circular = plan.competition.circular;
+        t.q = q.get(), t.q_margin = plan.q_margin, t.q_pitch = plan.q_pitch;
+        t.p = block.get() + BEFORE * problem.channels * kernel.lanes;
+        t.scale = Real(precision * LOG2E);
+        const double bits = 17 + std::log2(double(plan.windows_per_image) * double(the_pass().job.count));
+        t.negligible = Real(-bits / (precision * LOG2E));
+        t.state = state.get(), t.scratch = scratch.get();
+        t.interrupt = the_interrupt(), t.calling_thread = on_calling_thread();
+        return t;
+    }
+
+    // The sum of t q over the window around a pixel.
+    double window_product(int item, int64_t pixel) const {
+        const Problem& problem = the_problem();
+        const int height = problem.height, width = problem.width, r = plan.competition.patch_size / 2;
+        const int64_t pixels = pixel_count(), first = int64_t(item) * problem.channels * pixels;
+        const auto place = [&](int at, int size) {
+            return plan.competition.circular ? (at % size + size) % size : at >= 0 && at < size ? at : -1;
+        };
+        double total = 0;
+        for (int y = -r; y <= r; ++y)
+            for (int x = -r; x <= r; ++x) {
+                const int i = place(int(pixel / width) + y, height), j = place(int(pixel % width) + x, width);
+                for (int c = 0; i >= 0 && j >= 0 && c < problem.channels; ++c) {
+                    const int64_t at = first + c * pixels + int64_t(i) * width + j;
+                    total += double(problem.z[at]) * double(the_pass().job.product->direction[at]);
+                }
+            }
+        return total;
     }
 };
 
@@ -290,7 +426,11 @@ public:
     void work(bool calling_thread) {
         const FlushSubnormals flush_subnormals;
         std::unique_ptr<Worker> worker;
-        if (pass.whole)
+        if (pass.job.product && pass.job.exact)
+            worker = std::make_unique<ProductWorker<double>>(pass, pass.level.exact, interrupt, calling_thread);
+        else if (pass.job.product)
+            worker = std::make_unique<ProductWorker<float>>(pass, pass.level.single, interrupt, calling_thread);
+        else if (pass.whole)
             worker = std::make_unique<WholeWorker>(pass, interrupt, calling_thread);
         else if (pass.job.exact)
             worker = std::make_unique<WindowWorker<double>>(pass, pass.level.exact, interrupt, calling_thread);

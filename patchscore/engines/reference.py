@@ -18,6 +18,7 @@ from ..bank import PatchBank
 from ..posterior import PosteriorSum, accumulator_dtype
 from ..windows import Axis, Competition, Group, rows_as_pixels, span, windows_as_rows
 from .base import Engine
+from .whole import whole_product
 
 TILE_BYTES = 64 * 2**20
 """Working memory of a tile where `memory_limit` allows it; larger tiles leave the cache and were no faster."""
@@ -177,7 +178,7 @@ def vjp(z: Tensor, sigma: Tensor, u: Tensor, bank: PatchBank, competition: Compe
     """`Engine.vjp`. As sum_a c_a = 0, q does not count; taken from p_a it keeps digits at low noise."""
     total = posterior_sum(z, sigma, bank, competition, memory_limit)
     if competition.patch_size is None:
-        return _whole_product(z, sigma, u, bank, total, memory_limit)
+        return whole_product(z, sigma, u, bank, total, memory_limit)
     k = competition.patch_size
     gradient = F.pad(torch.zeros_like(total.v), (k // 2,) * 4)
     for group in competition.groups:
@@ -196,7 +197,7 @@ def jvp(z: Tensor, sigma: Tensor, t: Tensor, bank: PatchBank, competition: Compe
     """`Engine.jvp`."""
     total = posterior_sum(z, sigma, bank, competition, memory_limit)
     if competition.patch_size is None:
-        return _whole_product(z, sigma, t, bank, total, memory_limit)
+        return whole_product(z, sigma, t, bank, total, memory_limit)
     product = torch.zeros_like(total.v)
     for group in competition.groups:
         for items, images, part in _tiles(group, z.shape, len(bank), competition.patch_size, memory_limit // 2):
@@ -241,24 +242,6 @@ def _without_padding(padded: Tensor, r: int, padding_mode: str) -> Tensor:
         else:
             padded = padded.narrow(axis, r, size)
     return padded
-
-
-def _whole_product(
-    z: Tensor, sigma: Tensor, direction: Tensor, bank: PatchBank, total: PosteriorSum, memory_limit: int
-) -> Tensor:
-    """J u where whole images compete: J = Cov(x_0 | z) / sigma^2 is its own transpose."""
-    exact = accumulator_dtype(z.device)
-    q, u, mean = z.to(exact).flatten(1), direction.to(exact).flatten(1), total.mean.flatten(1)
-    sigma2 = sigma.to(z.device, exact).square()[:, None]
-    evidence = (total.m + total.s.log()).flatten(1)
-    product = torch.zeros_like(q)
-    count = max(1, min(ALLOCATOR * TILE_BYTES, memory_limit) // (ALLOCATOR * 8 * (3 * q.shape[1] + 2 * len(q))))
-    for start in range(0, len(bank), count):
-        p = bank.chunk(start, start + count, exact, z.device).flatten(1)
-        squared = _squared_norm(p).T - 2 * q @ p.T + _squared_norm(q)
-        c = (-squared / (2 * sigma2) - evidence).exp() * (u @ p.T - (u * mean).sum(1, keepdim=True))
-        product += c @ p - c.sum(1, keepdim=True) * mean
-    return (product / sigma2).view_as(direction).to(direction.dtype)
 
 
 def _tiles(

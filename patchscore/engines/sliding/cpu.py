@@ -18,6 +18,7 @@ from ...posterior import PosteriorSum
 from ...windows import Axis, Competition
 from ..base import Engine
 from ..native import missing, native
+from ..whole import whole_product
 
 
 class SlidingCpu(Engine):
@@ -29,6 +30,7 @@ class SlidingCpu(Engine):
 
     name = "sliding"
     moments = True
+    gradients = True
 
     def runs_on(self, device: torch.device) -> bool:
         return device.type == "cpu"
@@ -47,6 +49,16 @@ class SlidingCpu(Engine):
         moments: bool = False,
     ) -> PosteriorSum:
         return posterior_sum(z, sigma, bank, competition, memory_limit, moments)
+
+    def vjp(
+        self, z: Tensor, sigma: Tensor, u: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    ) -> Tensor:
+        return product(True, z, sigma, u, bank, competition, memory_limit)
+
+    def jvp(
+        self, z: Tensor, sigma: Tensor, t: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    ) -> Tensor:
+        return product(False, z, sigma, t, bank, competition, memory_limit)
 
     def posterior_sums(
         self, z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
@@ -101,6 +113,49 @@ def posterior_sums(
         simd=os.environ.get("PATCHSCORE_SIMD", ""),
     )
     return totals
+
+
+def product(
+    transposed: bool,
+    z: Tensor,
+    sigma: Tensor,
+    direction: Tensor,
+    bank: PatchBank,
+    competition: Competition,
+    memory_limit: int,
+) -> Tensor:
+    """`Engine.vjp` (transposed) or `Engine.jvp`: a second pass over the pairs, after one for weights and means.
+
+    Raises:
+        ValueError: z in float64; as of `posterior_sum`.
+    """
+    assert native is not None, "unavailable() says when this engine cannot serve"
+    if z.dtype == torch.float64:
+        raise ValueError('z: got float64, engine "sliding" has gradients in float32; engine="reference" has both')
+    total = posterior_sum(z, sigma, bank, competition, memory_limit)
+    if competition.patch_size is None:
+        return whole_product(z, sigma, direction, bank, total, memory_limit)
+    # Pixels that the competition leaves out have no weights.
+    evidence = torch.where(total.s > 0, total.m + total.s.log(), 0.0)
+    result = torch.zeros(z.shape, dtype=torch.float64)
+    native.sliding_product(
+        transposed=transposed,
+        z=z.detach().to("cpu", torch.float32).contiguous().numpy(),
+        sigma=sigma.detach().to("cpu", torch.float64).contiguous().numpy(),
+        images=bank.images.numpy(),
+        indices=None if bank.indices is None else bank.indices.to(torch.int64).contiguous().numpy(),
+        patch_size=competition.patch_size,
+        circular=competition.padding_mode == "circular",
+        groups=_groups(competition).numpy(),
+        evidence=evidence.numpy(),
+        mean=torch.where(total.s > 0, total.mean, 0.0).numpy(),
+        direction=direction.detach().to("cpu", torch.float32).contiguous().numpy(),
+        result=result.numpy(),
+        threads=torch.get_num_threads(),
+        memory_limit=memory_limit,
+        simd=os.environ.get("PATCHSCORE_SIMD", ""),
+    )
+    return result.to(direction.dtype)
 
 
 def _empty(z: Tensor, competition: Competition, moments: bool) -> PosteriorSum:
