@@ -49,6 +49,8 @@ def full(given: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str]]:
     yield ("gaussian.py", "cifar10", cifar), images
     yield ("guidance.py",), ""
     yield ("theories.py", "fashion-mnist"), ""
+    shipped = "examples/fashion-mnist-resnet-zeros.safetensors"
+    yield ("league.py", "fashion-mnist-resnet", shipped, "fashion-mnist"), ""
     yield ("classification.py", *held_out), fashion
     yield ("theory.py", "fashion-mnist", "examples/fashion-mnist-resnet-zeros.safetensors", "fashion-mnist"), ""
     yield ("scales.py", "cifar10", cifar, "--limit", "1000"), images

@@ -79,6 +79,31 @@ def scales_of_networks() -> str:
     return table(["data", "patch sizes", "n", "r^2", "correlation"], rows)
 
 
+def league() -> str:
+    """All theories against each network, the nearest first."""
+    record = result("league")
+    parts = []
+    for name, of in record["networks"].items():
+        rows = []
+        ahead = [None, *of["neighbours"]]
+        for row, before in zip(of["rows"], ahead, strict=True):
+            told = "" if before is None else "yes" if before["nearer"] == before["first"] else "no"
+            figures = [median(row, "correlation_squared"), median(row, "determination"), f"{row['mse_median']:.3f}"]
+            rows.append([f"`{row['machine']}`", f"{row['correlation_median']:.3f}", *figures, told])
+        header = [
+            "theory",
+            "r",
+            "r^2, squared correlation",
+            "coefficient of determination",
+            "mse",
+            "told from the one above",
+        ]
+        kind = of["architecture"] + (" with attention" if of["attention"] else "")
+        title = f"`{name}`: {kind}, {of['images_seen']:,} images seen, {of['bank']:,} training images, n = {of['n']}"
+        parts.append(f"{title}:\n\n{table(header, rows)}")
+    return "\n\n".join([*parts, f"Medians, with 95% intervals {measured_on(record)}."])
+
+
 def theories_cost() -> str:
     """CPU seconds of every theory for a step."""
     record = result("theories")
