@@ -30,8 +30,9 @@ demo: $(VENV)/.installed
 	@limit=4000; $(BIN)/python -c 'import patchscore._native' 2>/dev/null || limit=1000; \
 	    set -x; $(BIN)/patchscore sample fashion-mnist --labels all --limit $$limit --overwrite --out out
 
+# A process a core; the tests of a file stay together, for they share what they build.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 # mypy sees the types of the extras too.
 lint: $(VENV)/.installed-lint $(VENV)/.installed-test
@@ -52,6 +53,7 @@ format: $(VENV)/.installed-lint
 
 docs: $(VENV)/.installed-test
 	$(BIN)/python tools/reference.py
+	$(BIN)/python tools/schedulers.py
 	$(BIN)/python benchmarks/report.py
 
 # Warnings are errors: a broken link, a page without a place, a parameter documented that there is not.

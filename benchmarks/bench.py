@@ -48,8 +48,12 @@ def full(given: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str]]:
     yield ("gaussian.py", "fashion-mnist"), ""
     yield ("gaussian.py", "cifar10", cifar), images
     yield ("guidance.py",), ""
+    yield ("theories.py", "fashion-mnist"), ""
+    shipped = "examples/fashion-mnist-resnet-zeros.safetensors"
+    yield ("league.py", "fashion-mnist-resnet", shipped, "fashion-mnist"), ""
     yield ("classification.py", *held_out), fashion
     yield ("theory.py", "fashion-mnist", "examples/fashion-mnist-resnet-zeros.safetensors", "fashion-mnist"), ""
+    yield ("scales.py", "cifar10", cifar, "--limit", "1000"), images
     yield ("fused_precision.py", cifar), images
     yield ("compile_report.py",), no_triton
     yield ("sass.py",), no_cuda
@@ -63,7 +67,6 @@ def gpu(given: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str]]:
     import torch
 
     options = ["--images", str(given.images)] if given.images else []
-    options += ["--indexes", str(given.indexes)] if given.indexes else []
     yield ("gpu.py", *options), "" if torch.cuda.is_available() else "a CUDA device"
 
 

@@ -481,23 +481,23 @@ def keep(name: str, work: Callable[[], object], answers: dict[str, object]) -> C
     return lambda: answers.update({name: work()})
 
 
-def chosen_images(bench: Bench, bank: ps.PatchBank) -> None:
+def chosen_images(bench: Bench, bank: ps.PatchBank, exact_by: str = "fused") -> None:
     """GoldDiff's images, summed exactly, beside sums over all of them, zeros padding."""
     for k, sigma in ((3, 0.5),) if bench.dry else GOLDDIFF_CASES:
         if bench.out_of_time(f"{bench.name_of_section}: k = {k}"):
             return
         batch = 1 if bench.dry else BATCH
         call = Call(bank, k, sigma, noisy(bank, sigma, batch, bench.device), "zeros")
-        error = call.error("fused")
-        dense = call.work("fused")
+        error = call.error(exact_by)
+        dense = call.work(exact_by)
         exact = dense().mean
         summed = "fused" if unavailable("sliding", bench.device) else "sliding"
-        works = {"fused": dense, "golddiff": golddiff_of(call, summed)}
+        works = {exact_by: dense, "golddiff": golddiff_of(call, summed)}
         answers: dict[str, object] = {}
         keeping = {name: keep(name, work, answers) for name, work in works.items()}
         for name, times in bench.interleaved(keeping).items():
             about, rate = call.about(), rated(times, call.pairs, batch)
-            if name == "fused":
+            if name == exact_by:
                 served = answers[name].engine
                 bench.add(engine=served, **about, error=error, **details(served, call, bench.device), **rate)
                 continue

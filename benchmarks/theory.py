@@ -141,7 +141,7 @@ def compared(
 
     of = dict(zip(("dataset", "network", "padding_mode"), kind, strict=True))
     about = {**of, "images_seen": notes["images_seen"], "bank": len(bank)}
-    rows = [{**about, **row, "mse": row["mse_median"]} for row in result.rows()]
+    rows = [{**about, **squared(row), "mse": row["mse_median"]} for row in result.rows()]
     for row in rows:
         row["r2_first"] = first_alone(result.machines[row["machine"]].r2)
     record = json.loads((RESULTS / "theory.json").read_text()) if (RESULTS / "theory.json").exists() else {}
@@ -154,6 +154,11 @@ def compared(
         pairs(result, own, stem(*kind))
         if not options.no_along:
             charts.agreement(result, own, "ideal").savefig(PICTURES / f"theory-{stem(*kind)}-scatter.png", dpi=110)
+
+
+def squared(row: dict) -> dict:
+    """A row with the squared correlation by the name that it has in theory.json."""
+    return {**row, **{f"r2_{what}": row[f"correlation_squared_{what}"] for what in ("median", "interval")}}
 
 
 def stem(name: str, architecture: str, padding_mode: str) -> str:

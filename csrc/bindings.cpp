@@ -60,11 +60,12 @@ bool interrupted() {
     return PyErr_CheckSignals() != 0;
 }
 
-// patch_size, circular, groups, and m, s, s2, v to add to.
-using CompetitionArguments = std::tuple<int, bool, py::buffer, py::buffer, py::buffer, py::buffer, py::buffer>;
+// patch_size, circular, groups, and m, s, s2, v and, where moments are asked for, v2, sl to add to.
+using CompetitionArguments = std::tuple<int, bool, py::buffer, py::buffer, py::buffer, py::buffer, py::buffer,
+                                        std::optional<py::buffer>, std::optional<py::buffer>>;
 
-patchscore::Competition competition_of(const CompetitionArguments& arguments, const std::vector<py::ssize_t>& shape) {
-    const auto& [patch_size, circular, groups, m, s, s2, v] = arguments;
+// Which windows compete, without sums.
+patchscore::Competition rule_of(int patch_size, bool circular, const py::buffer& groups) {
     if (patch_size < 0) throw py::value_error("patch_size: got " + std::to_string(patch_size));
     patchscore::Competition competition{};
     competition.patch_size = patch_size, competition.circular = circular;
@@ -74,18 +75,27 @@ patchscore::Competition competition_of(const CompetitionArguments& arguments, co
     const int64_t* group = data_of<int64_t>("groups", groups_info, {groups_info.shape[0], 8}, false);
     for (py::ssize_t g = 0; g < groups_info.shape[0]; ++g, group += 8)
         competition.groups.push_back({axis_of(group), axis_of(group + 4)});
+    return competition;
+}
+
+patchscore::Competition competition_of(const CompetitionArguments& arguments, const std::vector<py::ssize_t>& shape) {
+    const auto& [patch_size, circular, groups, m, s, s2, v, v2, sl] = arguments;
+    patchscore::Competition competition = rule_of(patch_size, circular, groups);
     const bool whole = patch_size == 0;
     const std::vector<py::ssize_t> one = {shape[0], 1, whole ? 1 : shape[2], whole ? 1 : shape[3]};
     competition.m = data_of<double>("m", m.request(true), one, true);
     competition.s = data_of<double>("s", s.request(true), one, true);
     competition.s2 = data_of<double>("s2", s2.request(true), one, true);
     competition.v = data_of<double>("v", v.request(true), shape, true);
+    if (v2.has_value() != sl.has_value()) throw py::value_error("v2, sl: takes both or none");
+    if (v2) competition.v2 = data_of<double>("v2", v2->request(true), shape, true);
+    if (sl) competition.sl = data_of<double>("sl", sl->request(true), one, true);
     return competition;
 }
 
-void sliding(const py::buffer& z, const py::buffer& sigma, const py::buffer& images,
-             const std::optional<py::buffer>& indices, const std::vector<CompetitionArguments>& competitions,
-             int threads, int64_t memory_limit, const std::string& simd) {
+// Images and noise levels; the buffers are held by the caller.
+patchscore::Problem problem_of(const py::buffer& z, const py::buffer& sigma, const py::buffer& images,
+                               const std::optional<py::buffer>& indices, int threads, int64_t memory_limit) {
     const py::buffer_info z_info = z.request(), images_info = images.request(), sigma_info = sigma.request();
     if (z_info.ndim != 4) throw py::value_error("z: got shape " + shape_text(z_info.shape) + ", takes [B, C, H, W]");
     if (images_info.ndim != 4)
@@ -103,9 +113,8 @@ void sliding(const py::buffer& z, const py::buffer& sigma, const py::buffer& ima
                          ? static_cast<const void*>(data_of<uint8_t>("images", images_info, bank_shape, false))
                          : static_cast<const void*>(data_of<float>("images", images_info, bank_shape, false));
     problem.count = bank[0];
-    py::buffer_info indices_info;
     if (indices) {
-        indices_info = indices->request();
+        const py::buffer_info indices_info = indices->request();
         if (indices_info.ndim != 1) throw py::value_error("indices: takes one dimension");
         problem.count = indices_info.shape[0];
         problem.indices = data_of<int64_t>("indices", indices_info, {indices_info.shape[0]}, false);
@@ -114,9 +123,17 @@ void sliding(const py::buffer& z, const py::buffer& sigma, const py::buffer& ima
                 throw py::value_error("indices: got " + std::to_string(problem.indices[i]) + " for a bank of " +
                                       std::to_string(bank[0]) + " images");
     }
+    problem.threads = threads, problem.memory_limit = memory_limit;
+    return problem;
+}
+
+void sliding(const py::buffer& z, const py::buffer& sigma, const py::buffer& images,
+             const std::optional<py::buffer>& indices, const std::vector<CompetitionArguments>& competitions,
+             int threads, int64_t memory_limit, const std::string& simd) {
+    patchscore::Problem problem = problem_of(z, sigma, images, indices, threads, memory_limit);
+    const std::vector<py::ssize_t> shape = z.request().shape;
     for (const CompetitionArguments& arguments : competitions)
         problem.competitions.push_back(competition_of(arguments, shape));
-    problem.threads = threads, problem.memory_limit = memory_limit;
 
     bool finished;
     {
@@ -124,6 +141,28 @@ void sliding(const py::buffer& z, const py::buffer& sigma, const py::buffer& ima
         finished = patchscore::sliding_posterior_sums(problem, simd, interrupted);
     }
     // The poll that asked to stop has left KeyboardInterrupt, or what else a signal handler raised, behind.
+    if (!finished) throw py::error_already_set();
+}
+
+void sliding_product(bool transposed, const py::buffer& z, const py::buffer& sigma, const py::buffer& images,
+                     const std::optional<py::buffer>& indices, int patch_size, bool circular, const py::buffer& groups,
+                     const py::buffer& evidence, const py::buffer& mean, const py::buffer& direction,
+                     const py::buffer& result, int threads, int64_t memory_limit, const std::string& simd) {
+    patchscore::Problem problem = problem_of(z, sigma, images, indices, threads, memory_limit);
+    const std::vector<py::ssize_t> shape = z.request().shape;
+    problem.competitions.push_back(rule_of(patch_size, circular, groups));
+    const std::vector<py::ssize_t> one = {shape[0], 1, shape[2], shape[3]};
+    const patchscore::JacobianProduct product = {transposed,
+                                                 data_of<double>("evidence", evidence.request(), one, false),
+                                                 data_of<double>("mean", mean.request(), shape, false),
+                                                 data_of<float>("direction", direction.request(), shape, false),
+                                                 data_of<double>("result", result.request(true), shape, true)};
+
+    bool finished;
+    {
+        const py::gil_scoped_release release;
+        finished = patchscore::sliding_product(problem, product, simd, interrupted);
+    }
     if (!finished) throw py::error_already_set();
 }
 
@@ -259,8 +298,15 @@ PYBIND11_MODULE(_native, module) {
     module.def("sliding", &sliding, py::arg("z"), py::arg("sigma"), py::arg("images"), py::arg("indices"),
                py::arg("competitions"), py::arg("threads"), py::arg("memory_limit"), py::arg("simd"),
                "Adds the posterior sums of z [B, C, H, W] over images [N, C, H, W] to those of competitions, a list of "
-               "(patch_size, circular, groups, m, s, s2, v): m, s, s2 [B, 1, H, W], v [B, C, H, W]; groups [G, 8] are "
+               "(patch_size, circular, groups, m, s, s2, v, v2, sl): m, s, s2, sl [B, 1, H, W], v, v2 [B, C, H, W], v2 "
+               "and sl None where moments are not asked for; groups [G, 8] are "
                "rows and columns as (first query, end, first window, end), -1 locks.");
+    module.def("sliding_product", &sliding_product, py::arg("transposed"), py::arg("z"), py::arg("sigma"),
+               py::arg("images"), py::arg("indices"), py::arg("patch_size"), py::arg("circular"), py::arg("groups"),
+               py::arg("evidence"), py::arg("mean"), py::arg("direction"), py::arg("result"), py::arg("threads"),
+               py::arg("memory_limit"), py::arg("simd"),
+               "Adds the Jacobian of the posterior mean times direction [B, C, H, W], or its transpose times it, to "
+               "result; evidence [B, 1, H, W] is ln sum e^l and mean [B, C, H, W] the posterior mean.");
     module.def("pruned_pack", &pruned_pack, py::arg("images"), py::arg("ids"), py::arg("sizes"), py::arg("patch_size"),
                py::arg("tiles"), py::arg("threads"), "Copies the bytes of windows into tiles, cell by cell.");
     module.def("pruned_scan", &pruned_scan, py::kw_only(), py::arg("images"), py::arg("patch_size"), py::arg("sizes"),
@@ -268,7 +314,8 @@ PYBIND11_MODULE(_native, module) {
                py::arg("features"), py::arg("rest"), py::arg("digits"), py::arg("shift"), py::arg("bits"),
                py::arg("base"), py::arg("columns"), py::arg("budget"), py::arg("largest_budget"), py::arg("whole"),
                py::arg("key"), py::arg("certain_from"), py::arg("prior_degrees"), py::arg("misfit"), py::arg("unknown"),
-               py::arg("further"), py::arg("whole_pixels"), py::arg("opened_from"), py::arg("pilot"), py::arg("known"), py::arg("m"), py::arg("s"), py::arg("s2"), py::arg("v"),
+               py::arg("further"), py::arg("whole_pixels"), py::arg("opened_from"), py::arg("pilot"), py::arg("known"),
+               py::arg("m"), py::arg("s"), py::arg("s2"), py::arg("v"),
                py::arg("ss"), py::arg("vs"), py::arg("vv"), py::arg("fits"), py::arg("pairs"), py::arg("threads"),
                py::arg("simd"), "Estimates the posterior sums of queries; see struct Request in csrc/pruned/pruned.h.");
 }

@@ -1,5 +1,6 @@
 """patchscore: the score of a diffusion model that has no network, from nothing but training patches."""
 
+from . import theories as theories
 from .adapters.network import NetworkDenoiser
 from .bank import PatchBank
 from .calibrate import Calibration, calibrate
@@ -9,13 +10,17 @@ from .draw import notebook
 from .evaluate import Comparison, baselines, compare
 from .explain import Explanation, explain, explain_samples
 from .gaussian import GaussianScore
+from .gradients import Differentiable
 from .guidance import Guided, Switch
+from .heldout import HeldOutErrors, held_out_errors
 from .index import PatchIndex
+from .likelihood import LogLikelihood, log_likelihood
 from .machines import EquivariantLocalScore, IdealScore, LocalScore
 from .noise import Schedule, get_schedule
 from .posterior import PosteriorSum, merge
 from .sampling import Step, sample
 from .scales import ScaleTable
+from .synthesis import Synthesis, SynthesisLevel, synthesize
 from .version import __version__
 
 notebook.attach()
@@ -25,13 +30,16 @@ __all__ = [
     "Classification",
     "Comparison",
     "Denoiser",
+    "Differentiable",
     "EquivariantLocalScore",
     "Estimate",
     "Explanation",
     "GaussianScore",
     "Guided",
+    "HeldOutErrors",
     "IdealScore",
     "LocalScore",
+    "LogLikelihood",
     "NetworkDenoiser",
     "PatchBank",
     "PatchIndex",
@@ -40,6 +48,8 @@ __all__ = [
     "Schedule",
     "Step",
     "Switch",
+    "Synthesis",
+    "SynthesisLevel",
     "__version__",
     "baselines",
     "calibrate",
@@ -48,6 +58,9 @@ __all__ = [
     "explain",
     "explain_samples",
     "get_schedule",
+    "held_out_errors",
+    "log_likelihood",
     "merge",
     "sample",
+    "synthesize",
 ]

@@ -148,13 +148,29 @@ class PatchBank:
             raise ValueError("labels: got none, takes one or more")
         if key not in self._selections:
             assert self.labels is not None
-            members = torch.isin(self.labels, torch.tensor(key)).nonzero().flatten()
-            selection = copy.copy(self)
-            selection.labels = self.labels[members]
-            selection.indices = members if self.indices is None else self.indices[members]
-            selection._forget_derived()
-            self._selections[key] = selection
+            self._selections[key] = self.take(torch.isin(self.labels, torch.tensor(key)).nonzero().flatten())
         return self._selections[key]
+
+    def take(self, images: Sequence[int] | Tensor) -> PatchBank:
+        """The images of these numbers, 0 to N - 1, in this order, sharing this bank's memory.
+
+        Raises:
+            TypeError: numbers that are no integers.
+            ValueError: none, or one outside the bank.
+        """
+        members = torch.as_tensor(images)
+        if members.ndim != 1 or not len(members) or members.is_floating_point() or members.dtype == torch.bool:
+            error = ValueError if members.ndim == 1 and not len(members) else TypeError
+            raise error(f"images: got {images!r}, takes one or more numbers of images")
+        members = members.to("cpu", torch.int64)
+        low, high = members.min().item(), members.max().item()
+        if low < 0 or high >= len(self):
+            raise ValueError(f"images: got {low if low < 0 else high}, takes numbers from 0 to {len(self) - 1}")
+        selection = copy.copy(self)
+        selection.labels = None if self.labels is None else self.labels[members]
+        selection.indices = members if self.indices is None else self.indices[members]
+        selection._forget_derived()
+        return selection
 
     def of_class(self, label: int | None) -> PatchBank:
         """The images of one class by its number, or all of them for None."""

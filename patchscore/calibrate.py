@@ -173,7 +173,7 @@ def calibrate(
         "seed": seed,
         "first": first,
         "labels": listed,
-        "probe": _probe(network, levels.ratios[0].item(), seed),
+        "probe": probe(network, levels.ratios[0].item(), seed, listed),
     }
 
     done = _resumed(resume, settings, levels, sizes)
@@ -245,10 +245,18 @@ def _machine(
     return LocalScore(bank, k, engine, memory_limit)
 
 
-def _probe(network: Denoiser, sigma: float, seed: int) -> list[float]:
-    """A few pixels of the network's output for fixed noise: a fingerprint of the network."""
-    noise = torch.randn(1, *network.shape, generator=torch.Generator().manual_seed(seed % 2**63))
-    x0 = network.denoise(sigma * noise, sigma).flatten()
+def probe(network: Denoiser, sigma: float, seed: int, labels: Sequence[int | str | None] | None = None) -> list[float]:
+    """A few pixels of the network's output for fixed noise: a fingerprint of the network.
+
+    It is asked without a label or, where it cannot do without, with the first of `labels`.
+    """
+    noise = sigma * torch.randn(1, *network.shape, generator=torch.Generator().manual_seed(seed % 2**63))
+    try:
+        x0 = network.denoise(noise, sigma).flatten()
+    except ValueError:
+        if not labels:
+            raise
+        x0 = network.denoise(noise, sigma, labels[0]).flatten()
     return [round(value, 6) for value in x0[:: max(1, len(x0) // 8)][:8].tolist()]
 
 

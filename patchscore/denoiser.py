@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import checks, engines
 from .bank import PatchBank
-from .posterior import PosteriorSum
+from .posterior import PosteriorSum, accumulator_dtype
 from .scales import ScaleTable
 from .windows import Competition
 
@@ -36,6 +36,8 @@ class Estimate:
         ess: [B, H, W] effective sample size of each pixel, (sum w)^2 / sum w^2.
         pairs: number of (query pixel, window) pairs that were evaluated.
         engine: the engine that served; several, joined by "and", where groups of pixels or patch sizes differ.
+        variance: [B, C, H, W] posterior variance of each pixel value, with moments=True.
+        entropy: [B, H, W] entropy of each pixel's weights over the competing windows, in nats, with moments=True.
     """
 
     mean: Tensor
@@ -43,6 +45,8 @@ class Estimate:
     ess: Tensor
     pairs: int
     engine: str
+    variance: Tensor | None = None
+    entropy: Tensor | None = None
 
     def __repr__(self) -> str:
         """Shapes and ranges in a line, not the numbers of every pixel."""
@@ -54,23 +58,38 @@ class Estimate:
 class Denoiser(ABC):
     """Anything that estimates x_0 from z = x_0 + sigma eps: the interface samplers and adapters take.
 
-    Nothing here is differentiable: results carry no autograd graph.
+    Results carry no autograd graph; `Differentiable` wraps a denoiser so that they do.
     """
+
+    differentiable = False
+    """Whether results carry a graph."""
 
     shape: tuple[int, int, int]
     """(C, H, W) of the images it denoises."""
 
+    any_size: bool = False
+    """Whether it also denoises images of every other height and width."""
+
+    def check_size(self, size: tuple[int, int], sigmas: Sequence[float], name: str = "size") -> None:
+        """ValueError, beginning with `name`, where images of (height, width) are not denoised at these noise levels."""
+        own = tuple(self.shape[1:])
+        if size != own and not self.any_size:
+            got, makes = (" x ".join(map(str, sides)) for sides in (size, own))
+            raise ValueError(f"{name}: got {got}, {type(self).__name__} makes images of {makes} alone")
+
     @abstractmethod
-    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, *, moments: bool = False) -> Estimate:
         """The denoised images with their effective sample sizes and errors.
 
         Args:
-            z: [B, C, H, W] noisy images z = x_0 + sigma eps, on any device.
+            z: [B, C, H, W] noisy images z = x_0 + sigma eps, on any device; of any H and W where `any_size`.
             sigma: noise level in units of pixel values ([-1, 1] is two wide): a number, or [B].
             labels: one class for all items, or one for each ([B]; None among them means every class).
+            moments: whether the estimate has `variance` and `entropy` too (docs/method.md).
 
         Raises:
-            ValueError: wrong shape, NaN or infinite pixels, sigma not positive and finite, unknown label.
+            ValueError: wrong shape, NaN or infinite pixels, sigma not positive and finite, unknown label; moments of a
+                denoiser that is no posterior mean.
             TypeError: an argument of a type that is not taken.
         """
 
@@ -78,17 +97,57 @@ class Denoiser(ABC):
         """`estimate(...).mean`: [B, C, H, W] on z's device, float64 if z is, else float32."""
         return self.estimate(z, sigma, labels).mean
 
-    @torch.no_grad()
+    def divergence(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
+        """The divergence of D at z, sum_i dD_i / dz_i: [B] float64, exact and without random probes.
+
+        It is the sum of the posterior variances over sigma^2, as the value of a window is its centre pixel
+        (docs/method.md). Arguments and errors as of `estimate`.
+        """
+        return self.with_divergence(z, sigma, labels)[1]
+
+    def with_divergence(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> tuple[Tensor, Tensor]:
+        """`denoise` and `divergence` from one evaluation: [B, C, H, W] and [B] float64."""
+        found = self.estimate(z, sigma, labels, moments=True)
+        assert found.variance is not None
+        levels = check_sigma(sigma, len(z)).to(z.device, accumulator_dtype(z.device))
+        return found.mean, found.variance.flatten(1).to(levels).sum(1) / levels**2
+
+    def vjp(self, z: Tensor, sigma: float | Tensor, u: Tensor, labels: Labels = None) -> Tensor:
+        """J^T u with J = dD / dz, the Jacobian of `denoise` at z: a vector-Jacobian product.
+
+        Args:
+            z: [B, C, H, W] noisy images.
+            sigma: a number, or [B].
+            u: [B, C, H, W], one for each image.
+            labels: as in `estimate`.
+
+        Returns:
+            [B, C, H, W] on z's device, float64 if z is, else float32.
+
+        Raises:
+            ValueError: as `estimate`; u of another shape than z; a denoiser without a Jacobian.
+        """
+        raise ValueError(f"denoiser: {type(self).__name__} has no Jacobian")
+
+    def jvp(self, z: Tensor, sigma: float | Tensor, t: Tensor, labels: Labels = None) -> Tensor:
+        """J t, a Jacobian-vector product: how D moves as z moves by t. Arguments and results as of `vjp`."""
+        raise ValueError(f"denoiser: {type(self).__name__} has no Jacobian")
+
+    def graph(self) -> torch.autograd.grad_mode.set_grad_enabled:
+        """A context in which results carry a graph, where the caller wants one and the denoiser has one."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable)
+
     def score(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
         """grad log p_t(x) = (alpha D(x / alpha) - x) / sigma^2 at x = alpha x_0 + sigma eps; levels: numbers or [B]."""
-        alpha, sigma = _per_item(alpha, x, "alpha"), _per_item(sigma, x, "sigma")
-        return (alpha * self._denoise_scaled(x, alpha, sigma, labels) - x) / sigma**2
+        with self.graph():
+            alpha, sigma = _per_item(alpha, x, "alpha"), _per_item(sigma, x, "sigma")
+            return (alpha * self._denoise_scaled(x, alpha, sigma, labels) - x) / sigma**2
 
-    @torch.no_grad()
     def eps(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
         """The predicted noise (x - alpha D(x / alpha)) / sigma at x = alpha x_0 + sigma eps; levels: numbers or [B]."""
-        alpha, sigma = _per_item(alpha, x, "alpha"), _per_item(sigma, x, "sigma")
-        return (x - alpha * self._denoise_scaled(x, alpha, sigma, labels)) / sigma
+        with self.graph():
+            alpha, sigma = _per_item(alpha, x, "alpha"), _per_item(sigma, x, "sigma")
+            return (x - alpha * self._denoise_scaled(x, alpha, sigma, labels)) / sigma
 
     def _denoise_scaled(self, x: Tensor, alpha: Tensor, sigma: Tensor, labels: Labels) -> Tensor:
         return self.denoise(x / alpha, (sigma / alpha).flatten(), labels)
@@ -144,28 +203,72 @@ class ScoreMachine(Denoiser):
         return self.estimate(z, sigma, labels, ess=False).mean
 
     @torch.no_grad()
-    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, ess: bool = True) -> Estimate:
-        """As of `Denoiser`; with ess=False the effective sample size is left out (NaN), which saves a GPU some work."""
-        z = check_noisy(z, self.shape)
+    def estimate(
+        self, z: Tensor, sigma: float | Tensor, labels: Labels = None, ess: bool = True, *, moments: bool = False
+    ) -> Estimate:
+        """As of `Denoiser`; with ess=False the effective sample size is left out (NaN), which saves a GPU some work.
+
+        Moments come from the engines `reference` and, on the CPU, `sliding`; where another would serve, these do.
+        """
+        z = check_noisy(z, self.shape, any_size=self.any_size, who=type(self).__name__)
         sigmas = check_sigma(sigma, len(z))
         classes = check_labels(labels, self.bank, len(z))
         sizes = [self.patch_size_at(level) for level in sigmas.tolist()]
 
         mean, stderr, pairs, names = torch.empty_like(z), torch.zeros_like(z), 0, set()
         effective = z.new_full((len(z), *z.shape[2:]), torch.nan)
+        variance, entropy = (torch.empty_like(z), torch.empty_like(effective)) if moments else (None, None)
         for (label, k), items in alike(list(zip(classes, sizes, strict=True))):
-            bank, some, competition = self.bank.of_class(label), z[items], self.competition(k)
-            total, served = engines.serve(
-                self.engines, self.engine, some, sigmas[items], bank, competition, self.memory_limit, ess
-            )
-            ~torch.isfinite(total.mean).flatten(1).all(1)
+            bank, some = self.bank.of_class(label), z[items]
+            total, served = self.sums(some, sigmas[items], bank, k, ess, moments)
             mean[items] = total.mean.to(z.device, z.dtype)
             stderr[items] = total.stderr.to(z.device, z.dtype)
             if ess:
                 effective[items] = total.ess[:, 0].to(z.device, z.dtype).expand(len(some), *z.shape[2:])
-            pairs += len(some) * len(bank) * competition.pairs_per_image if total.pairs is None else total.pairs
+            pairs += total.pairs or 0
+            if variance is not None and entropy is not None:
+                variance[items] = total.variance.to(z.device, z.dtype)
+                entropy[items] = total.entropy[:, 0].to(z.device, z.dtype).expand(len(some), *z.shape[2:])
             names.update(served)
-        return Estimate(mean, stderr, effective, pairs, " and ".join(sorted(names)))
+        return Estimate(mean, stderr, effective, pairs, " and ".join(sorted(names)), variance, entropy)
+
+    def sums(
+        self, z: Tensor, sigmas: Tensor, bank: PatchBank, k: int | None, ess: bool = True, moments: bool = False
+    ) -> tuple[PosteriorSum, list[str]]:
+        """The sums of items that share a class and a patch size, with the pairs they took, and the engines' names."""
+        competition = self.competition(k)
+        total, names = engines.serve(
+            self.engines, self.engine, z, sigmas, bank, competition, self.memory_limit, ess, moments
+        )
+        every = len(z) * len(bank) * competition.pairs_per_image
+        return total.with_pairs(every) if total.pairs is None else total, names
+
+    def vjp(self, z: Tensor, sigma: float | Tensor, u: Tensor, labels: Labels = None) -> Tensor:
+        return self._product(True, z, sigma, u, labels)
+
+    def jvp(self, z: Tensor, sigma: float | Tensor, t: Tensor, labels: Labels = None) -> Tensor:
+        return self._product(False, z, sigma, t, labels)
+
+    @torch.no_grad()
+    def _product(self, transposed: bool, z: Tensor, sigma: float | Tensor, direction: Tensor, labels: Labels) -> Tensor:
+        z = check_noisy(z, self.shape, any_size=self.any_size, who=type(self).__name__)
+        direction = check_direction(direction, z, "u" if transposed else "t")
+        sigmas = check_sigma(sigma, len(z))
+        classes = check_labels(labels, self.bank, len(z))
+        sizes = [self.patch_size_at(level) for level in sigmas.tolist()]
+        product = torch.empty_like(z)
+        for (label, k), items in alike(list(zip(classes, sizes, strict=True))):
+            bank = self.bank.of_class(label)
+            product[items] = self.product(transposed, z[items], sigmas[items], direction[items], bank, k)
+        return product
+
+    def product(
+        self, transposed: bool, z: Tensor, sigmas: Tensor, direction: Tensor, bank: PatchBank, k: int | None
+    ) -> Tensor:
+        """J^T direction (transposed) or J direction of items that share a class and a patch size."""
+        return engines.serve_product(
+            self.engines, self.engine, transposed, z, sigmas, direction, bank, self.competition(k), self.memory_limit
+        )
 
     def exact_sums(
         self, z: Tensor, sigmas: Tensor, bank: PatchBank, competitions: Sequence[Competition]
@@ -196,17 +299,35 @@ def alike(keys: Sequence[Key]) -> list[tuple[Key, slice | list[int]]]:
     return [(key, slice(row.start, row.stop) if len(row) == len(found) else found) for key, found, row in rows]
 
 
-def check_noisy(z: Tensor, shape: tuple[int, int, int], name: str = "z") -> Tensor:
+def check_noisy(
+    z: Tensor, shape: tuple[int, int, int], name: str = "z", any_size: bool = False, who: str = ""
+) -> Tensor:
+    """z as float32, or float64 where it is; `who` takes images of `shape`, with `any_size` only as many channels."""
     if not isinstance(z, Tensor) or not z.is_floating_point():
         got = str(z.dtype) if isinstance(z, Tensor) else type(z).__name__
         raise TypeError(f"{name}: got {got}, takes a floating point tensor [B, C, H, W]")
-    if z.ndim != 4 or tuple(z.shape[1:]) != shape:
-        takes = f"[B, {shape[0]}, {shape[1]}, {shape[2]}]"
-        raise ValueError(f"{name}: got shape {list(z.shape)}, takes {takes} as the bank's")
+    fits = z.ndim == 4 and (
+        z.shape[1] == shape[0] and 0 not in z.shape[2:] if any_size else tuple(z.shape[1:]) == shape
+    )
+    if not fits:
+        takes = f"[B, {shape[0]}, H, W]" if any_size else f"[B, {shape[0]}, {shape[1]}, {shape[2]}]"
+        raise ValueError(f"{name}: got shape {list(z.shape)}, {who and who + ' '}takes {takes} as the bank's")
     # Of pixels that a CUDA graph records nothing is known yet.
     if not _recording(z.device) and not torch.isfinite(z).all():
         raise ValueError(f"{name}: NaN or infinite pixels")
     return z if z.dtype == torch.float64 else z.to(torch.float32)
+
+
+def check_direction(direction: Tensor, z: Tensor, name: str) -> Tensor:
+    """What is multiplied by the Jacobian at z, in z's precision and on its device."""
+    if not isinstance(direction, Tensor) or not direction.is_floating_point():
+        got = str(direction.dtype) if isinstance(direction, Tensor) else type(direction).__name__
+        raise TypeError(f"{name}: got {got}, takes a floating point tensor {list(z.shape)}")
+    if direction.shape != z.shape:
+        raise ValueError(f"{name}: got shape {list(direction.shape)}, takes {list(z.shape)} as z")
+    if not torch.isfinite(direction).all():
+        raise ValueError(f"{name}: NaN or infinite values")
+    return direction.to(z)
 
 
 def _recording(device: torch.device) -> bool:

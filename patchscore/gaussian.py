@@ -1,4 +1,4 @@
-"""GaussianScore: the optimal denoiser of a Gaussian with the bank's mean and covariance, in closed form.
+"""GaussianScore: the optimal denoiser of a Gaussian with the bank's mean and covariance, the Wiener filter.
 
 With mu and Sigma = U diag(lambda) U^T the mean and covariance of the training images, everything is diagonal in U: the
 posterior mean, the probability flow from one noise level to another, and the marginal at any level. At high noise every
@@ -8,8 +8,9 @@ for diffusion models and its applications", 2024), so that a sampler may start w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -18,7 +19,16 @@ from tqdm import tqdm
 
 from . import checks
 from .bank import PatchBank
-from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Estimate, Labels, check_labels, check_noisy, check_sigma
+from .denoiser import (
+    DEFAULT_MEMORY_LIMIT,
+    Denoiser,
+    Estimate,
+    Labels,
+    check_direction,
+    check_labels,
+    check_noisy,
+    check_sigma,
+)
 from .posterior import accumulator_dtype
 
 T = TypeVar("T")
@@ -50,7 +60,7 @@ class Axes:
 
 
 class GaussianScore(Denoiser):
-    """The optimal denoiser for a Gaussian N(mu, Sigma) with the mean and covariance (divided by N) of the bank.
+    """The optimal denoiser for a Gaussian N(mu, Sigma) with the mean and covariance of the bank, the Wiener filter.
 
         D(z) = mu + U diag(lambda / (lambda + sigma^2)) U^T (z - mu)
 
@@ -58,28 +68,32 @@ class GaussianScore(Denoiser):
     is float64 wherever the device supports it.
 
     `estimate` has stderr 0 and pairs 0, because it evaluates no window. D(z) is a weighted sum of the training images,
-    w_n = (1 + (x_n - mu)^T a) / N with a = (Sigma + sigma^2)^-1 (z - mu), and ess is the effective sample size
-    (sum w)^2 / sum w^2 = N / (1 + a^T Sigma a), the same at all pixels.
+    w_n = 1 / N + (x_n - mu)^T a / (N - ddof) with a = (Sigma + sigma^2)^-1 (z - mu), and ess is the effective sample
+    size (sum w)^2 / sum w^2 = 1 / (1 / N + a^T Sigma a / (N - ddof)), the same at all pixels.
 
     Args:
         bank: the training images.
         rank: number of leading principal axes to keep (by a randomized SVD that streams over the bank); the variance
             along all others is taken as 0. None keeps all.
         memory_limit: bytes that a decomposition may use.
+        ddof: the covariance is divided by N - ddof: 0 as in PSPC (Niedoba et al. 2024), 1 as in Lukoianov et al. 2025.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: an argument out of its range; on the first use of a class, a decomposition that needs more than
-            `memory_limit`.
+            `memory_limit`, or no more than `ddof` images.
     """
 
-    def __init__(self, bank: PatchBank, rank: int | None = None, memory_limit: int = DEFAULT_MEMORY_LIMIT):
+    def __init__(
+        self, bank: PatchBank, rank: int | None = None, memory_limit: int = DEFAULT_MEMORY_LIMIT, ddof: int = 0
+    ):
         if not isinstance(bank, PatchBank):
             raise TypeError(f"bank: got {type(bank).__name__}, takes a PatchBank")
         self.bank = bank
         self.shape = bank.shape
         self.rank = None if rank is None else checks.integer("rank", rank, at_least=1)
         self.memory_limit = checks.integer("memory_limit", memory_limit, at_least=1)
+        self.ddof = checks.integer("ddof", ddof, at_least=0, at_most=1)
         self._axes: dict[tuple[int | None, torch.device], Axes] = {}
 
     def axes(self, label: int | str | None = None, device: torch.device | str = "cpu") -> Axes:
@@ -88,16 +102,25 @@ class GaussianScore(Denoiser):
         home, asked = torch.device("cpu"), torch.device(device)
         if (known, home) not in self._axes:
             bank = self.bank if known is None else self.bank.select(known)
-            self._axes[known, home] = principal_axes(bank, self.rank, self.memory_limit)
+            if len(bank) <= self.ddof:
+                raise ValueError(f"ddof: got {self.ddof}, with {len(bank)} image there is no covariance; takes 0")
+            axes = principal_axes(bank, self.rank, self.memory_limit)
+            self._axes[known, home] = replace(axes, variances=axes.variances * (axes.n / (axes.n - self.ddof)))
         if (known, asked) not in self._axes:
             self._axes[known, asked] = self._axes[known, home].to(asked)
         return self._axes[known, asked]
 
     @torch.no_grad()
-    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
-        z = check_noisy(z, self.shape)
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, *, moments: bool = False) -> Estimate:
+        """As of `Denoiser`; the entropy of a pixel is the differential entropy of its Gaussian posterior.
+
+        The posterior covariance is P = U diag(lambda sigma^2 / (lambda + sigma^2)) U^T at every z. With P_i the C x C
+        block of pixel i, its entropy is ln det(2 pi e P_i) / 2 nats, -inf where a channel is certain.
+        """
+        z = check_noisy(z, self.shape, who=type(self).__name__)
         sigmas = check_sigma(sigma, len(z))
         mean, ess = torch.empty_like(z), z.new_empty(len(z), *z.shape[2:])
+        variance, entropy = (torch.empty_like(z), torch.empty_like(ess)) if moments else (None, None)
         for label, items in self._by_class(labels, len(z)):
             axes = self.axes(label, z.device)
             noise_variance = sigmas[items, None].to(axes.mean) ** 2
@@ -105,8 +128,47 @@ class GaussianScore(Denoiser):
             total = axes.variances + noise_variance
             mean[items] = (axes.mean + (c * axes.variances / total) @ axes.basis.T).view(-1, *self.shape).to(z.dtype)
             spread = (axes.variances * (c / total) ** 2).sum(1)  # a^T Sigma a
-            ess[items] = (axes.n / (1 + spread)).to(z.dtype)[:, None, None].expand(-1, *z.shape[2:])
-        return Estimate(mean, torch.zeros_like(mean), ess, 0, "closed-form")
+            sizes = 1 / (1 / axes.n + spread / (axes.n - self.ddof))
+            ess[items] = sizes.to(z.dtype)[:, None, None].expand(-1, *z.shape[2:])
+            if variance is not None and entropy is not None:
+                for item in items:
+                    blocks = self._pixel_covariances(axes, sigmas[item].item())
+                    variance[item] = blocks.diagonal(dim1=-2, dim2=-1).T.reshape(self.shape).to(z.dtype)
+                    blocks = 2 * math.pi * math.e * blocks
+                    entropy[item] = (blocks.logdet() / 2).nan_to_num(nan=-math.inf).view(self.shape[1:]).to(z.dtype)
+        return Estimate(mean, torch.zeros_like(mean), ess, 0, "closed-form", variance, entropy)
+
+    @torch.no_grad()
+    def with_divergence(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> tuple[Tensor, Tensor]:
+        """As of `Denoiser`; the divergence is sum lambda / (lambda + sigma^2), the same at every z."""
+        mean = self.denoise(z, sigma, labels)
+        sigmas = check_sigma(sigma, len(z))
+        found = mean.new_empty(len(z), dtype=accumulator_dtype(z.device))
+        for label, items in self._by_class(labels, len(z)):
+            variances = self.axes(label, z.device).variances
+            found[items] = (variances / (variances + sigmas[items, None].to(variances) ** 2)).sum(1)
+        return mean, found
+
+    @torch.no_grad()
+    def vjp(self, z: Tensor, sigma: float | Tensor, u: Tensor, labels: Labels = None) -> Tensor:
+        """As of `Denoiser`: J = U diag(lambda / (lambda + sigma^2)) U^T is its own transpose, the same at every z."""
+        z = check_noisy(z, self.shape)
+        u, sigmas, product = check_direction(u, z, "u"), check_sigma(sigma, len(z)), torch.empty_like(z)
+        for label, items in self._by_class(labels, len(z)):
+            axes = self.axes(label, z.device)
+            gain = axes.variances / (axes.variances + sigmas[items, None].to(axes.mean) ** 2)
+            along = u[items].flatten(1).to(axes.mean) @ axes.basis
+            product[items] = ((along * gain) @ axes.basis.T).view(-1, *self.shape).to(z.dtype)
+        return product
+
+    def jvp(self, z: Tensor, sigma: float | Tensor, t: Tensor, labels: Labels = None) -> Tensor:
+        return self.vjp(z, sigma, check_direction(t, check_noisy(z, self.shape), "t"), labels)
+
+    def _pixel_covariances(self, axes: Axes, sigma: float) -> Tensor:
+        """[H W, C, C] posterior covariance of the channels of every pixel."""
+        spread = axes.variances * sigma**2 / (axes.variances + sigma**2)
+        basis = axes.basis.view(self.shape[0], -1, len(spread)).transpose(0, 1)  # [H W, C, r]
+        return (basis * spread) @ basis.mT
 
     @torch.no_grad()
     def flow(self, z: Tensor, sigma_from: float | Tensor, sigma_to: float | Tensor, labels: Labels = None) -> Tensor:
@@ -125,7 +187,7 @@ class GaussianScore(Denoiser):
         Returns:
             [B, C, H, W] at sigma_to, float64 if z is, else float32.
         """
-        z = check_noisy(z, self.shape)
+        z = check_noisy(z, self.shape, who=type(self).__name__)
         start, end = check_sigma(sigma_from, len(z)), check_sigma(sigma_to, len(z))
         moved = torch.empty_like(z)
         for label, items in self._by_class(labels, len(z)):
@@ -159,6 +221,31 @@ class GaussianScore(Denoiser):
             )
         return drawn
 
+    @torch.no_grad()
+    def log_density(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
+        """ln N(z; mu, Sigma + sigma^2): [B] in nats, float64 wherever the device has it.
+
+        Args:
+            z: [B, C, H, W].
+            sigma: noise level, a number or [B].
+            labels: as in `denoise`.
+        """
+        z = check_noisy(z, self.shape)
+        sigmas = check_sigma(sigma, len(z))
+        found = z.new_empty(len(z), dtype=accumulator_dtype(z.device))
+        for label, items in self._by_class(labels, len(z)):
+            axes = self.axes(label, z.device)
+            noise_variance = sigmas[items, None].to(axes.mean) ** 2
+            offset = z[items].flatten(1).to(axes.mean) - axes.mean
+            c = offset @ axes.basis
+            total = axes.variances + noise_variance
+            outside = offset.square().sum(1) - c.square().sum(1)  # of U, where the variance is sigma^2
+            squared = (c**2 / total).sum(1) + outside / noise_variance[:, 0]
+            others = offset.shape[1] - c.shape[1]
+            log_det = total.log().sum(1) + others * noise_variance[:, 0].log()
+            found[items] = -(squared + log_det + offset.shape[1] * math.log(2 * math.pi)) / 2
+        return found
+
     def _stretch(self, axes: Axes, offset: Tensor, gain: Tensor, outside: Tensor) -> Tensor:
         """mu + U diag(gain) U^T offset + outside (1 - U U^T) offset."""
         stretched = axes.mean + outside * offset + (offset @ axes.basis * (gain - outside)) @ axes.basis.T
@@ -171,7 +258,8 @@ class GaussianScore(Denoiser):
         return list(parts.items())
 
     def __repr__(self) -> str:
-        return f"GaussianScore({self.bank!r}, rank={self.rank})"
+        ddof = f", ddof={self.ddof}" if self.ddof else ""
+        return f"GaussianScore({self.bank!r}, rank={self.rank}{ddof})"
 
 
 def principal_axes(bank: PatchBank, rank: int | None = None, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> Axes:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .denoiser import Denoiser, Estimate, Labels, check_noisy, check_sigma, labels_per_item
+from .denoiser import Denoiser, Estimate, Labels, check_direction, check_noisy, check_sigma, labels_per_item
 
 
 class Guided(Denoiser):
@@ -24,7 +24,7 @@ class Guided(Denoiser):
     not guided. Both may be the same machine: `Guided(els, els, 2.0)`.
 
     In `estimate`, stderr is the bound |scale| stderr_cond + |1 - scale| stderr_uncond, ess is the smaller of the two,
-    and pairs is the sum.
+    and pairs is the sum. It is the posterior mean under no prior, so it has a divergence but no moments.
 
     Args:
         cond: the conditional denoiser.
@@ -48,12 +48,15 @@ class Guided(Denoiser):
         self.uncond = uncond
         self.scale = scale
         self.shape = cond.shape
+        self.any_size = cond.any_size and uncond.any_size
         self.bank = getattr(cond, "bank", None)
 
     def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
         return self._extend(self.cond.denoise(z, sigma, labels), self.uncond.denoise(z, sigma))
 
-    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, *, moments: bool = False) -> Estimate:
+        if moments:
+            raise ValueError("moments: a guided denoiser is no posterior mean; ask cond and uncond for theirs")
         cond, uncond = self.cond.estimate(z, sigma, labels), self.uncond.estimate(z, sigma)
         return Estimate(
             mean=self._extend(cond.mean, uncond.mean),
@@ -62,6 +65,16 @@ class Guided(Denoiser):
             pairs=cond.pairs + uncond.pairs,
             engine=_joined([cond.engine, uncond.engine]),
         )
+
+    def with_divergence(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> tuple[Tensor, Tensor]:
+        cond, uncond = self.cond.with_divergence(z, sigma, labels), self.uncond.with_divergence(z, sigma)
+        return self._extend(cond[0], uncond[0]), self._extend(cond[1], uncond[1])
+
+    def vjp(self, z: Tensor, sigma: float | Tensor, u: Tensor, labels: Labels = None) -> Tensor:
+        return self._extend(self.cond.vjp(z, sigma, u, labels), self.uncond.vjp(z, sigma, u))
+
+    def jvp(self, z: Tensor, sigma: float | Tensor, t: Tensor, labels: Labels = None) -> Tensor:
+        return self._extend(self.cond.jvp(z, sigma, t, labels), self.uncond.jvp(z, sigma, t))
 
     def _extend(self, cond: Tensor, uncond: Tensor) -> Tensor:
         return uncond + self.scale * (cond - uncond)
@@ -97,6 +110,7 @@ class Switch(Denoiser):
             if tuple(denoiser.shape) != tuple(first.shape):
                 raise ValueError(f"parts: got denoisers of {_size(first)} and of {_size(denoiser)} images")
         self.shape = first.shape
+        self.any_size = all(denoiser.any_size for _, denoiser in self.parts)
         self.bank = getattr(first, "bank", None)
 
     def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
@@ -106,24 +120,54 @@ class Switch(Denoiser):
         ]
         return _assembled(served, len(z))
 
-    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Estimate:
+    def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, *, moments: bool = False) -> Estimate:
+        # Only a denoiser that is asked for moments has to know of them.
+        options = {"moments": True} if moments else {}
         served = [
-            (items, denoiser.estimate(z[items], level, part_labels))
+            (items, denoiser.estimate(z[items], level, part_labels, **options))
             for denoiser, items, level, part_labels in self._split(z, sigma, labels)
         ]
+        variances = [(items, part.variance) for items, part in served if part.variance is not None]
+        entropies = [(items, part.entropy) for items, part in served if part.entropy is not None]
         return Estimate(
             mean=_assembled([(items, part.mean) for items, part in served], len(z)),
             stderr=_assembled([(items, part.stderr) for items, part in served], len(z)),
             ess=_assembled([(items, part.ess) for items, part in served], len(z)),
             pairs=sum(part.pairs for _, part in served),
             engine=_joined([part.engine for _, part in served]),
+            variance=_assembled(variances, len(z)) if moments else None,
+            entropy=_assembled(entropies, len(z)) if moments else None,
         )
+
+    def with_divergence(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> tuple[Tensor, Tensor]:
+        served = [
+            (items, denoiser.with_divergence(z[items], level, part_labels))
+            for denoiser, items, level, part_labels in self._split(z, sigma, labels)
+        ]
+        means, divergences = ([(items, part[i]) for items, part in served] for i in (0, 1))
+        return _assembled(means, len(z)), _assembled(divergences, len(z))
+
+    def vjp(self, z: Tensor, sigma: float | Tensor, u: Tensor, labels: Labels = None) -> Tensor:
+        u = check_direction(u, check_noisy(z, self.shape, any_size=self.any_size), "u")
+        served = [
+            (items, denoiser.vjp(z[items], level, u[items], part_labels))
+            for denoiser, items, level, part_labels in self._split(z, sigma, labels)
+        ]
+        return _assembled(served, len(z))
+
+    def jvp(self, z: Tensor, sigma: float | Tensor, t: Tensor, labels: Labels = None) -> Tensor:
+        t = check_direction(t, check_noisy(z, self.shape, any_size=self.any_size), "t")
+        served = [
+            (items, denoiser.jvp(z[items], level, t[items], part_labels))
+            for denoiser, items, level, part_labels in self._split(z, sigma, labels)
+        ]
+        return _assembled(served, len(z))
 
     def _split(
         self, z: Tensor, sigma: float | Tensor, labels: Labels
     ) -> Iterator[tuple[Denoiser, list[int], Tensor, list[int | str | None]]]:
         """The denoisers that are needed, each with its items, their noise levels and their labels."""
-        z = check_noisy(z, self.shape)
+        z = check_noisy(z, self.shape, any_size=self.any_size, who=type(self).__name__)
         sigmas = check_sigma(sigma, len(z))
         listed = labels_per_item(labels, len(z))
         limits = [limit for limit, _ in self.parts]

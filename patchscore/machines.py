@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 
-from . import checks, engines
+from torch import Tensor
+
+from . import canvas, checks, engines
 from .bank import PatchBank
 from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Estimate, Labels, ScoreMachine
 from .index import PatchIndex
+from .posterior import PosteriorSum
 from .scales import ScaleTable
-from .windows import WHOLE_IMAGE, Axis, Competition, Group
+from .windows import WHOLE_IMAGE, Competition, equivariant_competition, local_competition, widest
 
 # Denoiser, Estimate, Labels and ScoreMachine stood here in version 0.1.0.
 __all__ = ["Denoiser", "EquivariantLocalScore", "Estimate", "IdealScore", "Labels", "LocalScore", "ScoreMachine"]
@@ -72,12 +76,8 @@ class LocalScore(ScoreMachine):
         super().__init__(bank, _check_patch_size(patch_size), engine, memory_limit, pruned)
 
     def competition(self, k: int | None) -> Competition:
-        _, height, width = self.shape
-        return Competition(
-            patch_size=_widest(k, height, width),
-            padding_mode="zeros",
-            groups=(Group(Axis(range(height)), Axis(range(width))),),
-        )
+        assert k is not None
+        return local_competition(*self.shape[1:], k)
 
 
 class EquivariantLocalScore(ScoreMachine):
@@ -89,6 +89,9 @@ class EquivariantLocalScore(ScoreMachine):
     other with all interior ones; so corners are locked to their place, edges slide along the edge, the interior slides
     both ways. Where k >= H nothing slides, and this is `LocalScore`. Kamb & Ganguli 2024, section 3 ("equivariant local
     score machine") and its boundary-broken form.
+
+    It denoises images of any height and width from k on, whatever the bank's: with "zeros", a pixel closer than r to a
+    border competes with the windows that are as close to that border of their images. All engines serve all sizes.
 
     Args:
         bank: the training images.
@@ -105,6 +108,8 @@ class EquivariantLocalScore(ScoreMachine):
             by default; the other exact engines are closer than that anyway.
         seed: of the sample of windows; the same seed gives the same numbers.
     """
+
+    any_size = True
 
     def __init__(
         self,
@@ -124,7 +129,7 @@ class EquivariantLocalScore(ScoreMachine):
         self.padding_mode = checks.one_of("padding_mode", padding_mode, ("zeros", "circular"))
         used = patch_size.sizes if isinstance(patch_size, ScaleTable) else [int(patch_size)]
         _, height, width = self.shape
-        sizes = {_widest(k, height, width) for k in used}
+        sizes = {widest(k, height, width) for k in used}
         if index is not None and not sizes & set(index.patch_sizes):
             has, uses = (", ".join(map(str, sorted(some))) for some in (index.patch_sizes, sizes))
             warnings.warn(
@@ -139,37 +144,34 @@ class EquivariantLocalScore(ScoreMachine):
                 "windows must lie fully inside"
             )
 
+    def check_size(self, size: tuple[int, int], sigmas: Sequence[float], name: str = "size") -> None:
+        own = self.shape[1:]
+        for k in {self.patch_size_at(sigma) for sigma in sigmas if size != own}:
+            canvas.check_canvas(size, own, k or 1, self.padding_mode, name)
+
     def competition(self, k: int | None) -> Competition:
-        _, height, width = self.shape
-        k = _widest(k, height, width)
-        if self.padding_mode == "circular":
-            inside = Group(
-                Axis(range(height), windows=_interior(height, k)),
-                Axis(range(width), windows=_interior(width, k)),
-            )
-            return Competition(k, "circular", (inside,))
-        groups = (Group(rows, cols) for rows in _broken_axis(height, k) for cols in _broken_axis(width, k))
-        return Competition(k, "zeros", tuple(groups))
+        assert k is not None
+        return equivariant_competition(*self.shape[1:], k, self.padding_mode)
 
+    def sums(
+        self, z: Tensor, sigmas: Tensor, bank: PatchBank, k: int | None, ess: bool = True, moments: bool = False
+    ) -> tuple[PosteriorSum, list[str]]:
+        if tuple(z.shape[1:]) == self.shape:
+            return super().sums(z, sigmas, bank, k, ess, moments)
+        assert k is not None
+        return canvas.posterior_sum(
+            self.engines, self.engine, z, sigmas, bank, k, self.padding_mode, self.memory_limit, ess, moments
+        )
 
-def _interior(length: int, k: int) -> range:
-    """Coordinates whose window of size k lies inside an axis of this length."""
-    return range(k // 2, length - k // 2)
-
-
-def _broken_axis(length: int, k: int) -> list[Axis]:
-    """An axis with equivariance broken at the border: near edge locked, interior free, far edge locked."""
-    interior = _interior(length, k)
-    if len(interior) <= 1:
-        return [Axis(range(length))]
-    parts = [Axis(range(interior.start)), Axis(interior, windows=interior), Axis(range(interior.stop, length))]
-    return [part for part in parts if len(part.queries)]
-
-
-def _widest(k: int | None, height: int, width: int) -> int:
-    """k, cut to the size at which a window holds the whole image from every pixel; beyond it nothing changes."""
-    assert k is not None
-    return min(k, 2 * max(height, width) - 1)
+    def product(
+        self, transposed: bool, z: Tensor, sigmas: Tensor, direction: Tensor, bank: PatchBank, k: int | None
+    ) -> Tensor:
+        if tuple(z.shape[1:]) == self.shape:
+            return super().product(transposed, z, sigmas, direction, bank, k)
+        assert k is not None
+        return canvas.product(
+            self.engines, self.engine, transposed, z, sigmas, direction, bank, k, self.padding_mode, self.memory_limit
+        )
 
 
 def _check_patch_size(patch_size: int | ScaleTable) -> int | ScaleTable:

@@ -104,7 +104,25 @@ def karras(steps: int = 20, sigma_min: float = 0.002, sigma_max: float = 80.0, r
     return Schedule("karras", torch.ones_like(sigmas), sigmas, start_std=sigma_max)
 
 
-SCHEDULES: dict[str, Callable[[int], Schedule]] = {"cosine": cosine, "linear": linear, "karras": karras}
+LEAST_ALPHA = 2.0**-20
+"""Replaces alpha = 0 (pure noise), where z = x / alpha is undefined; sigma / alpha is then 2^20."""
+
+
+def flow(steps: int = 20, shift: float = 1.0) -> Schedule:
+    """Rectified flow: x = (1 - s) x_0 + s eps at s = shift u / (1 + (shift - 1) u), u = i / steps from 1 down to 0.
+
+    Euler's method on its velocity eps - x_0 is DDIM on these levels. Liu et al. 2023; the shift is that of Esser et al.
+    2024, section 5.3.2. At s = 1 alpha is 2^-20 in place of 0.
+    """
+    steps = checks.integer("steps", steps, at_least=1, at_most=MOST_STEPS)
+    if not 0 < checks.number("shift", shift) < math.inf:
+        raise ValueError(f"shift: got {shift}, takes a positive number")
+    u = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
+    sigmas = shift * u / (1 + (shift - 1) * u)
+    return Schedule("flow", (1 - sigmas).clamp(min=LEAST_ALPHA), sigmas, start_std=1.0)
+
+
+SCHEDULES: dict[str, Callable[[int], Schedule]] = {"cosine": cosine, "linear": linear, "karras": karras, "flow": flow}
 
 
 def get_schedule(schedule: str | Schedule, steps: int) -> Schedule:

@@ -32,6 +32,8 @@ class PosteriorSum:
         vs: [B, C, H, W] covariance of v and s.
         ss: [B, 1, H, W] variance of s.
         pairs: (pixel, window) pairs that were evaluated, None for all.
+        v2: [B, C, H, W] sum_a e^(l_a - m) v_a^2; None where moments were not asked for, and so is sl.
+        sl: [B, 1, H, W] sum_a e^(l_a - m) (l_a - m).
     """
 
     m: Tensor
@@ -42,19 +44,26 @@ class PosteriorSum:
     vs: Tensor | None = None
     ss: Tensor | None = None
     pairs: int | None = field(default=None, kw_only=True)
+    v2: Tensor | None = field(default=None, kw_only=True)
+    sl: Tensor | None = field(default=None, kw_only=True)
 
     @classmethod
-    def empty(cls, shape: Sequence[int], device: torch.device | str, sampled: bool = False) -> PosteriorSum:
+    def empty(
+        cls, shape: Sequence[int], device: torch.device | str, sampled: bool = False, moments: bool = False
+    ) -> PosteriorSum:
         """The sum over no windows for images of `shape` [B, C, H, W], the neutral element of `merge`.
 
-        With `sampled` it has room for a sampling covariance, so that `add_` takes estimated parts.
+        With `sampled` it has room for a sampling covariance, so that `add_` takes estimated parts; with `moments` for
+        v2 and sl.
         """
         dtype = accumulator_dtype(device)
         batch, _, height, width = shape
         s = torch.zeros(batch, 1, height, width, dtype=dtype, device=device)
         v = torch.zeros(*shape, dtype=dtype, device=device)
         total = cls(torch.full_like(s, -torch.inf), s, v, s.clone())
-        return replace(total, vv=v.clone(), vs=v.clone(), ss=s.clone()) if sampled else total
+        if sampled:
+            total = replace(total, vv=v.clone(), vs=v.clone(), ss=s.clone())
+        return replace(total, v2=v.clone(), sl=s.clone()) if moments else total
 
     @property
     def mean(self) -> Tensor:
@@ -65,6 +74,18 @@ class PosteriorSum:
     def ess(self) -> Tensor:
         """[B, 1, H, W], effective sample size s^2 / s2: how many equally weighted windows would be as many."""
         return self.s**2 / self.s2
+
+    @property
+    def variance(self) -> Tensor:
+        """[B, C, H, W], posterior variance v2 / s - mean^2, at least 0. The sums need moments."""
+        assert self.v2 is not None
+        return (self.v2 / self.s - self.mean**2).clamp(min=0)
+
+    @property
+    def entropy(self) -> Tensor:
+        """[B, 1, H, W], entropy of the weights, -sum_a w_a ln w_a = ln s - sl / s in nats. The sums need moments."""
+        assert self.sl is not None
+        return (self.s.log() - self.sl / self.s).clamp(min=0)
 
     @property
     def stderr(self) -> Tensor:
@@ -81,7 +102,7 @@ class PosteriorSum:
     @property
     def fields(self) -> dict[str, Tensor]:
         """The tensors it has, by name."""
-        found = {name: getattr(self, name) for name in ("m", "s", "v", "s2", "vv", "vs", "ss")}
+        found = {name: getattr(self, name) for name in ("m", "s", "v", "s2", "vv", "vs", "ss", "v2", "sl")}
         return {name: x for name, x in found.items() if x is not None}
 
     def block(self, items: slice, rows: slice, cols: slice) -> PosteriorSum:
@@ -119,6 +140,11 @@ def merge(a: PosteriorSum, b: PosteriorSum) -> PosteriorSum:
             return of_b * scale_b**2 if of_b is not None else of_a * scale_a**2 if of_a is not None else None
         return of_a * scale_a**2 + of_b * scale_b**2
 
+    def from_reference(part: PosteriorSum) -> Tensor:
+        # sum_a e^(l_a - part.m) (l_a - reference); the sum over no windows has no part in it.
+        assert part.sl is not None
+        return part.sl + torch.where(torch.isneginf(part.m), torch.zeros_like(m), part.m - reference) * part.s
+
     return PosteriorSum(
         m=m,
         s=a.s * scale_a + b.s * scale_b,
@@ -128,6 +154,8 @@ def merge(a: PosteriorSum, b: PosteriorSum) -> PosteriorSum:
         vs=squares(a.vs, b.vs),
         ss=squares(a.ss, b.ss),
         pairs=None if a.pairs is None or b.pairs is None else a.pairs + b.pairs,
+        v2=a.v2 * scale_a + b.v2 * scale_b if a.v2 is not None and b.v2 is not None else None,
+        sl=from_reference(a) * scale_a + from_reference(b) * scale_b if a.sl is not None and b.sl is not None else None,
     )
 
 

@@ -26,6 +26,9 @@ from .noise import Schedule, get_schedule
 Denoise = Callable[[Tensor, float], Tensor]
 """denoise(z, sigma) -> x0, with the labels already bound."""
 
+Posterior = Callable[[Tensor, float], tuple[Tensor, Tensor]]
+"""posterior(z, sigma) -> the posterior mean x0 and the posterior variance of every pixel."""
+
 Begin = Callable[[Tensor, Labels], Tensor]
 """begin(noise, labels) -> z at the first level."""
 
@@ -84,6 +87,24 @@ def sample_ddpm(denoise: Denoise, z: Tensor, sigmas: Sequence[float], noise: Noi
     return z
 
 
+def sample_ddpm_optimal(
+    posterior: Posterior, z: Tensor, sigmas: Sequence[float], noise: NoiseSource, on_step: OnStep
+) -> Tensor:
+    """Ancestral sampling with the optimal variance of every pixel (Bao et al. 2022, "Analytic-DPM", theorem 1).
+
+    q(z' | z, x_0) has the mean x_0 + kept (z - x_0) and the variance sigma'^2 (1 - kept), kept = (sigma' / sigma)^2.
+    `sample_ddpm` puts D(z) in the place of x_0; what the posterior leaves open of x_0 adds (1 - kept)^2 Var(x_0 | z).
+    """
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        x0, variance = posterior(z, sigma)
+        on_step(i, z, x0)
+        kept = (sigma_next / sigma) ** 2
+        z = x0 + kept * (z - x0)
+        if sigma_next > 0:
+            z = z + (sigma_next**2 * (1 - kept) + (1 - kept) ** 2 * variance).sqrt() * noise()
+    return z
+
+
 def sample_heun(denoise: Denoise, z: Tensor, sigmas: Sequence[float], noise: NoiseSource, on_step: OnStep) -> Tensor:
     """Heun's second-order method (Karras et al. 2022, algorithm 1 without churn): two evaluations a step."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
@@ -99,6 +120,11 @@ def sample_heun(denoise: Denoise, z: Tensor, sigmas: Sequence[float], noise: Noi
 
 SAMPLERS = {"ddim": sample_ddim, "ddpm": sample_ddpm, "euler": sample_ddim, "heun": sample_heun}
 """Samplers by name. In z-coordinates Euler's method and DDIM are the same algorithm, listed under both names."""
+
+MOMENT_SAMPLERS = {"ddpm-optimal": sample_ddpm_optimal}
+"""Samplers that take the posterior variance besides the mean."""
+
+SAMPLER_NAMES = (*SAMPLERS, *MOMENT_SAMPLERS)
 
 
 def sample(
@@ -119,6 +145,7 @@ def sample(
     gaussian: GaussianScore | None = None,
     callback: Callable[[Step], None] | None = None,
     progress: bool = True,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Samples images from noise.
 
@@ -132,8 +159,8 @@ def sample(
         steps: noise levels of the schedule (ignored where `schedule` is a Schedule). The last level of the cosine
             schedule is the clean image, so it makes steps - 1 evaluations, as published. Take 10 or more: with fewer,
             its first level has too little noise to start from.
-        schedule: "cosine", "linear", "karras" or a Schedule.
-        sampler: "ddim", "ddpm", "euler" or "heun".
+        schedule: "cosine", "linear", "karras", "flow" or a Schedule.
+        sampler: "ddim", "ddpm", "euler", "heun", or "ddpm-optimal" for denoisers that have moments.
         labels: None, one label for all, or a list whose entries image i takes in turn: labels[i % len(labels)].
         seed: any integer.
         first: number of the first image; images first .. first + n - 1 are made.
@@ -148,6 +175,8 @@ def sample(
             is large, or for several calls). Each image uses the Gaussian of its class.
         callback: called with a `Step` after each denoising step of each batch.
         progress: show a bar on stderr once it has taken two seconds.
+        size: (height, width) of the images; None makes them as large as the denoiser's own, and some denoisers
+            (`Denoiser.any_size`) take every other.
 
     Returns:
         [n, C, H, W] in [-1, 1] on `device`.
@@ -161,10 +190,13 @@ def sample(
     first = checks.integer("first", first, at_least=0)
     batch_size = checks.integer("batch_size", batch_size, at_least=1)
     seed = checks.integer("seed", seed)
-    checks.one_of("sampler", sampler, SAMPLERS)
+    checks.one_of("sampler", sampler, SAMPLER_NAMES)
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype: got {dtype}, takes torch.float32 or torch.float64")
     levels, begin = _beginning(denoiser, get_schedule(schedule, steps), sigma_max, gaussian_until, gaussian)
+    shape = _check_size(size, denoiser, levels)
+    if shape != tuple(denoiser.shape) and not (sigma_max is None and gaussian_until is None):
+        raise ValueError("sigma_max, gaussian_until: take images of the bank's size, as the Gaussian is of such")
     images = range(first, first + n)
     listed = labels_in_turn(labels, images)
     device = checks.device(device)
@@ -175,13 +207,33 @@ def sample(
             batch = images[start : start + batch_size]
             batch_labels = None if listed is None else listed[start : start + batch_size]
             done.append(
-                _sample_batch(denoiser, batch, levels, begin, sampler, batch_labels, seed, device, dtype, callback, bar)
+                _sample_batch(
+                    denoiser, shape, batch, levels, begin, sampler, batch_labels, seed, device, dtype, callback, bar
+                )
             )
     return torch.cat(done)
 
 
+def _check_size(size: tuple[int, int] | None, denoiser: Denoiser, levels: Schedule) -> tuple[int, ...]:
+    """(C, H, W) of the images to make."""
+    own = tuple(denoiser.shape)
+    if size is None:
+        return own
+    try:
+        height, width = size
+    except (TypeError, ValueError):
+        raise TypeError(f"size: got {size!r}, takes (height, width)") from None
+    wanted = checks.integer("size", height, at_least=1), checks.integer("size", width, at_least=1)
+    if wanted != own[1:]:
+        if not isinstance(denoiser, Denoiser):
+            raise ValueError(f"size: got {height} x {width}, {type(denoiser).__name__} says nothing of other sizes")
+        denoiser.check_size(wanted, levels.ratios[:-1].tolist())
+    return own[0], *wanted
+
+
 def _sample_batch(
     denoiser: Denoiser,
+    shape: tuple[int, ...],
     images: range,
     levels: Schedule,
     begin: Begin,
@@ -198,11 +250,16 @@ def _sample_batch(
 
     def noise() -> Tensor:
         # Drawn on the CPU, so that a seed gives the same noise on every device.
-        drawn = [torch.randn(denoiser.shape, generator=generator, dtype=torch.float64) for generator in generators]
+        drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for generator in generators]
         return torch.stack(drawn).to(device, dtype)
 
     def denoise(z: Tensor, sigma: float) -> Tensor:
         return denoiser.denoise(z, sigma, labels)
+
+    def posterior(z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        found = denoiser.estimate(z, sigma, labels, moments=True)
+        assert found.variance is not None
+        return found.mean, found.variance
 
     def on_step(index: int, z: Tensor, x0: Tensor) -> None:
         bar.update(len(images))
@@ -211,6 +268,8 @@ def _sample_batch(
             callback(Step(index, len(levels), alpha, sigmas[index], alpha * z, x0, images))
 
     z = begin(noise(), labels)
+    if sampler in MOMENT_SAMPLERS:
+        return MOMENT_SAMPLERS[sampler](posterior, z, ratios, noise, on_step).clamp(-1, 1)
     return SAMPLERS[sampler](denoise, z, ratios, noise, on_step).clamp(-1, 1)
 
 

@@ -1,8 +1,8 @@
 """ScaleTable: the patch size at each noise level, the theory's one hyperparameter.
 
 The more noise, the larger the part of an image that a network uses; a table holds its size. Tables are calibrated
-against a network or taken from the published ones. A lookup takes the nearest noise level, so a table serves any
-schedule.
+against a network (`calibrate`), fitted to a bank by held-out denoising error, or taken from the published ones. A
+lookup takes the nearest noise level, so a table serves any schedule.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import checks, noise
+from .bank import PatchBank
 from .files import read_record, write_record
+from .heldout import HeldOutErrors, held_out_errors
 
 FORMAT = "patchscore-scale-table"
 VERSION = 1
@@ -76,6 +79,32 @@ class ScaleTable:
     def constant(cls, size: int) -> ScaleTable:
         """The same patch size at every noise level."""
         return cls([1.0], [size], f"constant-{size}")
+
+    @classmethod
+    def fit(
+        cls, bank: PatchBank, patch_sizes: Sequence[int] | None = None, monotone: bool = False, **options: Any
+    ) -> ScaleTable:
+        """The patch sizes with the least held-out denoising error over a bank; no network is needed.
+
+        At each noise level some training images are denoised by all the others, with every candidate size, and the size
+        with the least mean squared error is taken. `held_out_errors` gives the errors themselves, with intervals and
+        runners-up, and `of_errors` the table of them.
+
+        Args:
+            bank: the training images.
+            patch_sizes: the candidates, odd; None takes 3 to the image's smaller side in steps of about 1.25.
+            monotone: whether sizes may not fall as the noise grows.
+            options: as of `held_out_errors`: sigmas, images, block, padding_mode, machine, conditional, held_out, ...
+
+        Raises:
+            TypeError, ValueError: as of `held_out_errors`.
+        """
+        return cls.of_errors(held_out_errors(bank, patch_sizes, **options), monotone)
+
+    @classmethod
+    def of_errors(cls, errors: HeldOutErrors, monotone: bool = False, name: str = "fitted") -> ScaleTable:
+        """The sizes with the least of these held-out errors; with `monotone`, the best that do not fall with noise."""
+        return cls(errors.sigmas, errors.monotone if monotone else errors.best, name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the table as JSON."""

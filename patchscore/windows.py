@@ -78,8 +78,59 @@ class Competition:
         """The same rule for some of its groups."""
         return Competition(self.patch_size, self.padding_mode, tuple(groups))
 
+    def at(self, rows: range, cols: range) -> Competition:
+        """The same rule for the pixels in these rows and columns."""
+        parts = [Group(_part(group.rows, rows), _part(group.cols, cols)) for group in self.groups]
+        return self.only([part for part in parts if part.pixels])
+
+
+def _part(axis: Axis, coordinates: range) -> Axis:
+    """The axis for those of its queries that are among the coordinates."""
+    start, stop = max(axis.queries.start, coordinates.start), min(axis.queries.stop, coordinates.stop)
+    return Axis(range(start, max(start, stop)), axis.windows)
+
 
 WHOLE_IMAGE = Competition(patch_size=None, padding_mode="zeros")
+
+
+# The competitions of local machines.
+
+
+def local_competition(height: int, width: int, k: int) -> Competition:
+    """Windows at the same place compete, zero-padded."""
+    return Competition(widest(k, height, width), "zeros", (Group(Axis(range(height)), Axis(range(width))),))
+
+
+def equivariant_competition(height: int, width: int, k: int, padding_mode: str) -> Competition:
+    """Windows from every place compete; with "zeros" equivariance is broken at the border."""
+    k = widest(k, height, width)
+    if padding_mode == "circular":
+        inside = Group(
+            Axis(range(height), windows=_interior(height, k)),
+            Axis(range(width), windows=_interior(width, k)),
+        )
+        return Competition(k, "circular", (inside,))
+    groups = (Group(rows, cols) for rows in _broken_axis(height, k) for cols in _broken_axis(width, k))
+    return Competition(k, "zeros", tuple(groups))
+
+
+def _interior(length: int, k: int) -> range:
+    """Coordinates whose window of size k lies inside an axis of this length."""
+    return range(k // 2, length - k // 2)
+
+
+def _broken_axis(length: int, k: int) -> list[Axis]:
+    """An axis with equivariance broken at the border: near edge locked, interior free, far edge locked."""
+    interior = _interior(length, k)
+    if len(interior) <= 1:
+        return [Axis(range(length))]
+    parts = [Axis(range(interior.start)), Axis(interior, windows=interior), Axis(range(interior.stop, length))]
+    return [part for part in parts if len(part.queries)]
+
+
+def widest(k: int, height: int, width: int) -> int:
+    """k, cut to the size at which a window holds the whole image from every pixel; beyond it nothing changes."""
+    return min(k, 2 * max(height, width) - 1)
 
 
 # Windows and images.

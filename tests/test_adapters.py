@@ -113,6 +113,8 @@ def test_the_denoiser_is_asked_at_the_schedulers_own_level_for_what_it_predicts(
     """z is the sampler's x brought back to z = x_0 + sigma eps, at every step of every walk."""
     if name == "LMSDiscreteScheduler":
         pytest.importorskip("scipy")
+    if prediction_type == "epsilon" and "rescale_betas_zero_snr" in options:
+        pytest.skip("epsilon says nothing of x_0 in pure noise")
     if prediction_type == "sample" and name.startswith(("KDPM2", "LMS", "EulerAncestral")):
         pytest.skip(f"{name} does not take sample prediction")
     if prediction_type == "sample" and name.startswith("PNDM"):
@@ -349,12 +351,8 @@ def test_schedulers_we_do_not_know_are_named(machine):
     with pytest.raises(
         ValueError, match="scheduler: DPMSolverMultistepScheduler predicts 'flow_prediction', takes 'eps"
     ):
-        PatchScoreUNet(
-            machine, diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-        )
-    with pytest.raises(ValueError, match="scheduler: got FlowMatchEulerDiscreteScheduler, takes one that has alphas_"):
-        PatchScoreUNet(machine, diffusers.FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(ValueError, match="scheduler: got NoneType"):
+        PatchScoreUNet(machine, diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"))
+    with pytest.raises(ValueError, match="scheduler: NoneType is not known"):
         PatchScoreUNet(machine, None)
     with pytest.raises(TypeError, match="denoiser: got str, takes a machine"):
         PatchScoreUNet("machine", diffusers.DDIMScheduler())
@@ -523,13 +521,6 @@ def test_a_gradient_through_an_adapter_is_an_error_not_a_wrong_number(machine, b
         with torch.no_grad():
             call(x)
         call(x.detach())
-
-
-@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"])
-def test_flow_sigmas_are_refused_by_name(name, machine):
-    scheduler = getattr(diffusers, name)(use_flow_sigmas=True)
-    with pytest.raises(ValueError, match=f"{name} has use_flow_sigmas=True"):
-        PatchScoreUNet(machine, scheduler)
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])

@@ -252,3 +252,17 @@ def test_bytes_and_values_are_each_others_inverse():
         assert torch.equal(to_bytes(values), levels)
     assert torch.equal(to_values(torch.tensor([-0.5, 0.25])), torch.tensor([-0.5, 0.25]))
     assert to_bytes(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+
+
+def test_images_are_taken_by_number_and_share_memory():
+    images, labels = torch.from_numpy(pixels(9, 3, 8, 8)), torch.arange(9) % 3
+    bank = PatchBank(images, labels)
+    some = bank.take([4, 1, 1])
+    assert some.images.data_ptr() == images.data_ptr()
+    torch.testing.assert_close(some.chunk(0, 3), bank.chunk(0, 9)[[4, 1, 1]])
+    assert some.labels.tolist() == [1, 1, 1]
+    assert some.fingerprint == PatchBank(images[[4, 1, 1]], labels[[4, 1, 1]]).fingerprint
+    assert bank.select(1).take(torch.tensor([2])).indices.tolist() == [7]
+    for wrong, error in (([], ValueError), ([9], ValueError), ([-1], ValueError), ([0.5], TypeError)):
+        with pytest.raises(error, match="images: got"):
+            bank.take(wrong)

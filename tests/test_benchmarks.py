@@ -148,7 +148,8 @@ def test_results_go_where_they_are_asked_and_a_failure_is_told(tmp_path, monkeyp
 
 
 def test_bench_from_a_wheel_says_in_one_line_where_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "patchscore" / "cli.py"))
+    module = sys.modules["patchscore.cli.bench"]  # the attribute of that name is the command
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "patchscore" / "cli" / "bench.py"))
     done = CliRunner().invoke(cli.main, ["bench"])
     assert done.exit_code == 2
     assert len(done.output.splitlines()) == 1

@@ -21,7 +21,9 @@ from PIL import Image
 
 import patchscore as ps
 from patchscore import engines, files
+from patchscore.cli import fitted as cli_fitted
 from patchscore.cli import main
+from patchscore.cli.fitted import published_for
 from patchscore.cli.options import labels_named
 from patchscore.runs import MOST_IMAGES, RunFolder, folder, reopen
 
@@ -291,6 +293,79 @@ def test_a_table_can_come_from_a_file_or_by_name(photos, tmp_path):
     )
     assert named.exit_code == 0
     assert "celeba-resnet-zeros" in named.output
+
+
+def fitted(output):
+    """What a command says of a fit, or nothing."""
+    return [line for line in output.splitlines() if "fitted to these images" in line]
+
+
+def test_patch_sizes_are_fitted_to_a_source_of_its_own_and_kept(photos, tmp_path):
+    words = ("sample", photos, "--steps", 4, "-n", 1, "--out")
+    (line,) = fitted(run(*words, tmp_path / "a").output)
+    assert "12 images held out of 12" in line
+    settings = json.loads((tmp_path / "a" / "run.json").read_text())["settings"]
+    table = ps.ScaleTable.load(tmp_path / "a" / "table.json")
+    assert settings["table"] == table.name == "fitted"
+    assert list(settings["patch_sizes"].values()) == list(table.sizes) == sorted(table.sizes)
+    errors = ps.HeldOutErrors.load(tmp_path / "a" / "held-out.json")
+    assert table == ps.ScaleTable.of_errors(errors, monotone=True)
+    assert table == ps.ScaleTable.fit(ps.PatchBank.open(photos), monotone=True, progress=False)
+
+    # The same run goes on, and another beside it takes the same sizes, without a fit; with labels it needs its own.
+    (line,) = fitted(run(*words, tmp_path / "a", "-n", 2).output)
+    assert f"read from {tmp_path / 'a' / 'held-out.json'}" in line
+    (line,) = fitted(run(*words, tmp_path / "b", "--sampler", "heun").output)
+    assert f"read from {tmp_path / 'a' / 'held-out.json'}" in line
+    assert (tmp_path / "b" / "held-out.json").read_bytes() == (tmp_path / "a" / "held-out.json").read_bytes()
+    (line,) = fitted(run(*words, tmp_path / "c", "--labels", "all").output)
+    assert "held out" in line
+    # A damaged file is as none.
+    (tmp_path / "a" / "held-out.json").write_text("{}")
+    shutil.rmtree(tmp_path / "b")
+    (line,) = fitted(run(*words, tmp_path / "a", "-n", 2).output)
+    assert "held out" in line
+    assert run(*words, tmp_path / "a", "--machine", "ls", "--overwrite").exit_code == 0
+    assert ps.HeldOutErrors.load(tmp_path / "a" / "held-out.json").settings["machine"] == "local"
+
+
+def test_runs_of_releases_that_did_not_fit_go_on_with_their_table(photos, tmp_path):
+    words = ("sample", photos, "--steps", 3, "--out", tmp_path / "out")
+    run(*words, "-n", 1, "--table", "cifar10-resnet-zeros")
+    result = run(*words, "-n", 2)
+    assert result.exit_code == 0
+    assert not fitted(result.output)
+    assert "cifar10-resnet-zeros" in result.output
+
+
+def test_published_sizes_serve_the_data_that_they_were_made_for():
+    for source, shape, padding_mode, table in (
+        ("fashion-mnist", (1, 28, 28), "zeros", "fashionmnist-resnet-zeros"),
+        ("data/CIFAR10.npz", (3, 32, 32), "circular", "cifar10-resnet-circular"),
+        ("cifar-10-batches-py", (3, 32, 32), "zeros", "cifar10-resnet-zeros"),
+        ("mnist", (1, 32, 32), "circular", "mnist-resnet-circular"),
+        ("img_align_celeba", (3, 32, 32), "zeros", "celeba-resnet-zeros"),
+        ("img_align_celeba", (3, 64, 64), "zeros", None),
+        ("fashion-mnist", (1, 28, 28), "circular", None),
+        ("cifar100.npz", (3, 32, 32), "zeros", None),
+        ("cifar10.npz", (1, 32, 32), "zeros", None),
+        ("photos", (3, 32, 32), "zeros", None),
+    ):
+        found = published_for(source, shape, padding_mode)
+        assert (None if found is None else found.name) == table, source
+
+
+def test_of_one_image_no_patch_sizes_can_be_fitted(photos, tmp_path):
+    result = run("sample", photos / "cat" / "1.png", "--steps", 3, "-n", 1, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "patch sizes cifar10-resnet-zeros: of one image none can be held out" in result.output
+
+
+def test_a_large_bank_is_fitted_on_a_part(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_fitted, "WINDOWS", 5 * 120)
+    monkeypatch.setattr(cli_fitted, "FEWEST", 3)
+    (line,) = fitted(run("sample", photos, "--steps", 3, "-n", 1, "--out", tmp_path / "out").output)
+    assert "5 images held out of 5" in line
 
 
 @pytest.mark.parametrize(
@@ -766,3 +841,37 @@ def test_theory_folders_are_locked_too(photos, tmp_path, command):
         assert run(*words, *more).exit_code == 0
     finally:
         sys.path.remove(str(tmp_path))
+
+
+def test_size_out_makes_images_of_another_size_and_is_continued(photos, tmp_path):
+    out = tmp_path / "out"
+    assert sample(photos, out, "--size-out", "14x20").exit_code == 0
+    bank = ps.PatchBank.open(photos)
+    images = ps.sample(ps.EquivariantLocalScore(bank, 3), 3, steps=4, size=(14, 20)).numpy()
+    assert np.abs(np.load(out / "samples.npy") - images).max() < 1e-5
+    assert "nearest" not in images_of(out)[0]
+    assert "3 were there" in sample(photos, out, "--size-out", "14x20", "-n", 4).output
+    other = sample(photos, out)
+    assert other.exit_code == 2
+    assert "holds a run with size [14, 20], asked for None" in other.output
+
+
+def test_the_banks_own_size_out_is_no_other_run(photos, tmp_path):
+    assert sample(photos, tmp_path / "out").exit_code == 0
+    assert "3 were there" in sample(photos, tmp_path / "out", "--size-out", "10x12", "-n", 4).output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size-out", "14by20"], "--size-out: got '14by20', takes HEIGHTxWIDTH such as 48x80"),
+        (["--size-out", "0x20"], "--size-out: got '0x20', takes HEIGHTxWIDTH such as 48x80"),
+        (["--size-out", "2x20"], "--size-out: a canvas of 2 x 20 is smaller than the patch size 3"),
+        (["--size-out", "14", "--machine", "ls"], "--size-out: got 14 x 14, LocalScore makes images of 10 x 12 alone"),
+    ],
+)
+def test_a_size_out_that_cannot_be_is_told_before_anything_is_written(photos, tmp_path, options, message):
+    result = sample(photos, tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "out" / "run.json").exists()

@@ -87,7 +87,7 @@ def commands():
     return found
 
 
-ORDER = ("index", "sample", "calibrate", "compare", "explain", "info")
+ORDER = ("index", "sample", "synthesize", "calibrate", "compare", "likelihood", "explain", "info")
 """What one needs of another comes first."""
 
 SHARED = ("fashion-mnist", "--labels", "all")
@@ -102,6 +102,8 @@ CHEAPER = {
     "calibrate": ["--steps", "3", "-n", "1", "--patch-sizes", "3,5"],
     "compare": ["--steps", "3", "-n", "1"],
     "explain": ["--levels", "1"],
+    "likelihood": ["-n", "1", "--steps", "2"],
+    "synthesize": ["--steps", "1", "--overwrite"],
 }
 
 
@@ -114,7 +116,12 @@ def test_patchscore_commands_run(few_images):
         folder = few_images / "photos" / ("cats" if i % 2 else "dogs")
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i}.jpg")
+    Image.fromarray(smooth_images(1, 3, 20, 24)[0].numpy().transpose(1, 2, 0)).save(few_images / "photo.jpg")
     np.savez("cifar.npz", images=smooth_images(12, 3, 28, 28).numpy(), labels=np.arange(12) % 2)
+    np.savez("test.npz", images=smooth_images(2, 3, 28, 28, seed=1).numpy(), labels=np.arange(2))
+    (few_images / "more").symlink_to(few_images / "photos")
+    (few_images / "held-out").mkdir()
+    Image.fromarray(smooth_images(1, 1, 28, 28, seed=1)[0, 0].numpy()).save(few_images / "held-out" / "0.png")
     (few_images / "mymodels.py").write_text(
         "import patchscore as ps\n\n\ndef denoiser(bank):\n    return ps.GaussianScore(bank)\n"
     )

@@ -6,13 +6,14 @@ import warnings
 
 import pytest
 import torch
-from conftest import noisy
+from conftest import machine_named, noisy
 
 import patchscore as ps
 from patchscore import engines
 from patchscore.engines import base, reference
 from patchscore.engines.base import Engine, EngineError
 from patchscore.engines.reference import Reference
+from patchscore.windows import span
 
 CPU = torch.device("cpu")
 
@@ -210,3 +211,15 @@ def test_memory_stays_inside_its_limit(case):
     grown = subprocess.run([sys.executable, "-c", MEMORY.format(**case)], capture_output=True, text=True, check=True)
     # 8 MiB for what the libraries set up on the way.
     assert int(grown.stdout) <= case["limit"] + 8
+
+
+@pytest.mark.parametrize("machine", ["els-zeros", "els-circular", "local"])
+def test_some_pixels_of_a_competition_have_the_sums_that_they_have_among_all(bank, machine):
+    z, sigma = noisy(bank, 0.7, 2), torch.tensor([0.5, 0.9], dtype=torch.float64)
+    whole = machine_named(machine, bank, 5).competition(5)
+    for rows, cols in ((range(2, 5), range(7)), (range(12), range(9, 10)), (range(1), range(1))):
+        part = whole.at(rows, cols)
+        assert sum(group.pixels for group in part.groups) == len(rows) * len(cols)
+        all_pixels, some = (engines.serve(engines.EXACT, "auto", z, sigma, bank, of, 2**30)[0] for of in (whole, part))
+        block = (slice(None), slice(None), span(rows), span(cols))
+        torch.testing.assert_close(some.mean[block], all_pixels.mean[block], atol=1e-6, rtol=0)

@@ -74,3 +74,10 @@ def test_every_example_is_run_here():
     tests = Path(__file__).read_text()
     for example in EXAMPLES.glob("*.py"):
         assert f'"{example.name}"' in tests
+
+
+def test_synthesis_draws_a_tile_a_landscape_and_a_wider_one(tmp_path):
+    run("synthesis.py", tmp_path / "out.png", 0.2)
+    picture = Image.open(tmp_path / "out.png").convert("RGB")
+    assert picture.width > 300
+    assert len(picture.getcolors(2**24)) > 1000

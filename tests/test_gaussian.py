@@ -301,7 +301,13 @@ def test_bad_arguments_are_named(arguments, error, message, bank):
 @pytest.mark.parametrize(
     ("z", "sigma", "labels", "error", "message"),
     [
-        (torch.zeros(1, 1, 12, 10), 1.0, None, ValueError, r"z: got shape \[1, 1, 12, 10\], takes \[B, 3, 12, 10\]"),
+        (
+            torch.zeros(1, 1, 12, 10),
+            1.0,
+            None,
+            ValueError,
+            r"z: got shape \[1, 1, 12, 10\], (GaussianScore )?takes \[B, 3, 12, 10\]",
+        ),
         (torch.full((1, 3, 12, 10), math.nan), 1.0, None, ValueError, "z: NaN"),
         (torch.zeros(1, 3, 12, 10), 0.0, None, ValueError, r"sigma: got 0\.0"),
         (torch.zeros(1, 3, 12, 10), 1.0, "pink", ValueError, "unknown label 'pink'"),

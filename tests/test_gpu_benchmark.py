@@ -231,20 +231,14 @@ def test_no_speed_is_reported_of_an_engine_that_is_wrong_or_did_not_serve(gpu, m
 
 
 @needs_triton
-def test_pruned_stands_beside_exact_sums_and_the_images_of_golddiff(gpu, monkeypatch, tmp_path, capsys):
-    pytest.importorskip("faiss")
+def test_exact_sums_stand_beside_the_images_of_golddiff(gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "GOLDDIFF_CASES", ((3, 0.5),))
     bench = bench_of(gpu, monkeypatch, tmp_path)
-    bank = gpu.ps.PatchBank(gpu.record.smooth(3, 12, 60))
-    index = gpu.index_of(bank, [3], tmp_path)
-    bench.section("pruned", gpu.shares, index, ((3, 0.5),), 2, "sliding")
+    bench.section("golddiff", gpu.chosen_images, gpu.ps.PatchBank(gpu.record.smooth(3, 12, 60)), "sliding")
     rows = written(tmp_path)["rows"]
     assert written(tmp_path)["failed"] == []
-    assert [row.get("budget") for row in rows] == [None, None, *gpu.BUDGETS]
-    assert rows[0]["engine"] == "sliding"
-    assert rows[1]["engine"] == "GoldDiff's images, sliding"
-    assert all("pruned" in row["engine"] for row in rows[2:])
-    assert all(0 < row["pairs_share"] < 1 for row in rows[2:])
-    assert rows[-1]["rms"] <= rows[2]["rms"]
+    assert [row["engine"] for row in rows] == ["sliding", "GoldDiff's images, sliding"]
+    assert rows[1]["rms"] > rows[0]["error"]
     capsys.readouterr()
 
 

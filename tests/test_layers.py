@@ -7,17 +7,20 @@ PACKAGE = Path(__file__).parent.parent / "patchscore"
 
 LAYERS = (
     {"checks", "files", "native", "version", "windows", "posterior", "pixels"},
-    {"noise", "scales", "sources"},
+    {"noise", "sources"},
     {"bank"},
     {"index"},
     {"engines"},
+    {"canvas", "heldout"},
+    {"scales"},
     {"denoiser"},
     {"machines"},
-    {"gaussian", "guidance", "networks", "nearest"},
+    {"gaussian", "gradients", "guidance", "networks", "nearest"},
+    {"theories"},
     {"adapters", "sampling"},
-    {"classification", "calibrate", "evaluate", "explain"},
+    {"classification", "calibrate", "evaluate", "explain", "likelihood"},
     {"draw", "memorisation"},
-    {"runs"},
+    {"runs", "synthesis"},
     {"cli", "__init__", "__main__"},
 )
 """From the ground up. Modules and subpackages of one layer may import each other, but not in a circle."""

@@ -143,3 +143,31 @@ def test_the_callback_sees_every_step_and_last_the_images(sampler, bank):
 def test_bad_arguments_are_named(options, error, message, bank):
     with pytest.raises(error, match=message):
         ps.sample(**{"denoiser": ps.LocalScore(bank, 3), **options})
+
+
+def test_ddpm_optimal_draws_what_a_gaussian_prior_asks_for():
+    # Of a Gaussian prior every reverse step is Gaussian: with the posterior variance any few steps sample it exactly.
+    class WithVariance(Gaussian):
+        def estimate(self, z, sigma, labels=None, *, moments=False):
+            variance = self.scale**2 * sigma**2 / (self.scale**2 + sigma**2)
+            zeros = torch.zeros_like(z)
+            return ps.Estimate(self.denoise(z, sigma), zeros, zeros[:, 0], 0, "test", torch.full_like(z, variance))
+
+    levels = noise.karras(4, sigma_min=0.01, sigma_max=50.0)
+    n = 400
+    draws = {
+        sampler: ps.sample(WithVariance(), n, schedule=levels, sampler=sampler, batch_size=n, progress=False)
+        for sampler in ("ddpm", "ddpm-optimal")
+    }
+    # 6400 values: the standard deviation is known to 1 / sqrt(2 * 6400), here five times that.
+    assert abs(draws["ddpm-optimal"].std().item() / 0.3 - 1) < 5 / math.sqrt(2 * n * 16)
+    assert draws["ddpm"].std().item() < 0.9 * 0.3
+
+
+def test_ddpm_optimal_needs_moments():
+    bank = ps.PatchBank(smooth_images(4, 1, 6, 6))
+    els = ps.EquivariantLocalScore(bank, 3)
+    images = ps.sample(els, 2, steps=4, sampler="ddpm-optimal", progress=False)
+    assert images.isfinite().all()
+    with pytest.raises(ValueError, match=r"^moments: a guided denoiser"):
+        ps.sample(ps.Guided(els, els, 2.0), 1, steps=4, sampler="ddpm-optimal", progress=False)

@@ -355,11 +355,13 @@ def native_arguments(**changes):
         "s": np.zeros((1, 1, 6, 5)),
         "s2": np.zeros((1, 1, 6, 5)),
         "v": np.zeros(shape),
+        "v2": None,
+        "sl": None,
         "threads": 1,
         "memory_limit": LIMIT,
         "simd": "",
     } | changes
-    of_competition = ("patch_size", "circular", "groups", "m", "s", "s2", "v")
+    of_competition = ("patch_size", "circular", "groups", "m", "s", "s2", "v", "v2", "sl")
     return arguments | {"competitions": [tuple(arguments.pop(name) for name in of_competition)]}
 
 
@@ -413,6 +415,9 @@ def unaligned(shape, dtype):
         {"s": np.zeros((1, 1, 6, 5), np.float32)},
         {"v": np.zeros((1, 1, 6, 5))},
         {"v": read_only(np.zeros((1, 3, 6, 5)))},
+        {"v2": np.zeros((1, 3, 6, 5))},
+        {"v2": np.zeros((1, 1, 6, 5)), "sl": np.zeros((1, 1, 6, 5))},
+        {"v2": np.zeros((1, 3, 6, 5)), "sl": np.zeros((1, 1, 6, 4))},
         {"memory_limit": 10},
         {"simd": "neon"},
     ],

@@ -1,10 +1,12 @@
 """patchscore calibrate and compare: what they write, and one line for everything that goes wrong."""
 
+import csv
 import json
 
 import numpy as np
 import pytest
 import torch
+from browser import CHROMIUM, Browser
 from click.testing import CliRunner
 from conftest import smooth_images
 from PIL import Image
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 
 import patchscore as ps
 from patchscore.cli import main
+from patchscore.draw.league import league_page
 from patchscore.networks import ResNet, load_network, save_network
 
 
@@ -52,7 +55,89 @@ def test_calibrate_then_compare_an_entry_point(data):
     assert [row["machine"] for row in report["rows"]] == ["els-zeros", "els-circular", "local", "ideal", "gaussian"]
     for picture in ("pairs.png", "scatter.png"):
         assert Image.open(data / "d" / picture).width > 100
-    assert f"{report['rows'][0]['r2_median']:.3f}" in done.output
+    assert f"{report['rows'][0]['correlation_squared_median']:.3f}" in done.output
+    assert {row["machine"] for row in csv.DictReader((data / "d" / "comparison.csv").read_text().splitlines())} == set(
+        report["images"]
+    )
+    assert "against" in done.output
+
+
+def test_calibrate_without_a_network(data):
+    words = ("calibrate", "bank.npz", "--steps", 5, "-n", 3, "--patch-sizes", "3,5,9")
+    done = run(*words, "--monotone", "--block", 0, "--out", "c")
+    assert done.exit_code == 0, done.output
+    table = ps.ScaleTable.load("c/table.json")
+    errors = ps.HeldOutErrors.load("c/held-out.json")
+    bank = ps.PatchBank.open("bank.npz")
+    levels = ps.get_schedule("cosine", 5).ratios[:-1].tolist()
+    again = ps.held_out_errors(bank, [3, 5, 9], levels, images=3, block=None, progress=False)
+    np.testing.assert_allclose(errors.errors, again.errors, rtol=1e-5)
+    assert table == ps.ScaleTable.of_errors(errors, monotone=True)
+    assert Image.open("c/calibration.png").width > 100
+    for word in ("size", "from", "to", "next"):
+        assert any(line.startswith(word) for line in done.output.splitlines())
+
+    np.savez("more.npz", images=smooth_images(4, 1, 10, 10, seed=5).numpy(), labels=np.arange(4) % 2)
+    done = run(*words, "--held-out", "more.npz", "--labels", "all", "--out", "d")
+    assert done.exit_code == 0, done.output
+    settings = ps.HeldOutErrors.load("d/held-out.json").settings
+    assert settings["held_out"] == ps.PatchBank.open("more.npz").fingerprint
+    assert settings["conditional"]
+
+
+def test_a_league_of_some_theories_continues_and_grows(data):
+    words = ("compare", "bank.npz", "entrypoint_of_test:local", "--steps", 4, "--table", 3, "--out", "league")
+    done = run(*words, "-n", 2, "--theories", "pca,ideal", "--no-steps")
+    assert done.exit_code == 0, done.output
+    report = json.loads((data / "league" / "comparison.json").read_text())
+    assert {row["machine"] for row in report["rows"]} == {"pca", "ideal"}
+    assert "step_mse_median" not in report["rows"][0]
+    assert not (data / "league" / "scatter.png").exists()
+    done = run(*words, "-n", 3, "--theories", "all", "--no-steps")
+    assert done.exit_code == 0, done.output
+    grown = json.loads((data / "league" / "comparison.json").read_text())
+    assert grown["rows"][0]["machine"] == "els-zeros"
+    assert len(grown["rows"]) == 10
+    assert grown["images"]["pca"]["mse"][:2] == report["images"]["pca"]["mse"]
+    done = run(*words, "-n", 2, "--theories", "pca")
+    assert done.exit_code == 2
+    assert "holds a comparison of along False, asked for True" in done.output
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+def test_the_league_page_in_a_browser(data, tmp_path_factory):
+    """Sorting by a column and its reverse, another figure, pictures that are there, and nothing fetched."""
+    bank = ps.PatchBank.open("bank.npz")
+    machines = {"<b>ideal": ps.IdealScore(bank), "local": ps.LocalScore(bank, 5), "gaussian": ps.GaussianScore(bank)}
+    found = ps.compare(ps.LocalScore(bank, 3), machines, n=3, steps=4, progress=False)
+    (data / "league.html").write_text(league_page(found, "A </script> title", ["a line"]))
+    with Browser(tmp_path_factory.mktemp("chromium")) as browser:
+        browser.open((data / "league.html").as_uri())
+        assert browser.read("document.querySelector('h1').textContent") == "A </script> title"
+        names = "[...document.querySelectorAll('#league tbody tr')].map((row) => row.cells[0].textContent)"
+        assert browser.read(names) == found.league()
+        heading = "document.querySelectorAll('#league th button')[4]"
+        browser.read(f"{heading}.click()")
+        assert browser.read(names) == found.league("mse")
+        browser.read(f"{heading}.click()")
+        assert browser.read(names) == found.league("mse")[::-1]
+        assert browser.read(f"{heading}.closest('th').ariaSort") == "descending"
+        cells = "[...document.querySelectorAll('#differences tbody tr')].map((row) => row.cells[2].textContent)"
+        before = browser.read(cells)
+        assert len(before) == 3
+        assert before[0].startswith(f"{found.differences()[0]['median']:.3f}")
+        browser.read(
+            "{const s = document.querySelector('#figure'); s.value = 'mse'; s.dispatchEvent(new Event('change'))}"
+        )
+        assert browser.read(cells) != before
+        assert browser.read("document.querySelectorAll('#chart polyline').length") == 3
+        pictures = "[...document.querySelectorAll('.pictures img')].map((image) => image.naturalWidth)"
+        assert all(width > 30 for width in browser.read(pictures))
+        assert len(browser.read(pictures)) == 4
+        assert browser.read("document.querySelectorAll('b').length") == 0
+        asked = [event for event in browser.events if event.get("method") == "Network.requestWillBeSent"]
+        asked = {event["params"]["request"]["url"].split(":")[0] for event in asked}
+        assert asked <= {"file", "data", "about"}
 
 
 def test_a_checkpoint_brings_its_padding(data):
@@ -74,7 +159,13 @@ def test_a_checkpoint_brings_its_padding(data):
         (["calibrate", "bank.npz", "net.safetensors", "--patch-sizes", "3,x"], "--patch-sizes"),
         (["calibrate", "bank.npz", "net.safetensors", "--patch-sizes", "4"], "patch_sizes: got 4"),
         (["calibrate", "bank.npz", "net.safetensors", "-n", "0"], "n: got 0"),
+        (["calibrate", "bank.npz", "net.safetensors", "--monotone"], "take no NETWORK"),
+        (["calibrate", "bank.npz", "-n", "0"], "images: got 0"),
+        (["calibrate", "bank.npz", "--labels", "1"], "--labels: got 1"),
+        (["calibrate", "bank.npz", "--held-out", "absent.npz"], "absent.npz"),
+        (["calibrate", "bank.npz", "--patch-sizes", "11", "--padding-mode", "circular"], "patch_sizes: got 11"),
         (["compare", "bank.npz", "net.safetensors", "--memory-limit", "0"], "--memory-limit"),
+        (["compare", "bank.npz", "net.safetensors", "--theories", "magic"], "--theories: got 'magic'"),
         (["compare", "bank.npz", "net.safetensors", "--table", "3", "--labels", "9"], "unknown label"),
     ],
 )

@@ -52,6 +52,81 @@ def training() -> str:
     return table(header, rows)
 
 
+def scales() -> str:
+    """Fitted patch sizes beside the published tables of the same data and padding."""
+    record = result("scales")
+    parts, rows = [], []
+    for fit in sorted(record["fits"], key=lambda fit: (fit["dataset"] == "cifar10", fit["padding_mode"] == "circular")):
+        title = f"{DATA[fit['dataset']]}, {fit['padding_mode']}"
+        listed = [["fitted", *map(str, fit["sizes"])], ["95% interval", *(f"{a}-{b}" for a, b in fit["intervals"])]]
+        for of in fit["tables"]:
+            listed.append([of["table"], *map(str, of["sizes"])])
+            near = [f"{of['pixels_apart']:.1f}", f"{of['within_one_size']:.0%}", f"{of['inside_interval']:.0%}"]
+            rows.append([title, f"{fit['bank']:,}", of["table"], *near, f"{of['more_error']:.1%}"])
+        header = ["sigma", *(f"{sigma:.2g}" for sigma in fit["sigmas"])]
+        parts.append(f"{title}, {fit['bank']:,} images, {fit['held_out']} held out:\n\n{table(header, listed)}")
+    header = ["data, padding", "images", "table", "pixels apart", "within 2 pixels", "in the interval", "more error"]
+    return "\n\n".join([*parts, "Nearness to the fit, over the 19 levels:", table(header, rows), measured_on(record)])
+
+
+def scales_of_networks() -> str:
+    """How well each table predicts a network."""
+    record = result("scales")
+    rows = [
+        [DATA[row["dataset"]], row["table"], str(row["n"]), median(row, "r2"), median(row, "correlation")]
+        for row in sorted(record["networks"], key=lambda row: -row["r2_median"])
+    ]
+    return table(["data", "patch sizes", "n", "r^2", "correlation"], rows)
+
+
+def league() -> str:
+    """All theories against each network, the nearest first."""
+    record = result("league")
+    parts = []
+    for name, of in record["networks"].items():
+        rows = []
+        ahead = [None, *of["neighbours"]]
+        for row, before in zip(of["rows"], ahead, strict=True):
+            told = "" if before is None else "yes" if before["nearer"] == before["first"] else "no"
+            figures = [median(row, "correlation_squared"), median(row, "determination"), f"{row['mse_median']:.3f}"]
+            rows.append([f"`{row['machine']}`", f"{row['correlation_median']:.3f}", *figures, told])
+        header = [
+            "theory",
+            "r",
+            "r^2, squared correlation",
+            "coefficient of determination",
+            "mse",
+            "told from the one above",
+        ]
+        kind = of["architecture"] + (" with attention" if of["attention"] else "")
+        title = f"`{name}`: {kind}, {of['images_seen']:,} images seen, {of['bank']:,} training images, n = {of['n']}"
+        parts.append(f"{title}:\n\n{table(header, rows)}")
+    return "\n\n".join([*parts, f"Medians, with 95% intervals {measured_on(record)}."])
+
+
+def theories_cost() -> str:
+    """CPU seconds of every theory for a step."""
+    record = result("theories")
+    channels, height, width = record["shape"]
+    least = min(row["step_seconds"] for row in record["rows"])
+    rows = [
+        [
+            f"`{row['theory']}`",
+            f"{row['step_seconds'] / least:.0f}",
+            f"{row['once_seconds'] / least:.0f}",
+            f"{row['pairs']:,}",
+        ]
+        for row in sorted(record["rows"], key=lambda row: row["step_seconds"])
+    ]
+    about = (
+        f"One step of one image of {channels} x {height} x {width}, {record['images']:,} training images, sigma = "
+        f"{record['sigma']:g}, k = {record['patch_size']}, one thread: CPU time in units of the fastest theory's "
+        f"{measured_on(record)}. A pair is an image or window weighed for a pixel, a square, or the whole image."
+    )
+    header = ["theory", "a step", "once a noise level or class", "pairs"]
+    return f"{about}\n\n{table(header, rows)}"
+
+
 def longest(record: dict) -> dict[tuple[str, str, str], dict]:
     """The network of each data set, architecture and padding that was trained longest, of those with baselines."""
     return {

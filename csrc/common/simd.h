@@ -15,6 +15,7 @@
 
 #define PS_INLINE static inline __attribute__((always_inline))
 #define PS_LAMBDA __attribute__((always_inline))
+#define PS_INLINE_MEMBER inline __attribute__((always_inline))
 #define PS_COLD static __attribute__((noinline, cold))
 #define PS_RARELY(condition) __builtin_expect(condition, 0)
 #define PS_PRAGMA(text) _Pragma(#text)

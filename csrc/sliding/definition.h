@@ -63,7 +63,12 @@ private:
                 }
         const double w = weight(distance, item, item * pixels() + int64_t(i) * problem.width + j);
         for (int c = 0; c < problem.channels; ++c)
-            value(item, c, int64_t(i) * problem.width + j) += w * training(image, c, a, b);
+            add_value(item, c, int64_t(i) * problem.width + j, w, training(image, c, a, b));
+    }
+
+    void add_value(int item, int c, int64_t pixel, double w, double x) const {
+        value(competition.v, item, c, pixel) += w * x;
+        if (competition.moments()) value(competition.v2, item, c, pixel) += w * x * x;
     }
 
     void add_image(int item, int64_t image) const {
@@ -77,11 +82,12 @@ private:
         const double w = weight(distance, item, item);
         for (int c = 0; c < problem.channels; ++c)
             for (int64_t pixel = 0; pixel < pixels(); ++pixel)
-                value(item, c, pixel) += w * training(image, c, int(pixel / problem.width), int(pixel % problem.width));
+                add_value(item, c, pixel, w,
+                          training(image, c, int(pixel / problem.width), int(pixel % problem.width)));
     }
 
-    double& value(int item, int c, int64_t pixel) const {
-        return competition.v[(int64_t(item) * problem.channels + c) * pixels() + pixel];
+    double& value(double* of, int item, int c, int64_t pixel) const {
+        return of[(int64_t(item) * problem.channels + c) * pixels() + pixel];
     }
 
     // e^(l - m), the largest log-weight so far being the reference m; all sums follow it.
@@ -89,15 +95,20 @@ private:
         const double l = -distance / (2 * problem.sigma[item] * problem.sigma[item]);
         if (l > competition.m[at]) {
             const double factor = std::exp(competition.m[at] - l);
+            if (competition.moments() && competition.s[at] > 0)
+                competition.sl[at] = factor * (competition.sl[at] + (competition.m[at] - l) * competition.s[at]);
             competition.m[at] = l, competition.s[at] *= factor, competition.s2[at] *= factor * factor;
             const bool by_images = competition.patch_size == 0;
             for (int c = 0; c < problem.channels; ++c)
                 for (int64_t pixel = by_images ? 0 : at % pixels(); pixel < (by_images ? pixels() : at % pixels() + 1);
-                     ++pixel)
-                    value(item, c, pixel) *= factor;
+                     ++pixel) {
+                    value(competition.v, item, c, pixel) *= factor;
+                    if (competition.moments()) value(competition.v2, item, c, pixel) *= factor;
+                }
         }
         const double w = std::exp(l - competition.m[at]);
         competition.s[at] += w, competition.s2[at] += w * w;
+        if (competition.moments()) competition.sl[at] += w * (l - competition.m[at]);
         return w;
     }
 };

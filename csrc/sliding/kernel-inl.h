@@ -19,30 +19,34 @@ PS_INLINE const Real* window_row(const Task<Real>& t, int row) {
     return t.p + int64_t(inside ? row : t.image_height) * t.image_width * t.channels * LANES;
 }
 
-// Along one diagonal: squared differences e of `U` neighbouring displacements at one training column.
-template <int C, int U>
-PS_INLINE void add_squares(F (&e)[U], const Real* q, const Real* p, int channels) {
+// What is summed along diagonals: squared differences, or products of a pixel of a training image and one of the other.
+enum Terms { SQUARES, PRODUCTS };
+
+// Along one diagonal: terms e of `U` neighbouring displacements at one training column.
+template <Terms TERMS, int C, int U>
+PS_INLINE void add_terms(F (&e)[U], const Real* q, const Real* p, int channels) {
     const int n = C ? C : channels;
     for (int c = 0; c < n; ++c) {
         const F pixel = load(p + c * LANES);
         for (int u = 0; u < U; ++u) {
-            const F difference = pixel - broadcast(q[c - u * n]);
-            e[u] = fma(difference, difference, e[u]);
+            const F query = broadcast(q[c - u * n]);
+            e[u] = TERMS == PRODUCTS ? fma(pixel, query, e[u]) : fma(pixel - query, pixel - query, e[u]);
         }
     }
 }
 
-template <int C, int U>
-PS_INLINE void squares(F (&e)[U], const Real* q, const Real* p, int channels) {
+template <Terms TERMS, int C, int U>
+PS_INLINE void terms(F (&e)[U], const Real* q, const Real* p, int channels) {
+    const int n = C ? C : channels;
     for (int u = 0; u < U; ++u) {
-        const F difference = load(p) - broadcast(q[-u * (C ? C : channels)]);
-        e[u] = difference * difference;
+        const F pixel = load(p), query = broadcast(q[-u * n]);
+        e[u] = TERMS == PRODUCTS ? pixel * query : (pixel - query) * (pixel - query);
     }
-    for (int c = 1; c < (C ? C : channels); ++c) {
+    for (int c = 1; c < n; ++c) {
         const F pixel = load(p + c * LANES);
         for (int u = 0; u < U; ++u) {
-            const F difference = pixel - broadcast(q[c - u * (C ? C : channels)]);
-            e[u] = fma(difference, difference, e[u]);
+            const F query = broadcast(q[c - u * n]);
+            e[u] = TERMS == PRODUCTS ? fma(pixel, query, e[u]) : fma(pixel - query, pixel - query, e[u]);
         }
     }
 }
@@ -70,7 +74,7 @@ PS_INLINE void put(const Rows& rows, int64_t at, F h) {
 
 // The horizontal window sums of one pair of rows (query row q, training row p) on `U` neighbouring diagonals.
 // K = 1, 3, 5 keep the few partial sums in registers; K = 0 takes any k by blocks.
-template <int C, int K, int U, Into INTO>
+template <Terms TERMS, int C, int K, int U, Into INTO>
 PS_INLINE void slide(const Task<Real>& t, const Panel& panel, const Diagonals& d, const Real* q, const Real* p,
                      const Rows& rows) {
     const int n = C ? C : t.channels;
@@ -94,7 +98,7 @@ PS_INLINE void slide(const Task<Real>& t, const Panel& panel, const Diagonals& d
             for (int u = 0; u < U; ++u) sums[i][u] = broadcast(0);
         for (int x = 0; x < windows + K - 1; ++x) {
             F e[U], h[U];
-            squares<C, U>(e, q + x * n, p + int64_t(x) * n * LANES, n);
+            terms<TERMS, C, U>(e, q + x * n, p + int64_t(x) * n * LANES, n);
             PS_EACH(U) h[i] = K > 1 ? plus(sums[HELD - 1][i], e[i]) : e[i];
             for (int held = HELD - 1; held > 0; --held) PS_EACH(U) sums[held][i] = sums[held - 1][i] + e[i];
             PS_EACH(U) sums[0][i] = e[i];
@@ -109,7 +113,7 @@ PS_INLINE void slide(const Task<Real>& t, const Panel& panel, const Diagonals& d
     for (int u = 0; u < U; ++u) store(suffix + (k * U + u) * LANES, h[u]);
     // First block, backwards: suffix sums only.
     for (int x = k - 1; x >= 0; --x) {
-        add_squares<C, U>(h, q + x * n, p + int64_t(x) * n * LANES, n);
+        add_terms<TERMS, C, U>(h, q + x * n, p + int64_t(x) * n * LANES, n);
         if (x < windows)
             for (int u = 0; u < U; ++u) store(suffix + (x * U + u) * LANES, h[u]);
     }
@@ -121,7 +125,7 @@ PS_INLINE void slide(const Task<Real>& t, const Panel& panel, const Diagonals& d
         const int end = start + k < windows + k - 1 ? start + k : windows + k - 1;
         if (start >= windows) {
             for (int x = start; x < end; ++x) {
-                add_squares<C, U>(prefix, q + x * n, p + int64_t(x) * n * LANES, n);
+                add_terms<TERMS, C, U>(prefix, q + x * n, p + int64_t(x) * n * LANES, n);
                 for (int u = 0; u < U; ++u) h[u] = prefix[u] + load(suffix + ((x - start + 1) * U + u) * LANES);
                 emit(x - k + 1, h);
             }
@@ -130,7 +134,7 @@ PS_INLINE void slide(const Task<Real>& t, const Panel& panel, const Diagonals& d
         // Windows start in this block too: keep its squares where the suffixes already used stood.
         for (int x = start; x < end; ++x) {
             F e[U];
-            squares<C, U>(e, q + x * n, p + int64_t(x) * n * LANES, n);
+            terms<TERMS, C, U>(e, q + x * n, p + int64_t(x) * n * LANES, n);
             for (int u = 0; u < U; ++u) {
                 prefix[u] = prefix[u] + e[u];
                 h[u] = prefix[u] + load(suffix + ((x - start + 1) * U + u) * LANES);
@@ -148,7 +152,7 @@ PS_INLINE void slide(const Task<Real>& t, const Panel& panel, const Diagonals& d
 }
 
 // The same where every query column meets its own column only: one diagonal, continued by zeros on both sides.
-template <int C, Into INTO>
+template <Terms TERMS, int C, Into INTO>
 PS_INLINE void slide_locked(const Task<Real>& t, const Panel& panel, const Real* q, const Real* p, const Rows& rows) {
     const int n = C ? C : t.channels;
     const int k = t.patch_size, r = k / 2, windows = panel.cols.queries(), steps = windows + k - 1;
@@ -158,7 +162,7 @@ PS_INLINE void slide_locked(const Task<Real>& t, const Panel& panel, const Real*
     for (int x = 0; x < steps; ++x) {
         F e[1] = {broadcast(0)};
         const int column = first + x;
-        if (column >= 0 && column < t.width) squares<C, 1>(e, q + column * n, p + int64_t(column) * n * LANES, n);
+        if (column >= 0 && column < t.width) terms<TERMS, C, 1>(e, q + column * n, p + int64_t(column) * n * LANES, n);
         store(squared + int64_t(x) * LANES, e[0]);
     }
     for (int start = 0; start < windows; start += k) {
@@ -176,26 +180,32 @@ PS_INLINE void slide_locked(const Task<Real>& t, const Panel& panel, const Real*
     }
 }
 
-template <int C, int K, Into INTO>
+template <Terms TERMS, int C, int K, Into INTO>
 static void slide_row(const Task<Real>& t, const Panel& panel, int query, int window, const Rows& rows) {
     const Real *q = query_row(t, query), *p = window_row(t, window);
     if (panel.cols.locked) {
-        slide_locked<C, INTO>(t, panel, q, p, rows);
+        slide_locked<TERMS, C, INTO>(t, panel, q, p, rows);
         return;
     }
     for (const Diagonals& d : panel.diagonals) {
         if (d.count == NEIGHBOURS)
-            slide<C, K, NEIGHBOURS, INTO>(t, panel, d, q, p, rows);
+            slide<TERMS, C, K, NEIGHBOURS, INTO>(t, panel, d, q, p, rows);
         else
-            slide<C, K, 1, INTO>(t, panel, d, q, p, rows);
+            slide<TERMS, C, K, 1, INTO>(t, panel, d, q, p, rows);
     }
 }
 
 // Makes `to`, a squared distance, the query's reference and rescales its sums to it.
 static void refer_to(const Task<Real>& t, double to, Real* lanes, int pixel) {
-    const double factor = std::exp2((to - t.reference[pixel]) * double(t.scale));
-    double* sums = t.sums + int64_t(pixel) * (2 + t.channels);
-    for (int part = 0; part < 2 + t.channels; ++part) {
+    const double nearer = to - t.reference[pixel], factor = std::exp2(nearer * double(t.scale));
+    const int parts = t.parts().count();
+    double* sums = t.sums + int64_t(pixel) * parts;
+    if (t.moments) {  // reference - distance^2 changes for every window alike
+        Real* sl = lanes + 2 * LANES;
+        sums[2] += nearer * sums[0];
+        store(sl, fma(broadcast(Real(nearer)), load(lanes), load(sl)));
+    }
+    for (int part = 0; part < parts; ++part) {
         const double by = part == 1 ? factor * factor : factor;
         sums[part] *= by;
         store(lanes + part * LANES, load(lanes + part * LANES) * broadcast(Real(by)));
@@ -221,18 +231,34 @@ PS_INLINE Scale scale_of(const Task<Real>& t) {
             Real(1 + t.rounding)};
 }
 
+// The query's own pixel, within the range of training pixels: windows that weigh have values near it, so that their
+// squares, taken from there, lose no digits to the mean.
+PS_INLINE Real centre_of(const Task<Real>& t, int pixel, int channel) {
+    const Real value = query_row(t, pixel / t.width)[pixel % t.width * t.channels + channel];
+    return value < -1 ? Real(-1) : value > 1 ? Real(1) : value;
+}
+
+// Numbers from one query's sums to the next's in the lanes.
+template <bool MOMENTS>
+PS_INLINE constexpr int64_t pitch_of(int channels) {
+    return int64_t(MOMENTS ? 3 + 2 * channels : 2 + channels) * LANES;
+}
+
 // One query's sums, held in registers while it meets the windows of one training row.
-template <int C>
+template <int C, bool MOMENTS>
 struct Query {
+    static constexpr int FIRST = MOMENTS ? 3 : 2, STEP = MOMENTS ? 2 : 1;  // where values stand (Parts)
+    static constexpr int SECOND = MOMENTS && C ? C : 1;
     Real* lanes;
     int pixel;
     bool distant;            // so far from all windows that float32 distances are not exact enough
     F reference, far, near;  // distances beyond `far` weigh nothing, nearer than `near` too much
     F s, s2, v[C ? C : 1];
+    F sl, v2[SECOND], centre[SECOND];  // with moments
 };
 
-template <int C>
-PS_INLINE void open(Query<C>& query, const Task<Real>& t, const Scale& by, Real* lanes, int pixel) {
+template <int C, bool MOMENTS>
+PS_INLINE void open(Query<C, MOMENTS>& query, const Task<Real>& t, const Scale& by, Real* lanes, int pixel) {
     query.lanes = lanes;
     query.pixel = pixel;
     const Real reference = Real(t.reference[pixel]);
@@ -243,14 +269,25 @@ PS_INLINE void open(Query<C>& query, const Task<Real>& t, const Scale& by, Real*
     query.near = query.reference - by.rise;
     query.s = load(lanes);
     query.s2 = load(lanes + LANES);
-    for (int c = 0; c < C; ++c) query.v[c] = load(lanes + (2 + c) * LANES);
+    const Real* values = lanes + query.FIRST * LANES;
+    for (int c = 0; c < C; ++c) query.v[c] = load(values + c * query.STEP * LANES);
+    if (!MOMENTS) return;
+    query.sl = load(lanes + 2 * LANES);
+    for (int c = 0; c < C; ++c) {
+        query.v2[c] = load(values + (2 * c + 1) * LANES);
+        query.centre[c] = broadcast(centre_of(t, pixel, c));
+    }
 }
 
-template <int C>
-PS_INLINE void close(const Query<C>& query) {
+template <int C, bool MOMENTS>
+PS_INLINE void close(const Query<C, MOMENTS>& query) {
     store(query.lanes, query.s);
     store(query.lanes + LANES, query.s2);
-    for (int c = 0; c < C; ++c) store(query.lanes + (2 + c) * LANES, query.v[c]);
+    Real* values = query.lanes + query.FIRST * LANES;
+    for (int c = 0; c < C; ++c) store(values + c * query.STEP * LANES, query.v[c]);
+    if (!MOMENTS) return;
+    store(query.lanes + 2 * LANES, query.sl);
+    for (int c = 0; c < C; ++c) store(values + (2 * c + 1) * LANES, query.v2[c]);
 }
 
 // A training pixel as it was before rounding.
@@ -306,7 +343,8 @@ PS_COLD void weigh_exactly(const Task<Real>& t, int pixel, F far, const F* dista
     if (left < 0) return;
     Real each[LANES], limit[LANES];
     store(limit, far);
-    double* sums = t.sums + int64_t(pixel) * (2 + t.channels);
+    const Parts parts = t.parts();
+    double* sums = t.sums + int64_t(pixel) * parts.count();
     for (int i = 0; i < count; ++i) {
         store(each, distance[i]);
         for (int lane = 0; lane < LANES; ++lane) {
@@ -317,15 +355,19 @@ PS_COLD void weigh_exactly(const Task<Real>& t, int pixel, F far, const F* dista
             const double w = std::exp2((t.reference[pixel] - exact) * double(t.scale));
             sums[0] += w;
             sums[1] += w * w;
-            for (int c = 0; c < t.channels; ++c)
-                sums[2 + c] += w * double(values[(int64_t(i) * t.channels + c) * LANES + lane]);
+            if (t.moments) sums[2] += w * (t.reference[pixel] - exact);
+            for (int c = 0; c < t.channels; ++c) {
+                const double value = double(values[(int64_t(i) * t.channels + c) * LANES + lane]);
+                sums[parts.value(c)] += w * value;
+                if (t.moments) sums[parts.value(c) + 1] += w * value * value;
+            }
         }
     }
 }
 
 // Adds COUNT windows at these squared distances, centred at neighbouring training columns with pixels `values`.
-template <int C, int COUNT>
-PS_INLINE void weigh(Query<C>& query, const Task<Real>& t, const Scale& by, const F (&distance)[COUNT],
+template <int C, bool MOMENTS, int COUNT>
+PS_INLINE void weigh(Query<C, MOMENTS>& query, const Task<Real>& t, const Scale& by, const F (&distance)[COUNT],
                      const Real* values) {
     const int n = C ? C : t.channels;
     F nearest = distance[0];
@@ -348,40 +390,57 @@ PS_INLINE void weigh(Query<C>& query, const Task<Real>& t, const Scale& by, cons
     }
     PS_EACH(COUNT) x[i] = query.reference - distance[i];
     exp2_scaled(w, x, by.scale, by.lowest);
+    // The square of an absent pixel outweighs the least weight: here it has to be nothing.
+    if (MOMENTS && PS_RARELY(t.pixels_absent)) PS_EACH(COUNT) w[i] = x[i] > by.lowest ? w[i] : broadcast(0);
     if (COUNT == 4)
         query.s = query.s + ((w[0] + w[1]) + (w[2] + w[3]));
     else
         for (int i = 0; i < COUNT; ++i) query.s = query.s + w[i];
+    PS_EACH(COUNT) query.s2 = fma(w[i], w[i], query.s2);
+    if (MOMENTS) PS_EACH(COUNT) query.sl = fma(w[i], maximum(x[i], by.lowest), query.sl);
+    if (MOMENTS)
+        for (int c = 0; c < C; ++c) PS_EACH(COUNT) {
+                const F offset = load(values + (int64_t(i) * n + c) * LANES) - query.centre[c];
+                const F weighted = w[i] * offset;
+                query.v[c] = query.v[c] + weighted;
+                query.v2[c] = fma(weighted, offset, query.v2[c]);
+            }
     PS_EACH(COUNT) {
-        query.s2 = fma(w[i], w[i], query.s2);
         const Real* value = values + int64_t(i) * n * LANES;
-        for (int c = 0; c < C; ++c) query.v[c] = fma(w[i], load(value + c * LANES), query.v[c]);
+        if (!MOMENTS)
+            for (int c = 0; c < C; ++c) query.v[c] = fma(w[i], load(value + c * LANES), query.v[c]);
         if (C == 0)
             for (int c = 0; c < n; ++c) {
-                Real* sum = query.lanes + (2 + c) * LANES;
-                store(sum, fma(w[i], load(value + c * LANES), load(sum)));
+                Real* sum = query.lanes + (query.FIRST + c * query.STEP) * LANES;
+                F pixel = load(value + c * LANES);
+                if (MOMENTS) {
+                    pixel = pixel - broadcast(centre_of(t, query.pixel, c));
+                    store(sum + LANES, fma(w[i] * pixel, pixel, load(sum + LANES)));
+                }
+                store(sum, fma(w[i], pixel, load(sum)));
             }
     }
 }
 
 // Window row `a` has become complete for query row `i`: adds its pairs to the sums of that row's queries. Squared
 // distances are sums of `ROWS` state rows.
-template <int C, int ROWS>
+template <int C, bool MOMENTS, int ROWS>
 static void evaluate(const Task<Real>& t, const Panel& panel, const Real* const (&state)[ROWS], int row_of_queries,
                      int row_of_windows) {
     const int n = C ? C : t.channels;
     const Axis& cols = panel.cols;
     const int queries = cols.queries(), entries = panel.entries;
-    Real* lanes = t.lanes + (panel.first_query + int64_t(row_of_queries - panel.rows.q0) * queries) * (2 + n) * LANES;
+    const int64_t pitch = pitch_of<MOMENTS>(n);
+    Real* lanes = t.lanes + (panel.first_query + int64_t(row_of_queries - panel.rows.q0) * queries) * pitch;
     const Real* values = t.p + (int64_t(row_of_windows) * t.image_width + cols.w0) * n * LANES;
     const Scale by = scale_of(t);
-    for (int j = 0; j < queries; ++j, lanes += (2 + n) * LANES) {
-        Query<C> query;
+    for (int j = 0; j < queries; ++j, lanes += pitch) {
+        Query<C, MOMENTS> query;
         open(query, t, by, lanes, row_of_queries * t.width + cols.q0 + j);
         if (cols.locked) {
             F distance[1] = {load(state[0] + int64_t(j) * LANES)};
             for (int row = 1; row < ROWS; ++row) distance[0] = distance[0] + load(state[row] + int64_t(j) * LANES);
-            weigh<C, 1>(query, t, by, distance, values + int64_t(j) * n * LANES);
+            weigh<C, MOMENTS, 1>(query, t, by, distance, values + int64_t(j) * n * LANES);
         } else {
             const int64_t at = int64_t(j + MARGIN) * panel.pitch * LANES;
             for (int entry = 0; entry < entries; entry += GROUP) {
@@ -391,7 +450,7 @@ static void evaluate(const Task<Real>& t, const Panel& panel, const Real* const 
                         const F more = load(state[row] + at + (entry + i) * LANES);
                         distance[i] = row % 2 ? plus(more, distance[i]) : distance[i] + more;
                     }
-                weigh<C, GROUP>(query, t, by, distance, values + int64_t(entry) * n * LANES);
+                weigh<C, MOMENTS, GROUP>(query, t, by, distance, values + int64_t(entry) * n * LANES);
             }
         }
         close(query);
@@ -400,20 +459,21 @@ static void evaluate(const Task<Real>& t, const Panel& panel, const Real* const 
 
 // Two window rows, `a` and a + 1, that became complete for two query rows: K + 1 state rows serve both, and the
 // K - 1 rows between are read and added once.
-template <int C, int K>
+template <int C, bool MOMENTS, int K>
 static void evaluate_two(const Task<Real>& t, const Panel& panel, const Real* const (&state)[K + 1], int upper_row,
                          int lower_row, int a) {
     const int n = C ? C : t.channels;
     const Axis& cols = panel.cols;
     const int queries = cols.queries(), entries = panel.entries;
-    const int64_t row_of_lanes = int64_t(queries) * (2 + n) * LANES, row_of_values = int64_t(t.image_width) * n * LANES;
-    Real* const lanes = t.lanes + panel.first_query * (2 + n) * LANES;
+    const int64_t pitch = pitch_of<MOMENTS>(n);
+    const int64_t row_of_lanes = queries * pitch, row_of_values = int64_t(t.image_width) * n * LANES;
+    Real* const lanes = t.lanes + panel.first_query * pitch;
     Real* upper_lanes = lanes + (upper_row - panel.rows.q0) * row_of_lanes;
     Real* lower_lanes = lanes + (lower_row - panel.rows.q0) * row_of_lanes;
     const Real* values = t.p + a * row_of_values + int64_t(cols.w0) * n * LANES;
     const Scale by = scale_of(t);
-    for (int j = 0; j < queries; ++j, upper_lanes += (2 + n) * LANES, lower_lanes += (2 + n) * LANES) {
-        Query<C> upper, lower;
+    for (int j = 0; j < queries; ++j, upper_lanes += pitch, lower_lanes += pitch) {
+        Query<C, MOMENTS> upper, lower;
         open(upper, t, by, upper_lanes, upper_row * t.width + cols.q0 + j);
         open(lower, t, by, lower_lanes, lower_row * t.width + cols.q0 + j);
         const int64_t at = int64_t(j + MARGIN) * panel.pitch * LANES;
@@ -425,8 +485,8 @@ static void evaluate_two(const Task<Real>& t, const Panel& panel, const Real* co
                 PS_EACH(GROUP) second[i] = second[i] + load(state[row] + here + i * LANES);
             PS_EACH(GROUP) first[i] = plus(load(state[0] + here + i * LANES), second[i]);
             PS_EACH(GROUP) second[i] = second[i] + load(state[K] + here + i * LANES);
-            weigh<C, GROUP>(upper, t, by, first, values + int64_t(entry) * n * LANES);
-            weigh<C, GROUP>(lower, t, by, second, values + row_of_values + int64_t(entry) * n * LANES);
+            weigh<C, MOMENTS, GROUP>(upper, t, by, first, values + int64_t(entry) * n * LANES);
+            weigh<C, MOMENTS, GROUP>(lower, t, by, second, values + row_of_values + int64_t(entry) * n * LANES);
         }
         close(upper);
         close(lower);
@@ -435,55 +495,79 @@ static void evaluate_two(const Task<Real>& t, const Panel& panel, const Real* co
 
 // Adds the lanes of every query of the panel to its float64 sums.
 static void flush(const Task<Real>& t, const Panel& panel) {
-    const int parts = 2 + t.channels, queries = panel.cols.queries();
+    const int parts = t.parts().count(), queries = panel.cols.queries();
     Real* lanes = t.lanes + panel.first_query * parts * LANES;
     for (int i = panel.rows.q0; i < panel.rows.q1; ++i)
         for (int j = 0; j < queries; ++j) {
             double* sums = t.sums + (int64_t(i) * t.width + panel.cols.q0 + j) * parts;
+            double s = 0, offsets = 0;  // of values from the query's centre
             for (int part = 0; part < parts; ++part, lanes += LANES) {
                 Real total[LANES];
                 for (int l = 0; l < LANES; ++l) total[l] = l < t.present ? lanes[l] : 0;
                 for (int half = LANES / 2; half > 0; half /= 2)
                     for (int l = 0; l < half; ++l) total[l] += total[l + half];
-                sums[part] += double(total[0]);
+                double sum = double(total[0]);
+                if (part == 0) s = sum;
+                if (t.moments && part >= 3) {
+                    const double centre = double(centre_of(t, i * t.width + panel.cols.q0 + j, (part - 3) / 2));
+                    const bool squares = part % 2 == 0;
+                    if (!squares) offsets = sum;
+                    sum += squares ? centre * (2 * offsets + centre * s) : centre * s;
+                }
+                sums[part] += sum;
                 store(lanes, broadcast(0));
             }
         }
 }
 
 // Pairs beyond the last window of a query read FAR and weigh nothing.
-static void fill_tails(const Task<Real>& t, const Panel& panel) {
+static void fill_tails(const Task<Real>& t, const Panel& panel, Real with = Real(FAR)) {
     if (panel.cols.locked) return;
     for (int64_t row = 0; row < (1 + panel.slots) * (panel.state_row / panel.pitch); ++row)
         for (int i = panel.entries; i < panel.pitch; ++i)
-            store(t.state + (row * panel.pitch + i) * LANES, broadcast(Real(FAR)));
+            store(t.state + (row * panel.pitch + i) * LANES, broadcast(with));
 }
 
 // Small patches: the sums of the last K rows are added afresh for every window, two windows at a time.
-template <int C, int K>
+template <int C, bool MOMENTS, int K>
 static bool walk_few(const Task<Real>& t, const Panel& panel, const Run& run) {
     auto slot = [&](int row) PS_LAMBDA { return t.state + (1 + row % (K + 1)) * panel.state_row * LANES; };
     auto query = [&](int window) PS_LAMBDA { return (run.query + window) % t.height; };
     for (int x = 0; x < run.length + K - 1; ++x) {
         if (t.interrupt->stopped(t.calling_thread)) return false;
-        slide_row<C, K, SET>(t, panel, run.query - K / 2 + x, run.window - K / 2 + x, {slot(x), nullptr, nullptr});
+        slide_row<SQUARES, C, K, SET>(t, panel, run.query - K / 2 + x, run.window - K / 2 + x,
+                                      {slot(x), nullptr, nullptr});
         const int window = x - (K - 1);
         if (K > 1 && window % 2 == 1) {
             const Real* rows[K + 1];
             for (int row = 0; row <= K; ++row) rows[row] = slot(window - 1 + row);
-            evaluate_two<C, K>(t, panel, rows, query(window - 1), query(window), run.window + window - 1);
+            evaluate_two<C, MOMENTS, K>(t, panel, rows, query(window - 1), query(window), run.window + window - 1);
         } else if (window >= 0 && (K == 1 || window == run.length - 1)) {
             const Real* rows[K];
             for (int row = 0; row < K; ++row) rows[row] = slot(window + row);
-            evaluate<C, K>(t, panel, rows, query(window), run.window + window);
+            evaluate<C, MOMENTS, K>(t, panel, rows, query(window), run.window + window);
         }
     }
     return true;
 }
 
+// Adds the pairs of a run's rows to the posterior sums.
+template <int C, bool MOMENTS>
+struct Summing {
+    const Task<Real>& t;
+    const Panel& panel;
+
+    template <int ROWS>
+    void row(const Real* const (&state)[ROWS], int row_of_queries, int row_of_windows, int) {
+        evaluate<C, MOMENTS, ROWS>(t, panel, state, row_of_queries, row_of_windows);
+    }
+};
+
 // One run of rows: window sums of k rows slide along it as those of columns do, with whole state rows as elements.
-template <int C>
-static bool walk(const Task<Real>& t, const Panel& panel, const Run& run) {
+// `meet` takes each row of windows as it becomes complete: state rows to add up, its two rows and its number in the
+// run.
+template <int C, Terms TERMS, typename Meet>
+static bool walk(const Task<Real>& t, const Panel& panel, const Run& run, Meet& meet) {
     const int k = t.patch_size, r = k / 2, windows = run.length, steps = windows + k - 1;
     const int64_t size = panel.state_row * LANES;
     Real* const prefix = t.state;
@@ -497,12 +581,13 @@ static bool walk(const Task<Real>& t, const Panel& panel, const Run& run) {
         if (stop()) return false;
         const int y = run.query - r + x, a = run.window - r + x;
         if (x == k - 1)
-            slide_row<C, 0, SET>(t, panel, y, a, {slot(last), nullptr, nullptr});
+            slide_row<TERMS, C, 0, SET>(t, panel, y, a, {slot(last), nullptr, nullptr});
         else
-            slide_row<C, 0, ADD>(t, panel, y, a, {slot(x < last ? x : last), slot(x < last ? x + 1 : last), nullptr});
+            slide_row<TERMS, C, 0, ADD>(t, panel, y, a,
+                                        {slot(x < last ? x : last), slot(x < last ? x + 1 : last), nullptr});
     }
     const Real* first_row[1] = {slot(0)};
-    evaluate<C, 1>(t, panel, first_row, query(0), run.window);
+    meet.template row<1>(first_row, query(0), run.window, 0);
     // Further blocks, forwards.
     for (int start = k; start < steps; start += k) {
         const bool keep = start < windows;
@@ -511,20 +596,20 @@ static bool walk(const Task<Real>& t, const Panel& panel, const Run& run) {
             const int y = run.query - r + x, a = run.window - r + x;
             const Rows rows = {prefix, prefix, keep ? slot(x - start) : nullptr};
             if (x == start && keep)
-                slide_row<C, 0, SET_KEEP>(t, panel, y, a, rows);
+                slide_row<TERMS, C, 0, SET_KEEP>(t, panel, y, a, rows);
             else if (x == start)
-                slide_row<C, 0, SET>(t, panel, y, a, rows);
+                slide_row<TERMS, C, 0, SET>(t, panel, y, a, rows);
             else if (keep)
-                slide_row<C, 0, ADD_KEEP>(t, panel, y, a, rows);
+                slide_row<TERMS, C, 0, ADD_KEEP>(t, panel, y, a, rows);
             else
-                slide_row<C, 0, ADD>(t, panel, y, a, rows);
+                slide_row<TERMS, C, 0, ADD>(t, panel, y, a, rows);
             const int window = x - k + 1;
             if (x == start + k - 1) {
                 const Real* rows1[1] = {prefix};
-                evaluate<C, 1>(t, panel, rows1, query(window), run.window + window);
+                meet.template row<1>(rows1, query(window), run.window + window, window);
             } else {
                 const Real* rows2[2] = {prefix, slot(x - start + 1)};
-                evaluate<C, 2>(t, panel, rows2, query(window), run.window + window);
+                meet.template row<2>(rows2, query(window), run.window + window, window);
             }
         }
         if (!keep) break;
@@ -536,23 +621,24 @@ static bool walk(const Task<Real>& t, const Panel& panel, const Run& run) {
     return true;
 }
 
-template <int C>
+template <int C, bool MOMENTS>
 static bool walk_run(const Task<Real>& t, const Panel& panel, const Run& run) {
     if constexpr (!EXACT) {
         const int k = panel.cols.locked ? 0 : t.patch_size;
-        if (k == 1) return walk_few<C, 1>(t, panel, run);
-        if (k == 3) return walk_few<C, 3>(t, panel, run);
-        if (k == 5) return walk_few<C, 5>(t, panel, run);
+        if (k == 1) return walk_few<C, MOMENTS, 1>(t, panel, run);
+        if (k == 3) return walk_few<C, MOMENTS, 3>(t, panel, run);
+        if (k == 5) return walk_few<C, MOMENTS, 5>(t, panel, run);
     }
-    return walk<C>(t, panel, run);
+    Summing<C, MOMENTS> summing = {t, panel};
+    return walk<C, SQUARES>(t, panel, run, summing);
 }
 
-template <int C>
+template <int C, bool MOMENTS>
 static void panel_of_channels(const Task<Real>& t, const Panel& panel) {
     fill_tails(t, panel);
     int pairs = 0;
     for (const Run& run : panel.runs) {
-        if (!walk_run<C>(t, panel, run)) return;
+        if (!walk_run<C, MOMENTS>(t, panel, run)) return;
         pairs += panel.entries;
         if (pairs >= PAIRS_A_FLUSH) {
             flush(t, panel);
@@ -565,13 +651,14 @@ static void panel_of_channels(const Task<Real>& t, const Panel& panel) {
 static void panel_entry(const Task<Real>& t, const Panel& panel) {
     switch (t.channels) {
         case 1:
-            return panel_of_channels<1>(t, panel);
+            return t.moments ? panel_of_channels<1, true>(t, panel) : panel_of_channels<1, false>(t, panel);
         case 3:
-            return panel_of_channels<3>(t, panel);
+            return t.moments ? panel_of_channels<3, true>(t, panel) : panel_of_channels<3, false>(t, panel);
         case 4:
-            return panel_of_channels<EXACT ? 0 : 4>(t, panel);
+            if (!t.moments) return panel_of_channels<EXACT ? 0 : 4, false>(t, panel);
+            return panel_of_channels<0, true>(t, panel);
         default:
-            return panel_of_channels<0>(t, panel);
+            return t.moments ? panel_of_channels<0, true>(t, panel) : panel_of_channels<0, false>(t, panel);
     }
 }
 
@@ -609,4 +696,6 @@ static void pack(const Images& images, int64_t start, int count, Real* block) {
     }
 }
 
-constexpr Kernel<Real> KERNEL = {LANES, pack, panel_entry};
+#include "product-inl.h"
+
+constexpr Kernel<Real> KERNEL = {LANES, pack, panel_entry, product_entry};

@@ -35,6 +35,7 @@ struct Job {
     int64_t count;
     int64_t chunk;  // images of a unit
     std::vector<Target> targets;
+    const JacobianProduct* product = nullptr;  // instead of sums
 
     int lanes(const Level& level) const { return exact ? level.exact.lanes : level.single.lanes; }
     int number_bytes() const { return exact ? 8 : 4; }
@@ -111,7 +112,7 @@ struct WindowPlan {
     }
 
     void plan_sizes() {
-        const int64_t k = competition.patch_size, parts = 2 + channels;
+        const int64_t k = competition.patch_size, parts = this->parts().count();
         q_margin = int(width + k / 2 + 8);
         q_pitch = int((width + 2 * q_margin) * channels);
         q_numbers = int64_t(height + 1) * q_pitch;
@@ -129,8 +130,10 @@ struct WindowPlan {
     }
 
     int64_t item_bytes() const {
-        return (q_numbers + lane_numbers) * number_bytes + int64_t(height) * width * ((3 + channels) * 8 + 4);
+        return (q_numbers + lane_numbers) * number_bytes + int64_t(height) * width * ((1 + parts().count()) * 8 + 4);
     }
+
+    Parts parts() const { return {channels, competition.moments()}; }
 
     // How many distances of a unit of so many images may be computed exactly: no more work than all of them in float64.
     int exact_distances(int64_t images) const {
@@ -199,7 +202,7 @@ struct Pass {
         for (const WindowPlan& plan : windows) most_windows = std::max(most_windows, plan.windows_per_image);
         if (whole)
             items = std::min(problem.batch, 16);
-        else if (most_windows < 64)
+        else if (most_windows < 64 && !job.product)
             items = std::min(problem.batch, 8);
         const int64_t share = std::min(THREAD_BYTES, problem.memory_limit / std::max(1, problem.threads));
         while (items > 1 && (bytes_per_thread() > share || items * kept_bytes() > KEPT_BYTES)) items /= 2;
@@ -208,8 +211,39 @@ struct Pass {
 
     int64_t whole_padded() const { return round_up(int64_t(problem.channels) * problem.height * problem.width, 32); }
 
+    // What a product takes besides, in numbers.
+    struct ProductSizes {
+        int64_t ring = 0, row = 0, nothing = 0, boxes = 0, lanes = 0;
+    };
+    ProductSizes product_sizes() const {
+        ProductSizes sizes;
+        const WindowPlan& plan = windows.front();
+        const int64_t k = plan.competition.patch_size;
+        for (const Panel& panel : plan.panels) {
+            const int64_t row = product_row(panel) * lanes, groups = (panel.entries + GROUP - 1) / GROUP;
+            int64_t longest = 0;
+            for (const Run& run : panel.runs) longest = std::max<int64_t>(longest, run.length);
+            sizes.row = std::max(sizes.row, row);
+            sizes.nothing = std::max(sizes.nothing, k * panel.cols.queries() * groups);
+            if (job.product->transposed)
+                sizes.ring = std::max(sizes.ring, k * row);
+            else
+                sizes.boxes = std::max(sizes.boxes, longest * panel.state_row * lanes);
+        }
+        sizes.lanes = int64_t(problem.height) * problem.width * (1 + problem.channels) * lanes;
+        return sizes;
+    }
+
     int64_t bytes_per_thread() const {
-        if (whole) return (items * 2 + chunk) * whole_padded() * 8 + chunk * 8;
+        if (job.product) {
+            const ProductSizes sizes = product_sizes();
+            const int64_t pixels = int64_t(problem.height) * problem.width;
+            return (block_numbers + state_numbers + scratch_numbers + sizes.ring + sizes.row + sizes.boxes +
+                    sizes.lanes + 2 * windows.front().q_numbers + pixels * (2 + 2 * problem.channels)) *
+                       job.number_bytes() +
+                   sizes.nothing + pixels * (1 + problem.channels) * 8;
+        }
+        if (whole) return (items * (whole->moments() ? 3 : 2) + chunk) * whole_padded() * 8 + chunk * 8;
         return (block_numbers + state_numbers + scratch_numbers) * job.number_bytes() + items * kept_bytes();
     }
 

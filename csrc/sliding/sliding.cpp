@@ -105,6 +105,17 @@ public:
         return true;
     }
 
+    // Adds the product to its result; false if the interrupt stopped it. Weights of windows that are thousands of nats
+    // away need float64.
+    bool multiply(const JacobianProduct& product) {
+        const int64_t pixels = int64_t(problem.height) * problem.width;
+        const double least = *std::min_element(product.evidence, product.evidence + problem.batch * pixels);
+        Job whole = job(least * LOG2E < -DISTANT_BITS);
+        whole.targets.push_back({problem.competitions.front(), nullptr});
+        whole.product = &product;
+        return run_all(whole);
+    }
+
 private:
     Job job(bool exact) const {
         const Images images = {problem.images,  problem.images_are_bytes ? 1 : 4,
@@ -181,15 +192,21 @@ private:
         }
         if (again.groups.empty()) return true;
         std::vector<double> m(size_t(pixels), -HUGE_VAL), s(m.size()), s2(m.size()), v(m.size() * problem.channels);
+        std::vector<double> sl(m.size()), v2(v.size());
         again.m = m.data(), again.s = s.data(), again.s2 = s2.data(), again.v = v.data();
+        if (again.moments()) again.sl = sl.data(), again.v2 = v2.data();
         Problem one = problem;
         one.batch = 1, one.z += first * problem.channels, one.sigma += item;
         if (!Solver(one, level, interrupt).serve({{again, nullptr}}, true)) return false;
         for (int64_t pixel = 0; pixel < pixels; ++pixel) {
             if (!unsure(pixel)) continue;
             competition.s[first + pixel] = s[size_t(pixel)], competition.s2[first + pixel] = s2[size_t(pixel)];
-            for (int c = 0; c < problem.channels; ++c)
-                competition.v[first * problem.channels + c * pixels + pixel] = v[size_t(c * pixels + pixel)];
+            if (again.moments()) competition.sl[first + pixel] = sl[size_t(pixel)];
+            for (int c = 0; c < problem.channels; ++c) {
+                const int64_t from = c * pixels + pixel, to = first * problem.channels + from;
+                competition.v[to] = v[size_t(from)];
+                if (again.moments()) competition.v2[to] = v2[size_t(from)];
+            }
         }
         for (int64_t pixel = 0; pixel < pixels; ++pixel)
             if (unsure(pixel)) competition.m[first + pixel] = m[size_t(pixel)], target.unsure[first + pixel] = HUGE_VAL;
@@ -208,6 +225,7 @@ private:
                         const int64_t at = item * pixels + int64_t(i) * problem.width + j;
                         const double s = competition.s[at];
                         competition.m[at] *= precision_of(problem.sigma[item]);
+                        if (competition.moments()) competition.sl[at] *= precision_of(problem.sigma[item]);
                         competition.s2[at] = std::max(s * s / windows, std::min(s * s, competition.s2[at]));
                     }
         }
@@ -256,6 +274,16 @@ bool sliding_posterior_sums(const Problem& problem, const std::string& simd, Pol
     Interrupt interrupt;
     interrupt.poll = poll;
     return Solver(problem, level, interrupt).solve();
+}
+
+bool sliding_product(const Problem& problem, const JacobianProduct& product, const std::string& simd, Poll poll) {
+    const Level& level = choose_level(LEVELS, simd);
+    check(problem);
+    require(problem.competitions.size() == 1 && problem.competitions.front().patch_size > 0,
+            "competitions: a product takes one, by windows");
+    Interrupt interrupt;
+    interrupt.poll = poll;
+    return Solver(problem, level, interrupt).multiply(product);
 }
 
 }  // namespace patchscore

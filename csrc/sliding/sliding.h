@@ -32,6 +32,9 @@ struct Competition {
     std::vector<Group> groups;
     double *m, *s, *s2;  // [batch, height, width], or [batch] for whole images; preset to -inf, 0, 0
     double* v;           // [batch, channels, height, width], preset to 0
+    // Second moments and sums of w l, for variance and entropy: as v and as s; both null where nobody asks for them.
+    double *v2 = nullptr, *sl = nullptr;
+    bool moments() const { return v2 != nullptr; }
 };
 
 struct Problem {
@@ -47,9 +50,21 @@ struct Problem {
     int64_t memory_limit;  // bytes beyond z, the bank and the result
 };
 
+// A product with the Jacobian J of the posterior mean D of the one competition of a problem, by windows.
+struct JacobianProduct {
+    bool transposed;         // J^T direction, else J direction
+    const double* evidence;  // [batch, height, width] ln sum e^l, as the posterior sums say
+    const double* mean;      // [batch, channels, height, width] D
+    const float* direction;  // [batch, channels, height, width]
+    double* result;          // [batch, channels, height, width], preset to 0
+};
+
 // False if `poll` asked to stop; the result is then incomplete. Throws std::invalid_argument where the problem or the
 // instruction set named by `simd` ("" takes the widest) cannot be served.
 bool sliding_posterior_sums(const Problem& problem, const std::string& simd, Poll poll);
+
+// The same for a product; the sums of the competition are not touched.
+bool sliding_product(const Problem& problem, const JacobianProduct& product, const std::string& simd, Poll poll);
 
 // Instruction sets that this build and this machine have, the widest first.
 std::vector<std::string> simd_levels();

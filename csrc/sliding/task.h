@@ -51,10 +51,19 @@ struct Panel {
     int lowest;
 };
 
+// Where a query's sums stand: s, s2, with moments sl, then each channel's v, with moments followed by its v2.
+struct Parts {
+    int channels;
+    bool moments;
+    int count() const { return 2 + channels + (moments ? 1 + channels : 0); }
+    int value(int channel) const { return moments ? 3 + 2 * channel : 2 + channel; }
+};
+
 template <typename Real>
 struct Task {
     int channels, height, width, patch_size;  // of the noisy image
-    int image_height, image_width;            // of training images
+    bool moments;
+    int image_height, image_width;  // of training images
     bool circular;
     // The noisy image: rows of columns -q_margin .. width + q_margin, channels innermost, then one row of zeros.
     const Real* q;
@@ -63,20 +72,47 @@ struct Task {
     const Real* p;
     int present;           // lanes that hold training images
     bool pixels_of_bytes;  // training pixels are multiples of 1 / 127.5, rounded
+    bool pixels_absent;    // images are tiles, some of whose pixels may be ABSENT_PIXEL
     // Log-weights in bits: l = (reference - distance^2) * scale, scale = log2(e) / (2 sigma^2).
     Real scale;
     Real negligible;    // of reference - distance^2: below it all pairs together round away
     double rounding;    // bound of a distance's rounding error, relative to itself
     double* reference;  // [height * width] a squared distance near the least one met
-    double* sums;       // [height * width][2 + channels]: s, s2, v
+    double* sums;       // [height * width][parts]; sl = sum w (reference - distance^2)
     int* exact_left;    // [height * width] distances that may still be computed exactly; below 0: sums mean nothing
-    Real* lanes;        // [queries][2 + channels][lanes]: the same as sums, not yet flushed
+    Real* lanes;        // [queries][parts][lanes]: not yet flushed; with moments, values are relative to `centre_of`
     bool flush_at_end;
     Real* state;    // [1 + slots][state_row][lanes]
     Real* scratch;  // [patch_size + 1][NEIGHBOURS][lanes], or a padded row for locked columns
     Interrupt* interrupt;
     bool calling_thread;
+
+    Parts parts() const { return {channels, moments}; }
 };
+
+// A product with the Jacobian of the task's posterior mean, or with its transpose.
+template <typename Real>
+struct Product {
+    bool transposed;
+    const Real* evidence;          // [height * width] a squared distance: w = 2^((evidence - distance^2) scale), sum 1
+    const Real* direction;         // transposed: [height * width][channels] u
+    const Real* padded_direction;  // else: t, laid out as q
+    const Real* mean;              // else: [height * width][channels] D
+    const Real* along_mean;        // [height * width] transposed: u.D; else t.q, summed over the query's window
+    Real*
+        lanes;   // [height * width][1 + channels][lanes] transposed: the sums of c and of x c; else w (x - D) t.(p - q)
+    Real* ring;  // transposed: [patch_size][product_row][lanes] c of the last rows ..
+    Real* running;  // .. [product_row][lanes] and their sum
+    bool* nothing;  // [patch_size][queries][groups of windows] where the ring holds none
+    Real* boxes;    // else: [windows of a run][state_row][lanes]
+};
+
+// Vectors of c from one query to the next, with room for diagonals that begin before the first window or end after the
+// last, and of a row of queries.
+inline int64_t product_pitch(const Panel& panel) {
+    return panel.cols.locked ? 1 : (panel.entries + GROUP - 1) / GROUP * GROUP + 2 * NEIGHBOURS;
+}
+inline int64_t product_row(const Panel& panel) { return panel.cols.queries() * product_pitch(panel); }
 
 struct Span {
     int begin, end;
@@ -102,6 +138,7 @@ struct WholeTask {
     double scale;                  // 1 / (2 sigma^2)
     double* distances;             // [count]
     double *nearest, *s, *s2, *v;  // results: scalars, v [padded]
+    double *sl, *v2;               // sum w (nearest - distance^2) and [padded], or null
 };
 
 // The window kernel in one precision: images start .. start + count as one block; a panel of it.
@@ -110,6 +147,7 @@ struct Kernel {
     int lanes;
     void (*pack)(const Images&, int64_t start, int count, Real* block);
     void (*panel)(const Task<Real>&, const Panel&);
+    void (*product)(const Task<Real>&, const Product<Real>&, const Panel&);
 };
 
 struct Level {

@@ -57,15 +57,15 @@ class PatchScoreDenoiser(DenoiserModule):
             class_cond: k-diffusion's name for the same.
 
         Raises:
-            ValueError: images unlike the bank's or that require grad (as in k-diffusion's log_likelihood), bad noise
-                levels, an unknown label, labels under both names.
+            ValueError: images unlike the bank's, or that require grad (as in k-diffusion's log_likelihood) of a
+                denoiser that is no `Differentiable`; bad noise levels, an unknown label, labels under both names.
         """
         self.check_images(x, "x")
         if class_labels is not None and class_cond is not None:
             raise ValueError("class_labels, class_cond: got both, takes one")
         labels = self.labels_from(class_labels if class_cond is None else class_cond)
         level = sigma.flatten() if isinstance(sigma, Tensor) else sigma
-        with torch.no_grad():
+        with self.denoiser.graph():
             return self.denoiser.denoise(x.to(self.compute_dtype), level, labels).to(x.dtype)
 
     def round_sigma(self, sigma: float | Tensor) -> Tensor:

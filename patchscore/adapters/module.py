@@ -48,18 +48,24 @@ class DenoiserModule(nn.Module):
         return tuple(getattr(getattr(self.denoiser, "bank", None), "classes", ()))
 
     def check_images(self, x: Any, name: str) -> None:
-        """Raises unless x is a floating point tensor [B, C, H, W] of images shaped like the bank's without gradients.
+        """Raises unless x is a floating point tensor [B, C, H, W] of images shaped like the bank's.
 
-        A denoised image carries no autograd graph, so a gradient through it would lack this part without a word.
+        Nor may it require grad where the denoiser's results carry no autograd graph: a gradient through them would lack
+        this part without a word.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name}: got {got}, takes a floating point tensor [B, C, H, W]")
-        if x.ndim != 4 or tuple(x.shape[1:]) != tuple(self.denoiser.shape):
+        own = tuple(self.denoiser.shape)
+        fits = x.ndim == 4 and (x.shape[1] == own[0] if self.denoiser.any_size else tuple(x.shape[1:]) == own)
+        if not fits:
             has = " x ".join(map(str, self.denoiser.shape))
             raise ValueError(f"{name}: the sampler gives {list(x.shape)}, the denoiser's bank has {has} images")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: requires grad, and this denoiser has no gradient; use torch.no_grad() or detach")
+        if x.requires_grad and torch.is_grad_enabled() and not self.denoiser.differentiable:
+            raise ValueError(
+                f"{name}: requires grad, and this denoiser has no gradient; wrap it in patchscore.Differentiable, or "
+                "use torch.no_grad() or detach"
+            )
 
     def labels_from(self, class_labels: Any) -> Labels:
         """Labels, or one-hot rows [B, number of classes] over `classes`; a row of zeros means every class."""

@@ -1,4 +1,5 @@
-"""The command line: `patchscore sample`, `index`, `info`, `calibrate`, `compare`, `explain` and `bench`.
+"""The command line: `patchscore sample`, `index`, `info`, `calibrate`, `compare`, `explain`,
+`likelihood` and `bench`.
 
 A thin skin: it turns words into the library's objects, prints what happened, and turns every error a user can cause
 into one line on stderr and exit code 2.
@@ -10,11 +11,14 @@ import click
 
 from ..version import __version__
 from .bench import bench
+from .calibrate import calibrate
+from .compare import compare
 from .explain import explain
 from .index import index
 from .info import info
+from .likelihood import likelihood
 from .sample import sample
-from .theory import calibrate, compare
+from .synthesize import synthesize_command
 
 __all__ = ["main"]
 
@@ -25,5 +29,5 @@ def main() -> None:
     """New images from nothing but training patches: the exact score of a diffusion model that has no network."""
 
 
-for command in (sample, index, info, calibrate, compare, explain, bench):
+for command in (sample, synthesize_command, index, info, calibrate, compare, explain, likelihood, bench):
     main.add_command(command)

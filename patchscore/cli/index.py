@@ -11,7 +11,7 @@ import click
 
 from ..files import check_writable
 from ..index import PatchIndex
-from .options import Source, numbers, one_line_errors, say, scale_table, source_options
+from .options import Source, named_table, numbers, one_line_errors, say, source_options
 
 
 @click.command(
@@ -62,7 +62,7 @@ def index(
     check_writable(out)
     bank = source.open()
     if table is not None:
-        wanted = sorted(set(scale_table(table, bank, padding_mode).sizes))
+        wanted = sorted(set(named_table(table).sizes))
         fit = [k for k in wanted if k <= min(bank.shape[1:])]
         if fit and fit != wanted:
             listed = ", ".join(str(k) for k in wanted if k not in fit)

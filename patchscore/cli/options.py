@@ -27,7 +27,7 @@ from ..draw import charts
 from ..files import write_atomically
 from ..machines import EquivariantLocalScore
 from ..noise import SCHEDULES
-from ..sampling import DEFAULT_BATCH, SAMPLERS
+from ..sampling import DEFAULT_BATCH, SAMPLER_NAMES
 from ..scales import PUBLISHED, ScaleTable
 
 Command = Callable[..., None]
@@ -142,6 +142,10 @@ class Source:
         options["channels"] = None if self.channels is None else int(self.channels)
         return PatchBank.open(**options)
 
+    def at(self, source: str) -> Source:
+        """Another source, read as this one is."""
+        return dataclasses.replace(self, source=source)
+
     def check_not_around(self, out: Path) -> None:
         """ValueError where what is written would lie among the training images."""
         if Path(self.source).is_dir() and out.resolve().is_relative_to(Path(self.source).resolve()):
@@ -187,7 +191,7 @@ def walk_options(
         Walk,
         click.option("--steps", type=int, default=20, show_default=True, help=steps_help),
         click.option("--schedule", type=click.Choice(list(SCHEDULES)), default="cosine", show_default=True),
-        click.option("--sampler", type=click.Choice(list(SAMPLERS)), default="ddim", show_default=True),
+        click.option("--sampler", type=click.Choice(list(SAMPLER_NAMES)), default="ddim", show_default=True),
         labels,
         click.option("--seed", type=int, default=0, show_default=True, help=seed_help),
         click.option("--batch-size", type=int, default=DEFAULT_BATCH, show_default=True, help=batch_help),
@@ -242,14 +246,8 @@ def device_named(device: str) -> str:
 # ---- Words.
 
 
-def scale_table(table: str, bank: PatchBank, padding_mode: str) -> ScaleTable:
-    """A table by name, file or constant; "auto" is the published ResNet table for gray or for colour images."""
-    if table == "auto":
-        if not 24 <= min(bank.shape[1:]) <= 48:
-            size = " x ".join(map(str, bank.shape[1:]))
-            warnings.warn(f"the published patch sizes were made for 32 x 32 images, these are {size}", stacklevel=2)
-        gray = "fashionmnist-resnet-zeros" if padding_mode == "zeros" else "mnist-resnet-circular"
-        return ScaleTable.published(gray if bank.shape[0] == 1 else f"cifar10-resnet-{padding_mode}")
+def named_table(table: str) -> ScaleTable:
+    """A table by name, file or constant."""
     if table in PUBLISHED:
         return ScaleTable.published(table)
     if table.isdecimal() and len(table) < 10:
@@ -279,6 +277,14 @@ def numbers(option: str, text: str, takes: str) -> list[int]:
     if not all(part.isdecimal() and len(part) < 10 for part in parts):
         raise ValueError(f"{option}: got {text!r}, takes {takes}")
     return [int(part) for part in parts]
+
+
+def size_named(option: str, text: str) -> tuple[int, int]:
+    """HEIGHTxWIDTH, such as 48x80, or one number for both."""
+    sides = text.lower().split("x")
+    if not (len(sides) <= 2 and all(side.isdecimal() and len(side) < 10 and int(side) for side in sides)):
+        raise ValueError(f"{option}: got {text!r}, takes HEIGHTxWIDTH such as 48x80")
+    return int(sides[0]), int(sides[-1])
 
 
 # ---- What is said and drawn.

@@ -16,11 +16,13 @@ from .. import checks, engines
 from ..bank import PatchBank
 from ..denoiser import ScoreMachine
 from ..files import check_writable
+from ..heldout import HeldOutErrors
 from ..index import OPTIONS, PatchIndex
 from ..machines import EquivariantLocalScore, IdealScore, LocalScore
 from ..noise import get_schedule
 from ..runs import MOST_IMAGES, Run
 from ..scales import PUBLISHED, ScaleTable
+from .fitted import keep, patch_sizes
 from .options import (
     Computing,
     Source,
@@ -30,7 +32,7 @@ from .options import (
     labels_named,
     one_line_errors,
     say,
-    scale_table,
+    size_named,
     source_options,
     taking,
     walk_options,
@@ -58,26 +60,55 @@ class Which:
             raise ValueError("--tolerance: takes an --index (`patchscore index` makes one), or els on CUDA with Triton")
         if self.index_path is not None and (self.budget is None) == (self.tolerance is None):
             raise ValueError("--index: takes one of --budget and --tolerance")
+        if self.machine != "els" and self.index_path is not None:
+            raise ValueError(f"--index: got one, the {self.machine} machine takes none")
+        if self.machine != "els" and self.padding_mode != "zeros":
+            raise ValueError(f"--padding-mode: got {self.padding_mode}, the {self.machine} machine pads with zeros")
+        if self.machine == "ideal" and self.table != "auto":
+            raise ValueError(f"--table: got {self.table}, the ideal machine has no patch size")
 
-    def build(self, bank: PatchBank, index: PatchIndex | None, seed: int, computing: Computing) -> ScoreMachine:
+    def sizes(
+        self, source: Source, bank: PatchBank, index: PatchIndex | None, labels: str, computing: Computing, out: Path
+    ) -> tuple[ScaleTable | None, HeldOutErrors | None]:
+        """The patch sizes, and what they were fitted to; None and None where the machine has none."""
+        if self.machine == "ideal":
+            return None, None
+        machine = "local" if self.machine == "ls" else "els"
+        indexed = None if index is None else index.patch_sizes
+        conditional = labels != "none"
+        return patch_sizes(self.table, source, bank, self.padding_mode, machine, conditional, indexed, computing, out)
+
+    def build(
+        self, bank: PatchBank, sizes: ScaleTable | None, index: PatchIndex | None, seed: int, computing: Computing
+    ) -> ScoreMachine:
         """The machine."""
         pruned: dict[str, Any] = {}
         if index or self.tolerance:
             pruned = {"index": index, "budget": self.budget, "tolerance": self.tolerance, "seed": seed}
-        if self.machine != "els" and pruned:
-            raise ValueError(f"--index: got one, the {self.machine} machine takes none")
-        if self.machine != "els" and self.padding_mode != "zeros":
-            raise ValueError(f"--padding-mode: got {self.padding_mode}, the {self.machine} machine pads with zeros")
         engine, memory = computing.engine, computing.bytes
-        if self.machine == "ideal":
-            if self.table != "auto":
-                raise ValueError(f"--table: got {self.table}, the ideal machine has no patch size")
+        if sizes is None:
             return IdealScore(bank, engine, memory)
-        sizes = scale_table(self.table, bank, self.padding_mode)
         if self.machine == "ls":
             return LocalScore(bank, sizes, engine, memory)
         return EquivariantLocalScore(bank, sizes, self.padding_mode, engine, memory, **pruned)
 
+
+PADDING_MODE = click.option(
+    "--padding-mode",
+    type=click.Choice(["zeros", "circular"]),
+    default="zeros",
+    show_default=True,
+    help="How els treats borders.",
+)
+TABLE = click.option(
+    "--table",
+    default="auto",
+    show_default=True,
+    metavar="NAME|FILE|K",
+    help="Patch size by noise level: a published table (the list is below), a file that ScaleTable.save wrote, or "
+    "one size. auto is the published table of SOURCE where its name says that it is such data, at 32 x 32; else "
+    "sizes are fitted to SOURCE, in seconds, and kept in the folder of the run.",
+)
 
 which_options = taking(
     Which,
@@ -88,21 +119,8 @@ which_options = taking(
         show_default=True,
         help="Which windows compete: from everywhere (equivariant local), at the same place (local), or whole images.",
     ),
-    click.option(
-        "--padding-mode",
-        type=click.Choice(["zeros", "circular"]),
-        default="zeros",
-        show_default=True,
-        help="How els treats borders.",
-    ),
-    click.option(
-        "--table",
-        default="auto",
-        show_default=True,
-        metavar="NAME|FILE|K",
-        help="Patch size by noise level: a published table (the list is below), a file that ScaleTable.save wrote, or "
-        "one size. auto is the published ResNet table for gray or colour images.",
-    ),
+    PADDING_MODE,
+    TABLE,
     click.option(
         "--index",
         "index_path",
@@ -137,6 +155,7 @@ Examples:
   patchscore sample cifar.npz --machine els --padding-mode circular --sampler heun
   patchscore sample photos/ --size 48 --table 7 --labels cats,dogs --seed 3
   patchscore sample cifar.npz --index cifar.index --budget 0.01
+  patchscore sample photos/ --size 32 --table 5 --size-out 48x80
 
 The same command again continues an interrupted run, and a larger -n adds to a finished one.
 
@@ -153,11 +172,23 @@ Published tables, made for 32 x 32 images: """
     "Levels of the noise schedule; the last of the cosine schedule's is the clean image.",
 )
 @computing_options("pruned")
+@click.option(
+    "--size-out",
+    metavar="HEIGHTxWIDTH",
+    help="Make images of this size, say 48x80, whatever the training images'; els only.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default="out", show_default=True, help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace a run with other settings in the same folder.")
 @one_line_errors
 def sample(
-    source: Source, count: int, which: Which, walk: Walk, computing: Computing, out: Path, overwrite: bool
+    source: Source,
+    count: int,
+    which: Which,
+    walk: Walk,
+    computing: Computing,
+    size_out: str | None,
+    out: Path,
+    overwrite: bool,
 ) -> None:
     """Make new images from the training images in SOURCE.
 
@@ -168,6 +199,7 @@ def sample(
     checks.integer("-n", count, at_least=1, at_most=MOST_IMAGES)
     walk.check()
     get_schedule(walk.schedule, walk.steps)
+    size = None if size_out is None else size_named("--size-out", size_out)
     device, _ = computing.where, computing.bytes
     source.check_not_around(out)
     which.check(computing)
@@ -175,14 +207,19 @@ def sample(
 
     bank = source.open()
     index = None if which.index_path is None else PatchIndex.open(which.index_path, bank)
-    machine = which.build(bank, index, walk.seed, computing)
+    labels = labels_named(walk.labels, bank)
+    fitted, errors = which.sizes(source, bank, index, walk.labels, computing, out)
+    machine = which.build(bank, fitted, index, walk.seed, computing)
+    if size is not None:
+        machine.check_size(size, get_schedule(walk.schedule, walk.steps).ratios[:-1].tolist(), "--size-out")
     sizes = machine.patch_size if isinstance(machine.patch_size, ScaleTable) else None
     settings = {
         "steps": walk.steps,
         "schedule": walk.schedule,
         "sampler": walk.sampler,
-        "labels": labels_named(walk.labels, bank),
+        "labels": labels,
         "seed": walk.seed,
+        "size": None if size in (None, bank.shape[1:]) else list(size),
     }
     say(f"{bank!r} from {source.source}", described(machine, device))
     lacking = sorted(set(sizes.sizes) - set(index.patch_sizes)) if sizes and index else []
@@ -193,6 +230,8 @@ def sample(
     of_machine = _of_machine(which, machine, sizes, index)
     noted = _noted(source, which, walk, computing, device)
     with Run(out, machine, settings, of_machine, noted, overwrite) as run:
+        if fitted is not None and errors is not None:
+            keep(out, fitted, errors)
         start = time.perf_counter()
         try:
             kept = run.sample(count, walk.batch_size, device)

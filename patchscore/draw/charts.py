@@ -13,6 +13,7 @@ import numpy as np
 
 from ..calibrate import Calibration
 from ..evaluate import Comparison
+from ..heldout import HeldOutErrors
 from ..scales import ScaleTable
 
 if TYPE_CHECKING:
@@ -40,6 +41,29 @@ def calibration_curves(found: Mapping[str, Calibration], beside: Mapping[str, Sc
             panel.plot(table.sigmas, table.sizes, "s--", color=INK, ms=3, lw=1, label=table.name)
         panel.set(xscale="log", xlabel="noise sigma / alpha", ylabel="patch size", title=name)
         panel.set_yticks(sorted({*of.patch_sizes}))
+        panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def held_out_sizes(
+    found: Mapping[str, tuple[HeldOutErrors, ScaleTable]], beside: Mapping[str, ScaleTable | None]
+) -> Figure:
+    """Patch size against noise, a panel each: what a fit chose, its interval over images, and a table beside it.
+
+    Args:
+        found: held-out errors and the table of them, by name.
+        beside: for some of the names, a table to draw with it.
+    """
+    figure, panels = _panels(len(found), 4.2, 3.4)
+    for panel, (name, (errors, fitted)) in zip(panels, found.items(), strict=True):
+        low, high = zip(*errors.intervals(), strict=True)
+        panel.fill_between(errors.sigmas, low, high, color=ACCENT, alpha=0.2, lw=0, label="95% interval over images")
+        panel.plot(fitted.sigmas, fitted.sizes, "o-", color=ACCENT, ms=3.5, lw=1.5, label="least held-out error")
+        table = beside.get(name)
+        if table is not None:
+            panel.plot(table.sigmas, table.sizes, "s--", color=INK, ms=3, lw=1, label=table.name)
+        panel.set(xscale="log", xlabel="noise sigma / alpha", ylabel="patch size", title=name)
+        panel.set_yticks(sorted({*errors.patch_sizes}))
         panel.legend(frameon=False, fontsize=8)
     return figure
 

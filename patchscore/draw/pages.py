@@ -61,10 +61,10 @@ def explanation_page(walks: Sequence[Walk], bank: PatchBank, about: dict[str, An
     else:
         raise ValueError(f"max_bytes: {len(walks)} samples do not fit into {max_bytes} bytes; explain fewer steps")
     data = _data(walks, bank, about, kept, len(sources), planes, listed)
-    return template.replace("/*DATA*/null", _script_safe(data))
+    return template.replace("/*DATA*/null", script_safe(data))
 
 
-def _script_safe(data: dict[str, Any]) -> str:
+def script_safe(data: dict[str, Any]) -> str:
     """JSON that an HTML parser reads as nothing but text: without "<" no tag or comment begins in it."""
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 

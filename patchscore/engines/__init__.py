@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Engine, EngineError, candidates, chosen, explain_choice, serve, serve_each
+from .base import Engine, EngineError, candidates, chosen, explain_choice, serve, serve_each, serve_product
 from .fused.launch import Fused
 from .pruned.engine import Pruned
 from .reference import Reference
@@ -39,4 +39,5 @@ __all__ = [
     "explain_choice",
     "serve",
     "serve_each",
+    "serve_product",
 ]

@@ -34,6 +34,10 @@ class Engine(ABC):
     """Whether it sums over every competing window."""
     float64: ClassVar[bool] = False
     """Whether its sums have float64 digits where z has."""
+    moments: ClassVar[bool] = False
+    """Whether its posterior_sum takes moments=True."""
+    gradients: ClassVar[bool] = False
+    """Whether it has vjp and jvp."""
 
     @abstractmethod
     def runs_on(self, device: torch.device) -> bool:
@@ -71,6 +75,9 @@ class Engine(ABC):
             memory_limit: bytes of working memory beyond z, the bank, the result and what is kept between calls.
             ess: False where the effective sample size will not be asked for: s2 may then be anything.
 
+        An engine whose `moments` is True takes a further argument moments, False by default: whether the sums have
+        v2 and sl.
+
         Returns:
             PosteriorSum with parts [B, 1 or C, H, W]; for whole images m, s and s2 are [B, 1, 1, 1].
 
@@ -78,6 +85,18 @@ class Engine(ABC):
             EngineError: the engine cannot serve on this machine after all; `unavailable` says so from then on.
             ValueError: `memory_limit` cannot hold the smallest piece of work.
         """
+
+    def vjp(
+        self, z: Tensor, sigma: Tensor, u: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    ) -> Tensor:
+        """J^T u with J the Jacobian of the posterior mean at z: [B, C, H, W] as u; other arguments as above."""
+        raise NotImplementedError(f"engine {self.name!r} takes no gradients")
+
+    def jvp(
+        self, z: Tensor, sigma: Tensor, t: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    ) -> Tensor:
+        """J t: [B, C, H, W] as t."""
+        raise NotImplementedError(f"engine {self.name!r} takes no gradients")
 
     def posterior_sums(
         self, z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
@@ -95,12 +114,13 @@ def strict() -> bool:
 
 
 def candidates(
-    engines: Sequence[Engine], named: str, device: torch.device, dtype: torch.dtype
+    engines: Sequence[Engine], named: str, device: torch.device, dtype: torch.dtype, needs: str | None = None
 ) -> Iterator[tuple[Engine, str | None, bool]]:
     """Engines in the order they are asked: (engine, why it cannot serve or None, whether that is worth a warning).
 
     The named one first; engines written for another device are left out unless named. float64 images ask for float64
-    digits, and "auto" takes an engine that has them.
+    digits, and "auto" takes an engine that has them. `needs` is "moments" or "gradients", where not every engine will
+    do.
     """
     # Of the halves of an engine the one for this device speaks.
     halves: dict[str, Engine] = {}
@@ -113,6 +133,9 @@ def candidates(
             yield engine, f"it does not run on {device.type}", engine.name == named
         elif dtype == torch.float64 and not engine.float64 and engine.name != named:
             yield engine, "it computes in float32", False
+        elif needs is not None and not getattr(engine, needs):
+            # Whoever named it, or wanted no more than a sample, learns that an exact engine takes longer.
+            yield engine, f"it takes no {needs}", engine.name == named or not engine.exact
         else:
             yield engine, engine.unavailable(device), True
 
@@ -142,13 +165,15 @@ def serve(
     competition: Competition,
     memory_limit: int,
     ess: bool = True,
+    moments: bool = False,
 ) -> tuple[PosteriorSum, list[str]]:
     """The sums of every pixel, and the names of the engines that took them.
 
     Raises:
         RuntimeError: with PATCHSCORE_STRICT=1, an engine that would have served cannot.
     """
-    asked = list(candidates(engines, named, z.device, z.dtype))
+    asked = list(candidates(engines, named, z.device, z.dtype, "moments" if moments else None))
+    options = {"ess": ess, "moments": True} if moments else {"ess": ess}
     parts: list[tuple[PosteriorSum, Competition]] = []
     names: list[str] = []
     for some, ordered in _by_preference(asked, named, z, sigma, bank, competition):
@@ -162,7 +187,7 @@ def serve(
             if taken is None:
                 continue
             try:
-                sums = engine.posterior_sum(z, sigma, bank, taken, memory_limit, ess=ess)
+                sums = engine.posterior_sum(z, sigma, bank, taken, memory_limit, **options)
             except EngineError as error:
                 _warn(engine, str(error))
                 continue
@@ -173,6 +198,35 @@ def serve(
                 break
         assert pending is None, "engine reference always serves"
     return _joined(parts, z, bank), names
+
+
+def serve_product(
+    engines: Sequence[Engine],
+    named: str,
+    transposed: bool,
+    z: Tensor,
+    sigma: Tensor,
+    direction: Tensor,
+    bank: PatchBank,
+    competition: Competition,
+    memory_limit: int,
+) -> Tensor:
+    """J^T direction (transposed) or J direction, by the first engine that takes gradients of the whole competition.
+
+    Raises:
+        RuntimeError: with PATCHSCORE_STRICT=1, an engine that would have served cannot.
+    """
+    for engine, reason, worth_a_warning in candidates(engines, named, z.device, z.dtype, "gradients"):
+        if reason is not None:
+            if worth_a_warning:
+                _warn(engine, reason)
+        elif engine.lacks(z, sigma, bank, competition) is None:
+            try:
+                product = engine.vjp if transposed else engine.jvp
+                return product(z, sigma, direction, bank, competition, memory_limit)
+            except EngineError as error:
+                _warn(engine, str(error))
+    raise AssertionError("engine reference always serves")
 
 
 Asked = tuple[Engine, str | None, bool]
@@ -239,7 +293,8 @@ def _joined(parts: list[tuple[PosteriorSum, Competition]], z: Tensor, bank: Patc
     if len(parts) == 1:
         return parts[0][0]
     sampled = any(sums.vv is not None for sums, _ in parts)
-    total = PosteriorSum.empty(z.shape, parts[0][0].m.device, sampled)
+    moments = all(sums.v2 is not None for sums, _ in parts)
+    total = PosteriorSum.empty(z.shape, parts[0][0].m.device, sampled, moments)
     pairs = 0
     for sums, taken in parts:
         pairs += len(z) * len(bank) * taken.pairs_per_image if sums.pairs is None else sums.pairs

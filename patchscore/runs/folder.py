@@ -5,6 +5,7 @@
     samples/        one PNG an image, 000000.png and so on: a folder as FID tools take it
     samples.npy     the images as float32 [n, C, H, W]; row i is image i
     trajectory.npz  the noisy and the denoised images of the first few, at every step
+    held-out.json, table.json   where the patch sizes were fitted to the training images: the errors, and the table
     grid.png, trajectory.png; and what `explain` writes: explain.html, mosaic.png (mosaic-000000.png), memorisation.png
 
 An image counts as made once a line lists it, as long as its PNG and its row have the hashes in that line. Everything is
@@ -52,8 +53,19 @@ MOST_IMAGES = 10**6
 """So that names of six digits sort as numbers."""
 
 PICTURES = ("grid.png", "trajectory.png")
+ERRORS, TABLE = "held-out.json", "table.json"
 EXPLANATIONS = ("explain.html", "mosaic.png", "memorisation.png")
-FILES = ("run.json", "batches.jsonl", "samples.npy", "trajectory.npz", "samples.npz", *PICTURES, *EXPLANATIONS)
+FILES = (
+    "run.json",
+    "batches.jsonl",
+    "samples.npy",
+    "trajectory.npz",
+    "samples.npz",
+    ERRORS,
+    TABLE,
+    *PICTURES,
+    *EXPLANATIONS,
+)
 SAMPLE = re.compile(r"\d{6}\.png")
 FLAT_SAMPLE = re.compile(r"\d{4,}\.png")
 MOSAIC = re.compile(r"mosaic-\d{4,6}\.png")

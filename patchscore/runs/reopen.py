@@ -50,6 +50,7 @@ def reopen(
         reading |= {name: noted.get(name) for name in ("split", "image_key", "label_key")}  # 0.1.0 had none
         reading["channels"] = None if noted["channels"] is None else int(noted["channels"])
         walked = {name: settings[name] for name in ("steps", "schedule", "sampler", "labels", "seed")}
+        walked["size"] = settings.get("size")  # not in runs of before, whose images are as large as the bank's
         where, fingerprint, sizes = source or noted["source"], made["fingerprint"], settings["patch_sizes"]
         table = sizes and ScaleTable([float(sigma) for sigma in sizes], list(sizes.values()), str(settings["table"]))
         kind, padding_mode, engine = settings["machine"], settings["padding_mode"], noted["engine"]

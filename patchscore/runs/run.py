@@ -36,7 +36,7 @@ class Run:
         out: the folder; made if absent.
         machine: the denoiser.
         settings: what `sample` takes and what decides the images: steps, schedule, sampler, labels (a list taken in
-            turn, or None), seed.
+            turn, or None), seed, and size, (height, width) or None for the machine's own.
         described: the machine's settings, which decide the images too; both are in `run.json` and must match.
         noted: what else `run.json` should tell, such as where the images came from.
         overwrite: start afresh where the folder holds another run.
@@ -56,7 +56,9 @@ class Run:
         noted: dict[str, Any],
         overwrite: bool,
     ):
-        self.folder = RunFolder(out, machine.shape)
+        channels, *own = machine.shape
+        self.shape = (channels, *(settings.get("size") or own))
+        self.folder = RunFolder(out, self.shape)
         self.machine = machine
         self.settings = settings
         self.overwrite = overwrite
@@ -113,7 +115,7 @@ class Run:
         self.folder.rows.mend_header()
         self.folder.mend_lines()
         made = self.folder.made()
-        self.trajectories = _Trajectories(self.folder.trajectories(), self.machine.shape)
+        self.trajectories = _Trajectories(self.folder.trajectories(), self.shape)
         self.made = {image for image in made if image >= SHOWN or image in self.trajectories.x}
 
     def _difference(self, earlier: dict[str, Any]) -> str | None:
@@ -191,11 +193,11 @@ class Run:
 
     def _save_batch(self, images: range, final: torch.Tensor, device: str, seconds: list[float]) -> None:
         labels = labels_in_turn(self.settings["labels"], images) or [None] * len(images)
-        near = nearest_images(final, self.machine.bank)
-        entries = [
-            {"label": label, "nearest": {"image": int(image), "rms": round(float(rms), 4)}}
-            for label, image, rms in zip(labels, near.image, near.rms, strict=True)
-        ]
+        entries: list[dict[str, Any]] = [{"label": label} for label in labels]
+        if self.shape == self.machine.shape:  # images of other sizes have no nearest one
+            near = nearest_images(final, self.machine.bank)
+            for entry, image, rms in zip(entries, near.image, near.rms, strict=True):
+                entry["nearest"] = {"image": int(image), "rms": round(float(rms), 4)}
         pngs = [pictures.png(pictures.to_pil(image)) for image in final]
         served = {"engine": self.machine.engine_on(device), "device": device, "seconds_per_step": seconds}
         self.folder.save_batch(images, final.numpy(), pngs, entries, served)
@@ -211,7 +213,7 @@ class Run:
                 torch.from_numpy(arrays["x0"]).float(),
                 ratios,
                 [self.machine.patch_size_at(sigma) for sigma in ratios],
-                zoom=max(1, round(84 / self.machine.shape[-1])),
+                zoom=max(1, round(84 / self.shape[-1])),
             )
             self.folder.save_picture("trajectory.png", picture)
 

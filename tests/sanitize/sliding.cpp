@@ -34,10 +34,11 @@ static std::vector<Axis> axes(int size, int k, char kind) {
     return {locked(0, r), free_axis(r, size - r, r, size - r), locked(size - r, size)};
 }
 
-// The means at every patch size (0: whole images), of one call on an instruction set, or by the definition for null.
+// The means, and with moments the variances, at every patch size (0: whole images), of one call on an instruction set,
+// or by the definition for null.
 static std::vector<double> run(const char* simd, int batch, int channels, int height, int width, int count,
-                               const std::vector<int>& sizes, char kind, bool bytes, bool select, double sigma,
-                               int threads) {
+                               const std::vector<int>& sizes, char kind, bool bytes, bool select, bool moments,
+                               double sigma, int threads) {
     state = 1;
     const size_t pixels = size_t(height) * size_t(width), values = pixels * size_t(channels);
     std::vector<float> z(size_t(batch) * values), floats(size_t(count) * values);
@@ -56,14 +57,15 @@ static std::vector<double> run(const char* simd, int batch, int channels, int he
     problem.indices = select ? indices.data() : nullptr;
     problem.count = select ? int64_t(indices.size()) : count;
     struct Sums {
-        std::vector<double> m, s, s2, v;
+        std::vector<double> m, s, s2, v, v2, sl;
     };
     std::vector<Sums> sums;
     for (const int k : sizes) {
         const size_t outputs = size_t(batch) * (k ? pixels : 1);
         sums.push_back({std::vector<double>(outputs, -std::numeric_limits<double>::infinity()),
                         std::vector<double>(outputs), std::vector<double>(outputs),
-                        std::vector<double>(size_t(batch) * values)});
+                        std::vector<double>(size_t(batch) * values), std::vector<double>(size_t(batch) * values),
+                        std::vector<double>(outputs)});
         patchscore::Competition competition{};
         competition.patch_size = k, competition.circular = kind == 'c';
         if (k)
@@ -71,6 +73,7 @@ static std::vector<double> run(const char* simd, int batch, int channels, int he
                 for (const Axis& cols : axes(width, k, kind)) competition.groups.push_back({rows, cols});
         competition.m = sums.back().m.data(), competition.s = sums.back().s.data();
         competition.s2 = sums.back().s2.data(), competition.v = sums.back().v.data();
+        if (moments) competition.v2 = sums.back().v2.data(), competition.sl = sums.back().sl.data();
         problem.competitions.push_back(competition);
     }
     problem.threads = threads, problem.memory_limit = int64_t(1) << 30;
@@ -86,7 +89,9 @@ static std::vector<double> run(const char* simd, int batch, int channels, int he
         for (size_t b = 0; b < size_t(batch); ++b)
             for (size_t i = 0; i < values; ++i) {
                 const double weight = sums[n].s[sizes[n] ? b * pixels + i % pixels : b];
-                means.push_back(sums[n].v[b * values + i] / weight);
+                const double mean = sums[n].v[b * values + i] / weight;
+                means.push_back(mean);
+                if (moments) means.push_back(sums[n].v2[b * values + i] / weight - mean * mean);
             }
     return means;
 }
@@ -113,8 +118,8 @@ int main() {
                 const double sigma = channels == 2 ? 1e-3 : channels == 4 ? 100 : 0.5;
                 for (const std::vector<int>& sizes : calls) {
                     const auto means_by = [&](const char* level) {
-                        return run(level, 2, channels, height, width, 19, sizes, kind, width == 9, channels == 3, sigma,
-                                   1 + channels % 2);
+                        return run(level, 2, channels, height, width, 19, sizes, kind, width == 9, channels == 3,
+                                   width == 14, sigma, 1 + channels % 2);
                     };
                     const std::vector<double> expected = means_by(nullptr);
                     for (const std::string& level : levels) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ...native import missing, native
 from ...posterior import PosteriorSum
 from ...windows import Axis, Competition
 from ..base import Engine
+from ..whole import whole_product
 
 
 class SlidingCpu(Engine):
@@ -27,6 +29,8 @@ class SlidingCpu(Engine):
     """
 
     name = "sliding"
+    moments = True
+    gradients = True
 
     def runs_on(self, device: torch.device) -> bool:
         return device.type == "cpu"
@@ -42,8 +46,19 @@ class SlidingCpu(Engine):
         competition: Competition,
         memory_limit: int,
         ess: bool = True,
+        moments: bool = False,
     ) -> PosteriorSum:
-        return posterior_sum(z, sigma, bank, competition, memory_limit)
+        return posterior_sum(z, sigma, bank, competition, memory_limit, moments)
+
+    def vjp(
+        self, z: Tensor, sigma: Tensor, u: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    ) -> Tensor:
+        return product(True, z, sigma, u, bank, competition, memory_limit)
+
+    def jvp(
+        self, z: Tensor, sigma: Tensor, t: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    ) -> Tensor:
+        return product(False, z, sigma, t, bank, competition, memory_limit)
 
     def posterior_sums(
         self, z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
@@ -52,7 +67,7 @@ class SlidingCpu(Engine):
 
 
 def posterior_sum(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int, moments: bool = False
 ) -> PosteriorSum:
     """`Engine.posterior_sum`. A thread takes less than 32 MiB up to 128 x 128 in colour; `memory_limit` bounds threads.
 
@@ -60,11 +75,16 @@ def posterior_sum(
         ValueError: `memory_limit` cannot hold one thread, PATCHSCORE_SIMD names what this machine has not, or the
             arguments do not fit each other.
     """
-    return posterior_sums(z, sigma, bank, [competition], memory_limit)[0]
+    return posterior_sums(z, sigma, bank, [competition], memory_limit, moments)[0]
 
 
 def posterior_sums(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
+    z: Tensor,
+    sigma: Tensor,
+    bank: PatchBank,
+    competitions: Sequence[Competition],
+    memory_limit: int,
+    moments: bool = False,
 ) -> list[PosteriorSum]:
     """`posterior_sum` for several competitions, as calibration asks for several patch sizes at one noise level.
 
@@ -72,7 +92,7 @@ def posterior_sums(
     sums; otherwise a few passes do. The numbers are those of separate calls.
     """
     assert native is not None, "unavailable() says when this engine cannot serve"
-    totals = [_empty(z, competition) for competition in competitions]
+    totals = [_empty(z, competition, moments) for competition in competitions]
     native.sliding(
         z=z.detach().to("cpu", torch.float32).contiguous().numpy(),
         sigma=sigma.detach().to("cpu", torch.float64).contiguous().numpy(),
@@ -84,6 +104,7 @@ def posterior_sums(
                 competition.padding_mode == "circular",
                 _groups(competition).numpy(),
                 *(part.numpy() for part in (total.m, total.s, total.s2, total.v)),
+                *(None if part is None else part.numpy() for part in (total.v2, total.sl)),
             )
             for competition, total in zip(competitions, totals, strict=True)
         ],
@@ -94,10 +115,55 @@ def posterior_sums(
     return totals
 
 
-def _empty(z: Tensor, competition: Competition) -> PosteriorSum:
+def product(
+    transposed: bool,
+    z: Tensor,
+    sigma: Tensor,
+    direction: Tensor,
+    bank: PatchBank,
+    competition: Competition,
+    memory_limit: int,
+) -> Tensor:
+    """`Engine.vjp` (transposed) or `Engine.jvp`: a second pass over the pairs, after one for weights and means.
+
+    Raises:
+        ValueError: z in float64; as of `posterior_sum`.
+    """
+    assert native is not None, "unavailable() says when this engine cannot serve"
+    if z.dtype == torch.float64:
+        raise ValueError('z: got float64, engine "sliding" has gradients in float32; engine="reference" has both')
+    total = posterior_sum(z, sigma, bank, competition, memory_limit)
+    if competition.patch_size is None:
+        return whole_product(z, sigma, direction, bank, total, memory_limit)
+    # Pixels that the competition leaves out have no weights.
+    evidence = torch.where(total.s > 0, total.m + total.s.log(), 0.0)
+    result = torch.zeros(z.shape, dtype=torch.float64)
+    native.sliding_product(
+        transposed=transposed,
+        z=z.detach().to("cpu", torch.float32).contiguous().numpy(),
+        sigma=sigma.detach().to("cpu", torch.float64).contiguous().numpy(),
+        images=bank.images.numpy(),
+        indices=None if bank.indices is None else bank.indices.to(torch.int64).contiguous().numpy(),
+        patch_size=competition.patch_size,
+        circular=competition.padding_mode == "circular",
+        groups=_groups(competition).numpy(),
+        evidence=evidence.numpy(),
+        mean=torch.where(total.s > 0, total.mean, 0.0).numpy(),
+        direction=direction.detach().to("cpu", torch.float32).contiguous().numpy(),
+        result=result.numpy(),
+        threads=torch.get_num_threads(),
+        memory_limit=memory_limit,
+        simd=os.environ.get("PATCHSCORE_SIMD", ""),
+    )
+    return result.to(direction.dtype)
+
+
+def _empty(z: Tensor, competition: Competition, moments: bool) -> PosteriorSum:
     pixels = z.shape[2:] if competition.patch_size else (1, 1)
     m = torch.full((len(z), 1, *pixels), -torch.inf, dtype=torch.float64)
-    return PosteriorSum(m=m, s=torch.zeros_like(m), v=torch.zeros(z.shape, dtype=torch.float64), s2=torch.zeros_like(m))
+    v = torch.zeros(z.shape, dtype=torch.float64)
+    total = PosteriorSum(m=m, s=torch.zeros_like(m), v=v, s2=torch.zeros_like(m))
+    return replace(total, v2=v.clone(), sl=torch.zeros_like(m)) if moments else total
 
 
 def _groups(competition: Competition) -> Tensor:
