@@ -84,7 +84,7 @@ class Denoiser(ABC):
 
         Args:
             z: [B, C, H, W] noisy images z = x_0 + sigma eps, on any device; of any H and W where `any_size`.
-            sigma: noise level in units of pixel values ([-1, 1] is two wide): a number, or [B].
+            sigma: noise level in units of pixel values, which lie in [-1, 1] or the bank's range: a number, or [B].
             labels: one class for all items, or one for each ([B]; None among them means every class).
             moments: whether the estimate has `variance` and `entropy` too (docs/method.md).
 
@@ -179,7 +179,7 @@ class ScoreMachine(Denoiser):
         """The engine that samples, where the machine was given an index."""
         self.tolerance = tolerance
         """What `fused`, which rounds, may add to the error of a denoised pixel; None: its default."""
-        self.engines = engines.available(pruned, tolerance)
+        self.engines = engines.available(pruned, None if tolerance is None else tolerance / bank.scale)
         """What serves, in order of preference."""
 
     @abstractmethod

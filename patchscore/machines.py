@@ -176,13 +176,15 @@ def _check_pruned(
     bank: PatchBank, index: PatchIndex | None, budget: float | None, tolerance: float | None, seed: int
 ) -> engines.Pruned | None:
     if tolerance is not None and not 0 < checks.number("tolerance", tolerance) < math.inf:
-        raise ValueError(f"tolerance: got {tolerance}, takes a positive error of pixels in [-1, 1]")
+        raise ValueError(f"tolerance: got {tolerance}, takes a positive error of pixels")
     if index is None:
         if budget is not None:
             raise ValueError("budget: takes an index; PatchIndex.build makes one")
         return None
     if not isinstance(index, PatchIndex):
         raise TypeError(f"index: got {type(index).__name__}, takes a PatchIndex")
+    if bank.value_range is not None:
+        raise ValueError("index: takes a bank of images in [-1, 1], this one has a value_range")
     if index.bank.fingerprint != bank.fingerprint:
         raise ValueError(f"index: of bank {index.bank.fingerprint[:16]}, but this bank is {bank.fingerprint[:16]}")
     if (budget is None) == (tolerance is None):

@@ -123,6 +123,12 @@ class PosteriorSum:
     def _with(self, fields: dict[str, Tensor]) -> PosteriorSum:
         return PosteriorSum(**fields, pairs=None)
 
+    def scaled(self, scale: float) -> PosteriorSum:
+        """The same sums of values that are `scale` times as large."""
+        powers = {"v": 1, "vv": 2, "vs": 1, "v2": 2}
+        times = {name: x * scale ** powers[name] for name, x in self.fields.items() if name in powers}
+        return replace(self, **times)  # type: ignore[arg-type]
+
     def with_pairs(self, pairs: int) -> PosteriorSum:
         """The same sums, of so many evaluated pairs."""
         return replace(self, pairs=pairs)

@@ -270,12 +270,12 @@ def _each(name: str, value: Any, levels: int) -> list[Any]:
 # What is given.
 
 
-def _bank(source: Any) -> PatchBank:
+def _bank(source: Any, value_range: str | tuple[float, float] | None = None) -> PatchBank:
     if isinstance(source, PatchBank):
         return source
     if isinstance(source, (np.ndarray, Tensor)) and source.ndim == 3:
-        return PatchBank(source[None])
-    return PatchBank.open(source)
+        return PatchBank(source[None], value_range=value_range)
+    return PatchBank.open(source, value_range=value_range)
 
 
 def _layout(start: Any, bank: PatchBank) -> Tensor | None:
@@ -284,7 +284,7 @@ def _layout(start: Any, bank: PatchBank) -> Tensor | None:
         return None
     if isinstance(start, str) and start == "source":
         return bank.chunk(0, 1)[0].cpu()
-    opened = _bank(start)
+    opened = _bank(start, bank.value_range)
     if opened.shape[0] != bank.shape[0]:
         raise ValueError(f"start: has {opened.shape[0]} channels, the exemplars have {bank.shape[0]}")
     return opened.chunk(0, 1)[0].cpu()
@@ -329,7 +329,7 @@ class _Pyramid:
             return self.bank
         images = self.shrunk(self.bank.chunk(0, len(self.bank)).cpu(), size)
         with_names = self.bank.class_names if self.bank.labels is not None else None
-        return PatchBank(images, self.bank.labels, with_names)
+        return PatchBank(images, self.bank.labels, with_names, self.bank.value_range)
 
     def shrunk(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """[N, C, *size] by a bicubic filter as wide as the scale asks for, without its overshoot."""
