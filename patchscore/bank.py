@@ -114,7 +114,7 @@ class PatchBank:
                 classes needs it.
             image_key, label_key: the names of images and labels in a source that holds several things.
             memory_limit: most bytes that the images may take once read; None: the memory of this machine.
-            value_range: as of `PatchBank`, for an array or a .npy, .pt or .safetensors file that is [N, C, H, W]: values
+            value_range: as of `PatchBank`, for an array or a .npy, .pt or .safetensors file [N, C, H, W]: values
                 and axes stay what they are, and of the other arguments only `image_key` is taken.
 
         Raises:
