@@ -5,6 +5,7 @@ from .adapters.network import NetworkDenoiser
 from .bank import PatchBank
 from .calibrate import Calibration, calibrate
 from .classification import Classification, classify
+from .conditioned import Conditioned
 from .denoiser import Denoiser, Estimate
 from .draw import notebook
 from .evaluate import Comparison, baselines, compare
@@ -29,6 +30,7 @@ __all__ = [
     "Calibration",
     "Classification",
     "Comparison",
+    "Conditioned",
     "Denoiser",
     "Differentiable",
     "EquivariantLocalScore",

@@ -15,7 +15,7 @@ LAYERS = (
     {"scales"},
     {"denoiser"},
     {"machines"},
-    {"gaussian", "gradients", "guidance", "networks", "nearest"},
+    {"gaussian", "conditioned", "gradients", "guidance", "networks", "nearest"},
     {"theories"},
     {"adapters", "sampling"},
     {"classification", "calibrate", "evaluate", "explain", "likelihood"},
