@@ -44,8 +44,8 @@ def samplers() -> str:
             cells.append(f"{row['distance']:.3f}, {row['r2']:.2f}")
         rows.append(cells)
     note = (
-        "Frechet distance between the 5 x 5 windows of samples and of held-out images, and r^2 (squared correlation) with "
-        f"{fine['steps']} steps of `ddim` from the same noise, whose distance is {fine['distance']:.3f}; Fashion-MNIST"
+        "Frechet distance between the 5 x 5 windows of samples and of held-out images, and r^2 (squared correlation) "
+        f"with {fine['steps']} steps of `ddim` from the same noise, whose distance is {fine['distance']:.3f}; Fashion-MNIST"
     )
     return f"{table(['sampler', *(f'{count} steps' for count in steps)], rows)}\n\n{note} {measured_on(record)}."
 
@@ -70,8 +70,8 @@ def moment_costs() -> str:
     ]
     _, (beside,) = rows_of("autograd")
     note = (
-        "Times the cost of the plain mean, `sliding`, one thread, CIFAR-10 in colour, CPU time. J^T u by torch's autograd "
-        f"through materialised patches (k = {beside['k']}, {beside['images']} images) takes {beside['times']:.0f} times as "
-        f"long as `vjp`, and differs by {beside['difference']:.0e} of the largest entry"
+        "Times the cost of the plain mean, `sliding`, one thread, CIFAR-10 in colour, CPU time. J^T u by torch's "
+        f"autograd through materialised patches (k = {beside['k']}, {beside['images']} images) takes "
+        f"{beside['times']:.0f} times as long as `vjp`, and differs by {beside['difference']:.0e} of the largest entry"
     )
     return f"{table(['padding', 'k, sigma', 'moments', '`vjp`', '`jvp`'], rows)}\n\n{note}; {measured_on(record)}."
