@@ -38,7 +38,7 @@ def main() -> None:
     for part in options.parts:
         torch.set_num_threads(1 if part in ("costs", "autograd") else threads)
         found[part] = MEASURES[part](cifar)
-    write("moments", "Moments, gradients and likelihoods: costs, bits per dimension, samplers", **found)
+        write("moments", "Moments, gradients and likelihoods: costs, bits per dimension, samplers", **found)
 
 
 def times(calls: dict, repeats: int = REPEATS) -> dict[str, float]:
@@ -100,7 +100,7 @@ def bits(cifar: torch.Tensor) -> list[dict]:
     """Held-out bits per dimension: how much of an image's density each machine explains, by noise level."""
     rows = []
     for dataset, images in (("cifar10", cifar[:1000]), ("fashion-mnist", fashion()[:1000])):
-        bank, held_out = ps.PatchBank(images[:300]), images[-4:]
+        bank, held_out = ps.PatchBank(images[:150]), images[-4:]
         table = "cifar10-resnet-zeros" if images.shape[1] == 3 else "fashionmnist-resnet-zeros"
         sizes = ps.ScaleTable.published(table)
         machines = {
@@ -111,7 +111,7 @@ def bits(cifar: torch.Tensor) -> list[dict]:
         }
         for sigma_min in (0.05, 0.2):
             for name, machine in machines.items():
-                found = ps.log_likelihood(machine, held_out, sigma_min=sigma_min, steps=24)
+                found = ps.log_likelihood(machine, held_out, sigma_min=sigma_min, steps=16)
                 rows.append(
                     {
                         "dataset": dataset,
@@ -130,7 +130,7 @@ def bits(cifar: torch.Tensor) -> list[dict]:
 def samplers(cifar: torch.Tensor) -> list[dict]:
     """Patch statistics of samples beside held-out images', and r^2 with FINE steps of ddim from the same noise."""
     images = fashion()
-    bank, held_out, n = ps.PatchBank(images[:150]), images[150:1150], 12
+    bank, held_out, n = ps.PatchBank(images[:150]), images[150:1150], 8
     machine = ps.EquivariantLocalScore(bank, ps.ScaleTable.published("fashionmnist-resnet-zeros"))
     options = {"batch_size": n, "progress": False, "schedule": "cosine"}
     fine = ps.sample(machine, n, FINE, sampler="ddim", **options)

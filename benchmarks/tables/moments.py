@@ -45,7 +45,8 @@ def samplers() -> str:
         rows.append(cells)
     note = (
         "Frechet distance between the 5 x 5 windows of samples and of held-out images, and r^2 (squared correlation) "
-        f"with {fine['steps']} steps of `ddim` from the same noise, whose distance is {fine['distance']:.3f}; Fashion-MNIST"
+        f"with {fine['steps']} steps of `ddim` from the same noise, whose distance is {fine['distance']:.3f}; "
+        "Fashion-MNIST"
     )
     return f"{table(['sampler', *(f'{count} steps' for count in steps)], rows)}\n\n{note} {measured_on(record)}."
 
