@@ -18,6 +18,7 @@ from .index import PatchIndex
 from .likelihood import LogLikelihood, log_likelihood
 from .machines import EquivariantLocalScore, IdealScore, LocalScore
 from .noise import Schedule, get_schedule
+from .pooled import Pooled, Symmetric
 from .posterior import PosteriorSum, merge
 from .sampling import Step, sample
 from .scales import ScaleTable
@@ -45,11 +46,13 @@ __all__ = [
     "NetworkDenoiser",
     "PatchBank",
     "PatchIndex",
+    "Pooled",
     "PosteriorSum",
     "ScaleTable",
     "Schedule",
     "Step",
     "Switch",
+    "Symmetric",
     "Synthesis",
     "SynthesisLevel",
     "__version__",

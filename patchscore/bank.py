@@ -133,6 +133,29 @@ class PatchBank:
         )
         return cls(images, image_labels, class_names)
 
+    @classmethod
+    def open_sizes(
+        cls,
+        source: Any,
+        channels: int | None = None,
+        labels: bool = True,
+        skip_bad: bool = False,
+        split: str | None = None,
+    ) -> list[PatchBank]:
+        """Reads images of several sizes as they are, such as a folder of photographs: a bank for each size.
+
+        The bank of most images comes first; all have the same channels and class numbers. `Pooled` makes one machine of
+        them.
+
+        Args:
+            source, channels, labels, skip_bad, split: as of `open`.
+
+        Raises:
+            ValueError, TypeError, ImportError: as of `open`.
+        """
+        read = sources.read_sizes(source, channels, labels, skip_bad, split)
+        return [cls(images, image_labels, names) for images, image_labels, names in read]
+
     def __len__(self) -> int:
         return len(self.images) if self.indices is None else len(self.indices)
 

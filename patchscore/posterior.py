@@ -7,7 +7,7 @@ overflows nor vanishes; `merge` adds two of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
@@ -122,6 +122,10 @@ class PosteriorSum:
 
     def _with(self, fields: dict[str, Tensor]) -> PosteriorSum:
         return PosteriorSum(**fields, pairs=None)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> PosteriorSum:
+        """The same sums with their pixels elsewhere, such as mirrored; `pairs` is kept."""
+        return replace(self, **{name: change(x) for name, x in self.fields.items()})  # type: ignore[arg-type]
 
     def scaled(self, scale: float) -> PosteriorSum:
         """The same sums of values that are `scale` times as large."""

@@ -14,7 +14,7 @@ LAYERS = (
     {"canvas", "heldout"},
     {"scales"},
     {"denoiser"},
-    {"machines"},
+    {"machines", "pooled"},
     {"gaussian", "conditioned", "gradients", "guidance", "networks", "nearest"},
     {"theories"},
     {"adapters", "sampling"},

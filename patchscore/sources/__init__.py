@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .image import MOST_PIXELS
 from .opening import BUILT_IN
-from .reading import Images, read
+from .reading import Images, read, read_sizes
 from .source import IMAGE_KEYS, LABEL_KEYS, Source, UnreadableImage
 from .tensors import read_values
 
@@ -17,5 +17,6 @@ __all__ = [
     "Source",
     "UnreadableImage",
     "read",
+    "read_sizes",
     "read_values",
 ]
