@@ -45,6 +45,7 @@ def full(given: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str]]:
     yield ("exact_cpu.py", *train), ""
     yield ("scaling.py", *train), ""
     yield ("adapters.py",), no_diffusers
+    yield ("moments.py", cifar), images
     yield ("gaussian.py", "fashion-mnist"), ""
     yield ("gaussian.py", "cifar10", cifar), images
     yield ("guidance.py",), ""

@@ -3,21 +3,24 @@
 Costs are CPU time of one thread beside that of the plain mean, interleaved, medians. Writes
 benchmarks/results/moments.json; parts named on the command line are measured anew, the others kept.
 
-    python benchmarks/moments.py cifar10 [costs] [autograd] [bits] [samplers]
+    python benchmarks/moments.py cifar10 [costs] [autograd] [bits] [samplers] [restoration]
 """
 
 import argparse
 import json
 import statistics
+import sys
 import time
 
 import torch
-from record import RESULTS, opened, shuffled, write
+from record import PICTURES, RESULTS, ROOT, opened, shuffled, write
 
 import patchscore as ps
 
-PARTS = ("costs", "autograd", "bits", "samplers")
+PARTS = ("costs", "autograd", "bits", "samplers", "restoration")
 REPEATS = 7
+FINE = 100
+"""Steps of ddim that stand for the flow itself."""
 SIGMAS = {3: 0.16, 7: 1.0, 17: 4.0}
 """Noise levels at which these patch sizes are calibrated."""
 
@@ -34,8 +37,8 @@ def main() -> None:
     threads = torch.get_num_threads()
     for part in options.parts:
         torch.set_num_threads(1 if part in ("costs", "autograd") else threads)
-        found[part] = {"costs": costs, "autograd": autograd, "bits": bits, "samplers": samplers}[part](cifar)
-    write("moments", "Moments, gradients and likelihoods: costs, bits per dimension, samplers", **found)
+        found[part] = MEASURES[part](cifar)
+        write("moments", "Moments, gradients and likelihoods: costs, bits per dimension, samplers", **found)
 
 
 def times(calls: dict, repeats: int = REPEATS) -> dict[str, float]:
@@ -97,7 +100,7 @@ def bits(cifar: torch.Tensor) -> list[dict]:
     """Held-out bits per dimension: how much of an image's density each machine explains, by noise level."""
     rows = []
     for dataset, images in (("cifar10", cifar[:1000]), ("fashion-mnist", fashion()[:1000])):
-        bank, held_out = ps.PatchBank(images[:300]), images[-4:]
+        bank, held_out = ps.PatchBank(images[:150]), images[-4:]
         table = "cifar10-resnet-zeros" if images.shape[1] == 3 else "fashionmnist-resnet-zeros"
         sizes = ps.ScaleTable.published(table)
         machines = {
@@ -108,7 +111,7 @@ def bits(cifar: torch.Tensor) -> list[dict]:
         }
         for sigma_min in (0.05, 0.2):
             for name, machine in machines.items():
-                found = ps.log_likelihood(machine, held_out, sigma_min=sigma_min, steps=24)
+                found = ps.log_likelihood(machine, held_out, sigma_min=sigma_min, steps=16)
                 rows.append(
                     {
                         "dataset": dataset,
@@ -125,19 +128,29 @@ def bits(cifar: torch.Tensor) -> list[dict]:
 
 
 def samplers(cifar: torch.Tensor) -> list[dict]:
-    """Patch statistics of samples beside held-out images', and r^2 with 200 steps of ddim from the same noise."""
+    """Patch statistics of samples beside held-out images', and r^2 with FINE steps of ddim from the same noise."""
     images = fashion()
-    bank, held_out, n = ps.PatchBank(images[:150]), images[150:1150], 16
+    bank, held_out, n = ps.PatchBank(images[:150]), images[150:1150], 8
     machine = ps.EquivariantLocalScore(bank, ps.ScaleTable.published("fashionmnist-resnet-zeros"))
     options = {"batch_size": n, "progress": False, "schedule": "cosine"}
-    fine = ps.sample(machine, n, 200, sampler="ddim", **options)
-    rows = [{"sampler": "ddim", "steps": 200, "distance": patch_distance(fine, held_out), "r2": 1.0}]
+    fine = ps.sample(machine, n, FINE, sampler="ddim", **options)
+    rows = [{"sampler": "ddim", "steps": FINE, "distance": patch_distance(fine, held_out), "r2": 1.0}]
     for steps in (5, 10, 20, 50):
         for sampler in ("ddim", "ddpm", "ddpm-optimal"):
             made = ps.sample(machine, n, steps, sampler=sampler, **options)
             r2 = torch.corrcoef(torch.stack([made.flatten(), fine.flatten()]))[0, 1].square().item()
             rows.append({"sampler": sampler, "steps": steps, "distance": patch_distance(made, held_out), "r2": r2})
     return rows
+
+
+def restoration(cifar: torch.Tensor) -> list[dict]:
+    """What examples/restoration.py prints, and its picture."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from restoration import restorations
+
+    images = fashion()
+    held_out = ps.PatchBank(images[:3]).chunk(0, 3)
+    return restorations(ps.PatchBank(images[3:403]), held_out, 20, PICTURES / "restoration.png")
 
 
 def patch_distance(samples: torch.Tensor, images: torch.Tensor, k: int = 5) -> float:
@@ -158,6 +171,9 @@ def fashion() -> torch.Tensor:
 def noisy(images: torch.Tensor, sigma: float) -> torch.Tensor:
     x = images.float() / 127.5 - 1
     return x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+
+MEASURES = {"costs": costs, "autograd": autograd, "bits": bits, "samplers": samplers, "restoration": restoration}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ python benchmarks/report.py --check   # fails if they are not what the results s
 import re
 import sys
 
-from tables import denoisers, exact, gaussian, gpu, pruned, results, theory
+from tables import denoisers, exact, gaussian, gpu, moments, pruned, results, theory
 from tables.results import NOT_MEASURED, Missing, result, table
 
 PAGES = (results.ROOT / "README.md", *sorted((results.ROOT / "docs").rglob("*.md")))
@@ -27,6 +27,7 @@ COMMANDS = {
     "theories": "theories.py fashion-mnist",
     "league": "league.py fashion-mnist-resnet examples/fashion-mnist-resnet-zeros.safetensors fashion-mnist",
     "adapters": "adapters.py",
+    "moments": "moments.py cifar10",
     "gaussian-fashion-mnist": "gaussian.py fashion-mnist",
     "gaussian-cifar10": "gaussian.py cifar10 cifar10/train",
     "guidance": "guidance.py",
@@ -97,6 +98,10 @@ BLOCKS = (
     theory.theories_cost,
     theory.league,
     theory.scales_of_networks,
+    moments.bits,
+    moments.samplers,
+    moments.restoration,
+    moments.moment_costs,
     pruned.pruned_steps,
     pruned.pruned_indexes,
     pruned.pruned_samples,

@@ -42,6 +42,7 @@ def main() -> None:
         name: value
         for name, value in vars(options).items()
         if name not in ("source", "out", "device", "threads", "keep", "save_every", "stop_after")
+        and (name != "attention" or value)  # checkpoints from before there was any go on
     }
     settings["bank"] = bank.fingerprint
     checkpoint = options.out.with_suffix(".training.safetensors")
@@ -124,8 +125,8 @@ def main() -> None:
 
 
 def build(options, bank) -> torch.nn.Module:
-    architecture = ARCHITECTURES[options.network]
-    return architecture(bank.shape[0], bank.classes, options.width, options.depth, options.padding_mode)
+    architecture, more = ARCHITECTURES[options.network], {"attention": True} if options.attention else {}
+    return architecture(bank.shape[0], bank.classes, options.width, options.depth, options.padding_mode, **more)
 
 
 def save_training(path, settings, network, optimizer, ema, step, seconds, losses) -> None:
@@ -172,6 +173,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--padding-mode", choices=["zeros", "circular"], default="zeros")
     parser.add_argument("--width", type=int, default=32, help="channels of the hidden layers")
     parser.add_argument("--depth", type=int, default=4, help="residual blocks (of a UNet: at each size)")
+    parser.add_argument("--attention", action="store_true", help="self-attention at the lower resolutions of a UNet")
     parser.add_argument("--images", type=int, default=400_000, help="how many images to train on, repeats counted")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -184,6 +186,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stop-after", type=int, help="stop after so many steps; the same command continues")
     parser.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
     options = parser.parse_args()
+    if options.attention and options.network != "UNet":
+        parser.error("--attention: takes --network UNet")
     if options.threads:
         torch.set_num_threads(options.threads)
     return options

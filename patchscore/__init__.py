@@ -5,6 +5,7 @@ from .adapters.network import NetworkDenoiser
 from .bank import PatchBank
 from .calibrate import Calibration, calibrate
 from .classification import Classification, classify
+from .conditioned import Conditioned
 from .denoiser import Denoiser, Estimate
 from .draw import notebook
 from .evaluate import Comparison, baselines, compare
@@ -17,6 +18,7 @@ from .index import PatchIndex
 from .likelihood import LogLikelihood, log_likelihood
 from .machines import EquivariantLocalScore, IdealScore, LocalScore
 from .noise import Schedule, get_schedule
+from .pooled import Pooled, Symmetric
 from .posterior import PosteriorSum, merge
 from .sampling import Step, sample
 from .scales import ScaleTable
@@ -29,6 +31,7 @@ __all__ = [
     "Calibration",
     "Classification",
     "Comparison",
+    "Conditioned",
     "Denoiser",
     "Differentiable",
     "EquivariantLocalScore",
@@ -43,11 +46,13 @@ __all__ = [
     "NetworkDenoiser",
     "PatchBank",
     "PatchIndex",
+    "Pooled",
     "PosteriorSum",
     "ScaleTable",
     "Schedule",
     "Step",
     "Switch",
+    "Symmetric",
     "Synthesis",
     "SynthesisLevel",
     "__version__",

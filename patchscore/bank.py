@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import sources
+from . import checks, sources
 from .checks import RANGE_TOLERANCE
 from .pixels import surely_channels_last, to_values
 
@@ -28,15 +29,31 @@ class PatchBank:
         images: array or tensor [N, C, H, W]; uint8 (read as v = u / 127.5 - 1) or floating point in [-1, 1].
         labels: N integers, or None.
         class_names: the name of label 0, 1, ...; lets `select` take names.
+        value_range: None for images in [-1, 1]. "data" takes floating point of any finite values, such as latents of
+            any number of channels; (low, high) takes those between the two. Noise levels, denoised images and scores
+            are then in the data's own units, and samples are not clamped.
+
+    Attributes:
+        scale: `images` holds the values divided by it, so that they lie in [-1, 1]; 1 without a `value_range`.
 
     Raises:
         TypeError: images or labels of a type or dtype that is not taken.
-        ValueError: an empty bank, a wrong shape, NaN or infinite pixels, pixels outside [-1, 1], or a number of labels
-            other than N.
+        ValueError: an empty bank, a wrong shape, NaN or infinite pixels, pixels outside [-1, 1] or `value_range`, or a
+            number of labels other than N.
     """
 
-    def __init__(self, images: Any, labels: Any = None, class_names: Sequence[str] | None = None):
-        self.images = _as_images(images)
+    def __init__(
+        self,
+        images: Any,
+        labels: Any = None,
+        class_names: Sequence[str] | None = None,
+        value_range: str | tuple[float, float] | None = None,
+    ):
+        self.value_range = _check_range(value_range)
+        if self.value_range is None:
+            self.images, self.scale = _as_images(images), 1.0
+        else:
+            self.images, self.scale = _scaled(images, self.value_range)
         self.labels = None if labels is None else _as_labels(labels, len(self.images))
         self.class_names = None if class_names is None else tuple(str(name) for name in class_names)
         self.indices: Tensor | None = None
@@ -47,6 +64,7 @@ class PatchBank:
         self._classes: tuple[int, ...] | None = None
         self._fingerprint: str | None = None
         self._selections: dict[tuple[int, ...], PatchBank] = {}
+        self._unit: PatchBank | None = None
 
     def _check_class_names(self) -> None:
         if self.class_names is None or self.labels is None:
@@ -73,6 +91,7 @@ class PatchBank:
         image_key: str | None = None,
         label_key: str | None = None,
         memory_limit: int | None = None,
+        value_range: str | tuple[float, float] | None = None,
     ) -> PatchBank:
         """Reads images from wherever they are; docs/data.md says how labels and axes are found.
 
@@ -95,6 +114,8 @@ class PatchBank:
                 classes needs it.
             image_key, label_key: the names of images and labels in a source that holds several things.
             memory_limit: most bytes that the images may take once read; None: the memory of this machine.
+            value_range: as of `PatchBank`, for an array or a .npy, .pt or .safetensors file [N, C, H, W]: values
+                and axes stay what they are, and of the other arguments only `image_key` is taken.
 
         Raises:
             ValueError: nothing to read, an unreadable file (named by its path), mixed image sizes without `size`, parts
@@ -102,10 +123,38 @@ class PatchBank:
             TypeError: a source of a kind that is not taken.
             ImportError: parquet, Arrow or HEIC without the package that reads it; names the extra to install.
         """
+        if value_range is not None:
+            given = {"size": size, "channels": channels, "limit": limit, "split": split, "label_key": label_key}
+            if named := [name for name, value in given.items() if value is not None]:
+                raise ValueError(f"{named[0]}: got {given[named[0]]!r}, with a value_range images stay as they are")
+            return cls(sources.read_values(source, image_key), value_range=value_range)
         images, image_labels, class_names = sources.read(
             source, size, channels, labels, limit, skip_bad, split, image_key, label_key, memory_limit
         )
         return cls(images, image_labels, class_names)
+
+    @classmethod
+    def open_sizes(
+        cls,
+        source: Any,
+        channels: int | None = None,
+        labels: bool = True,
+        skip_bad: bool = False,
+        split: str | None = None,
+    ) -> list[PatchBank]:
+        """Reads images of several sizes as they are, such as a folder of photographs: a bank for each size.
+
+        The bank of most images comes first; all have the same channels and class numbers. `Pooled` makes one machine of
+        them.
+
+        Args:
+            source, channels, labels, skip_bad, split: as of `open`.
+
+        Raises:
+            ValueError, TypeError, ImportError: as of `open`.
+        """
+        read = sources.read_sizes(source, channels, labels, skip_bad, split)
+        return [cls(images, image_labels, names) for images, image_labels, names in read]
 
     def __len__(self) -> int:
         return len(self.images) if self.indices is None else len(self.indices)
@@ -126,7 +175,8 @@ class PatchBank:
     def fingerprint(self) -> str:
         """sha256 over dtype, shape, pixels and labels, as hex: the same for the same content, wherever it is from."""
         if self._fingerprint is None:
-            digest = hashlib.sha256(f"{self.images.dtype} {len(self)} {self.shape}".encode())
+            scale = "" if self.scale == 1 else f" {self.scale!r}"
+            digest = hashlib.sha256(f"{self.images.dtype} {len(self)} {self.shape}{scale}".encode())
             step = max(1, (1 << 24) // self.images[0].nbytes)
             for start in range(0, len(self), step):
                 digest.update(self.stored(start, start + step).cpu().numpy().tobytes())
@@ -204,8 +254,21 @@ class PatchBank:
         return number
 
     def chunk(self, start: int, stop: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
-        """Images start..stop as values in [-1, 1]: [n, C, H, W] in `dtype` on `device`."""
-        return to_values(self.stored(start, stop).to(device), dtype)
+        """Images start..stop as values, in [-1, 1] or the bank's own range: [n, C, H, W] in `dtype` on `device`."""
+        values = to_values(self.stored(start, stop).to(device), dtype)
+        return values if self.scale == 1 else values * self.scale
+
+    @property
+    def unit(self) -> PatchBank:
+        """The same images divided by `scale`, sharing this bank's memory: what engines sum over."""
+        if self.scale == 1:
+            return self
+        if self._unit is None:
+            unit = copy.copy(self)
+            unit.scale, unit.value_range = 1.0, None
+            unit._forget_derived()
+            self._unit = unit
+        return self._unit
 
     def stored(self, start: int, stop: int) -> Tensor:
         """Images start..stop as they are stored, uint8 or float: [n, C, H, W]."""
@@ -215,7 +278,47 @@ class PatchBank:
         channels, height, width = self.shape
         kind = str(self.images.dtype).removeprefix("torch.")
         classes = f", {len(self.classes)} classes" if self.labels is not None else ""
-        return f"PatchBank({len(self)} images, {channels} x {height} x {width}, {kind}{classes})"
+        scale = f", values up to {self.scale:.4g}" if self.value_range is not None else ""
+        return f"PatchBank({len(self)} images, {channels} x {height} x {width}, {kind}{classes}{scale})"
+
+
+def _check_range(value_range: Any) -> str | tuple[float, float] | None:
+    if value_range is None or (isinstance(value_range, str) and value_range == "data"):
+        return value_range
+    try:
+        low, high = value_range
+        low, high = checks.number("value_range", low), checks.number("value_range", high)
+    except (TypeError, ValueError):
+        raise ValueError(f'value_range: got {value_range!r}, takes None, "data" or (low, high)') from None
+    if not (low < high and math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"value_range: got {value_range!r}, takes finite numbers, the first below the second")
+    return low, high
+
+
+def _scaled(images: Any, value_range: str | tuple[float, float]) -> tuple[Tensor, float]:
+    """Images of any range as float32 in [-1, 1], and what they were divided by.
+
+    Zero stays zero, as zero padding asks.
+    """
+    if not isinstance(images, (np.ndarray, Tensor)):
+        raise TypeError(f"images: got {type(images).__name__}, takes a numpy array or torch tensor [N, C, H, W]")
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(_native(images))
+    if not images.dtype.is_floating_point:
+        raise TypeError(f"images: got dtype {images.dtype}, with a value_range takes floating point")
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"images: got shape {list(images.shape)}, takes [N, C, H, W] with nothing empty")
+    images = images.detach().to(torch.float32)
+    low, high = (extreme.item() for extreme in torch.aminmax(images))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("images: NaN or infinite values")
+    if isinstance(value_range, str):
+        scale = max(abs(low), abs(high)) or 1.0
+    else:
+        if low < value_range[0] or high > value_range[1]:
+            raise ValueError(f"images: values from {low:.4g} to {high:.4g}, outside value_range {value_range}")
+        scale = max(map(abs, value_range))
+    return (images / scale).contiguous(), scale
 
 
 def _as_images(images: Any) -> Tensor:
@@ -242,7 +345,9 @@ def _as_images(images: Any) -> Tensor:
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise ValueError("images: NaN or infinite pixels")
     if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
-        raise ValueError(f"images: values from {low:.4g} to {high:.4g}, floating point images take [-1, 1]")
+        raise ValueError(
+            f"images: values from {low:.4g} to {high:.4g}, floating point images take [-1, 1], and latents value_range"
+        )
     if low >= 0 and low < high:
         message = f"images: values from {low:.4g} to {high:.4g} are read as [-1, 1]; if they mean [0, 1], give 2 x - 1"
         warnings.warn(message, stacklevel=4)

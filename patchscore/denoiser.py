@@ -83,7 +83,7 @@ class Denoiser(ABC):
 
         Args:
             z: [B, C, H, W] noisy images z = x_0 + sigma eps, on any device; of any H and W where `any_size`.
-            sigma: noise level in units of pixel values ([-1, 1] is two wide): a number, or [B].
+            sigma: noise level in units of pixel values, which lie in [-1, 1] or the bank's range: a number, or [B].
             labels: one class for all items, or one for each ([B]; None among them means every class).
             moments: whether the estimate has `variance` and `entropy` too (docs/method.md).
 
@@ -178,7 +178,7 @@ class ScoreMachine(Denoiser):
         """The engine that samples, where the machine was given a budget or an index."""
         self.tolerance = tolerance
         """What `fused`, which rounds, may add to the error of a denoised pixel; None: its default."""
-        self.engines = engines.available(pruned, tolerance)
+        self.engines = engines.available(pruned, None if tolerance is None else tolerance / bank.scale)
         """What serves, in order of preference."""
 
     @abstractmethod
@@ -212,15 +212,15 @@ class ScoreMachine(Denoiser):
         """
         z = check_noisy(z, self.shape, any_size=self.any_size, who=type(self).__name__)
         sigmas = check_sigma(sigma, len(z))
-        classes = check_labels(labels, self.bank, len(z))
+        classes = self.label_ids(labels, len(z))
         sizes = [self.patch_size_at(level) for level in sigmas.tolist()]
 
         mean, stderr, pairs, names = torch.empty_like(z), torch.zeros_like(z), 0, set()
         effective = z.new_full((len(z), *z.shape[2:]), torch.nan)
         variance, entropy = (torch.empty_like(z), torch.empty_like(effective)) if moments else (None, None)
         for (label, k), items in alike(list(zip(classes, sizes, strict=True))):
-            bank, some = self.bank.of_class(label), z[items]
-            total, served = self.sums(some, sigmas[items], bank, k, ess, moments)
+            some = z[items]
+            total, served = self.sums_of(label, some, sigmas[items], k, ess, moments)
             mean[items] = total.mean.to(z.device, z.dtype)
             stderr[items] = total.stderr.to(z.device, z.dtype)
             if ess:
@@ -231,6 +231,16 @@ class ScoreMachine(Denoiser):
                 entropy[items] = total.entropy[:, 0].to(z.device, z.dtype).expand(len(some), *z.shape[2:])
             names.update(served)
         return Estimate(mean, stderr, effective, pairs, " and ".join(sorted(names)), variance, entropy)
+
+    def label_ids(self, labels: Labels, batch: int) -> list[int | None]:
+        """The label number of every item, None for all classes; ValueError for one that no image has."""
+        return check_labels(labels, self.bank, batch)
+
+    def sums_of(
+        self, label: int | None, z: Tensor, sigmas: Tensor, k: int | None, ess: bool = True, moments: bool = False
+    ) -> tuple[PosteriorSum, list[str]]:
+        """`sums` over the images of a class, or all for None."""
+        return self.sums(z, sigmas, self.bank.of_class(label), k, ess, moments)
 
     def sums(
         self, z: Tensor, sigmas: Tensor, bank: PatchBank, k: int | None, ess: bool = True, moments: bool = False

@@ -182,7 +182,7 @@ def _check_pruned(
     bank: PatchBank, index: PatchIndex | None, budget: float | None, tolerance: float | None, seed: int
 ) -> engines.Pruned | None:
     if tolerance is not None and not 0 < checks.number("tolerance", tolerance) < math.inf:
-        raise ValueError(f"tolerance: got {tolerance}, takes a positive error of pixels in [-1, 1]")
+        raise ValueError(f"tolerance: got {tolerance}, takes a positive error of pixels")
     if budget is not None and not 0 < checks.number("budget", budget) <= 1:
         raise ValueError(f"budget: got {budget}, takes a share of pairs in (0, 1]")
     seed = checks.integer("seed", seed, at_least=0)
@@ -190,6 +190,8 @@ def _check_pruned(
         return None if budget is None else engines.Pruned(None, budget, None, seed)
     if not isinstance(index, PatchIndex):
         raise TypeError(f"index: got {type(index).__name__}, takes a PatchIndex")
+    if bank.value_range is not None:
+        raise ValueError("index: takes a bank of images in [-1, 1], this one has a value_range")
     if index.bank.fingerprint != bank.fingerprint:
         raise ValueError(f"index: of bank {index.bank.fingerprint[:16]}, but this bank is {bank.fingerprint[:16]}")
     if (budget is None) == (tolerance is None):

@@ -2,8 +2,8 @@
 
 A network here takes x = alpha x_0 + sigma_t eps with alpha^2 + sigma_t^2 = 1, the noise level sigma = sigma_t / alpha
 and class numbers, and predicts eps. `ResNet` has only 3 x 3 convolutions, so it is local and, up to its padding,
-equivariant, as the machines are; `UNet` has a larger receptive field, because it halves the image. Files are
-safetensors whose metadata hold the architecture and the training settings.
+equivariant, as the machines are; `UNet` has a larger receptive field, because it halves the image, and with attention
+sees all of it. Files are safetensors whose metadata hold the architecture and the training settings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +149,28 @@ class Block(nn.Module):
         return h + self.second(F.silu(self.first(F.silu(h)) * (1 + scale) + shift))
 
 
+class Attention(nn.Module):
+    """h + conv(softmax(q k^T / sqrt(d)) v) over all pixels, q, k, v from 1 x 1 convolutions; the identity at first."""
+
+    HEADS = 4
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = self.HEADS if width % self.HEADS == 0 else 1
+        self.norm = nn.GroupNorm(1, width)
+        self.into = nn.Conv2d(width, 3 * width, 1)
+        self.out = nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
+
+    def forward(self, h: Tensor) -> Tensor:
+        batch, width, *size = h.shape
+        parts = self.into(self.norm(h)).flatten(2).view(batch, 3, self.heads, width // self.heads, -1)
+        q, k, v = parts.transpose(-1, -2).unbind(1)  # [B, heads, pixels, d]
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(batch, width, *size)
+        return h + self.out(mixed)
+
+
 class ResNet(Network):
     """Residual blocks at full resolution, 3 x 3 convolutions; the receptive field is 2 (2 depth + 2) + 1 wide."""
 
@@ -163,15 +185,31 @@ class ResNet(Network):
 
 
 class UNet(Network):
-    """Three resolutions, each half the previous one, with additive skip connections (Ronneberger et al. 2015)."""
+    """Three resolutions, each half the previous one, with additive skip connections (Ronneberger et al. 2015).
+
+    With `attention` every block of the two lower resolutions is followed by self-attention, as in DDPM: every pixel
+    then sees the whole image, and the network is not local at any noise level.
+    """
 
     SIZES = 3
 
-    def __init__(self, *args: Any, **options: Any):
+    def __init__(self, *args: Any, attention: bool = False, **options: Any):
         super().__init__(*args, **options)
-        depth = self.config["depth"]
+        if attention:
+            self.config["attention"] = True
+        depth, width = self.config["depth"], self.config["width"]
         self.down = nn.ModuleList(nn.ModuleList(self.block() for _ in range(depth)) for _ in range(self.SIZES))
         self.up = nn.ModuleList(nn.ModuleList(self.block() for _ in range(depth)) for _ in range(self.SIZES - 1))
+        # By resolution, from half on; in the order in which blocks come, down and up again.
+        counts = [2 * depth] * (self.SIZES - 2) + [depth] if attention else []
+        self.attention = nn.ModuleList(nn.ModuleList(Attention(width) for _ in range(count)) for count in counts)
+
+    def _attend(self, h: Tensor, level: int, number: int) -> Tensor:
+        """Self-attention after a block of a lower resolution, if the network has any."""
+        if level == 0 or not len(self.attention):
+            return h
+        attended: Tensor = self.attention[level - 1][number](h)  # type: ignore[index]
+        return attended
 
     def body(self, h: Tensor, embedding: Tensor) -> Tensor:
         kept = []
@@ -179,13 +217,13 @@ class UNet(Network):
             if level:
                 kept.append(h)
                 h = F.avg_pool2d(h, 2, ceil_mode=True)
-            for block in blocks:  # type: ignore[attr-defined]
-                h = block(h, embedding)
+            for number, block in enumerate(cast(nn.ModuleList, blocks)):
+                h = self._attend(block(h, embedding), level, number)
         for blocks in self.up:
             skip = kept.pop()
             h = skip + F.interpolate(h, size=skip.shape[-2:], mode="nearest")
-            for block in blocks:  # type: ignore[attr-defined]
-                h = block(h, embedding)
+            for number, block in enumerate(cast(nn.ModuleList, blocks)):
+                h = self._attend(block(h, embedding), len(kept), self.config["depth"] + number)
         return h
 
 

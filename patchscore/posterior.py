@@ -7,7 +7,7 @@ overflows nor vanishes; `merge` adds two of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
@@ -122,6 +122,16 @@ class PosteriorSum:
 
     def _with(self, fields: dict[str, Tensor]) -> PosteriorSum:
         return PosteriorSum(**fields, pairs=None)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> PosteriorSum:
+        """The same sums with their pixels elsewhere, such as mirrored; `pairs` is kept."""
+        return replace(self, **{name: change(x) for name, x in self.fields.items()})  # type: ignore[arg-type]
+
+    def scaled(self, scale: float) -> PosteriorSum:
+        """The same sums of values that are `scale` times as large."""
+        powers = {"v": 1, "vv": 2, "vs": 1, "v2": 2}
+        times = {name: x * scale ** powers[name] for name, x in self.fields.items() if name in powers}
+        return replace(self, **times)  # type: ignore[arg-type]
 
     def with_pairs(self, pairs: int) -> PosteriorSum:
         """The same sums, of so many evaluated pairs."""

@@ -179,7 +179,7 @@ def sample(
             (`Denoiser.any_size`) take every other.
 
     Returns:
-        [n, C, H, W] in [-1, 1] on `device`.
+        [n, C, H, W] on `device`, in [-1, 1]; not clamped where the denoiser's bank has a value_range.
 
     Raises:
         ValueError: an argument outside what is listed here, or an unknown label.
@@ -269,8 +269,11 @@ def _sample_batch(
 
     z = begin(noise(), labels)
     if sampler in MOMENT_SAMPLERS:
-        return MOMENT_SAMPLERS[sampler](posterior, z, ratios, noise, on_step).clamp(-1, 1)
-    return SAMPLERS[sampler](denoise, z, ratios, noise, on_step).clamp(-1, 1)
+        made = MOMENT_SAMPLERS[sampler](posterior, z, ratios, noise, on_step)
+    else:
+        made = SAMPLERS[sampler](denoise, z, ratios, noise, on_step)
+    bank = getattr(denoiser, "bank", None)
+    return made.clamp(-1, 1) if bank is None or bank.value_range is None else made
 
 
 def _beginning(

@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from . import checks, files
 from .bank import PatchBank
-from .denoiser import DEFAULT_MEMORY_LIMIT
+from .denoiser import DEFAULT_MEMORY_LIMIT, ScoreMachine
 from .draw.images import png, to_pil
 from .index import PatchIndex
 from .machines import EquivariantLocalScore
 from .noise import karras
+from .pooled import SYMMETRIES, Symmetric
 from .sampling import SAMPLERS, image_generator
 
 FORMAT, VERSION = "patchscore-synthesis", 1
@@ -93,6 +94,7 @@ def synthesize(
     start: Any = None,
     keep: Any = None,
     labels: Any = None,
+    symmetry: str | None = None,
     seed: int = 0,
     tolerance: float | None = None,
     engine: str = "auto",
@@ -125,6 +127,7 @@ def synthesize(
         keep: [h, w] of bool, resized as the image; where it is true, the pixels of `start` stay.
         labels: a label whose exemplars serve, or a map [h, w] of label numbers, resized as the image: which exemplars
             serve where.
+        symmetry: as of `Symmetric`: whether mirrored or turned exemplars serve too.
         seed: any integer.
         tolerance: None sums over all windows exactly. A number has every level make a `PatchIndex`, sum over a sample
             of the windows, and state its error: the rms standard error of a pixel that the sample may have.
@@ -148,6 +151,10 @@ def synthesize(
     plan = _plan(bank, size, levels, patch_size, steps, strength, sigma_max, sigma_min, tile, start is not None)
     checks.one_of("sampler", sampler, SAMPLERS)
     seed = checks.integer("seed", seed)
+    if symmetry is not None:
+        checks.one_of("symmetry", symmetry, SYMMETRIES)
+        if tolerance is not None:
+            raise ValueError("symmetry, tolerance: got both, and an index has no mirrored windows")
     device = checks.device(device)
     if tolerance is not None and not 0 < checks.number("tolerance", tolerance) < math.inf:
         raise ValueError(f"tolerance: got {tolerance}, takes a positive rms error or None")
@@ -163,6 +170,7 @@ def synthesize(
         "sampler": sampler,
         "tile": tile,
         "seed": seed,
+        "symmetry": symmetry,
         "tolerance": tolerance,
         **{name: _digest(x) for name, x in (("start", layout), ("keep", kept), ("labels", serving))},
     }
@@ -177,8 +185,8 @@ def synthesize(
             for level in remaining:
                 before = done[-1].image if done else layout
                 made = _level(
-                    level, scaled, before, layout, kept, serving, sampler, tile, seed, tolerance, engine, memory_limit,
-                    device, bar,
+                    level, scaled, before, layout, kept, serving, sampler, tile, symmetry, seed, tolerance, engine,
+                    memory_limit, device, bar,
                 )  # fmt: skip
                 done.append(made)
                 if folder is not None:
@@ -270,12 +278,12 @@ def _each(name: str, value: Any, levels: int) -> list[Any]:
 # What is given.
 
 
-def _bank(source: Any) -> PatchBank:
+def _bank(source: Any, value_range: str | tuple[float, float] | None = None) -> PatchBank:
     if isinstance(source, PatchBank):
         return source
     if isinstance(source, (np.ndarray, Tensor)) and source.ndim == 3:
-        return PatchBank(source[None])
-    return PatchBank.open(source)
+        return PatchBank(source[None], value_range=value_range)
+    return PatchBank.open(source, value_range=value_range)
 
 
 def _layout(start: Any, bank: PatchBank) -> Tensor | None:
@@ -284,7 +292,7 @@ def _layout(start: Any, bank: PatchBank) -> Tensor | None:
         return None
     if isinstance(start, str) and start == "source":
         return bank.chunk(0, 1)[0].cpu()
-    opened = _bank(start)
+    opened = _bank(start, bank.value_range)
     if opened.shape[0] != bank.shape[0]:
         raise ValueError(f"start: has {opened.shape[0]} channels, the exemplars have {bank.shape[0]}")
     return opened.chunk(0, 1)[0].cpu()
@@ -329,7 +337,7 @@ class _Pyramid:
             return self.bank
         images = self.shrunk(self.bank.chunk(0, len(self.bank)).cpu(), size)
         with_names = self.bank.class_names if self.bank.labels is not None else None
-        return PatchBank(images, self.bank.labels, with_names)
+        return PatchBank(images, self.bank.labels, with_names, self.bank.value_range)
 
     def shrunk(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """[N, C, *size] by a bicubic filter as wide as the scale asks for, without its overshoot."""
@@ -349,6 +357,7 @@ def _level(
     serving: int | Tensor | None,
     sampler: str,
     tile: bool,
+    symmetry: str | None,
     seed: int,
     tolerance: float | None,
     engine: str,
@@ -378,9 +387,12 @@ def _level(
         if tolerance is not None:
             path = Path(str(folder)) / "index"
             index = PatchIndex.build(bank, level.patch_size, path, padding_mode, progress=False)
-        machine = EquivariantLocalScore(
+        machine: ScoreMachine = EquivariantLocalScore(
             bank, level.patch_size, padding_mode, engine, memory_limit, index, tolerance=tolerance, seed=seed
         )
+
+        if symmetry is not None:
+            machine = Symmetric(machine, symmetry)
 
         def of_label(z: Tensor, sigma: float, label: int | None) -> Tensor:
             found = machine.estimate(z, sigma, label, ess=False)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import patchscore as ps
 from patchscore.adapters.network import from_diffusers, from_network
-from patchscore.networks import ARCHITECTURES, CircularConv, ResNet, UNet, Wrap, load_network, save_network
+from patchscore.networks import ARCHITECTURES, Attention, CircularConv, ResNet, UNet, Wrap, load_network, save_network
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "examples" / "train_cnn.py"
@@ -44,6 +44,35 @@ def test_a_resnet_sees_exactly_its_receptive_field():
     reach = 2 * 2 + 2  # two convolutions a block, one on either side
     assert seen[15 - reach : 16 + reach, 15 - reach : 16 + reach].all()
     assert int(seen.sum()) == (2 * reach + 1) ** 2
+
+
+def test_attention_lets_a_unet_see_the_whole_image(tmp_path):
+    """Without it the gradient of a pixel ends at the receptive field; with it every pixel counts, and files keep it."""
+    x = torch.zeros(1, 1, 64, 64, dtype=torch.float64)
+    x += 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for attention in (False, True):
+        network = randomised(UNet(1, (0, 1), 4, 1, attention=attention)).double()
+        given = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(predicted(network, given)[0, 0, 2, 2], given)
+        assert bool((gradient[0, 0, 60:, 60:] != 0).any()) == attention
+        save_network(network, tmp_path / "unet.safetensors", {}, torch.float64)
+        again, _ = load_network(tmp_path / "unet.safetensors")
+        assert again.config.get("attention", False) == attention
+        torch.testing.assert_close(predicted(again, x.float()), predicted(network, x).float(), atol=1e-4, rtol=1e-4)
+
+
+def test_attention_is_the_softmax_of_products_and_begins_as_the_identity():
+    layer, h = Attention(8), torch.randn(2, 8, 3, 2, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(layer(h), h)
+    layer = randomised(layer)
+    parts = layer.into(layer.norm(h)).flatten(2)  # [B, 3 x 8, pixels]
+    expected = torch.empty(2, 8, 6)
+    for head in range(4):
+        own = slice(2 * head, 2 * head + 2)
+        q, k, v = (parts[:, 8 * i : 8 * i + 8][:, own] for i in range(3))
+        weights = torch.einsum("bdi,bdj->bij", q, k).div(2**0.5).softmax(2)
+        expected[:, own] = torch.einsum("bij,bdj->bdi", weights, v)
+    torch.testing.assert_close(layer(h), h + layer.out(expected.view(2, 8, 3, 2)), atol=1e-5, rtol=1e-5)
 
 
 def test_circular_padding_makes_a_resnet_equivariant_and_zeros_do_not():
@@ -202,6 +231,18 @@ def test_training_repeats_itself_and_resumes_where_it_was(train, tmp_path):
         assert torch.equal(weight, again.state_dict()[name])
     with pytest.raises(SystemExit, match="other settings"):
         train(parted, "--lr", 0.1)
+
+
+def test_a_unet_with_attention_is_trained_and_resumed(train, tmp_path):
+    words = ("--network", "UNet", "--attention", "--images", 40)
+    network, _ = train(tmp_path / "whole.safetensors", *words)
+    assert network.config["attention"]
+    assert train(tmp_path / "parted.safetensors", *words, "--stop-after", 4) is None
+    again, _ = train(tmp_path / "parted.safetensors", *words)
+    for name, weight in network.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name])
+    with pytest.raises(SystemExit):
+        train(tmp_path / "resnet.safetensors", "--attention")
 
 
 def test_the_shipped_network_is_small_and_says_how_it_was_made():

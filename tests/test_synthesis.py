@@ -103,6 +103,18 @@ def test_labels_say_which_exemplars_serve_where():
     )
 
 
+def test_a_symmetry_lets_mirrored_exemplars_serve():
+    """Of an exemplar that is dark left and light right, only its mirror has light left of dark."""
+    ramp = torch.linspace(-1, 1, 24).expand(1, 24, 24)
+    options = {"levels": 1, "start": ramp.flip(2), "strength": 0.3, "patch_size": 5, "steps": 4, "progress": False}
+    plain = ps.synthesize(ramp, (24, 24), **options).image
+    mirrored = ps.synthesize(ramp, (24, 24), symmetry="flip", **options).image
+    wanted = ramp.flip(2)[:, 4:20, 4:20]
+    assert (mirrored[:, 4:20, 4:20] - wanted).abs().mean() < 0.1
+    steps = plain[:, 4:20, 4:20].diff(dim=2)
+    assert (mirrored[:, 4:20, 4:20].diff(dim=2) < 1e-3).float().mean() > (steps < 1e-3).float().mean() + 0.1
+
+
 def test_a_tolerance_samples_and_states_its_error(exemplar):
     pytest.importorskip("faiss", reason="FAISS cannot be imported")
     made = ps.synthesize(exemplar, (24, 28), levels=1, sigma_max=1.0, sigma_min=0.5, tolerance=0.05, **QUICK)
@@ -175,6 +187,8 @@ BAD = [
     ({"keep": torch.ones(2, 2), "start": "source"}, ValueError, "keep: got torch.float32"),
     ({"start": torch.zeros(1, 8, 8)}, ValueError, "start: has 1 channels, the exemplars have 3"),
     ({"labels": 3}, ValueError, "labels: got .3., but this bank has no labels"),
+    ({"symmetry": "mirror"}, ValueError, "symmetry: got .mirror., takes .flip."),
+    ({"symmetry": "flip", "tolerance": 0.1}, ValueError, "symmetry, tolerance: got both"),
     ({"tolerance": -1}, ValueError, "tolerance: got -1, takes a positive rms error or None"),
 ]
 

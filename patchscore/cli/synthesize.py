@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..bank import PatchBank
 from ..files import check_writable
+from ..pooled import SYMMETRIES
 from ..sampling import SAMPLERS
 from ..synthesis import SynthesisLevel, synthesize
 from .options import Computing, computing_options, one_line_errors, say, size_named
@@ -63,6 +64,7 @@ The same command again continues an interrupted synthesis with the next level.""
     metavar="LABEL|FILE",
     help="The class of exemplars that serve, or a picture whose gray values are the class numbers that serve there.",
 )
+@click.option("--symmetry", type=click.Choice(list(SYMMETRIES)), help="Mirrored or turned exemplars serve too.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--tolerance", type=float, help="Sum over a sample of the windows, with at most this rms error of a pixel."

@@ -172,6 +172,10 @@ def serve(
     Raises:
         RuntimeError: with PATCHSCORE_STRICT=1, an engine that would have served cannot.
     """
+    if bank.scale != 1:  # engines sum in [-1, 1]; in units of the scale the posterior is the same
+        z, sigma = z / bank.scale, sigma / bank.scale
+        total, served = serve(engines, named, z, sigma, bank.unit, competition, memory_limit, ess, moments)
+        return total.scaled(bank.scale), served
     asked = list(candidates(engines, named, z.device, z.dtype, "moments" if moments else None))
     options = {"ess": ess, "moments": True} if moments else {"ess": ess}
     parts: list[tuple[PosteriorSum, Competition]] = []
@@ -216,6 +220,8 @@ def serve_product(
     Raises:
         RuntimeError: with PATCHSCORE_STRICT=1, an engine that would have served cannot.
     """
+    if bank.scale != 1:  # the Jacobian has no unit
+        z, sigma, bank = z / bank.scale, sigma / bank.scale, bank.unit
     for engine, reason, worth_a_warning in candidates(engines, named, z.device, z.dtype, "gradients"):
         if reason is not None:
             if worth_a_warning:
@@ -267,6 +273,10 @@ def serve_each(
     memory_limit: int,
 ) -> list[PosteriorSum]:
     """`serve` for several competitions, in one pass over the bank where one engine takes them all."""
+    if bank.scale != 1:
+        z, sigma = z / bank.scale, sigma / bank.scale
+        totals = serve_each(engines, named, z, sigma, bank.unit, competitions, memory_limit)
+        return [total.scaled(bank.scale) for total in totals]
     asked = list(candidates(engines, named, z.device, z.dtype))
     parts = [part for one in competitions for part in _by_preference(asked, named, z, sigma, bank, one)]
     first, *others = {next(engine for engine, reason, _ in ordered if reason is None) for _, ordered in parts}

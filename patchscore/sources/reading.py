@@ -315,3 +315,54 @@ class _Collected:
             f"or [-1, 1]; scale them to [-1, 1] (2 x - 1, in torchvision Normalize(0.5, 0.5)), or where they are that "
             f"already, pass the array to PatchBank itself"
         )
+
+
+# Images of several sizes: an array for each.
+
+
+@_printable_errors
+def read_sizes(
+    source: Any, channels: int | None = None, labels: bool = True, skip_bad: bool = False, split: str | None = None
+) -> list[Images]:
+    """As `read`, for images of several sizes as they are: for each size, the largest number of images first.
+
+    Channels and class numbers are the same for all.
+    """
+    if channels is not None and (isinstance(channels, bool) or channels not in (1, 3)):
+        raise ValueError(f"channels: got {channels!r}, takes 1, 3 or None")
+    most, bad = _memory_of_machine(), 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        found = opened(source, Wanted(labels, None, split, None, None, most))
+        images: list[tuple[int, Prepared]] = []
+        for i in range(found.count):
+            try:
+                image, label = found.item(i)
+                images.append((i, prepared(image, found.item_name(i), label, None, channels)))
+            except UnreadableImage as error:
+                if not skip_bad:
+                    raise ValueError(str(error)) from error.__cause__
+                bad += 1
+    if not images:
+        raise ValueError(f"{found.name}: no images found")
+    if bad:
+        warnings.warn(printable(f"{found.name}: left out {bad} images that cannot be read"), stacklevel=4)
+    most_channels = max(image.pixels.shape[0] for _, image in images)
+    given = [image.label for _, image in images]
+    numbers, names = None, None
+    if labels and None not in given:
+        numbers, names = _numbered(given, [i for i, _ in images], found)
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for at, (_, image) in enumerate(images):
+        by_size.setdefault(image.pixels.shape[1:], []).append(at)
+    read_ones: list[Images] = []
+    for members in sorted(by_size.values(), key=len, reverse=True):
+        collected = _Collected(found.name, len(members), most)
+        for at in members:
+            i, image = images[at]
+            collected.add(image, found.item_name(i))
+        array = collected.finish()
+        if array.shape[1] == 1 and most_channels == 3:
+            array = np.repeat(array, 3, axis=1)
+        read_ones.append((array, None if numbers is None else numbers[members], names))
+    return read_ones

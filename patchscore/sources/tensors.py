@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -64,3 +66,39 @@ def safetensors_file(path: Path, wanted: Wanted) -> Source:
         image_key, label_key = wanted.choose_keys(str(path), keys)
         labels = None if label_key is None else as_numpy(held.get_tensor(label_key))
         return labelled_array(str(path), as_numpy(held.get_tensor(image_key)), labels)
+
+
+def read_values(source: Any, image_key: str | None = None) -> Any:
+    """An array, or the one in a .npy, .pt or .safetensors file, with its own values and axes.
+
+    Raises:
+        ValueError: a file of another kind, unreadable, or of several arrays without `image_key`.
+        TypeError: neither an array nor a path.
+    """
+    if isinstance(source, (np.ndarray, Tensor)):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"source: got {type(source).__name__}, with a value_range takes an array or a file of one")
+    path = Path(source)
+    with named(path):
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        if path.suffix in (".pt", ".pth"):
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                raise ValueError("no file of tensors alone; save the tensors with torch.save") from error
+            held = {"": content} if isinstance(content, Tensor) else content
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as opened:
+                held = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        else:
+            raise ValueError("with a value_range takes a .npy, .pt or .safetensors file")
+        if not isinstance(held, dict):
+            raise ValueError(f"holds {type(held).__name__}, takes a tensor or a dict of them")
+        if image_key is None and len(held) > 1:
+            raise ValueError(f"holds {', '.join(sorted(map(str, held)))}; image_key says which are the images")
+        key = next(iter(held)) if image_key is None and held else image_key
+        if not isinstance(held.get(key), Tensor):
+            raise ValueError(f"holds no tensor {key!r}")
+        return held[key]

@@ -105,6 +105,46 @@ static std::vector<int> sizes_of(char kind, int height, int width) {
     return sizes;
 }
 
+// Products with the Jacobian and its transpose at every patch size: u.(J t) is t.(J^T u), whatever the weights are.
+static bool duals_agree(const char* simd, int channels, int height, int width, int count, char kind, double sigma) {
+    state = 2;
+    const size_t pixels = size_t(height) * size_t(width), values = pixels * size_t(channels);
+    std::vector<float> z(values), images(size_t(count) * values), u(values), t(values);
+    for (std::vector<float>* some : {&z, &images, &u, &t})
+        for (float& value : *some) value = 2 * uniform() - 1;
+    for (const int k : sizes_of(kind, height, width)) {
+        patchscore::Competition competition{};
+        competition.patch_size = k, competition.circular = kind == 'c';
+        for (const Axis& rows : axes(height, k, kind))
+            for (const Axis& cols : axes(width, k, kind)) competition.groups.push_back({rows, cols});
+        std::vector<double> m(pixels, -std::numeric_limits<double>::infinity()), s(pixels), s2(pixels), v(values);
+        competition.m = m.data(), competition.s = s.data(), competition.s2 = s2.data(), competition.v = v.data();
+        patchscore::Problem problem{};
+        problem.batch = 1, problem.channels = channels, problem.height = height, problem.width = width;
+        problem.z = z.data(), problem.sigma = &sigma, problem.images = images.data(), problem.count = count;
+        problem.competitions = {competition}, problem.threads = 2, problem.memory_limit = int64_t(1) << 30;
+        if (!patchscore::sliding_posterior_sums(problem, simd, nullptr)) return false;
+        for (size_t i = 0; i < values; ++i) v[i] = s[i % pixels] > 0 ? v[i] / s[i % pixels] : 0;
+        for (size_t i = 0; i < pixels; ++i) m[i] = s[i] > 0 ? m[i] + std::log(s[i]) : 0;
+        double dots[2] = {0, 0}, scale = 1;
+        for (const bool transposed : {true, false}) {
+            std::vector<double> result(values);
+            const patchscore::JacobianProduct product = {transposed, m.data(), v.data(),
+                                                         transposed ? u.data() : t.data(), result.data()};
+            if (!patchscore::sliding_product(problem, product, simd, nullptr)) return false;
+            for (size_t i = 0; i < values; ++i) {
+                dots[transposed] += result[i] * double(transposed ? t[i] : u[i]);
+                scale += std::abs(result[i]);
+            }
+        }
+        if (!(std::abs(dots[0] - dots[1]) < 1e-4 * scale)) {
+            std::printf("%s: %c k=%d C=%d: u.(J t) %g, t.(J^T u) %g\n", simd, kind, k, channels, dots[0], dots[1]);
+            return false;
+        }
+    }
+    return true;
+}
+
 int main() {
     const std::vector<std::string> levels = patchscore::simd_levels();
     int runs = 0;
@@ -134,6 +174,13 @@ int main() {
                     }
                 }
             }
+    for (const std::string& level : levels)
+        for (const char kind : {'c', 'z', 'n', 'l'})
+            for (const int channels : {1, 2, 3})
+                for (const double sigma : {0.1, 0.8}) {
+                    if (!duals_agree(level.c_str(), channels, 9, 14, channels == 2 ? 3 : 19, kind, sigma)) return 1;
+                    ++runs;
+                }
     std::printf("%d runs, no complaint\n", runs);
     return 0;
 }

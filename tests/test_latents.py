@@ -1,0 +1,166 @@
+"""Latents and other value ranges: scores in the data's own units, nothing clamped, files as they stand."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import MACHINES, machine_named, noisy, smooth_images
+from safetensors.torch import save_file
+
+import patchscore as ps
+from patchscore.adapters.latents import decode, encode
+
+SCALE = 7.5
+
+
+def latents(n=6, channels=8, height=12, width=10, low=-1.0, seed=0):
+    values = smooth_images(n, channels, height, width, seed, torch.float32)
+    return SCALE * values.clamp(min=low)
+
+
+@pytest.mark.parametrize("engine", ["reference", "sliding"])
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_scaled_bank_has_the_scaled_posterior(name, engine):
+    """D(z; sigma) = s D'(z / s; sigma / s): the same numbers as of the bank in [-1, 1], in the data's own units."""
+    values = latents()
+    bank, unit = ps.PatchBank(values, value_range="data"), ps.PatchBank(values / values.abs().max())
+    scale = float(values.abs().max())
+    assert bank.scale == pytest.approx(scale)
+    k = 3
+    own, in_unit = (machine_named(name, some, k, engine=engine) for some in (bank, unit))
+    z = noisy(bank, 2.0)
+    for sigma in (0.3, 3.0):
+        found, expected = own.estimate(z, sigma, moments=True), in_unit.estimate(z / scale, sigma / scale, moments=True)
+        assert torch.allclose(found.mean, scale * expected.mean, atol=1e-5 * scale)
+        assert torch.allclose(found.variance, scale**2 * expected.variance, atol=1e-5 * scale**2)
+        assert torch.allclose(found.ess, expected.ess, rtol=1e-4)
+    alpha, sigma = 0.6, 0.8
+    score = own.score(alpha * z, alpha, sigma)
+    assert torch.allclose(score, (alpha * own.denoise(z, sigma / alpha) - alpha * z) / sigma**2, atol=1e-4)
+
+
+def test_values_are_the_data_and_zero_stays_zero():
+    values = latents(low=-0.2)
+    bank = ps.PatchBank(values, torch.arange(6) % 2, value_range="data")
+    assert torch.allclose(bank.chunk(0, 6), values, atol=1e-6 * SCALE)
+    assert torch.allclose(bank.select(1).chunk(0, 3), values[1::2], atol=1e-6 * SCALE)
+    assert bank.images.abs().max() == 1
+    z = torch.zeros(1, 8, 12, 10)
+    # Zero padding: the corner window of an image of ones has zeros in three quarters.
+    ones = ps.PatchBank(torch.full((1, 1, 5, 5), 4.0), value_range="data")
+    assert ps.LocalScore(ones, 3).denoise(torch.zeros(1, 1, 5, 5), 1.0).unique().item() == pytest.approx(4.0)
+    assert ps.GaussianScore(bank).denoise(z, 1e4).abs().max() < 2 * SCALE
+
+
+def test_samples_are_not_clamped_and_lie_in_the_data():
+    values = latents() + 20
+    bank = ps.PatchBank(values, value_range="data")
+    images = ps.sample(ps.EquivariantLocalScore(bank, 3), 2, schedule=ps.noise.karras(8, 0.01, 200.0), progress=False)
+    assert images.min() > 10
+    assert images.max() < 30
+
+
+def test_a_class_a_canvas_and_an_explanation_are_in_the_same_units():
+    bank = ps.PatchBank(latents(), torch.arange(6) % 2, value_range="data")
+    machine = ps.EquivariantLocalScore(bank, 3)
+    z = bank.chunk(0, 1) + 0.01
+    found = ps.explain(machine, z, 0.02, labels=0, top=1)
+    assert (found.image[0, 0] == 0).all()
+    assert torch.allclose(found.mean, bank.chunk(0, 1), atol=1e-3)
+    assert (machine.denoise(torch.full((1, 8, 20, 20), 30.0), 0.5).abs() <= SCALE * 1.001).all()
+
+
+def test_gradients_have_no_unit():
+    values = latents(3, 2, 7, 6)
+    bank = ps.PatchBank(values, value_range="data")
+    machine, z = ps.EquivariantLocalScore(bank, 3), noisy(bank, 2.0)
+    t = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    difference = (machine.denoise(z + 1e-4 * t, 2.0) - machine.denoise(z - 1e-4 * t, 2.0)) / 2e-4
+    assert torch.allclose(machine.jvp(z, 2.0, t), difference, atol=1e-3)
+
+
+def test_a_stated_range_is_the_scale():
+    bank = ps.PatchBank(latents(), value_range=(-10, 8))
+    assert bank.scale == 10
+    assert bank.fingerprint != ps.PatchBank(latents() / 10).fingerprint
+    assert repr(bank) == "PatchBank(6 images, 8 x 12 x 10, float32, values up to 10)"
+
+
+def test_files_are_read_as_they_stand(tmp_path):
+    values = latents(5, 16, 4, 4) + 3
+    np.save(tmp_path / "a.npy", values.numpy())
+    torch.save(values, tmp_path / "a.pt")
+    save_file({"latents": values.contiguous()}, tmp_path / "a.safetensors")
+    save_file({"latents": values.contiguous(), "other": torch.zeros(2)}, tmp_path / "two.safetensors")
+    for name in ("a.npy", "a.pt", "a.safetensors"):
+        bank = ps.PatchBank.open(tmp_path / name, value_range="data")
+        assert bank.shape == (16, 4, 4)
+        assert torch.allclose(bank.chunk(0, 5), values)
+    bank = ps.PatchBank.open(tmp_path / "two.safetensors", value_range="data", image_key="latents")
+    assert len(bank) == 5
+    torch.save({"a": object}, tmp_path / "code.pt")
+    for name, message in (
+        ("two.safetensors", "holds latents, other; image_key"),
+        ("code.pt", "no file of tensors alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ps.PatchBank.open(tmp_path / name, value_range="data")
+
+
+BAD = [
+    ({"images": latents()}, ValueError, r"floating point images take \[-1, 1\], and latents value_range"),
+    ({"images": latents() * float("nan"), "value_range": "data"}, ValueError, "images: NaN or infinite values"),
+    ({"images": latents(), "value_range": (-1, 1)}, ValueError, "images: values from .* outside value_range"),
+    ({"images": latents(), "value_range": "wide"}, ValueError, 'value_range: got .wide., takes None, "data" or'),
+    ({"images": latents(), "value_range": (1, -1)}, ValueError, "value_range: got .1, -1., takes finite numbers"),
+    ({"images": smooth_images(2, 3, 8, 8), "value_range": "data"}, TypeError, "images: got dtype torch.uint8"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD)
+def test_what_is_no_bank_is_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ps.PatchBank(**arguments)
+
+
+def test_options_that_would_change_values_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", latents().numpy())
+    with pytest.raises(ValueError, match="size: got 8, with a value_range images stay as they are"):
+        ps.PatchBank.open(tmp_path / "a.npy", size=8, value_range="data")
+    with pytest.raises(ValueError, match=r"with a value_range takes a \.npy, \.pt or \.safetensors file"):
+        ps.PatchBank.open(tmp_path / "a.png", value_range="data")
+
+
+# Autoencoders.
+
+
+def test_a_callable_encodes_and_decodes():
+    images = smooth_images(5, 1, 8, 8, dtype=torch.float32)
+    codes = encode(lambda x: 3 * torch.nn.functional.pixel_unshuffle(x, 2), images, batch_size=2)
+    assert codes.shape == (5, 4, 4, 4)
+    assert torch.allclose(decode(lambda x: torch.nn.functional.pixel_shuffle(x / 3, 2), codes, batch_size=3), images)
+    with pytest.raises(TypeError, match="autoencoder: got str"):
+        decode("vae", codes)
+    with pytest.raises(ValueError, match=r"latents: got torch.float32 \[4, 4, 4\]"):
+        decode(lambda x: x, codes[0])
+
+
+@pytest.mark.parametrize("shift", [None, 0.3])
+def test_a_latent_round_trip_through_an_autoencoder(shift):
+    """Latents are in the model's units, and at no noise the machine gives back a training latent, so its image."""
+    diffusers = pytest.importorskip(
+        "diffusers.models.autoencoders.autoencoder_kl", reason="diffusers cannot be imported"
+    )
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=2, latent_channels=4, scaling_factor=0.5, shift_factor=shift,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    images = smooth_images(4, 3, 16, 16, dtype=torch.float32)
+    codes = encode(vae, images)
+    with torch.no_grad():
+        own = vae.encode(images).latent_dist.mean
+        assert torch.allclose(codes, (own - (shift or 0)) * 0.5, atol=1e-5)
+        assert torch.allclose(decode(vae, codes), vae.decode(own).sample, atol=1e-4)
+    bank = ps.PatchBank(codes, value_range="data")
+    x0 = ps.EquivariantLocalScore(bank, 3).denoise(codes, 1e-3)
+    assert (decode(vae, x0) - decode(vae, codes)).abs().max() < 1e-3
