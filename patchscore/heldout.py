@@ -226,6 +226,7 @@ def held_out_errors(
     engine: str = "auto",
     memory_limit: int = DEFAULT_MEMORY,
     device: torch.device | str = "cpu",
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> HeldOutErrors:
     """The denoising error of every patch size at every noise level, on images that are left out of the bank.
@@ -248,11 +249,13 @@ def held_out_errors(
         seed: of the choice of images and blocks, and of the noise.
         engine: of the sums, and so is `memory_limit` in bytes.
         device: where they are taken.
+        resume: a file that is rewritten after every image; where it exists, the fit continues from it, and more images
+            add to it.
 
     Raises:
         TypeError: an argument of a type that is not taken.
         ValueError: an argument outside what is listed, a bank of one image (or of one in every class), labels of
-            `held_out` that the bank has not.
+            `held_out` that the bank has not, or a file of another fit, named by its path.
     """
     settings = held_out_settings(
         bank,
@@ -276,7 +279,11 @@ def held_out_errors(
     ratios = torch.tensor(levels, dtype=torch.float64)
 
     errors = np.empty((len(levels), len(drawn), len(sizes)))
-    for i, image in enumerate(tqdm(drawn, desc="fitting patch sizes", unit="image", delay=2, disable=not progress)):
+    done = _resumed(resume, settings)[:, : len(drawn)]
+    errors[:, : done.shape[1]] = done
+    todo = range(done.shape[1], len(drawn))
+    for i in tqdm(todo, desc="fitting patch sizes", unit="image", delay=2, disable=not progress):
+        image = drawn[i]
         generator = torch.Generator().manual_seed(_seed(settings["seed"], i))
         pixels = _block(bank.shape, settings["block"], generator)
         x = source.chunk(image, image + 1, torch.float64)
@@ -292,7 +299,21 @@ def held_out_errors(
         for k, total in enumerate(totals):
             gap = (total.mean.to("cpu", torch.float64) - x)[:, :, pixels[0]][..., pixels[1]]
             errors[:, i, k] = gap.square().mean((1, 2, 3)).numpy()
+        if resume is not None:
+            HeldOutErrors(tuple(levels), tuple(sizes), errors[:, : i + 1], settings).save(resume)
     return HeldOutErrors(tuple(levels), tuple(sizes), errors, settings)
+
+
+def _resumed(path: str | os.PathLike[str] | None, settings: dict[str, Any]) -> np.ndarray:
+    """[levels, images, sizes] the errors that an earlier call left in the file, whatever its number of images."""
+    if path is None or not Path(path).exists():
+        return np.empty((len(settings["sigmas"]), 0, len(settings["patch_sizes"])))
+    earlier = HeldOutErrors.load(path)
+    for name, value in settings.items():
+        before = earlier.settings.get(name)
+        if name != "images" and before != value:
+            raise ValueError(f"{path}: holds a fit with {name} {before!r}, asked for {value!r}; choose another file")
+    return earlier.errors
 
 
 def _draw(source: PatchBank, images: int, seed: int, conditional: bool, leave_out: bool) -> list[int]:

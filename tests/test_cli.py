@@ -644,6 +644,17 @@ def test_sample_takes_a_tolerance_without_an_index_where_fused_serves(photos, tm
     assert "--tolerance: takes an --index" in refused.stderr
 
 
+def test_with_an_index_its_sizes_are_the_candidates_of_a_fit(photos, tmp_path):
+    pytest.importorskip("faiss")
+    made = run("index", photos, "--patch-sizes", "3,7", "--out", tmp_path / "i", "--max-windows", 500)
+    assert made.exit_code == 0, made.output
+    words = ("--index", tmp_path / "i", "--budget", 0.5, "--steps", 3, "-n", 1, "--out", tmp_path / "out")
+    result = run("sample", photos, *words)
+    assert result.exit_code == 0, result.output
+    assert set(ps.ScaleTable.load(tmp_path / "out" / "table.json").sizes) <= {3, 7}
+    assert "not in the index" not in result.output
+
+
 def test_index_takes_the_sizes_of_a_table(photos, tmp_path):
     pytest.importorskip("faiss")
     result = run("index", photos, "--table", "cifar10-resnet-zeros", "--out", tmp_path / "i", "--max-windows", 500)

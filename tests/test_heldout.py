@@ -142,6 +142,33 @@ def test_more_images_keep_the_ones_there_were(small):
     assert not np.allclose(other, few)
 
 
+def test_an_interrupted_fit_continues_and_takes_more(small, tmp_path, monkeypatch):
+    path, options = tmp_path / "held-out.json", {"patch_sizes": [3, 5], "sigmas": [0.5], "progress": False}
+    whole = held_out_errors(small, images=4, **options)
+    asked, serve_each = [], heldout.engines.serve_each
+
+    def interrupted(*given):
+        asked.append(given)
+        if len(asked) == 5:  # two calls an image
+            raise KeyboardInterrupt
+        return serve_each(*given)
+
+    monkeypatch.setattr(heldout.engines, "serve_each", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        held_out_errors(small, images=4, resume=path, **options)
+    assert HeldOutErrors.load(path).errors.shape[1] == 2
+    found = held_out_errors(small, images=4, resume=path, **options)
+    assert len(asked) == 5 + 4
+    np.testing.assert_allclose(found.errors, whole.errors, atol=1e-9)
+    assert HeldOutErrors.load(path).errors.shape[1] == 4
+    more = held_out_errors(small, images=5, resume=path, **options)
+    np.testing.assert_array_equal(more.errors[:, :4], found.errors)
+    fewer = held_out_errors(small, images=3, resume=path, **options)
+    np.testing.assert_array_equal(fewer.errors, found.errors[:, :3])
+    with pytest.raises(ValueError, match=r"held-out\.json: holds a fit with seed 0, asked for 1"):
+        held_out_errors(small, images=4, seed=1, resume=path, **options)
+
+
 def test_a_fit_finds_the_scale_of_what_it_is_fitted_to():
     """Images of independent 4 x 4 tiles of one colour: wider windows see nothing more, and are rarer in the bank."""
     generator = torch.Generator().manual_seed(0)

@@ -42,7 +42,7 @@ Examples:
   patchscore calibrate photos/ mymodels:denoiser --size 32 --patch-sizes 3,5,7,9 --metric l2
   patchscore sample fashion-mnist --table calibrated/table.json
 
-The same command again continues an interrupted calibration, and a larger -n adds walks to a finished one.
+The same command again continues an interrupted calibration, and a larger -n adds walks, or images, to a finished one.
 """
 )
 @network_options(required=False, steps="Levels of the noise schedule; the table has an entry for each.")
@@ -180,8 +180,8 @@ def _fit(
             engine=computing.engine,
             memory_limit=computing.bytes,
             device=computing.where,
+            resume=out / ERRORS,
         )
-        found.save(out / ERRORS)
         table = ScaleTable.of_errors(found, monotone, f"fitted, {found.errors.shape[1]} images held out")
         _tell(out, table, found.patch_sizes, found)
         write_chart(out / "calibration.png", lambda: charts.held_out_sizes({"fitted": (found, table)}, {}))

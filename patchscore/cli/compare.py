@@ -47,7 +47,11 @@ Examples:
     help="Who is compared: the machines of Kamb & Ganguli and a Gaussian; all theories; or some of "
     f"{', '.join(THEORIES)}.",
 )
-@click.option("--no-baselines", is_flag=True, help="Only the machine of the network's padding; the same as its name.")
+@click.option(
+    "--baselines/--no-baselines",
+    default=True,
+    help="Without: only the machine of the network's padding, whatever else.",
+)
 @click.option("--no-steps", is_flag=True, help="Only final images, not every step; half the work.")
 @click.option("--out", type=click.Path(path_type=Path), default="compared", show_default=True, help="Folder.")
 @one_line_errors
@@ -61,7 +65,7 @@ def compare(
     count: int,
     table: str,
     theories: str,
-    no_baselines: bool,
+    baselines: bool,
     no_steps: bool,
     out: Path,
 ) -> None:
@@ -82,7 +86,7 @@ def compare(
     sizes, errors = patch_sizes(table, source, bank, padding_mode, "els", False, None, computing, out)
     memory = computing.bytes
     own = f"els-{padding_mode}"
-    names = [own] if no_baselines else sorted(known, key=lambda name: name != own)
+    names = [own] if not baselines else sorted(known, key=lambda name: name != own)
     machines = theories_named(names, bank, sizes, engine=computing.engine, memory_limit=memory)
     say(f"{bank!r} from {source.source}", f"{denoiser!r}, padding {padding_mode}, patch sizes {sizes.name}")
     labels = labels_of_network(walk.labels, bank, denoiser)
