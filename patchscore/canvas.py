@@ -104,8 +104,8 @@ def posterior_sum(
     sampled = not moments and not all(engine.exact for engine in available)
     total = PosteriorSum.empty(z.shape, z.device, sampled=sampled, moments=moments)
     pairs, names = 0, []
-    for competition, some in _calls(z, bank, k, padding_mode, memory_limit):
-        crops = torch.cat([_crop(z, row.start, col.start, length, padding_mode) for row, col in some])
+    for competition, some in calls(z, bank, k, padding_mode, memory_limit):
+        crops = torch.cat([crop(z, row.start, col.start, length, padding_mode) for row, col in some])
         sums, served = engines.serve(
             available, named, crops, sigma.repeat(len(some)), bank, competition, memory_limit, ess, moments
         )
@@ -139,9 +139,9 @@ def product(
     length = bank.shape[1:]
     check_canvas((z.shape[2], z.shape[3]), length, k, padding_mode)
     total = torch.zeros_like(direction)
-    for competition, some in _calls(z, bank, k, padding_mode, memory_limit):
+    for competition, some in calls(z, bank, k, padding_mode, memory_limit):
         crops, parts = (
-            torch.cat([_crop(x, row.start, col.start, length, padding_mode) for row, col in some])
+            torch.cat([crop(x, row.start, col.start, length, padding_mode) for row, col in some])
             for x in (z, direction)
         )
         # Forwards a crop's pixels move those it serves; backwards only those it serves move others.
@@ -157,7 +157,7 @@ def product(
     return total
 
 
-def _calls(
+def calls(
     z: Tensor, bank: PatchBank, k: int, padding_mode: str, memory_limit: int
 ) -> Iterator[tuple[Competition, list[tuple[Strip, Strip]]]]:
     """Strips of rows and columns whose pixels are served in one call, for they share a rule, each in its own crop."""
@@ -179,14 +179,14 @@ def _by_rule(some: Sequence[Strip]) -> dict[Axis, list[Strip]]:
     return found
 
 
-def _crop(z: Tensor, row: int, col: int, length: Sequence[int], padding_mode: str) -> Tensor:
+def crop(z: Tensor, row: int, col: int, length: Sequence[int], padding_mode: str) -> Tensor:
     """[B, C, *length] from (row, col) on: wrapped around, or with zeros beyond the border."""
     rows, cols = _places(z, row, col, length, padding_mode)
     return F.pad(z, (0, 1, 0, 1))[:, :, rows][:, :, :, cols]
 
 
 def _add_crop(canvas: Tensor, crop: Tensor, row: int, col: int, padding_mode: str) -> None:
-    """Adds [B, C, *length] where `_crop` took it from."""
+    """Adds [B, C, *length] where `crop` took it from."""
     rows, cols = _places(canvas, row, col, crop.shape[2:], padding_mode)
     wide = crop.new_zeros(*crop.shape[:3], canvas.shape[3] + 1).index_add_(3, cols, crop)
     whole = wide.new_zeros(*crop.shape[:2], canvas.shape[2] + 1, wide.shape[3]).index_add_(2, rows, wide)

@@ -7,7 +7,7 @@ of all, also where the machine itself has an index and evaluates only part of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checks
+from . import canvas, checks
 from .bank import PatchBank
 from .denoiser import Labels, ScoreMachine, alike, check_labels, check_noisy, check_sigma
+from .machines import EquivariantLocalScore
 from .nearest import SPARE, images_of, nearest_windows
 from .noise import get_schedule
 from .posterior import PosteriorSum
 from .sampling import Step, labels_in_turn, sample
-from .windows import Axis, Competition, Group
+from .windows import Axis, Competition, Group, span
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def explain(
 
     Args:
         machine: IdealScore, LocalScore or EquivariantLocalScore.
-        z: [B, C, H, W] noisy images z = x_0 + sigma eps.
+        z: [B, C, H, W] noisy images z = x_0 + sigma eps, of every size that the machine takes.
         sigma: noise level.
         labels: as in `denoise`.
         top: how many windows a pixel.
@@ -180,38 +181,94 @@ def explain(
     """
     if not isinstance(machine, ScoreMachine):
         raise TypeError(f"machine: got {type(machine).__name__}, takes one that sums over training windows")
-    z = check_noisy(z, machine.shape)
+    z = check_noisy(z, machine.shape, any_size=machine.any_size, who=type(machine).__name__)
     level = checks.number("sigma", sigma)
     check_sigma(level, len(z))
     top = checks.integer("top", top, at_least=1)
-    place = None if pixel is None else _place(pixel, machine.shape)
-    k = machine.patch_size_at(level)
-    competition = _narrowed(machine.competition(k), place)
-
     height, width = z.shape[2:]
+    place = None if pixel is None else _place(pixel, (height, width))
+    k = machine.patch_size_at(level)
+
     found = torch.full((3, len(z), top, height, width), -1, device=z.device)
     weight = z.new_zeros((len(z), top, height, width), dtype=torch.float64)
     effective, mean = z.new_empty((len(z), height, width), dtype=torch.float64), torch.empty_like(z)
-    levels = torch.full((len(z),), level, dtype=torch.float64)
     for label, items in alike(check_labels(labels, machine.bank, len(z))):
-        bank = machine.bank.of_class(label)
-        (total,) = machine.exact_sums(z[items], levels[items], bank, [competition])
-        mean[items] = total.mean.to(z.dtype)
-        effective[items] = total.ess[:, 0].double().expand(-1, height, width)
-        near = nearest_windows(z[items], bank, competition, top + SPARE, machine.memory_limit)
-        near, weights = _weighed(z[items], level, bank, competition, near, total)
-        near, weights = near[:, :, :top], weights[:, :top]
-        if bank.indices is not None:
-            # A selection counts its own images; the reader knows the bank's.
-            original = _within(machine.bank, bank).to(z.device)
-            near[0] = torch.where(near[0] < 0, near[0], original[near[0].clamp(min=0)])
-        found[:, items, : near.shape[2]] = near
-        weight[items, : near.shape[2]] = weights
+        bank, some = machine.bank.of_class(label), z[items]
+        n = len(some)
+        own, own_weight = found.new_full((3, n, *found.shape[2:]), -1), weight.new_zeros((n, *weight.shape[1:]))
+        own_effective, own_mean = effective.new_empty((n, height, width)), torch.empty_like(some)
+        for part in _parts(machine, some, bank, k, place):
+            near, weights, total = _heaviest(machine, part.z, level, bank, part.competition, top)
+            if bank.indices is not None:
+                # A selection counts its own images; the reader knows the bank's.
+                original = _within(machine.bank, bank).to(z.device)
+                near[0] = torch.where(near[0] < 0, near[0], original[near[0].clamp(min=0)])
+            ess, listed = total.ess[:, 0].double().expand(-1, *part.z.shape[2:]), slice(0, near.shape[2])
+            for at, ((rows, cols), (to_rows, to_cols)) in enumerate(part.blocks):
+                batch = slice(at * n, (at + 1) * n)
+                own[:, :, listed, to_rows, to_cols] = near[:, batch, :, rows, cols]
+                own_weight[:, listed, to_rows, to_cols] = weights[batch, :, rows, cols]
+                own_mean[:, :, to_rows, to_cols] = total.mean[batch, :, rows, cols].to(z.dtype)
+                own_effective[:, to_rows, to_cols] = ess[batch, rows, cols]
+        found[:, items], weight[items], effective[items], mean[items] = own, own_weight, own_effective, own_mean
     if place is not None:
         rows, cols = slice(place[0], place[0] + 1), slice(place[1], place[1] + 1)
         found, weight, effective, mean = (part[..., rows, cols] for part in (found, weight, effective, mean))
     image, row, col = found
     return Explanation(image, row, col, weight, effective, mean, z, level, k)
+
+
+Block = tuple[slice, slice]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Pixels that are explained together: images of the bank's size, who competes, and blocks (here, in the result).
+
+    z has the items for the first block, then those for the second, and so on: crops, where the image is a canvas.
+    """
+
+    z: Tensor
+    competition: Competition
+    blocks: list[tuple[Block, Block]]
+
+
+def _parts(
+    machine: ScoreMachine, z: Tensor, bank: PatchBank, k: int | None, place: tuple[int, int] | None
+) -> Iterator[_Part]:
+    """All pixels of z, or one alone, in parts that engines take."""
+    if tuple(z.shape[1:]) == tuple(machine.shape):
+        whole = (slice(0, z.shape[2]), slice(0, z.shape[3]))
+        yield _Part(z, _narrowed(machine.competition(k), place), [(whole, whole)])
+        return
+    assert k is not None
+    assert isinstance(machine, EquivariantLocalScore)
+    length, mode = bank.shape[1:], machine.padding_mode
+    canvas.check_canvas((z.shape[2], z.shape[3]), length, k, mode)
+    for competition, some in canvas.calls(z, bank, k, mode, machine.memory_limit):
+        if place is not None:
+            some = [(row, col) for row, col in some if place[0] in row.queries and place[1] in col.queries]
+            if not some:
+                continue
+            ((row, col),) = some
+            competition = _narrowed(competition, (place[0] - row.start, place[1] - col.start))
+        crops = torch.cat([canvas.crop(z, row.start, col.start, length, mode) for row, col in some])
+        blocks = [
+            ((span(row.axis.queries), span(col.axis.queries)), (span(row.queries), span(col.queries)))
+            for row, col in some
+        ]
+        yield _Part(crops, competition, blocks)
+
+
+def _heaviest(
+    machine: ScoreMachine, z: Tensor, level: float, bank: PatchBank, competition: Competition, top: int
+) -> tuple[Tensor, Tensor, PosteriorSum]:
+    """The heaviest windows [3, B, T, H, W], their weights [B, T, H, W], and the exact sums."""
+    levels = torch.full((len(z),), level, dtype=torch.float64)
+    (total,) = machine.exact_sums(z, levels, bank, [competition])
+    near = nearest_windows(z, bank, competition, top + SPARE, machine.memory_limit)
+    near, weights = _weighed(z, level, bank, competition, near, total)
+    return near[:, :, :top], weights[:, :top], total
 
 
 def _weighed(
@@ -267,12 +324,12 @@ def _narrowed(competition: Competition, place: tuple[int, int] | None) -> Compet
     return Competition(competition.patch_size, competition.padding_mode, groups)
 
 
-def _place(pixel: tuple[int, int], shape: tuple[int, int, int]) -> tuple[int, int]:
+def _place(pixel: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     try:
         row, col = pixel
     except (TypeError, ValueError):
         raise TypeError(f"pixel: got {pixel!r}, takes (row, column)") from None
     return (
-        checks.integer("pixel row", row, at_least=0, at_most=shape[1] - 1),
-        checks.integer("pixel column", col, at_least=0, at_most=shape[2] - 1),
+        checks.integer("pixel row", row, at_least=0, at_most=size[0] - 1),
+        checks.integer("pixel column", col, at_least=0, at_most=size[1] - 1),
     )

@@ -27,6 +27,7 @@ from . import checks, files
 from .bank import PatchBank
 from .denoiser import DEFAULT_MEMORY_LIMIT, ScoreMachine
 from .draw.images import png, to_pil
+from .explain import explain
 from .index import PatchIndex
 from .machines import EquivariantLocalScore
 from .noise import karras
@@ -69,10 +70,18 @@ class SynthesisLevel:
 
 @dataclass(frozen=True)
 class Synthesis:
-    """An image and the levels that led to it, coarsest first. image: [C, H, W]."""
+    """An image and the levels that led to it, coarsest first.
+
+    Attributes:
+        image: [C, H, W].
+        levels: coarsest first.
+        source: [3, H, W] int64, with `source_map`: the exemplar, row and column of the window that is nearest to each
+            pixel's own, at the finest level; its centre made the pixel.
+    """
 
     image: Tensor
     levels: tuple[SynthesisLevel, ...]
+    source: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"Synthesis({' x '.join(map(str, self.image.shape))}, {len(self.levels)} levels)"
@@ -100,6 +109,7 @@ def synthesize(
     engine: str = "auto",
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
     device: torch.device | str = "cpu",
+    source_map: bool = False,
     out: str | Path | None = None,
     overwrite: bool = False,
     callback: Callable[[SynthesisLevel], None] | None = None,
@@ -134,6 +144,7 @@ def synthesize(
         engine: "auto" or an engine's name.
         memory_limit: bytes of working memory.
         device: where the denoising happens.
+        source_map: whether to search for the exemplar pixel that made each pixel, as `explain` does.
         out: a folder for the picture and the arrays of every level, from which the same call continues.
         overwrite: start afresh where `out` holds a synthesis with other settings.
         callback: called with every level once it is done.
@@ -155,6 +166,8 @@ def synthesize(
         checks.one_of("symmetry", symmetry, SYMMETRIES)
         if tolerance is not None:
             raise ValueError("symmetry, tolerance: got both, and an index has no mirrored windows")
+        if source_map:
+            raise ValueError("symmetry, source_map: got both, and a map cannot tell which windows are mirrored")
     device = checks.device(device)
     if tolerance is not None and not 0 < checks.number("tolerance", tolerance) < math.inf:
         raise ValueError(f"tolerance: got {tolerance}, takes a positive rms error or None")
@@ -193,9 +206,10 @@ def synthesize(
                     folder.save(made)
                 if callback is not None:
                     callback(made)
+        origin = _origin(done[-1], bank, serving, tile, memory_limit, device) if source_map else None
         if folder is not None:
-            folder.finish(done)
-    return Synthesis(done[-1].image, tuple(done))
+            folder.finish(done, origin, own=bank.shape[1:])
+    return Synthesis(done[-1].image, tuple(done), origin)
 
 
 # The plan.
@@ -419,6 +433,31 @@ def _level(
     )  # fmt: skip
 
 
+def _origin(
+    level: SynthesisLevel,
+    bank: PatchBank,
+    serving: int | Tensor | None,
+    tile: bool,
+    memory_limit: int,
+    device: torch.device,
+) -> Tensor:
+    """[3, H, W] int64: the window nearest to each pixel's own, among those that serve there."""
+    machine = EquivariantLocalScore(bank, level.patch_size, "circular" if tile else "zeros", memory_limit=memory_limit)
+    z = level.image[None].to(device)
+
+    def of_label(label: int | None) -> Tensor:
+        found = explain(machine, z, level.sigmas[-1], label, top=1)
+        return torch.stack([found.image[0, 0], found.row[0, 0], found.col[0, 0]]).cpu()
+
+    if not torch.is_tensor(serving):
+        return of_label(serving)
+    place = _nearest(serving, (level.image.shape[1], level.image.shape[2]))[0]
+    origin = torch.zeros(3, *level.image.shape[1:], dtype=torch.int64)
+    for label in place.unique().tolist():
+        origin = torch.where(place == label, of_label(label), origin)
+    return origin
+
+
 def _resized(image: Tensor, size: tuple[int, int], tile: bool) -> Tensor:
     """[1, C, *size] of [C, h, w], bicubic; an image that wraps around is enlarged as such."""
     x = image[None]
@@ -503,9 +542,15 @@ class _Folder:
         )
         self.write()
 
-    def finish(self, levels: list[SynthesisLevel]) -> None:
+    def finish(self, levels: list[SynthesisLevel], origin: Tensor | None, own: tuple[int, int]) -> None:
         files.write_atomically(self.path / "image.npy", _npy(levels[-1].image))
         files.write_atomically(self.path / "image.png", png(to_pil(levels[-1].image)))
+        if origin is not None:
+            files.write_atomically(self.path / "source.npy", _npy(origin))
+            # Colours that differ from pixel to pixel of the exemplars: rows in red, columns in green, images in blue.
+            largest = (int(origin[0].max()), own[0] - 1, own[1] - 1)
+            image, row, col = (2 * part / max(1, most) - 1 for part, most in zip(origin, largest, strict=True))
+            files.write_atomically(self.path / "source.png", png(to_pil(torch.stack([row, col, image]))))
 
 
 @contextmanager

@@ -156,6 +156,30 @@ def test_an_index_serves_a_canvas_within_its_stated_error(tmp_path):
     assert 0 < apart < 3 * stated
 
 
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_a_canvas_is_explained_by_the_windows_of_the_definition(padding_mode):
+    """The windows named are as far apart as their weights say, and the weights are all of the mass."""
+    bank = ps.PatchBank(smooth_images(4, 2, 9, 10), torch.tensor([0, 1, 0, 1]))
+    machine = ps.EquivariantLocalScore(bank, 5, padding_mode, engine="reference")
+    z, train = canvas(2, (14, 21), 2), bank.chunk(0, 4, torch.float64).numpy()
+    found = ps.explain(machine, z, 0.2, labels=[1, None], top=200)
+    assert torch.allclose(found.mean, machine.denoise(z, 0.2, [1, None]), atol=1e-9)
+    assert (found.share - 1).abs().max() < 1e-6
+    for item, i, j in ((0, 0, 0), (0, 7, 9), (1, 13, 3), (1, 6, 20)):
+        heaviest = [int(part[item, 0, i, j]) for part in (found.image, found.row, found.col)]
+        second = [int(part[item, 1, i, j]) for part in (found.image, found.row, found.col)]
+        weights, apart = found.weight[item, :2, i, j], []
+        for image, a, b in (heaviest, second):
+            if image >= 0:
+                assert item == 1 or image in (1, 3)
+                apart.append(distance2(z[item].numpy(), train[image], i, j, a, b, 5, padding_mode))
+        if len(apart) == 2 and weights[1] > 1e-9:
+            expected = math.exp((apart[0] - apart[1]) / (2 * 0.2**2))
+            assert float(weights[1] / weights[0]) == pytest.approx(expected, rel=1e-6)
+    one = ps.explain(machine, z, 0.2, top=3, pixel=(13, 3))
+    assert torch.equal(one.image[1, :, 0, 0], found.image[1, :3, 13, 3])
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "heun"])
 def test_sample_takes_a_size(sampler):
     bank = ps.PatchBank(smooth_images(3, 3, 9, 9))

@@ -867,6 +867,13 @@ def test_size_out_makes_images_of_another_size_and_is_continued(photos, tmp_path
     assert "holds a run with size [14, 20], asked for None" in other.output
 
 
+def test_explain_names_a_run_of_another_size(photos, tmp_path):
+    sample(photos, tmp_path / "out", "--size-out", "14x20")
+    result = run("explain", tmp_path / "out", "--image", 0)
+    assert result.exit_code == 2
+    assert "images of 14 x 20 are not drawn here; patchscore.explain explains them in Python" in result.output
+
+
 def test_the_banks_own_size_out_is_no_other_run(photos, tmp_path):
     assert sample(photos, tmp_path / "out").exit_code == 0
     assert "3 were there" in sample(photos, tmp_path / "out", "--size-out", "10x12", "-n", 4).output

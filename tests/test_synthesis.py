@@ -115,6 +115,23 @@ def test_a_symmetry_lets_mirrored_exemplars_serve():
     assert (mirrored[:, 4:20, 4:20].diff(dim=2) < 1e-3).float().mean() > (steps < 1e-3).float().mean() + 0.1
 
 
+def test_a_source_map_names_the_pixel_that_made_each_pixel(exemplar, tmp_path):
+    """At low noise a pixel is the centre of one window: its own."""
+    made = ps.synthesize(exemplar, (30, 33), sigma_min=1e-3, source_map=True, out=tmp_path, **QUICK)
+    image, row, col = made.source
+    values = exemplar.float() / 127.5 - 1
+    assert (image == 0).all()
+    assert ((values[:, row, col] - made.image).abs().amax(0) < 1e-3).float().mean() > 0.8
+    assert np.array_equal(np.load(tmp_path / "source.npy"), made.source.numpy())
+    assert Image.open(tmp_path / "source.png").size == (33, 30)
+    # Where labels say which exemplars serve, only these made the pixels.
+    bank = ps.PatchBank(smooth_images(2, 1, 16, 16), [4, 9])
+    painted = np.repeat([[4, 9]], 2, 0)
+    origin = ps.synthesize(bank, (20, 20), labels=painted, source_map=True, **QUICK).source
+    assert (origin[0, :, :10] == 0).all()
+    assert (origin[0, :, 10:] == 1).all()
+
+
 def test_a_tolerance_samples_and_states_its_error(exemplar):
     pytest.importorskip("faiss", reason="FAISS cannot be imported")
     made = ps.synthesize(exemplar, (24, 28), levels=1, sigma_max=1.0, sigma_min=0.5, tolerance=0.05, **QUICK)
@@ -188,6 +205,7 @@ BAD = [
     ({"start": torch.zeros(1, 8, 8)}, ValueError, "start: has 1 channels, the exemplars have 3"),
     ({"labels": 3}, ValueError, "labels: got .3., but this bank has no labels"),
     ({"symmetry": "mirror"}, ValueError, "symmetry: got .mirror., takes .flip."),
+    ({"symmetry": "flip", "source_map": True}, ValueError, "symmetry, source_map: got both"),
     ({"symmetry": "flip", "tolerance": 0.1}, ValueError, "symmetry, tolerance: got both"),
     ({"tolerance": -1}, ValueError, "tolerance: got -1, takes a positive rms error or None"),
 ]

@@ -68,6 +68,9 @@ def _explain(
     out: Path, images: str, levels: int | None, top: int, source: str | None, index: Path | None, device: str
 ) -> None:
     machine, settings, record, made = reopen(out, source, index)
+    if settings["size"] is not None:
+        size = " x ".join(map(str, settings["size"]))
+        raise ValueError(f"{out}: images of {size} are not drawn here; patchscore.explain explains them in Python")
     wanted = made if images == "all" else _of_run(images, made)
     schedule = get_schedule(settings["schedule"], settings["steps"])
     count = levels if levels is not None else len(schedule) if len(wanted) <= 4 else 8

@@ -69,6 +69,7 @@ The same command again continues an interrupted synthesis with the next level.""
 @click.option(
     "--tolerance", type=float, help="Sum over a sample of the windows, with at most this rms error of a pixel."
 )
+@click.option("--source-map", is_flag=True, help="Also tell which exemplar pixel made every pixel: source.npy, .png.")
 @computing_options()
 @click.option("--out", type=click.Path(path_type=Path), default="out", show_default=True, help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace a synthesis with other settings in the same folder.")
