@@ -6,7 +6,6 @@ windows. benchmarks/report.py puts them into the docs; nothing is written here.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import record
@@ -16,7 +15,6 @@ import patchscore as ps
 from patchscore.engines import cost
 
 DEVICE = cost.H200
-BUDGET = 0.01
 
 
 # The kernels as compiled.
@@ -36,13 +34,6 @@ def compiled_work(row: dict) -> tuple[cost.Work, bool]:
     products = columns + cost.VALUE_PRODUCTS
     loop = cost.Work(row["exponentials_per_pair"], products, row["per_pair"], l2_bytes + values)
     return loop.scaled(1 + cost.PILOT), False
-
-
-def compiled_scan(row: dict) -> cost.Work:
-    """A row of pruned_compile.json: two more products, of values with w and with w^2, in whole tiles."""
-    queries = int(row["tile"].split(" x ")[0])
-    l2_bytes = 2 * (row["columns"] + cost.VALUE_COLUMNS) / queries
-    return cost.Work(row["exponentials_per_pair"], row["columns"] + 2 * cost.VALUE_PRODUCTS, row["per_pair"], l2_bytes)
 
 
 def shown(of: cost.Range) -> str:
@@ -120,7 +111,6 @@ def steps() -> list[dict]:
 PIXELS = 64  # of a side: ImageNet at 64 x 64, in colour
 CASES = ((3, 0.2), (7, 1.0), (17, 4.0))
 BUS, LINK = 50e9, 400e9  # bytes a second: PCIe 5.0 x16 as reached; NVLink, one way
-INDEX_BYTES = 40  # of a window in an index on the GPU, besides its row
 
 
 def larger_banks() -> list[dict]:
@@ -141,7 +131,6 @@ def larger_banks() -> list[dict]:
                 made = {
                     "fused": dense(windows, pairs, inside, plan, bank_bytes, gpus),
                     "sliding": exact_from_pixels(pairs, slides, bank_bytes, gpus),
-                    "pruned": sampled(windows, pairs, inside, min(plan.columns, 256), gpus),
                 }
                 for engine, costs in made.items():
                     held = costs.pop("bytes")
@@ -177,22 +166,6 @@ def exact_from_pixels(pairs: float, work: cost.Work, bank_bytes: float, gpus: in
         "bytes": bank_bytes,
         "instructions": pairs * work.seconds(DEVICE, cost.middle(cost.INTEGER)) / gpus,
         "memory" if fits else "bus": bank_bytes / ((DEVICE.memory_rate if fits else BUS) * gpus),
-    }
-
-
-def sampled(windows: float, pairs: float, queries: int, columns: int, gpus: int) -> dict[str, float]:
-    """`pruned`: 1% of the pairs, with twice the values' products, and the plan: every query meets every cell once."""
-    held = windows * (2 * columns + INDEX_BYTES)
-    cells = min(131_072, 16 * math.sqrt(windows / gpus)) * gpus
-    fits = held / gpus <= cost.KEPT * DEVICE.memory
-    scan, plan = BUDGET * pairs, queries * cells
-    products = scan * (columns + 2 * cost.VALUE_PRODUCTS) + plan * columns
-    computing = products / DEVICE.products + (scan + plan) / DEVICE.exponentials
-    return {
-        "bytes": held,
-        "products and softmax": computing / (DEVICE.units * cost.middle(cost.TRITON) * gpus),
-        # Nearly every cell is looked into by some query.
-        "memory" if fits else "bus": held / ((DEVICE.memory_rate if fits else BUS) * gpus),
     }
 
 

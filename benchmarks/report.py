@@ -107,8 +107,6 @@ BLOCKS = (
     pruned.pruned_samples,
     gpu.fused_compiled,
     gpu.fused_everywhere,
-    gpu.pruned_compiled,
-    gpu.pruned_everywhere,
     gpu.fused_precision,
     gpu.fused_columns,
 )

@@ -29,7 +29,7 @@ def gpu() -> str:
 def red_engines(record: dict) -> set[str]:
     """Engines whose GPU tests did not pass in the run of gpu_quick.sh that made the record."""
     ended = {step["step"]: step["status"] for step in record.get("steps", [])}
-    return {engine for engine in ("fused", "pruned", "sliding") if ended.get(f"tests-{engine}", "passed") != "passed"}
+    return {engine for engine in ("fused", "sliding") if ended.get(f"tests-{engine}", "passed") != "passed"}
 
 
 def gpu_table(rows: list[dict], red: Set[str] = frozenset()) -> str:
@@ -77,36 +77,8 @@ def fused_compiled() -> str:
     return f"Triton {record['triton']}, sm_90 ({record['commit']}, {record['date']}):\n\n{table(header, rows)}"
 
 
-def pruned_compiled() -> str:
-    record = result("pruned_compile-triton-3.6")
-    rows = []
-    for row in record["rows"]:
-        if row["capability"] != 90:
-            continue
-        cells = [f"{row['kernel']} {row.get('variant', '').lower()}".strip(), str(row.get("columns", ""))]
-        cells.append(f"{row['tile']}, {row['warps']}w, {row['stages']}st" if "tile" in row else "")
-        cells += [str(row[key]) for key in ("registers", "spilled_bytes")]
-        cells += [f"{row['shared_bytes'] / 1024:.0f}", str(row["wgmma"])]
-        if "per_pair" in row:
-            work = paper.compiled_scan(row)
-            cells += [f"{row['per_pair']:.1f}", f"{row['exponentials_per_pair']:.2f}"]
-            cells += [f"{row[key] / 1e12:.1f}" for key in ("exponential_ceiling", "issue_ceiling", "matrix_ceiling")]
-            cells.append(f"{paper.DEVICE.l2_rate / work.l2_bytes / 1e12:.2g}")
-            cells.append(paper.shown(cost.rate(work, paper.DEVICE, cost.TRITON)))
-        else:
-            cells += [""] * 7
-        rows.append(cells)
-    header = ["kernel", "K", "tile", "regs", "spilled", "KiB shared", "wgmma", "instr / pair", "exp / pair"]
-    header += ["exp", "issue", "matrix", "L2", "derived"]
-    return f"Triton {record['triton']}, sm_90 ({record['commit']}, {record['date']}):\n\n{table(header, rows)}"
-
-
 def fused_everywhere() -> str:
     return _everywhere("fused_compile")
-
-
-def pruned_everywhere() -> str:
-    return _everywhere("pruned_compile")
 
 
 def _everywhere(report: str) -> str:
