@@ -56,7 +56,7 @@ def fit(name: str, bank: ps.PatchBank, padding_mode: str, n: int) -> dict:
     some = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[:1000]
     quick = ps.held_out_errors(bank.take(some), padding_mode=padding_mode)
     table, quick_table = ps.ScaleTable.of_errors(errors, monotone=True), ps.ScaleTable.of_errors(quick, monotone=True)
-    beside = {"as `sample` fits, 1,000 images": quick_table}
+    beside = {"as `sample` fits": quick_table}
     published = [f"{name.replace('-', '')}-{net}-{padding_mode}" for net in ("resnet", "unet")]
     beside |= {known: ps.ScaleTable.published(known) for known in published if known in ps.ScaleTable.names()}
     return {

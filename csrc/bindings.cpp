@@ -144,15 +144,17 @@ void sliding(const py::buffer& z, const py::buffer& sigma, const py::buffer& ima
     if (!finished) throw py::error_already_set();
 }
 
-void sliding_product(bool transposed, const py::buffer& z, const py::buffer& sigma, const py::buffer& images,
-                     const std::optional<py::buffer>& indices, int patch_size, bool circular, const py::buffer& groups,
-                     const py::buffer& evidence, const py::buffer& mean, const py::buffer& direction,
-                     const py::buffer& result, int threads, int64_t memory_limit, const std::string& simd) {
+void sliding_product(bool transposed, bool averaging, const py::buffer& z, const py::buffer& sigma,
+                     const py::buffer& images, const std::optional<py::buffer>& indices, int patch_size, bool circular,
+                     const py::buffer& groups, const py::buffer& evidence, const py::buffer& mean,
+                     const py::buffer& direction, const py::buffer& result, int threads, int64_t memory_limit,
+                     const std::string& simd) {
     patchscore::Problem problem = problem_of(z, sigma, images, indices, threads, memory_limit);
     const std::vector<py::ssize_t> shape = z.request().shape;
     problem.competitions.push_back(rule_of(patch_size, circular, groups));
     const std::vector<py::ssize_t> one = {shape[0], 1, shape[2], shape[3]};
     const patchscore::JacobianProduct product = {transposed,
+                                                 averaging,
                                                  data_of<double>("evidence", evidence.request(), one, false),
                                                  data_of<double>("mean", mean.request(), shape, false),
                                                  data_of<float>("direction", direction.request(), shape, false),
@@ -301,10 +303,10 @@ PYBIND11_MODULE(_native, module) {
                "(patch_size, circular, groups, m, s, s2, v, v2, sl): m, s, s2, sl [B, 1, H, W], v, v2 [B, C, H, W], v2 "
                "and sl None where moments are not asked for; groups [G, 8] are "
                "rows and columns as (first query, end, first window, end), -1 locks.");
-    module.def("sliding_product", &sliding_product, py::arg("transposed"), py::arg("z"), py::arg("sigma"),
-               py::arg("images"), py::arg("indices"), py::arg("patch_size"), py::arg("circular"), py::arg("groups"),
-               py::arg("evidence"), py::arg("mean"), py::arg("direction"), py::arg("result"), py::arg("threads"),
-               py::arg("memory_limit"), py::arg("simd"),
+    module.def("sliding_product", &sliding_product, py::arg("transposed"), py::arg("averaging"), py::arg("z"),
+               py::arg("sigma"), py::arg("images"), py::arg("indices"), py::arg("patch_size"), py::arg("circular"),
+               py::arg("groups"), py::arg("evidence"), py::arg("mean"), py::arg("direction"), py::arg("result"),
+               py::arg("threads"), py::arg("memory_limit"), py::arg("simd"),
                "Adds the Jacobian of the posterior mean times direction [B, C, H, W], or its transpose times it, to "
                "result; evidence [B, 1, H, W] is ln sum e^l and mean [B, C, H, W] the posterior mean.");
     module.def("pruned_pack", &pruned_pack, py::arg("images"), py::arg("ids"), py::arg("sizes"), py::arg("patch_size"),

@@ -2,6 +2,7 @@
 
 from . import theories as theories
 from .adapters.network import NetworkDenoiser
+from .aggregate import PatchAverage
 from .bank import PatchBank
 from .calibrate import Calibration, calibrate
 from .classification import Classification, classify
@@ -11,7 +12,7 @@ from .draw import notebook
 from .evaluate import Comparison, baselines, compare
 from .explain import Explanation, explain, explain_samples
 from .gaussian import GaussianScore
-from .gradients import Differentiable
+from .gradients import Differentiable, sensitivity
 from .guidance import Guided, Switch
 from .heldout import HeldOutErrors, held_out_errors
 from .index import PatchIndex
@@ -44,6 +45,7 @@ __all__ = [
     "LocalScore",
     "LogLikelihood",
     "NetworkDenoiser",
+    "PatchAverage",
     "PatchBank",
     "PatchIndex",
     "Pooled",
@@ -67,5 +69,6 @@ __all__ = [
     "log_likelihood",
     "merge",
     "sample",
+    "sensitivity",
     "synthesize",
 ]

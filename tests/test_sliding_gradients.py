@@ -116,6 +116,7 @@ def test_what_does_not_fit_is_refused(bank):
         sliding.product(True, z, torch.ones(1), z, bank, broken(5, 12, 10), 1000)
     arguments = {
         "transposed": True,
+        "averaging": False,
         "z": z.numpy(),
         "sigma": np.ones(1),
         "images": bank.images.numpy(),

@@ -50,9 +50,11 @@ struct Problem {
     int64_t memory_limit;  // bytes beyond z, the bank and the result
 };
 
-// A product with the Jacobian J of the posterior mean D of the one competition of a problem, by windows.
+// A product with the Jacobian J of the posterior mean D of the one competition of a problem, by windows; or, by the
+// same sums with w in the place of c, the sum of the posterior-mean windows that cover a pixel.
 struct JacobianProduct {
     bool transposed;         // J^T direction, else J direction
+    bool averaging;          // with transposed, a direction of zeros: the sum of windows
     const double* evidence;  // [batch, height, width] ln sum e^l, as the posterior sums say
     const double* mean;      // [batch, channels, height, width] D
     const float* direction;  // [batch, channels, height, width]

@@ -290,12 +290,13 @@ public:
         const Problem& problem = the_problem();
         const JacobianProduct& product = *the_pass().job.product;
         const int64_t pixels = pixel_count(), parts = 1 + problem.channels;
-        const double by = 2 * precision_of(problem.sigma[item]);
+        const double by = product.averaging ? 1 : 2 * precision_of(problem.sigma[item]);
         for (int c = 0; c < problem.channels; ++c)
             for (int64_t pixel = 0; pixel < pixels; ++pixel) {
                 const int64_t at = (int64_t(item) * problem.channels + c) * pixels + pixel;
                 const double* sum = sums.get() + pixel * parts;
-                const double own = product.transposed ? double(problem.z[at]) * sum[0] : 0;
+                const bool from_own = product.transposed && !product.averaging;
+                const double own = from_own ? double(problem.z[at]) * sum[0] : 0;
                 product.result[at] += by * (sum[1 + c] - own);
             }
     }
@@ -316,7 +317,7 @@ private:
                 mean.get()[to] = Real(product.mean[from]);
                 if (product.transposed) along += double(product.direction[from]) * product.mean[from];
             }
-            along_mean.get()[pixel] = Real(along);
+            along_mean.get()[pixel] = Real(product.averaging ? -1 : along);  // c = w (u.x - u.D)
             evidence.get()[pixel] = Real(-product.evidence[item * pixels + pixel] / precision);
         }
         Task<Real> t{};

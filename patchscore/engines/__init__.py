@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from .base import Engine, EngineError, candidates, chosen, explain_choice, serve, serve_each, serve_product
+from .base import (
+    Engine,
+    EngineError,
+    candidates,
+    chosen,
+    explain_choice,
+    serve,
+    serve_each,
+    serve_product,
+    serve_second_pass,
+)
 from .fused.launch import Fused
 from .pruned.engine import Pruned
 from .reference import Reference
@@ -40,4 +50,5 @@ __all__ = [
     "serve",
     "serve_each",
     "serve_product",
+    "serve_second_pass",
 ]

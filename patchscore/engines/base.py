@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Engine(ABC):
     moments: ClassVar[bool] = False
     """Whether its posterior_sum takes moments=True."""
     gradients: ClassVar[bool] = False
-    """Whether it has vjp and jvp."""
+    """Whether it has vjp, jvp and window_sums."""
 
     @abstractmethod
     def runs_on(self, device: torch.device) -> bool:
@@ -96,6 +96,15 @@ class Engine(ABC):
         self, z: Tensor, sigma: Tensor, t: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
     ) -> Tensor:
         """J t: [B, C, H, W] as t."""
+        raise NotImplementedError(f"engine {self.name!r} takes no gradients")
+
+    def window_sums(
+        self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    ) -> tuple[PosteriorSum, Tensor]:
+        """The posterior sums, and [B, C, H, W] the sum of the posterior-mean windows that cover a pixel, in float64.
+
+        The competition is by windows.
+        """
         raise NotImplementedError(f"engine {self.name!r} takes no gradients")
 
     def posterior_sums(
@@ -204,6 +213,35 @@ def serve(
     return _joined(parts, z, bank), names
 
 
+Found = TypeVar("Found")
+
+
+def serve_second_pass(
+    engines: Sequence[Engine],
+    named: str,
+    z: Tensor,
+    sigma: Tensor,
+    bank: PatchBank,
+    competition: Competition,
+    call: Callable[[Engine], Found],
+) -> tuple[Found, str]:
+    """What `call` has of the first engine that takes gradients of the whole competition, and its name.
+
+    Raises:
+        RuntimeError: with PATCHSCORE_STRICT=1, an engine that would have served cannot.
+    """
+    for engine, reason, worth_a_warning in candidates(engines, named, z.device, z.dtype, "gradients"):
+        if reason is not None:
+            if worth_a_warning:
+                _warn(engine, reason)
+        elif engine.lacks(z, sigma, bank, competition) is None:
+            try:
+                return call(engine), engine.name
+            except EngineError as error:
+                _warn(engine, str(error))
+    raise AssertionError("engine reference always serves")
+
+
 def serve_product(
     engines: Sequence[Engine],
     named: str,
@@ -215,24 +253,13 @@ def serve_product(
     competition: Competition,
     memory_limit: int,
 ) -> Tensor:
-    """J^T direction (transposed) or J direction, by the first engine that takes gradients of the whole competition.
+    """J^T direction (transposed) or J direction, as of `serve_second_pass`."""
 
-    Raises:
-        RuntimeError: with PATCHSCORE_STRICT=1, an engine that would have served cannot.
-    """
-    if bank.scale != 1:  # the Jacobian has no unit
-        z, sigma, bank = z / bank.scale, sigma / bank.scale, bank.unit
-    for engine, reason, worth_a_warning in candidates(engines, named, z.device, z.dtype, "gradients"):
-        if reason is not None:
-            if worth_a_warning:
-                _warn(engine, reason)
-        elif engine.lacks(z, sigma, bank, competition) is None:
-            try:
-                product = engine.vjp if transposed else engine.jvp
-                return product(z, sigma, direction, bank, competition, memory_limit)
-            except EngineError as error:
-                _warn(engine, str(error))
-    raise AssertionError("engine reference always serves")
+    def call(engine: Engine) -> Tensor:
+        product = engine.vjp if transposed else engine.jvp
+        return product(z, sigma, direction, bank, competition, memory_limit)
+
+    return serve_second_pass(engines, named, z, sigma, bank, competition, call)[0]
 
 
 Asked = tuple[Engine, str | None, bool]

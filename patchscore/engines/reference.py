@@ -55,6 +55,11 @@ class Reference(Engine):
     ) -> Tensor:
         return vjp(z, sigma, u, bank, competition, memory_limit)
 
+    def window_sums(
+        self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    ) -> tuple[PosteriorSum, Tensor]:
+        return window_sums(z, sigma, bank, competition, memory_limit)
+
     def jvp(
         self, z: Tensor, sigma: Tensor, t: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
     ) -> Tensor:
@@ -191,6 +196,21 @@ def vjp(z: Tensor, sigma: Tensor, u: Tensor, bank: PatchBank, competition: Compe
             windows = (c @ p - c.sum(-1, keepdim=True) * q) / _sigma_rows(z[items], sigma[items], part).square()
             _add_windows(gradient[items], windows, part, k)
     return _without_padding(gradient, k // 2, competition.padding_mode).to(u.dtype)
+
+
+def window_sums(
+    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+) -> tuple[PosteriorSum, Tensor]:
+    """`Engine.window_sums`: the transpose of cutting windows, of every query's posterior-mean window."""
+    total, k = posterior_sum(z, sigma, bank, competition, memory_limit), competition.patch_size
+    assert k is not None
+    padded = F.pad(torch.zeros_like(total.v), (k // 2,) * 4)
+    for group in competition.groups:
+        for items, images, part in _tiles(group, z.shape, len(bank), k, memory_limit // 2):
+            train = bank.chunk(images.start, images.stop, padded.dtype, z.device)
+            q, p = _query_rows(z[items], part, competition), _window_rows(train, part, competition)[0]
+            _add_windows(padded[items], _weights(q, p, z[items], sigma[items], part, total, items) @ p, part, k)
+    return total, _without_padding(padded, k // 2, competition.padding_mode)
 
 
 def jvp(z: Tensor, sigma: Tensor, t: Tensor, bank: PatchBank, competition: Competition, memory_limit: int) -> Tensor:

@@ -129,8 +129,8 @@ static bool duals_agree(const char* simd, int channels, int height, int width, i
         double dots[2] = {0, 0}, scale = 1;
         for (const bool transposed : {true, false}) {
             std::vector<double> result(values);
-            const patchscore::JacobianProduct product = {transposed, m.data(), v.data(),
-                                                         transposed ? u.data() : t.data(), result.data()};
+            const patchscore::JacobianProduct product = {
+                transposed, false, m.data(), v.data(), transposed ? u.data() : t.data(), result.data()};
             if (!patchscore::sliding_product(problem, product, simd, nullptr)) return false;
             for (size_t i = 0; i < values; ++i) {
                 dots[transposed] += result[i] * double(transposed ? t[i] : u[i]);

@@ -60,6 +60,14 @@ class SlidingCpu(Engine):
     ) -> Tensor:
         return product(False, z, sigma, t, bank, competition, memory_limit)
 
+    def window_sums(
+        self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    ) -> tuple[PosteriorSum, Tensor]:
+        _check_float32(z)
+        total = posterior_sum(z, sigma, bank, competition, memory_limit)
+        nothing = torch.zeros(z.shape, dtype=torch.float32)
+        return total, _second_pass(True, True, z, sigma, nothing, bank, competition, total, memory_limit)
+
     def posterior_sums(
         self, z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
     ) -> list[PosteriorSum]:
@@ -130,16 +138,38 @@ def product(
         ValueError: z in float64; as of `posterior_sum`.
     """
     assert native is not None, "unavailable() says when this engine cannot serve"
-    if z.dtype == torch.float64:
-        raise ValueError('z: got float64, engine "sliding" has gradients in float32; engine="reference" has both')
+    _check_float32(z)
     total = posterior_sum(z, sigma, bank, competition, memory_limit)
     if competition.patch_size is None:
         return whole_product(z, sigma, direction, bank, total, memory_limit)
+    result = _second_pass(transposed, False, z, sigma, direction, bank, competition, total, memory_limit)
+    return result.to(direction.dtype)
+
+
+def _check_float32(z: Tensor) -> None:
+    if z.dtype == torch.float64:
+        raise ValueError('z: got float64, engine "sliding" has gradients in float32; engine="reference" has both')
+
+
+def _second_pass(
+    transposed: bool,
+    averaging: bool,
+    z: Tensor,
+    sigma: Tensor,
+    direction: Tensor,
+    bank: PatchBank,
+    competition: Competition,
+    total: PosteriorSum,
+    memory_limit: int,
+) -> Tensor:
+    """[B, C, H, W] float64: what csrc/sliding/sliding.h calls a JacobianProduct."""
+    assert native is not None
     # Pixels that the competition leaves out have no weights.
     evidence = torch.where(total.s > 0, total.m + total.s.log(), 0.0)
     result = torch.zeros(z.shape, dtype=torch.float64)
     native.sliding_product(
         transposed=transposed,
+        averaging=averaging,
         z=z.detach().to("cpu", torch.float32).contiguous().numpy(),
         sigma=sigma.detach().to("cpu", torch.float64).contiguous().numpy(),
         images=bank.images.numpy(),
@@ -155,7 +185,7 @@ def product(
         memory_limit=memory_limit,
         simd=os.environ.get("PATCHSCORE_SIMD", ""),
     )
-    return result.to(direction.dtype)
+    return result
 
 
 def _empty(z: Tensor, competition: Competition, moments: bool) -> PosteriorSum:
