@@ -39,7 +39,7 @@ lint: $(VENV)/.installed-lint $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(filter-out csrc/pruned/% csrc/sliding/sliding.cu tests/emulation/%,$(CXX_FILES))
+	$(BIN)/clang-format --dry-run -Werror $(filter-out csrc/sliding/sliding.cu tests/emulation/%,$(CXX_FILES))
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml

@@ -203,12 +203,14 @@ void pruned_pack(const py::buffer& images, const py::buffer& ids, const py::buff
                  const py::buffer& tiles, int threads) {
     std::list<py::buffer_info> held;
     const patchscore::Images source = bytes_of(images, patch_size, held);
-    const py::buffer_info &ids_info = held.emplace_back(ids.request()), &sizes_info = held.emplace_back(sizes.request());
+    const py::buffer_info &ids_info = held.emplace_back(ids.request()),
+                          &sizes_info = held.emplace_back(sizes.request());
     if (ids_info.ndim != 1 || sizes_info.ndim != 1) throw py::value_error("ids, sizes: take one dimension");
     const int64_t* windows = data_of<int64_t>("ids", ids_info, ids_info.shape, false);
     const int64_t* counts = data_of<int64_t>("sizes", sizes_info, sizes_info.shape, false);
     const int64_t needed = check_ids(source, counts, sizes_info.shape[0], windows, ids_info.shape[0], true);
-    int8_t* out = data_of<int8_t>("tiles", held.emplace_back(tiles.request(true)), {needed * source.tile_bytes()}, true);
+    int8_t* out =
+        data_of<int8_t>("tiles", held.emplace_back(tiles.request(true)), {needed * source.tile_bytes()}, true);
     const py::gil_scoped_release release;
     patchscore::pruned_pack(source, windows, counts, sizes_info.shape[0], out, threads);
 }
@@ -222,7 +224,8 @@ patchscore::Strata strata_of(const char* name, const StrataArguments& given, int
     const int64_t groups = (count + patchscore::LANES - 1) / patchscore::LANES;
     patchscore::Strata strata{};
     strata.count = count;
-    strata.table = data_of<float>(name, held.emplace_back(table.request()), {groups, 2, 2 * rank + 2, patchscore::LANES}, false);
+    strata.table =
+        data_of<float>(name, held.emplace_back(table.request()), {groups, 2, 2 * rank + 2, patchscore::LANES}, false);
     strata.sizes = data_of<float>(name, held.emplace_back(sizes.request()), {count}, false);
     strata.value = data_of<float>(name, held.emplace_back(value.request()), {count, channels}, false);
     strata.value_square = data_of<float>(name, held.emplace_back(value_square.request()), {count, channels}, false);
@@ -235,9 +238,10 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
                  const py::buffer& rest, const py::buffer& digits, const py::buffer& shift, const py::buffer& bits,
                  const py::buffer& base, int columns, double budget, double largest_budget, bool whole, uint64_t key,
                  double certain_from, double prior_degrees, double misfit, double unknown, double further,
-                 double whole_pixels, double opened_from, double pilot, int known, const py::buffer& m, const py::buffer& s, const py::buffer& s2,
-                 const py::buffer& v, const py::buffer& ss, const py::buffer& vs, const py::buffer& vv,
-                 const py::buffer& fits, const py::buffer& pairs, int threads, const std::string& simd) {
+                 double whole_pixels, double opened_from, double pilot, int known, const py::buffer& m,
+                 const py::buffer& s, const py::buffer& s2, const py::buffer& v, const py::buffer& ss,
+                 const py::buffer& vs, const py::buffer& vv, const py::buffer& fits, const py::buffer& pairs,
+                 int threads, const std::string& simd) {
     std::list<py::buffer_info> held;
     patchscore::Request request{};
     request.images = bytes_of(images, patch_size, held);
@@ -252,14 +256,15 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
         throw py::value_error("sizes: got " + std::to_string(request.cells) + " cells, takes whole parents");
     request.sizes = data_of<int64_t>("sizes", sizes_info, {request.cells}, false);
     request.ids = data_of<int64_t>("ids", ids_info, ids_info.shape, false);
-    const int64_t needed = check_ids(request.images, request.sizes, request.cells, request.ids, ids_info.shape[0], !tiles);
-    if (tiles)
-        request.tiles = data_of<int8_t>("tiles", info(*tiles), {needed * request.images.tile_bytes()}, false);
+    const int64_t needed =
+        check_ids(request.images, request.sizes, request.cells, request.ids, ids_info.shape[0], !tiles);
+    if (tiles) request.tiles = data_of<int8_t>("tiles", info(*tiles), {needed * request.images.tile_bytes()}, false);
     if (allowed) request.allowed = data_of<uint8_t>("allowed", info(*allowed), {request.images.count}, false);
     const py::ssize_t queries = features_info.shape[0], channels = request.images.channels;
     request.queries = size_of("features", queries), request.rank = size_of("features", features_info.shape[1]);
     request.children = strata_of("children", children, request.cells, request.rank, int(channels), held);
-    request.parents = strata_of("parents", parents, request.cells / patchscore::LANES, request.rank, int(channels), held);
+    request.parents =
+        strata_of("parents", parents, request.cells / patchscore::LANES, request.rank, int(channels), held);
     request.features = data_of<float>("features", features_info, features_info.shape, false);
     request.rest = data_of<float>("rest", info(rest), {queries}, false);
     request.digits = data_of<int16_t>("digits", info(digits), {queries, 2 * request.images.pairs()}, false);
@@ -270,7 +275,8 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
     request.bits = data_of<double>("bits", info(bits), {queries}, false);
     request.base = data_of<double>("base", info(base), {queries}, false);
     if (!(budget > 0)) throw py::value_error("budget: takes a positive number of windows");
-    if (columns < 0 || (columns && request.queries % columns)) throw py::value_error("columns: does not divide the queries");
+    if (columns < 0 || (columns && request.queries % columns))
+        throw py::value_error("columns: does not divide the queries");
     if (known < 0 || known > patchscore::MOST_KNOWN) throw py::value_error("known: takes 0 to 16");
     request.columns = columns, request.budget = budget, request.largest_budget = largest_budget;
     request.whole = whole, request.key = key;
@@ -317,7 +323,7 @@ PYBIND11_MODULE(_native, module) {
                py::arg("base"), py::arg("columns"), py::arg("budget"), py::arg("largest_budget"), py::arg("whole"),
                py::arg("key"), py::arg("certain_from"), py::arg("prior_degrees"), py::arg("misfit"), py::arg("unknown"),
                py::arg("further"), py::arg("whole_pixels"), py::arg("opened_from"), py::arg("pilot"), py::arg("known"),
-               py::arg("m"), py::arg("s"), py::arg("s2"), py::arg("v"),
-               py::arg("ss"), py::arg("vs"), py::arg("vv"), py::arg("fits"), py::arg("pairs"), py::arg("threads"),
-               py::arg("simd"), "Estimates the posterior sums of queries; see struct Request in csrc/pruned/pruned.h.");
+               py::arg("m"), py::arg("s"), py::arg("s2"), py::arg("v"), py::arg("ss"), py::arg("vs"), py::arg("vv"),
+               py::arg("fits"), py::arg("pairs"), py::arg("threads"), py::arg("simd"),
+               "Estimates the posterior sums of queries; see struct Request in csrc/pruned/pruned.h.");
 }

@@ -19,27 +19,27 @@ namespace patchscore {
 namespace {
 
 constexpr int PARTS = 32;
-constexpr int TOGETHER = 64;  // queries that are planned together, so that a table of moments is read once for all
-constexpr int PILOT_CELLS = 64; // where the first known windows of a query are looked for, at most
-constexpr int SWEEPS = 4;     // over the pixels, of neighbours proposing their known windows
+constexpr int TOGETHER = 64;     // queries that are planned together, so that a table of moments is read once for all
+constexpr int PILOT_CELLS = 64;  // where the first known windows of a query are looked for, at most
+constexpr int SWEEPS = 4;        // over the pixels, of neighbours proposing their known windows
 
 struct ScanVisit {
     int32_t query, cell;
-    int32_t first, tiles;      // tiles first, first + 1, .. of the cell, wrapping around
-    float units;               // 0: a stratum that is surely visited; else tiles of the stratum over the expected hits
+    int32_t first, tiles;  // tiles first, first + 1, .. of the cell, wrapping around
+    float units;           // 0: a stratum that is surely visited; else tiles of the stratum over the expected hits
     int32_t ref;
 };
 
-struct Visited {               // sums over the windows of a visit
+struct Visited {  // sums over the windows of a visit
     float w, w2, wv[MOST_CHANNELS], w2v[MOST_CHANNELS], w2v2[MOST_CHANNELS];
     int32_t largest;
 };
 
 // The heaviest windows known of a query, the heaviest first. They are counted surely and weigh nothing in the sample.
 struct Known {
-    int32_t least = INT32_MAX; // of t
+    int32_t least = INT32_MAX;  // of t
     int32_t count = 0;
-    int32_t t[MOST_KNOWN];     // dot - 2^shift |p|^2
+    int32_t t[MOST_KNOWN];  // dot - 2^shift |p|^2
     int64_t id[MOST_KNOWN];
 
     bool holds(int64_t window) const {
@@ -76,10 +76,16 @@ struct Level {
 using TileFacts = plain::TileFacts;
 
 template <typename F, typename G>
-F as(G g) { return reinterpret_cast<F>(g); }
+F as(G g) {
+    return reinterpret_cast<F>(g);
+}
 
-#define PS_LEVEL_OF(name) \
-    {#name, name::moments, name::measures, name::windows_at, as<decltype(&plain::facts_of)>(&name::facts_of), \
+#define PS_LEVEL_OF(name)                                     \
+    {#name,                                                   \
+     name::moments,                                           \
+     name::measures,                                          \
+     name::windows_at,                                        \
+     as<decltype(&plain::facts_of)>(&name::facts_of),         \
      as<decltype(&plain::compare_tile)>(&name::compare_tile), \
      as<decltype(&plain::scan_tiles)>(&name::scan_tiles)}
 
@@ -138,21 +144,32 @@ class Scan {
     std::vector<float> child_size, parent_size, parent_competing;  // parents padded to whole groups of LANES
     std::vector<std::vector<ScanVisit>> planned;
     std::vector<Known> known;
-    std::vector<std::vector<int32_t>> pilots;              // cells of each query that hold heavy windows
-    std::vector<double> budget;                            // windows of each query
+    std::vector<std::vector<int32_t>> pilots;  // cells of each query that hold heavy windows
+    std::vector<double> budget;                // windows of each query
     std::vector<int32_t> refs;
-    std::vector<double> expected;                          // log2 of the expected sum
-    std::vector<double> model;                             // [queries, 1 + 2 channels] expected variance, about 2^ref
+    std::vector<double> expected;  // log2 of the expected sum
+    std::vector<double> model;     // [queries, 1 + 2 channels] expected variance, about 2^ref
     std::vector<double> model_ref;
 
 public:
     Scan(const Request& request, const Level& level, ThreadPool& pool, Interrupt& interrupt)
-        : request(request), level(level), pool(pool), interrupt(interrupt), channels(request.images.channels),
-          key(request.key), window_start(size_t(request.cells) + 1), tile_start(size_t(request.cells) + 1),
-          child_size(size_t(request.cells)), planned(size_t(request.queries)), known(size_t(request.queries)),
-          pilots(size_t(request.queries)), budget(size_t(request.queries), request.budget),
-          refs(size_t(request.queries)), expected(size_t(request.queries)),
-          model(size_t(request.queries) * (1 + 2 * size_t(channels))), model_ref(size_t(request.queries)) {
+        : request(request),
+          level(level),
+          pool(pool),
+          interrupt(interrupt),
+          channels(request.images.channels),
+          key(request.key),
+          window_start(size_t(request.cells) + 1),
+          tile_start(size_t(request.cells) + 1),
+          child_size(size_t(request.cells)),
+          planned(size_t(request.queries)),
+          known(size_t(request.queries)),
+          pilots(size_t(request.queries)),
+          budget(size_t(request.queries), request.budget),
+          refs(size_t(request.queries)),
+          expected(size_t(request.queries)),
+          model(size_t(request.queries) * (1 + 2 * size_t(channels))),
+          model_ref(size_t(request.queries)) {
         for (int64_t c = 0; c < request.cells; ++c) {
             window_start[size_t(c) + 1] = window_start[size_t(c)] + request.sizes[c];
             tile_start[size_t(c) + 1] = tile_start[size_t(c)] + tiles_of(request.sizes[c]);
@@ -216,7 +233,7 @@ private:
     // What planning a block of queries needs; kept by each thread.
     struct Scratch {
         std::vector<float> parents, scale, first, second, size, competing, expected, g1, g2;
-        std::vector<std::vector<float>> cells;             // of each query: moments under its opened parents, in order
+        std::vector<std::vector<float>> cells;  // of each query: moments under its opened parents, in order
         std::vector<std::vector<int32_t>> opened;
         std::vector<uint8_t> is_opened;
     };
@@ -225,8 +242,10 @@ private:
         std::vector<int> sampled;
         for (int q : queries) {
             planned[size_t(q)].clear();
-            if (is_whole(q)) plan_whole(q);
-            else sampled.push_back(q);
+            if (is_whole(q))
+                plan_whole(q);
+            else
+                sampled.push_back(q);
         }
         std::vector<Scratch> scratch(size_t(pool.size()));
         const int64_t count = int64_t(sampled.size());
@@ -240,7 +259,8 @@ private:
 
     void plan_whole(int q) {
         for (int64_t c = 0; c < request.cells; ++c)
-            if (request.sizes[c]) planned[size_t(q)].push_back({q, int32_t(c), 0, int32_t(tiles_of(request.sizes[c])), 0, 0});
+            if (request.sizes[c])
+                planned[size_t(q)].push_back({q, int32_t(c), 0, int32_t(tiles_of(request.sizes[c])), 0, 0});
     }
 
     void plan_together(const int* queries, int count, Scratch& x) {
@@ -284,7 +304,8 @@ private:
     }
 
     static void resize(Scratch& x, int64_t count) {
-        for (auto* of : {&x.first, &x.second, &x.size, &x.competing, &x.expected, &x.g1, &x.g2}) of->resize(size_t(count));
+        for (auto* of : {&x.first, &x.second, &x.size, &x.competing, &x.expected, &x.g1, &x.g2})
+            of->resize(size_t(count));
     }
 
     // Strata: parents, those that were opened empty, then the cells of the opened ones.
@@ -307,8 +328,8 @@ private:
             x.size[size_t(p)] = x.competing[size_t(p)] = 0;
         }
         const float ref = largest(x.first.data(), x.competing.data(), count);
-        level.measures(x.first.data(), x.second.data(), x.size.data(), x.competing.data(), count, ref, x.expected.data(),
-                       x.g1.data(), x.g2.data());
+        level.measures(x.first.data(), x.second.data(), x.size.data(), x.competing.data(), count, ref,
+                       x.expected.data(), x.g1.data(), x.g2.data());
         const float kappa = solve(x.size.data(), x.g1.data(), x.g2.data(), count, sampled(q), x.scale[size_t(i)]);
 
         // Visits, and the variance to expect: strata in their order, so that systematic sampling spreads over it.
@@ -332,8 +353,9 @@ private:
                     best[at] = best[at - 1], best_first[at] = best_first[at - 1];
                 best[at] = int32_t(cell), best_first[at] = x.first[size_t(h)];
             }
-            const double wanted = std::min(n, std::max(kappa * g1, std::min(double(kappa) * x.g2[size_t(h)], double(TILE))));
-            double a = 0;      // expected variance of the stratum's sum
+            const double wanted =
+                std::min(n, std::max(kappa * g1, std::min(double(kappa) * x.g2[size_t(h)], double(TILE))));
+            double a = 0;  // expected variance of the stratum's sum
             if (!is_parent && wanted > 0.999 * TILE) {
                 const int64_t tiles = tiles_of(request.sizes[cell]);
                 const int64_t taken = wanted >= request.policy.certain_from * n || tiles <= 2
@@ -346,7 +368,8 @@ private:
                 const double hits = wanted / TILE;
                 climb += hits;
                 if (climb > next) {
-                    const int64_t of = is_parent ? -1 - p : cell, begin = tile_start[size_t(is_parent ? p * LANES : cell)];
+                    const int64_t of = is_parent ? -1 - p : cell,
+                                  begin = tile_start[size_t(is_parent ? p * LANES : cell)];
                     const int64_t tiles = tile_start[size_t(is_parent ? (p + 1) * LANES : cell + 1)] - begin;
                     const int64_t drawn = int64_t(std::ceil(climb - next)), start = start_of(of, tiles);
                     for (int64_t j = 0; j < drawn; ++j)
@@ -390,10 +413,12 @@ private:
     // around a guess, then false position in log scale (Illinois method).
     float solve(const float* size, const float* g1, const float* g2, int64_t count, double wanted, double guess) const {
         const auto excess = [&](double log_scale) {
-            return std::log2(std::max(1e-30, level.windows_at(size, g1, g2, count, float(std::exp2(log_scale)))) / wanted);
+            return std::log2(std::max(1e-30, level.windows_at(size, g1, g2, count, float(std::exp2(log_scale)))) /
+                             wanted);
         };
         double low = std::log2(std::max(guess, 1e-6)), high = low, below = excess(low), above = below;
-        for (double step = 1; below > 0 && low > -60; step *= 2) high = low, above = below, low -= step, below = excess(low);
+        for (double step = 1; below > 0 && low > -60; step *= 2)
+            high = low, above = below, low -= step, below = excess(low);
         for (double step = 1; above <= 0 && high < 126; step *= 2)
             low = high, below = above, high = std::min(126.0, high + step), above = excess(high);
         if (above <= 0) return float(std::exp2(high));
@@ -401,15 +426,17 @@ private:
             double middle = (low * above - high * below) / (above - below);
             if (!(middle > low && middle < high)) middle = (low + high) / 2;
             const double found = excess(middle);
-            if (found > 0) high = middle, above = found, below /= 2;
-            else low = middle, below = found, above /= 2;
+            if (found > 0)
+                high = middle, above = found, below /= 2;
+            else
+                low = middle, below = found, above /= 2;
         }
         return float(std::exp2(low));
     }
 
     // The heaviest windows known of every query: in the cells of the largest expected weight, then by neighbours, who
-    // propose theirs shifted by a pixel (PatchMatch; Barnes et al. 2009). Nothing here is drawn, so a sample of the other
-    // windows stays unbiased.
+    // propose theirs shifted by a pixel (PatchMatch; Barnes et al. 2009). Nothing here is drawn, so a sample of the
+    // other windows stays unbiased.
     bool find_heavy() {
         const int most = request.policy.known;
         if (most == 0) return true;
@@ -545,7 +572,8 @@ private:
                     if (begin[size_t(ahead)] < begin[size_t(ahead) + 1]) break;
                 if (request.tiles && ahead < edges[size_t(part) + 1]) {
                     const ScanVisit& next = visits[size_t(begin[size_t(ahead)])];
-                    const int8_t* bytes = request.tiles + (tile_start[size_t(ahead)] + next.first) * request.images.tile_bytes();
+                    const int8_t* bytes =
+                        request.tiles + (tile_start[size_t(ahead)] + next.first) * request.images.tile_bytes();
                     for (int64_t at = 0; at < 2 * request.images.tile_bytes(); at += 64) __builtin_prefetch(bytes + at);
                 }
                 if (begin[size_t(c)] < begin[size_t(c) + 1])
@@ -571,7 +599,8 @@ private:
         const int64_t tiles = tiles_of(request.sizes[c]), tile_bytes = request.images.tile_bytes();
         cell.tiles.resize(size_t(tiles)), cell.ready.assign(size_t(tiles), 0);
         if (cell.facts.size() < size_t(tiles)) cell.facts.resize(size_t(tiles));
-        if (!request.tiles && cell.bytes.size() < size_t(tiles * tile_bytes)) cell.bytes.resize(size_t(tiles * tile_bytes));
+        if (!request.tiles && cell.bytes.size() < size_t(tiles * tile_bytes))
+            cell.bytes.resize(size_t(tiles * tile_bytes));
         // Four queries with the same first tile go together, those with the most tiles first.
         std::sort(visits, visits + count, [](const ScanVisit& a, const ScanVisit& b) {
             return a.first != b.first ? a.first < b.first : a.tiles != b.tiles ? a.tiles > b.tiles : a.query < b.query;
@@ -590,7 +619,8 @@ private:
             Visited found[4];
             level.scan_tiles(request, cell.tiles.data(), cell.facts.data(), int(tiles), visits + at, many, known.data(),
                              found);
-            for (int i = 0; i < many; ++i) enter(visits[at + i], found[i], tiles, c, sums[size_t(visits[at + i].query)]);
+            for (int i = 0; i < many; ++i)
+                enter(visits[at + i], found[i], tiles, c, sums[size_t(visits[at + i].query)]);
             at += many;
         }
     }
@@ -599,8 +629,9 @@ private:
     void enter(const ScanVisit& visit, const Visited& lanes, int64_t tiles, int64_t c, Sums& sum) const {
         const double w = lanes.w, w2 = lanes.w2;
         double n = double(visit.tiles) * TILE;
-        const int64_t last = tiles * TILE - request.sizes[c];          // lanes that the last tile lacks
-        if ((visit.first + visit.tiles - 1) % tiles == tiles - 1 || visit.first + visit.tiles > tiles) n -= double(last);
+        const int64_t last = tiles * TILE - request.sizes[c];  // lanes that the last tile lacks
+        if ((visit.first + visit.tiles - 1) % tiles == tiles - 1 || visit.first + visit.tiles > tiles)
+            n -= double(last);
         const double factor = visit.units > 0 ? visit.units : double(tiles) / visit.tiles;
         sum.windows += int64_t(n);
         sum.largest = std::max(sum.largest, lanes.largest);
@@ -639,14 +670,16 @@ private:
     // The sums of a query; false where the sample knows nothing.
     bool finish(int q, const Sums& sum) const {
         const int C = channels;
-        const double m = request.bits[q] * refs[size_t(q)] - request.base[q];   // log2 of the reference weight
+        const double m = request.bits[q] * refs[size_t(q)] - request.base[q];  // log2 of the reference weight
         double s = sum.s, s2 = sum.s2, v[MOST_CHANNELS];
         std::copy(sum.v, sum.v + C, v);
         const Images& images = request.images;
         for (int i = 0; i < known[size_t(q)].count; ++i) {
             const double w = std::exp2((double(known[size_t(q)].t[i]) - refs[size_t(q)]) * request.bits[q]);
-            const int64_t cols = images.cols(), per_image = images.rows() * cols, plane = int64_t(images.height) * images.width;
-            const int64_t id = known[size_t(q)].id[i], image = id / per_image, at = id % per_image, r = images.patch_size / 2;
+            const int64_t cols = images.cols(), per_image = images.rows() * cols,
+                          plane = int64_t(images.height) * images.width;
+            const int64_t id = known[size_t(q)].id[i], image = id / per_image, at = id % per_image,
+                          r = images.patch_size / 2;
             const uint8_t* pixel = images.pixels + image * C * plane + (at / cols + r) * images.width + at % cols + r;
             s += w, s2 += w * w;
             for (int c = 0; c < C; ++c) v[c] += w * (pixel[c * plane] / 127.5 - 1);
@@ -661,7 +694,8 @@ private:
         const double degrees = fourth > 0 ? ss * ss / fourth : 0;
         double vs[MOST_CHANNELS], vv[MOST_CHANNELS], found = 0, foreseen = 0;  // and the variances of the ratio
         const double* variance = &model[size_t(q) * (1 + 2 * size_t(C))];
-        // Where the sample holds more weight than was expected, so does its variance: the coefficient of variation stays.
+        // Where the sample holds more weight than was expected, so does its variance: the coefficient of variation
+        // stays.
         const double held = std::max(0.0, m + std::log2(std::max(sum.s, 1e-300)) - expected[size_t(q)]);
         const double about = std::exp2(std::min(500.0, 2 * (model_ref[size_t(q)] - m + held)));
         for (int c = 0; c < C; ++c) {
@@ -674,21 +708,22 @@ private:
         // Moderated towards the expected variance, where that is larger.
         const double prior = is_whole(q) || found >= foreseen ? 0 : request.policy.prior_degrees;
         const double own = prior > 0 ? degrees / (degrees + prior) : 1, other = (1 - own) * about;
-        double largest = 0;    // squared standard error
+        double largest = 0;  // squared standard error
         request.ss[q] = own * ss + other * variance[0];
         for (int c = 0; c < C; ++c) {
             request.vs[q * C + c] = own * vs[c] + other * variance[1 + c];
             request.vv[q * C + c] = own * vv[c] + other * variance[1 + C + c];
             const double x = v[c] / s;
-            largest = std::max(largest, (request.vv[q * C + c] - 2 * x * request.vs[q * C + c] + x * x * request.ss[q]) / (s * s));
+            largest = std::max(
+                largest, (request.vv[q * C + c] - 2 * x * request.vs[q * C + c] + x * x * request.ss[q]) / (s * s));
         }
         if (is_whole(q)) {
             request.fits[q] = 1;
             return true;
         }
         const double misfit = std::abs(expected[size_t(q)] - m - std::log2(std::max(s, 1e-300)));
-        const bool fits = s > 0 && misfit <= request.policy.misfit &&
-                          largest <= request.policy.unknown * request.policy.unknown;
+        const bool fits =
+            s > 0 && misfit <= request.policy.misfit && largest <= request.policy.unknown * request.policy.unknown;
         request.fits[q] = fits;
         return fits;
     }

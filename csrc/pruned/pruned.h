@@ -10,72 +10,72 @@
 
 namespace patchscore {
 
-constexpr int LANES = 16;      // strata whose moments are computed together; cells under one parent
-constexpr int TILE = 8;        // windows side by side: the sampling unit
+constexpr int LANES = 16;  // strata whose moments are computed together; cells under one parent
+constexpr int TILE = 8;    // windows side by side: the sampling unit
 constexpr int MOST_CHANNELS = 4;
 constexpr int MOST_KNOWN = 16;
 
 struct Policy {
-    double certain_from;       // sampling fraction from which a stratum is evaluated whole
-    double prior_degrees;      // weight of the expected variance beside the observed one, in degrees of freedom
-    double misfit;             // difference of expected and estimated log sum, in bits, from which moments are rejected
-    double unknown;            // standard error from which nothing is known
-    double further;            // by how much the budget of such a query grows
-    double whole_pixels;       // share of the queries of which every window may be evaluated
-    double opened_from;        // tiles that a parent is to get for its cells to be told apart
-    double pilot;              // share of a budget in which heavy windows are looked for
-    int known;                 // heavy windows of each query that are counted surely, at most MOST_KNOWN
+    double certain_from;   // sampling fraction from which a stratum is evaluated whole
+    double prior_degrees;  // weight of the expected variance beside the observed one, in degrees of freedom
+    double misfit;         // difference of expected and estimated log sum, in bits, from which moments are rejected
+    double unknown;        // standard error from which nothing is known
+    double further;        // by how much the budget of such a query grows
+    double whole_pixels;   // share of the queries of which every window may be evaluated
+    double opened_from;    // tiles that a parent is to get for its cells to be told apart
+    double pilot;          // share of a budget in which heavy windows are looked for
+    int known;             // heavy windows of each query that are counted surely, at most MOST_KNOWN
 };
 
 // A table of moments: [groups][2][columns][LANES]; log2 E[w^t] is column 2 rank + 1, plus that before it times the
 // residual norm, plus linear and quadratic terms of the features (columns rank + j and j).
 struct Strata {
-    int64_t count;             // strata; whole groups of LANES, those beyond hold nothing
+    int64_t count;  // strata; whole groups of LANES, those beyond hold nothing
     const float* table;
-    const float* sizes;        // [count] competing windows
+    const float* sizes;                 // [count] competing windows
     const float *value, *value_square;  // [count, channels] means over the stratum's windows
 };
 
 struct Images {
-    const uint8_t* pixels;     // [count, channels, height, width]
+    const uint8_t* pixels;  // [count, channels, height, width]
     int64_t count;
     int channels, height, width, patch_size;
     int rows() const { return height - patch_size + 1; }
     int cols() const { return width - patch_size + 1; }
     int values() const { return channels * patch_size * patch_size; }
-    int pairs() const { return (values() + 1) / 2; }              // of bytes, one step of a dot product
+    int pairs() const { return (values() + 1) / 2; }  // of bytes, one step of a dot product
     int64_t tile_bytes() const { return int64_t(pairs()) * 2 * TILE; }
 };
 
 // Queries of one noisy image at one noise level.
 struct Request {
     Images images;
-    int64_t cells;             // whole parents of LANES
+    int64_t cells;  // whole parents of LANES
     int rank;
-    const int64_t* sizes;      // [cells] stored windows
-    const int64_t* ids;        // [windows] image * rows * cols + row * cols + col, cell by cell
-    const int8_t* tiles;       // the windows' bytes less 128, cell by cell in tiles [pairs][TILE][2]; null reads images
-    const uint8_t* allowed;    // [images] which compete, null for all
+    const int64_t* sizes;    // [cells] stored windows
+    const int64_t* ids;      // [windows] image * rows * cols + row * cols + col, cell by cell
+    const int8_t* tiles;     // the windows' bytes less 128, cell by cell in tiles [pairs][TILE][2]; null reads images
+    const uint8_t* allowed;  // [images] which compete, null for all
     Strata parents, children;
 
     int queries;
-    int columns;               // of the grid of pixels that the queries are; 0 if they are none
-    const float* features;     // [queries, rank]
-    const float* rest;         // [queries] squared norm beyond the axes
-    const int16_t* digits;     // [queries, 2 pairs] query in units of a byte, less 128, times 2^(1 + shift)
-    const int32_t* shift;      // [queries]
-    const double* bits;        // [queries] log2 of the weight for each unit of (dot - 2^shift |p|^2)
-    const double* base;        // [queries] to be taken off that
-    double budget;             // windows a query
-    double largest_budget;     // beyond which every window of a query is evaluated
-    bool whole;                // evaluate every window, whatever the budget
-    uint64_t key;              // of the random draws
+    int columns;            // of the grid of pixels that the queries are; 0 if they are none
+    const float* features;  // [queries, rank]
+    const float* rest;      // [queries] squared norm beyond the axes
+    const int16_t* digits;  // [queries, 2 pairs] query in units of a byte, less 128, times 2^(1 + shift)
+    const int32_t* shift;   // [queries]
+    const double* bits;     // [queries] log2 of the weight for each unit of (dot - 2^shift |p|^2)
+    const double* base;     // [queries] to be taken off that
+    double budget;          // windows a query
+    double largest_budget;  // beyond which every window of a query is evaluated
+    bool whole;             // evaluate every window, whatever the budget
+    uint64_t key;           // of the random draws
     Policy policy;
 
-    double *m, *s, *s2, *v;    // [queries], v [queries, channels]
-    double *ss, *vs, *vv;      // variances and covariance of s and v
-    uint8_t* fits;             // [queries] 0 where nothing is known
-    int64_t* pairs;            // [queries] windows evaluated
+    double *m, *s, *s2, *v;  // [queries], v [queries, channels]
+    double *ss, *vs, *vv;    // variances and covariance of s and v
+    uint8_t* fits;           // [queries] 0 where nothing is known
+    int64_t* pairs;          // [queries] windows evaluated
 };
 
 // False if `poll` asked to stop.

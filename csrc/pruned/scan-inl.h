@@ -3,6 +3,11 @@
 
 typedef float v8 __attribute__((vector_size(32), aligned(16)));
 typedef int32_t i8 __attribute__((vector_size(32), aligned(16)));
+typedef float v8_anywhere __attribute__((vector_size(32), aligned(4), may_alias));
+
+// Not memcpy, which compilers split into halves that pass through memory.
+PS_INLINE v8 load(const float* at) { return *(const v8_anywhere*)at; }
+PS_INLINE void store(float* at, v8 x) { *(v8_anywhere*)at = x; }
 
 // 2^x for x <= 126; 0 below -126. A polynomial of degree 6 on [-1/2, 1/2], right to 2e-7 (coefficients: ln(2)^n / n!).
 PS_INLINE v8 exp2_of(v8 x) {
@@ -17,13 +22,7 @@ PS_INLINE v8 exp2_of(v8 x) {
     p = p * f + 2.4022651e-1f;
     p = p * f + 6.9314718e-1f;
     p = p * f + 1.0f;
-    i8 e, bits;
-    __builtin_memcpy(&e, &shifted, 32);
-    __builtin_memcpy(&bits, &p, 32);
-    bits += e << 23;
-    bits &= ~tiny;
-    __builtin_memcpy(&p, &bits, 32);
-    return p;
+    return (v8)(((i8)p + ((i8)shifted << 23)) & ~tiny);
 }
 
 // log2 E[w] and log2 E[w^2] of LANES strata at a query: out[2][LANES].
@@ -31,34 +30,34 @@ static void moments(const float* table, int rank, const float* features, float r
     const int columns = 2 * rank + 2;
     for (int t = 0; t < 2; ++t, table += int64_t(columns) * LANES, out += LANES) {
         v8 a, b, x, y;
-        __builtin_memcpy(&a, table + (2 * rank + 1) * LANES, 32);
-        __builtin_memcpy(&b, table + (2 * rank + 1) * LANES + 8, 32);
-        __builtin_memcpy(&x, table + 2 * rank * LANES, 32);
-        __builtin_memcpy(&y, table + 2 * rank * LANES + 8, 32);
+        a = load(table + (2 * rank + 1) * LANES);
+        b = load(table + (2 * rank + 1) * LANES + 8);
+        x = load(table + 2 * rank * LANES);
+        y = load(table + 2 * rank * LANES + 8);
         a += x * rest, b += y * rest;
         for (int j = 0; j < rank; ++j) {
             const float f = features[j];
             v8 qa, qb, la, lb;
-            __builtin_memcpy(&qa, table + j * LANES, 32);
-            __builtin_memcpy(&qb, table + j * LANES + 8, 32);
-            __builtin_memcpy(&la, table + (rank + j) * LANES, 32);
-            __builtin_memcpy(&lb, table + (rank + j) * LANES + 8, 32);
+            qa = load(table + j * LANES);
+            qb = load(table + j * LANES + 8);
+            la = load(table + (rank + j) * LANES);
+            lb = load(table + (rank + j) * LANES + 8);
             a += (qa * f + la) * f, b += (qb * f + lb) * f;
         }
-        __builtin_memcpy(out, &a, 32);
-        __builtin_memcpy(out + 8, &b, 32);
+        store(out, a);
+        store(out + 8, b);
     }
 }
 
 // Of n strata: E and the size measures g1 = N sd(w), g2 = N sqrt(var(w) + TILE E[w]^2), relative to 2^ref.
-static void measures(const float* first, const float* second, const float* windows, const float* competing,
-                            int64_t n, float ref, float* expected, float* g1, float* g2) {
+static void measures(const float* first, const float* second, const float* windows, const float* competing, int64_t n,
+                     float ref, float* expected, float* g1, float* g2) {
     for (int64_t i = 0; i < n; i += 8) {
         v8 l1, l2, size, part;
-        __builtin_memcpy(&l1, first + i, 32);
-        __builtin_memcpy(&l2, second + i, 32);
-        __builtin_memcpy(&size, windows + i, 32);
-        __builtin_memcpy(&part, competing + i, 32);
+        l1 = load(first + i);
+        l2 = load(second + i);
+        size = load(windows + i);
+        part = load(competing + i);
         const v8 share = part / (size < 1.0f ? v8{} + 1.0f : size);
         v8 x1 = l1 - ref, x2 = l2 - 2 * ref;
         x1 = x1 > 60.0f ? v8{} + 60.0f : x1, x2 = x2 > 120.0f ? v8{} + 120.0f : x2;
@@ -71,9 +70,9 @@ static void measures(const float* first, const float* second, const float* windo
         const v8 c = variance + float(TILE) * e * e;
         for (int l = 0; l < 8; ++l) a[l] = __builtin_sqrtf(variance[l]), b[l] = __builtin_sqrtf(c[l]);
         a *= size, b *= size;
-        __builtin_memcpy(expected + i, &e, 32);
-        __builtin_memcpy(g1 + i, &a, 32);
-        __builtin_memcpy(g2 + i, &b, 32);
+        store(expected + i, e);
+        store(g1 + i, a);
+        store(g2 + i, b);
     }
 }
 
@@ -84,9 +83,9 @@ static double windows_at(const float* windows, const float* g1, const float* g2,
         v8 sum{};
         for (const int64_t end = n < i + 4096 ? n : i + 4096; i < end; i += 8) {
             v8 size, a, b;
-            __builtin_memcpy(&size, windows + i, 32);
-            __builtin_memcpy(&a, g1 + i, 32);
-            __builtin_memcpy(&b, g2 + i, 32);
+            size = load(windows + i);
+            a = load(g1 + i);
+            b = load(g2 + i);
             a *= scale, b *= scale;
             b = b < float(TILE) ? b : v8{} + float(TILE);
             a = a > b ? a : b;
@@ -109,8 +108,8 @@ PS_INLINE bool any_of(i8 mask) {
 
 // What a cell's tiles hold besides their bytes.
 struct TileFacts {
-    i8 norm;                   // |p|^2
-    i8 present;                // -1 where the lane holds a window that competes
+    i8 norm;     // |p|^2
+    i8 present;  // -1 where the lane holds a window that competes
     const int64_t* ids;
     v8 value[MOST_CHANNELS];
 };
@@ -124,7 +123,7 @@ static void facts_of(const int8_t* tile, const Request& request, const int64_t* 
         const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(tile + d * 2 * TILE)));
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, a));
     }
-    __builtin_memcpy(&norm, &sum, 32);
+    norm = (i8)sum;
 #else
     for (int d = 0; d < images.pairs(); ++d)
         for (int l = 0; l < TILE; ++l) {
@@ -139,15 +138,15 @@ static void facts_of(const int8_t* tile, const Request& request, const int64_t* 
     const int area = images.patch_size * images.patch_size;
     for (int c = 0; c < images.channels; ++c) {
         const int at = c * area + area / 2;
-        for (int l = 0; l < TILE; ++l)
-            facts.value[c][l] = (tile[(at / 2 * TILE + l) * 2 + at % 2] + 0.5f) / 127.5f;
+        for (int l = 0; l < TILE; ++l) facts.value[c][l] = (tile[(at / 2 * TILE + l) * 2 + at % 2] + 0.5f) / 127.5f;
     }
 }
 
 // Dot products of QUERIES queries with TILES tiles of windows.
 // Not inlined: what the caller holds would push the sums out of the registers.
 template <int QUERIES, int TILES>
-__attribute__((noinline)) static void dots(const int8_t* const* tiles, int pairs, const int16_t* const* digits, i8 (*out)[4]) {
+__attribute__((noinline)) static void dots(const int8_t* const* tiles, int pairs, const int16_t* const* digits,
+                                           i8 (*out)[4]) {
 #if PS_LEVEL >= 256
     __m256i acc[TILES][QUERIES];
     for (int t = 0; t < TILES; ++t)
@@ -160,12 +159,11 @@ __attribute__((noinline)) static void dots(const int8_t* const* tiles, int pairs
             int32_t pair;
             __builtin_memcpy(&pair, digits[q] + 2 * d, 4);
             const __m256i x = _mm256_set1_epi32(pair);
-            for (int t = 0; t < TILES; ++t)
-                acc[t][q] = _mm256_add_epi32(acc[t][q], _mm256_madd_epi16(window[t], x));
+            for (int t = 0; t < TILES; ++t) acc[t][q] = _mm256_add_epi32(acc[t][q], _mm256_madd_epi16(window[t], x));
         }
     }
     for (int t = 0; t < TILES; ++t)
-        for (int q = 0; q < QUERIES; ++q) __builtin_memcpy(&out[t][q], &acc[t][q], 32);
+        for (int q = 0; q < QUERIES; ++q) out[t][q] = (i8)acc[t][q];
 #else
     for (int t = 0; t < TILES; ++t)
         for (int q = 0; q < QUERIES; ++q) {
@@ -187,7 +185,7 @@ static void compare_tile(const Request& request, int query, const int8_t* tile, 
     dots<1, 1>(&tile, pairs, digits, dot);
     const i8 t = dot[0][0] - (facts.norm << request.shift[query]);
     const i8 seen = facts.present ? t : i8{} + INT32_MIN;
-    __builtin_memcpy(out, &seen, 32);
+    for (int l = 0; l < TILE; ++l) out[l] = seen[l];
 }
 
 // Lane sums of a visit: w, w^2, then w v, w^2 v, w^2 v^2 of each channel.
@@ -196,8 +194,8 @@ struct Lanes {
     i8 largest;
 };
 
-PS_INLINE void weigh(i8 dot, const TileFacts& facts, int shift, int32_t ref, float bits, const Known& known, int channels,
-                     Lanes& sums) {
+PS_INLINE void weigh(i8 dot, const TileFacts& facts, int shift, int32_t ref, float bits, const Known& known,
+                     int channels, Lanes& sums) {
     const i8 t = dot - (facts.norm << shift);
     i8 present = facts.present;
     const i8 seen = present ? t : i8{} + INT32_MIN;
@@ -250,13 +248,19 @@ static void scan_tiles(const Request& request, const int8_t* const* tiles, const
         }
         i8 dot[2][4];
         if (both == 2) {
-            if (many == 1) dots<1, 2>(of, pairs, digits, dot);
-            else if (many == 2) dots<2, 2>(of, pairs, digits, dot);
-            else dots<4, 2>(of, pairs, digits, dot);
+            if (many == 1)
+                dots<1, 2>(of, pairs, digits, dot);
+            else if (many == 2)
+                dots<2, 2>(of, pairs, digits, dot);
+            else
+                dots<4, 2>(of, pairs, digits, dot);
         } else {
-            if (many == 1) dots<1, 1>(of, pairs, digits, dot);
-            else if (many == 2) dots<2, 1>(of, pairs, digits, dot);
-            else dots<4, 1>(of, pairs, digits, dot);
+            if (many == 1)
+                dots<1, 1>(of, pairs, digits, dot);
+            else if (many == 2)
+                dots<2, 1>(of, pairs, digits, dot);
+            else
+                dots<4, 1>(of, pairs, digits, dot);
         }
         for (int i = 0; i < many; ++i) {
             const ScanVisit& visit = visits[i];

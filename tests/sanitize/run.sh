@@ -11,9 +11,9 @@ build() {
 build -o "$out/common" "$here/common.cpp"
 # The sliding engine also tells which instruction sets there are.
 build -c -o "$out/sliding.o" "$here/../../csrc/sliding/sliding.cpp"
-build -c -o "$out/lists.o" "$here/../../csrc/pruned/lists.cpp"
+build -c -o "$out/pruned.o" "$here/../../csrc/pruned/pruned.cpp"
 build -o "$out/sliding" "$here/sliding.cpp" "$out/sliding.o"
-build -o "$out/lists" "$here/lists.cpp" "$out/lists.o" "$out/sliding.o"
+build -o "$out/pruned" "$here/pruned.cpp" "$out/pruned.o" "$out/sliding.o"
 "$out/common"
 "$out/sliding"
-"$out/lists"
+"$out/pruned"
