@@ -132,13 +132,13 @@ class Symmetric(_Merged):
     It is exactly the machine of a bank that holds them, which are read backwards and not stored.
 
     Args:
-        machine: IdealScore, LocalScore, EquivariantLocalScore or Pooled; without an index.
+        machine: IdealScore, LocalScore, EquivariantLocalScore or Pooled; without an index or a budget.
         symmetry: "flip" (left and right), "rotations" (by 90, 180 and 270 degrees) or "all" (the eight of a square).
 
     Raises:
         TypeError: not such a machine.
-        ValueError: an unknown symmetry, an index, or turned images that are not square, for a machine that takes one
-            size only.
+        ValueError: an unknown symmetry, an index or a budget, or turned images that are not square for a machine that
+            takes one size only.
     """
 
     def __init__(self, machine: ScoreMachine, symmetry: str = "flip"):
@@ -146,7 +146,7 @@ class Symmetric(_Merged):
             raise TypeError(f"machine: got {type(machine).__name__}, takes one that sums over training windows")
         self.symmetry = checks.one_of("symmetry", symmetry, SYMMETRIES)
         if machine.pruned is not None:
-            raise ValueError("machine: has an index, of which no window is mirrored; takes one without")
+            raise ValueError("machine: samples its windows (an index or a budget); takes one that sums over all")
         _, height, width = machine.shape
         if symmetry != "flip" and height != width and not machine.any_size:
             raise ValueError(f'symmetry: got "{symmetry}", and turned {height} x {width} images have another size')

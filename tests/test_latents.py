@@ -130,6 +130,13 @@ def test_options_that_would_change_values_are_refused(tmp_path):
         ps.PatchBank.open(tmp_path / "a.png", value_range="data")
 
 
+def test_sampled_sums_are_refused_as_their_errors_are_bounded_for_pixels():
+    bank = ps.PatchBank(latents(), value_range="data")
+    for machine in (ps.LocalScore, ps.EquivariantLocalScore):
+        with pytest.raises(ValueError, match=r"index, budget: take a bank of images in \[-1, 1\]"):
+            machine(bank, 3, budget=0.1)
+
+
 # Autoencoders.
 
 

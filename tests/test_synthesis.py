@@ -132,12 +132,13 @@ def test_a_source_map_names_the_pixel_that_made_each_pixel(exemplar, tmp_path):
     assert (origin[0, :, 10:] == 1).all()
 
 
-def test_a_tolerance_samples_and_states_its_error(exemplar):
+def test_a_tolerance_states_the_error_of_every_level(exemplar):
+    """The engine that samples serves, and what it states is no more than was asked for."""
     pytest.importorskip("faiss", reason="FAISS cannot be imported")
-    made = ps.synthesize(exemplar, (24, 28), levels=1, sigma_max=1.0, sigma_min=0.5, tolerance=0.05, **QUICK)
+    made = ps.synthesize(exemplar, (24, 28), levels=1, sigma_max=1.0, sigma_min=0.5, tolerance=0.1, **QUICK)
     (level,) = made.levels
     assert "pruned" in level.engine
-    assert 0 < level.stderr < 0.1
+    assert 0 <= level.stderr <= 0.1
 
 
 def test_levels_are_told_and_an_interrupted_synthesis_continues(exemplar, tmp_path):
