@@ -186,10 +186,12 @@ def _check_pruned(
     if budget is not None and not 0 < checks.number("budget", budget) <= 1:
         raise ValueError(f"budget: got {budget}, takes a share of pairs in (0, 1]")
     seed = checks.integer("seed", seed, at_least=0)
-    if bank.value_range is not None and not (index is None and budget is None):
+    if index is None and budget is None:
+        return None
+    if bank.value_range is not None:
         raise ValueError("index, budget: take a bank of images in [-1, 1], this one has a value_range")
     if index is None:
-        return None if budget is None else engines.Pruned(None, budget, None, seed)
+        return engines.Pruned(None, budget, None, seed)
     if not isinstance(index, PatchIndex):
         raise TypeError(f"index: got {type(index).__name__}, takes a PatchIndex")
     if index.bank.fingerprint != bank.fingerprint:

@@ -212,17 +212,18 @@ def test_other_machines_are_explained_too(sampled, tmp_path, machine):
 
 
 @pytest.fixture
-def indexed(sampled, tmp_path):
+def indexed(tmp_path):
     """A run through an index that looked at few enough windows to come out visibly otherwise."""
     pytest.importorskip("faiss", reason="FAISS cannot be imported")
-    assert run("index", sampled / "bank.npz", "--patch-sizes", 5, "--out", tmp_path / "i").exit_code == 0
+    np.savez(tmp_path / "bank.npz", images=smooth_images(200, 3, 12, 10).numpy())
+    assert run("index", tmp_path / "bank.npz", "--patch-sizes", 5, "--out", tmp_path / "i").exit_code == 0
     words = ["--steps", 6, "--table", 5, "-n", 2, "--seed", 3, "--index", tmp_path / "i", "--budget", 0.02]
-    assert run("sample", sampled / "bank.npz", *words, "--out", tmp_path / "out").exit_code == 0
+    assert run("sample", tmp_path / "bank.npz", *words, "--out", tmp_path / "out").exit_code == 0
     return tmp_path
 
 
-def test_a_run_with_an_index_is_walked_with_it_and_explained_by_all_windows(sampled, indexed):
-    bank = ps.PatchBank.open(sampled / "bank.npz")
+def test_a_run_with_an_index_is_walked_with_it_and_explained_by_all_windows(indexed):
+    bank = ps.PatchBank.open(indexed / "bank.npz")
     exact = ps.EquivariantLocalScore(bank, 5)
     own = ps.EquivariantLocalScore(bank, 5, index=ps.PatchIndex.open(indexed / "i", bank), budget=0.02, seed=3)
     result = run("explain", indexed / "out", "--image", 1)
@@ -239,8 +240,9 @@ def test_a_run_with_an_index_is_walked_with_it_and_explained_by_all_windows(samp
         again = ps.explain(exact, step.z, step.sigma, top=4)
         assert torch.equal(again.weight, step.weight)
         torch.testing.assert_close(step.mean, exact.denoise(step.z, step.sigma))
-        error = own.denoise(step.z, step.sigma) - step.mean
-        assert apart == pytest.approx(float(error.square().mean().sqrt()), rel=1e-4, abs=1e-7)
+        # Its draws go by the bits of z, which is divided by alpha once more here: another sample of the same kind.
+        stated = own.estimate(step.z, step.sigma).stderr.square().mean().sqrt()
+        assert apart < 3 * float(stated) + 1e-6
 
     said = "(budget 0.02). Its own noise is shown; weights and denoised images are those of all windows."
     off = f"off by up to {max(walk.apart):.2g} rms"
@@ -265,13 +267,13 @@ def test_an_index_that_moved_is_told_and_can_be_given(sampled, indexed):
     # Sizes that were added since are left alone: the run did without them.
     words = ["--table", 3, "-n", 1, "--steps", 4, "--index", indexed / "elsewhere", "--budget", 0.1]
     words += ["--out", indexed / "out3"]
-    assert run("sample", sampled / "bank.npz", *words).exit_code == 0
-    more = run("index", sampled / "bank.npz", "--patch-sizes", "3", "--out", indexed / "elsewhere")
+    assert run("sample", indexed / "bank.npz", *words).exit_code == 0
+    more = run("index", indexed / "bank.npz", "--patch-sizes", "3", "--out", indexed / "elsewhere")
     assert more.exit_code == 0, more.output
     result = run("explain", indexed / "out3")
     assert "warning" not in result.output
 
-    assert run("index", sampled / "bank.npz", "--patch-sizes", 5, "--seed", 1, "--out", indexed / "j").exit_code == 0
+    assert run("index", indexed / "bank.npz", "--patch-sizes", 5, "--seed", 1, "--out", indexed / "j").exit_code == 0
     for words, message in (
         ([out, "--index", indexed / "j"], "j: not the index that the run"),
         ([out, "--index", indexed / "nowhere"], "nowhere: no index here"),
