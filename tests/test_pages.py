@@ -222,7 +222,7 @@ def indexed(tmp_path):
     return tmp_path
 
 
-def test_a_run_with_an_index_is_walked_with_it_and_explained_by_all_windows(indexed):
+def test_a_run_with_an_index_is_walked_with_it_and_explained_by_all_windows(sampled, indexed):
     bank = ps.PatchBank.open(indexed / "bank.npz")
     exact = ps.EquivariantLocalScore(bank, 5)
     own = ps.EquivariantLocalScore(bank, 5, index=ps.PatchIndex.open(indexed / "i", bank), budget=0.02, seed=3)
