@@ -433,6 +433,16 @@ def test_a_part_of_another_index_is_refused_by_name(images, copied, tmp_path, di
         ps.PatchIndex.open(copied, images)
 
 
+@pytest.mark.parametrize("window", [-1, 12 * 10 * 8, 2**62])
+def test_a_place_outside_the_images_is_refused_before_it_is_used(images, copied, monkeypatch, window):
+    monkeypatch.setattr(index_module.storage, "VERIFIED_AT_OPEN", 0)
+    ids = np.memmap(copied / "k03" / "ids.bin", np.int64, "r+")
+    ids[5] = window
+    ids.flush()
+    with pytest.raises(ValueError, match=r"ids\.bin: damaged; build the index again"):
+        ps.PatchIndex.open(copied, images).at(3)
+
+
 def test_a_large_file_is_checked_whole_on_request(images, copied, monkeypatch):
     monkeypatch.setattr(index_module.storage, "VERIFIED_AT_OPEN", 0)
     file = copied / "k03" / "ids.bin"

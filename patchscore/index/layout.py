@@ -65,6 +65,10 @@ class IndexedSize:
         self.radius = arrays["radius"].double()
         self.starts = first_windows(self.cells.size)
         self.ids = np.memmap(self.folder / "ids.bin", np.int64, "r")
+        # Large files are not checked when an index is opened, and what lies here addresses pixels.
+        windows, most = int(self.cells.size.sum()), len(images) * self.windows_per_image
+        if len(self.ids) != windows or (windows and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < most):
+            raise ValueError(f"{self.folder / 'ids.bin'}: damaged; build the index again")
         rows = self.folder / "rows.bin"
         self.tiles = np.memmap(rows, np.int8, "r") if rows.stat().st_size else None
 
