@@ -81,6 +81,10 @@ fuzz: $(VENV)/.installed-test
 	$(FUZZ) $(FUZZ_SEED)
 	$(FUZZ) $$(( $(FUZZ_SEED) + 1000000 )) $$($(BIN)/python -c 'import atheris' 2>/dev/null && echo --atheris)
 
+KILLS := 50
+faults: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/faults.py --kills $(KILLS)
+
 # What only a GPU can show: numbers, streams, devices. A fallback is an error there.
 gpu-check: $(VENV)/.installed-test
 	PATCHSCORE_STRICT=1 $(BIN)/python -m pytest -m gpu

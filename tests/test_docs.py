@@ -145,6 +145,13 @@ def makefile_targets():
     return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
+def test_what_the_makefile_lists_it_can_make():
+    text = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.+)$", text, re.MULTILINE)
+    explained = re.findall(r"^# make ([a-z-]+) ", text, re.MULTILINE)
+    assert set(phony.split()) | set(explained) <= makefile_targets()
+
+
 def test_workflows_run_makefile_targets_only():
     commands = [
         command
