@@ -267,7 +267,7 @@ def test_a_full_disk_leaves_nothing_half_valid(images, tmp_path, monkeypatch, at
         if at == "fsync":
             patched.setattr(os, "fsync", full)
         else:
-            patched.setattr("safetensors.torch.save_file", full)
+            patched.setattr("patchscore.index.build.write_atomically", full)
         with pytest.raises(OSError, match="No space left"):
             build(images, 5, path)
     assert not [p.name for p in path.iterdir() if "k05" in p.name or p.name.endswith(".tmp")]
@@ -432,6 +432,16 @@ def test_a_part_of_another_index_is_refused_by_name(images, copied, tmp_path, di
     shutil.copytree(tmp_path / "other" / ("k03" if difference == "patch_size" else "k05"), copied / "k05")
     with pytest.raises(ValueError, match=f"k05: part of an index of another {difference}"):
         ps.PatchIndex.open(copied, images)
+
+
+def test_the_description_of_a_part_is_not_that_of_the_index(images, copied):
+    shutil.copy(copied / "k03" / "meta.json", copied / "meta.json")
+    for use in (
+        lambda: ps.PatchIndex.open(copied, images),
+        lambda: ps.PatchIndex.build(images, 3, copied, progress=False),
+    ):
+        with pytest.raises(ValueError, match=r"meta\.json: damaged, not the description of an index"):
+            use()
 
 
 @pytest.mark.parametrize("window", [-1, 12 * 10 * 8, 2**62])

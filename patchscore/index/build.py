@@ -21,7 +21,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from ..bank import PatchBank
-from ..files import errors_name
+from ..files import errors_name, write_atomically
 from ..native import native, pack
 from ..pixels import MOST_CHANNELS
 from . import storage
@@ -83,7 +83,7 @@ class Builder:
                 self.write(arrays, cell)
         finally:
             torch.set_num_threads(self.threads)
-        safetensors.torch.save_file(arrays, self.folder / "cells.safetensors")
+        write_atomically(self.folder / "cells.safetensors", safetensors.torch.save(arrays))
         storage.write_part_meta(
             self.folder,
             self.meta,

@@ -32,6 +32,8 @@ def read_meta(path: Path, bank: PatchBank) -> dict[str, Any]:
             f"{path}: index format {meta.get('format')!r}, this version reads {FORMAT}; build it again elsewhere: "
             f"patchscore index SOURCE --patch-sizes {sizes} --out {path}-{FORMAT}"
         )
+    if not {"images", "shape", "patch_sizes", *PART} <= meta.keys():
+        raise ValueError(f"{path / 'meta.json'}: damaged, not the description of an index")
     if meta["bank"] != bank.fingerprint:
         raise ValueError(f"{path}: the index of another bank: {_difference(meta, bank)}")
     return meta
