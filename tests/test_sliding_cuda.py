@@ -186,6 +186,20 @@ def test_selections_read_the_same_pixels(kernels, monkeypatch, dtype):
     assert kernels.launches.count("patchscore_pack") > 2
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_the_first_reference_may_be_far_from_the_nearest_window(kernels, dtype):
+    # Relative to the first one, farther than anything, windows of nearly the same distance have weights beyond float32.
+    bright = 0.85 + 0.02 * smooth_images(6, 3, 16, 16, dtype=torch.float32)
+    bank = ps.PatchBank(((bright + 1) * 127.5).round().to(torch.uint8) if dtype == torch.uint8 else 2 * bright - 1)
+    if dtype == torch.uint8:
+        compare(bank, circular(9, 16, 16), [0.005])
+        return
+    z, sigma = noisy_batch(bank, [0.005])
+    (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [circular(9, 16, 16)], LIMIT)
+    values = bank.chunk(0, 6)
+    assert ((got.mean >= values.min() - 1e-5) & (got.mean <= values.max() + 1e-5)).all()
+
+
 def test_any_product_of_axes_gives_the_references_sums(kernels):
     # Queries that no window reaches by a shift, in both padding modes.
     bank = ps.PatchBank(smooth_images(7, 3, 9, 10))

@@ -306,8 +306,10 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
                         auto low = [&](int n, int e) {
                             return products[1][n][2 * jj + e] * t.base + products[2][n][2 * jj + e];
                         };
+                        // At most twice: next to the first reference, farther than anything, a float tells distances
+                        // apart by 64 units only, which at low noise are more than a weight can hold.
 #pragma unroll 1
-                        for (bool risen = false;; risen = true) {
+                        for (int risen = 0;; ++risen) {
 #pragma unroll
                             for (int x = 0; x < 2 * TILES; ++x)
                                 w[jj][x] = power_of_two(bits(x / 2, x % 2, high(x / 2, x % 2), low(x / 2, x % 2)));
@@ -320,7 +322,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
                             total[jj] = 0.f;
 #pragma unroll
                             for (int x = 0; x < 2 * TILES; ++x) total[jj] += w[jj][x];
-                            if (risen || !any_lane(total[jj] > RISE)) break;  // lanes stay together
+                            if (risen == 2 || !any_lane(total[jj] > RISE)) break;  // lanes stay together
                             if (total[jj] <= RISE) continue;
                             // A window much nearer than the reference has come: it becomes the reference.
                             float most = -INFINITY;

@@ -31,8 +31,8 @@ BARRIER = "__syncthreads();\n"
 FAULTS: list[tuple[str, str, str, str]] = [
     # (what it is, file, text that stands there once, what takes its place)
     # What threads do together.
-    ("the full mask in divergent code", KERNELS, "if (risen || !any_lane(total[jj] > RISE)) break;",
-     "if (risen || total[jj] <= RISE) break;"),
+    ("the full mask in divergent code", KERNELS, "if (risen == 2 || !any_lane(total[jj] > RISE)) break;",
+     "if (risen == 2 || total[jj] <= RISE) break;"),
     ("no barrier before a group is staged", KERNELS, "norms of this group's tiles.\n        " + BARRIER, "tiles.\n"),
     ("no barrier after a group is staged", KERNELS, "exist != 0xffffu);\n        " + BARRIER, "exist != 0xffffu);\n"),
     ("no barrier between rows", KERNELS, "                }\n                " + BARRIER, "                }\n"),
