@@ -7,8 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
-#include <stdexcept>
 #include <vector>
 
 #include "../common/simd.h"
@@ -530,9 +528,9 @@ private:
             for (const int q : left) {
                 const Sums& sum = sums[size_t(q)];
                 const double off = (double(sum.largest) - refs[size_t(q)]) * request.bits[q];
-                if (sum.largest != INT32_MIN && std::abs(off) > 50 && !known[size_t(q)].count && round < 3)
-                    refs[size_t(q)] = sum.largest, again.push_back(q);
-                else if (off > 50 && round < 3)
+                // A known window is the heaviest, unless a heavier one is found.
+                const bool far = off > 50 || (off < -50 && sum.largest != INT32_MIN && !known[size_t(q)].count);
+                if (far && round < 3)
                     refs[size_t(q)] = sum.largest, again.push_back(q);
                 else if (request.pairs[q] += sum.windows, !finish(q, sum))
                     unknown.push_back(q);
