@@ -25,7 +25,7 @@ from patchscore.cli import fitted as cli_fitted
 from patchscore.cli import main
 from patchscore.cli.fitted import published_for
 from patchscore.cli.options import labels_named
-from patchscore.runs import MOST_IMAGES, RunFolder, folder, reopen
+from patchscore.runs import MOST_IMAGES, RunFolder, batches, folder, formats, reopen
 
 
 @pytest.fixture
@@ -128,7 +128,8 @@ def test_the_folder_of_samples_is_one_that_tools_take(photos, tmp_path):
     bank = ps.PatchBank.open(out / "samples")
     rows = np.load(out / "samples.npy")
     assert np.abs(bank.chunk(0, 5).numpy() - rows).max() <= 0.5 / 127.5 + 1e-5
-    names = [RunFolder(out, rows.shape[1:]).png_path(i).name for i in (0, 9, 99, 9999, 10000, 99999, MOST_IMAGES - 1)]
+    numbers = (0, 9, 99, 9999, 10000, 99999, MOST_IMAGES - 1)
+    names = [RunFolder(out, rows.shape[1:]).samples.path(i).name for i in numbers]
     assert sorted(names) == names
     refused = sample(photos, out, "-n", MOST_IMAGES + 1)
     assert refused.exit_code == 2
@@ -179,7 +180,7 @@ def flipped(content, at):
 
 
 def images_of_whole_lines(out):
-    return RunFolder(out, np.load(out / "samples.npy").shape[1:]).made()
+    return RunFolder(out, np.load(out / "samples.npy").shape[1:]).batches.made()
 
 
 def test_a_smaller_n_keeps_the_images_beyond_it_where_rows_are_lost(photos, tmp_path):
@@ -218,7 +219,7 @@ def test_saving_takes_time_in_proportion_to_the_number_of_images(photos, tmp_pat
             def __exit__(self, *arguments):
                 return self.file.__exit__(*arguments)
 
-        for module in (files, folder):
+        for module in (files, batches, formats):
             monkeypatch.setattr(module, "open", lambda *a, **k: Counting(opened(*a, **k)), raising=False)
         assert sample(photos, tmp_path / f"{out}", "-n", out, "--batch-size", 2).exit_code == 0
         return total
@@ -490,12 +491,13 @@ def test_a_run_cut_in_its_first_batch_is_continued_by_the_same_command(photos, t
         return full() if path.name == cut else writes(path, content, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(folder, "write_atomically", write)
+        for module in (folder, formats):
+            patched.setattr(module, "write_atomically", write)
         if at == "samples.npy":
-            patched.setattr(folder.Rows, "write", full)
+            patched.setattr(batches.Rows, "write", full)
         if at == "batches.jsonl":
-            sealed = folder.sealed
-            patched.setattr(folder, "sealed", lambda record: full() if "images" in record else sealed(record))
+            sealed = batches.sealed
+            patched.setattr(batches, "sealed", lambda record: full() if "images" in record else sealed(record))
         result = sample(photos, out, "--seed", 3)
     assert result.exit_code == 2
     assert "No space left" in result.stderr
@@ -509,7 +511,7 @@ def test_a_run_that_made_nothing_yet_makes_way_for_another(photos, tmp_path, mon
     """Its images, which no line lists, are not left among the other run's."""
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(folder.Rows, "write", lambda *_: 1 / 0)
+        patched.setattr(batches.Rows, "write", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             sample(photos, out, "--seed", 3)
     assert len(list(out.glob("samples/*"))) == 3
@@ -580,7 +582,7 @@ def test_help_has_examples():
 
 def test_an_interrupted_run_leaves_whole_files_and_continues(photos, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "patchscore", "sample", photos, "--batch-size", 1, "-n", 4000, "--steps", 20]
+    command = [sys.executable, "-m", "patchscore", "sample", photos, "--batch-size", 1, "-n", 900, "--steps", 20]
     command = [str(c) for c in [*command, "--table", 3, "--out", out]]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -594,7 +596,7 @@ def test_an_interrupted_run_leaves_whole_files_and_continues(photos, tmp_path):
     made = len(images_of(out))
     assert made >= 2
     assert not [p for p in out.rglob("*") if p.name.endswith(".tmp")]
-    command[command.index("4000")] = str(made + 1)
+    command[command.index("900")] = str(made + 1)
     again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "made 1 image in" in again.stdout
     assert f"{made} were there" in again.stdout

@@ -20,7 +20,7 @@ from ..heldout import HeldOutErrors
 from ..index import OPTIONS, PatchIndex
 from ..machines import EquivariantLocalScore, IdealScore, LocalScore
 from ..noise import get_schedule
-from ..runs import MOST_IMAGES, Run
+from ..runs import BLOCK_IMAGES, FORMATS, MOST_IMAGES, Run
 from ..scales import PUBLISHED, ScaleTable
 from .fitted import keep, patch_sizes
 from .options import (
@@ -177,6 +177,15 @@ Published tables, made for 32 x 32 images: """
     metavar="HEIGHTxWIDTH",
     help="Make images of this size, say 48x80, whatever the training images'; els only.",
 )
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    default="png",
+    show_default=True,
+    help="Of the samples: PNGs, in subfolders of 1,000 where -n is larger; npz shards of 1,000; or one zip, as EDM's "
+    "tools take it.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default="out", show_default=True, help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace a run with other settings in the same folder.")
 @one_line_errors
@@ -187,14 +196,16 @@ def sample(
     walk: Walk,
     computing: Computing,
     size_out: str | None,
+    form: str,
     out: Path,
     overwrite: bool,
 ) -> None:
     """Make new images from the training images in SOURCE.
 
     SOURCE is a folder of images (class subfolders become labels), a .npy, .npz or IDX file, or fashion-mnist (built
-    in). The output folder gets samples/ with one PNG an image, samples.npy with the same as float32, grid.png of the
-    first hundred, trajectory.png, batches.jsonl (labels, hashes, nearest training images) and run.json (all settings).
+    in). The output folder gets samples/ with one PNG an image (or what --format says), samples.npy with the same as
+    float32, grid.png of the first hundred, trajectory.png, batches.jsonl (labels, hashes, nearest training images) and
+    run.json (all settings).
     """
     checks.integer("-n", count, at_least=1, at_most=MOST_IMAGES)
     walk.check()
@@ -229,7 +240,7 @@ def sample(
 
     of_machine = _of_machine(which, machine, sizes, index)
     noted = _noted(source, which, walk, computing, device)
-    with Run(out, machine, settings, of_machine, noted, overwrite) as run:
+    with Run(out, machine, settings, of_machine, noted, overwrite, form, count > BLOCK_IMAGES) as run:
         if fitted is not None and errors is not None:
             keep(out, fitted, errors)
         start = time.perf_counter()
@@ -242,7 +253,7 @@ def sample(
         seconds = time.perf_counter() - start
     added = f"made {_images(count - kept)} in {seconds:.1f} s" if kept < count else "nothing left to make"
     there = f", {kept} were there" if kept else ""
-    say(f"{added}{there}: see {run.folder.samples} and {out / 'grid.png'}")
+    say(f"{added}{there}: see {run.folder.samples.place} and {out / 'grid.png'}")
 
 
 def _of_machine(

@@ -28,10 +28,10 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] < 3 else np.ascontiguousarray(pixels[..., :3]))
 
 
-def png(image: Image.Image) -> bytes:
-    """An image as a PNG file."""
+def png(image: Image.Image, compress_level: int = 6) -> bytes:
+    """An image as a PNG file, compressed as far as zlib's level says; 0 stores the pixels as they are."""
     content = io.BytesIO()
-    image.save(content, "png")
+    image.save(content, "png", compress_level=compress_level)
     return content.getvalue()
 
 

@@ -1,7 +1,18 @@
 """Runs of `patchscore sample`: folders of samples that say how each was made, and that can be continued."""
 
-from .folder import MOST_IMAGES, RunFolder
+from .batches import MOST_IMAGES
+from .folder import RunFolder
+from .formats import BLOCK_IMAGES, FORMATS
 from .reopen import reopen, report_memorisation, warn_of_others
 from .run import Run
 
-__all__ = ["MOST_IMAGES", "Run", "RunFolder", "reopen", "report_memorisation", "warn_of_others"]
+__all__ = [
+    "BLOCK_IMAGES",
+    "FORMATS",
+    "MOST_IMAGES",
+    "Run",
+    "RunFolder",
+    "reopen",
+    "report_memorisation",
+    "warn_of_others",
+]

@@ -60,7 +60,7 @@ def reopen(
         if record["version"] == FLAT_VERSION:
             listed = [entry["image"] for entry in record["images"]]
         else:
-            listed = [entry["image"] for batch in RunFolder(out, shape).batches() for entry in batch["images"]]
+            listed = [entry["image"] for batch in RunFolder(out, shape).batches for entry in batch["images"]]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: not a usable run: {error}") from None
     bank = PatchBank.open(where, **reading)

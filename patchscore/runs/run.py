@@ -20,7 +20,8 @@ from ..nearest import nearest_images
 from ..noise import get_schedule
 from ..sampling import Step, labels_in_turn, sample
 from ..version import __version__
-from .folder import FLAT_VERSION, MOST_IMAGES, RunFolder, new_record
+from .batches import MOST_IMAGES
+from .folder import FLAT_VERSION, SINGLE_PNGS, RunFolder, files_of, new_record
 
 SHOWN = 6
 """Images whose trajectories are kept and drawn."""
@@ -40,6 +41,8 @@ class Run:
         described: the machine's settings, which decide the images too; both are in `run.json` and must match.
         noted: what else `run.json` should tell, such as where the images came from.
         overwrite: start afresh where the folder holds another run.
+        form: the format of the files of samples: "png", "npz" or "zip".
+        subfolders: whether a run that begins puts PNGs into subfolders of a thousand.
 
     Raises (on entering):
         ValueError: the folder holds another run, a run.json that is not one, or somebody else's files by our names;
@@ -55,10 +58,12 @@ class Run:
         described: dict[str, Any],
         noted: dict[str, Any],
         overwrite: bool,
+        form: str = "png",
+        subfolders: bool = False,
     ):
         channels, *own = machine.shape
         self.shape = (channels, *(settings.get("size") or own))
-        self.folder = RunFolder(out, self.shape)
+        self.folder = RunFolder(out, self.shape, form, subfolders and form == "png")
         self.machine = machine
         self.settings = settings
         self.overwrite = overwrite
@@ -72,10 +77,12 @@ class Run:
                     "shape": machine.shape,
                     "class_names": machine.bank.class_names,
                 },
+                "samples": {"format": form, "subfolders": subfolders and form == "png"},
                 "versions": _versions(),
             }
         )
         self.made: set[int] = set()
+        self._whole = 0
 
     def __enter__(self) -> Run:
         self._opened = self.folder.open()
@@ -97,7 +104,7 @@ class Run:
             if earlier is None and (path := self.folder.foreign()):
                 raise _Foreign(f"{path}: exists and is of no run; choose another --out")
             if earlier is not None and (difference := self._difference(earlier)):
-                if earlier["version"] == FLAT_VERSION or self.folder.batches():
+                if earlier["version"] == FLAT_VERSION or self.folder.has_images():
                     raise ValueError(difference)
                 self.folder.clear()  # begun, but nothing is made that could mix
                 earlier = None
@@ -109,12 +116,13 @@ class Run:
                 raise ValueError(f"{path}: {error}; choose another --out, or --overwrite") from None
             self.folder.clear()
             earlier = None
-        if earlier is not None and "memorisation" in earlier:
-            self.record["memorisation"] = earlier["memorisation"]
-        self.folder.begin(self.record)
-        self.folder.rows.mend_header()
-        self.folder.mend_lines()
-        made = self.folder.made()
+        if earlier is not None:
+            if "memorisation" in earlier:
+                self.record["memorisation"] = earlier["memorisation"]
+            # Runs that began small, or before there were subfolders, stay as they are.
+            self.record["samples"] = earlier.get("samples", SINGLE_PNGS)
+            self.folder = RunFolder(self.folder.path, self.shape, **files_of(self.record))
+        made = self.folder.begin(self.record)
         self.trajectories = _Trajectories(self.folder.trajectories(), self.shape)
         self.made = {image for image in made if image >= SHOWN or image in self.trajectories.x}
 
@@ -124,6 +132,9 @@ class Run:
             return "holds a run of patchscore 0.1.0, which `explain` takes but which is not continued"
         if earlier["bank"]["fingerprint"] != self.record["bank"]["fingerprint"]:
             return "holds a run over other training images"
+        kept, asked = (files_of(record)["form"] for record in (earlier, self.record))
+        if kept != asked:
+            return f"holds a run whose samples are {kept}, asked for {asked}"
         before, now = earlier["settings"], self.record["settings"]
         for name in now:
             if before.get(name) != now[name]:
@@ -142,9 +153,16 @@ class Run:
         missing = [image for image in range(n) if image not in self.made]
         levels = get_schedule(self.settings["schedule"], self.settings["steps"])
         self.folder.check_space(len(missing), len(levels), sum(image < SHOWN for image in missing))
-        with tqdm(total=len(missing) * len(levels), unit="step", desc="sampling", delay=2, disable=not progress) as bar:
-            for first, count in _stretches(missing, batch_size):
-                self._sample_batch(range(first, first + count), device, bar)
+        try:
+            with tqdm(
+                total=len(missing) * len(levels), unit="step", desc="sampling", delay=2, disable=not progress
+            ) as bar:
+                for first, count in _stretches(missing, batch_size):
+                    self._sample_batch(range(first, first + count), device, bar)
+        except KeyboardInterrupt:
+            self._pack(last=True)
+            raise
+        self._pack(last=True)
         self._draw()
         return n - len(missing)
 
@@ -190,6 +208,13 @@ class Run:
             )
         self._save_batch(images, final.clamp(-1, 1).to("cpu", torch.float32), device, seconds)
         self.made.update(images)
+        self._pack(last=False)
+
+    def _pack(self, last: bool) -> None:
+        """Brings files of several images up to date with the images before the first that is missing."""
+        while self._whole in self.made:
+            self._whole += 1
+        self.folder.pack(self.settings["labels"], self._whole, last)
 
     def _save_batch(self, images: range, final: torch.Tensor, device: str, seconds: list[float]) -> None:
         labels = labels_in_turn(self.settings["labels"], images) or [None] * len(images)
@@ -198,9 +223,8 @@ class Run:
             near = nearest_images(final, self.machine.bank)
             for entry, image, rms in zip(entries, near.image, near.rms, strict=True):
                 entry["nearest"] = {"image": int(image), "rms": round(float(rms), 4)}
-        pngs = [pictures.png(pictures.to_pil(image)) for image in final]
         served = {"engine": self.machine.engine_on(device), "device": device, "seconds_per_step": seconds}
-        self.folder.save_batch(images, final.numpy(), pngs, entries, served)
+        self.folder.save_batch(images, final.numpy(), entries, served)
 
     def _draw(self) -> None:
         rows = [row for image in sorted(self.made)[:GRID] if (row := self.folder.rows.read(image)) is not None]

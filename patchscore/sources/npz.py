@@ -133,6 +133,14 @@ def imagenet_folder(folder: Path, wanted: Wanted) -> Source | None:
     return joined(str(folder), [npz_file(path, wanted) for _, path in sorted(found[split])])
 
 
+def npz_shards(folder: Path, wanted: Wanted) -> Source | None:
+    """A folder of .npz files and nothing else, such as samples in shards, read in the order of their names."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    if not names or not all(name.endswith(".npz") and os.path.isfile(folder / name) for name in names):
+        return None
+    return joined(str(folder), [npz_file(folder / name, wanted) for name in names])
+
+
 def _imagenet_names(folder: Path, labels: np.ndarray) -> np.ndarray | None:
     """Names for labels from 1, where the list that comes with them lies beside; label 0 has none."""
     try:

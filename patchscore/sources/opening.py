@@ -22,7 +22,7 @@ from .folder import folder
 from .idx import has_idx, idx_file, idx_folder, is_idx
 from .image import HEIF_SUFFIXES, Encoded, as_numpy, image_formats, opened_image
 from .lmdb import is_lmdb, lmdb_file, lmdb_folder
-from .npz import imagenet_folder, is_npz, npz_file
+from .npz import imagenet_folder, is_npz, npz_file, npz_shards
 from .source import Source, UnreadableImage, Wanted, listed, named
 from .tables import parquet_file, parquet_folder, saved_dataset
 from .tensors import safetensors_file, torch_file
@@ -88,8 +88,12 @@ def _folder(path: Path, wanted: Wanted) -> Source:
         found = _data_set(path, wanted)
         if found is not None:
             return found
-        if os.path.isfile(path / "run.json") and os.path.isdir(path / "samples"):
-            return folder(path / "samples", wanted)  # a run of `patchscore sample`, with pictures beside its samples
+        if os.path.isfile(path / "run.json"):
+            # A run of `patchscore sample`, with pictures beside its samples.
+            if os.path.isfile(path / "samples.zip"):
+                return zip_images(path / "samples.zip", wanted)
+            if os.path.isdir(path / "samples"):
+                return npz_shards(path / "samples", wanted) or folder(path / "samples", wanted)
         below = [child for child in sorted(path.iterdir()) if child.name in ROOTS and _is_data_set(child)]
     except OSError as error:
         raise ValueError(f"{error.filename or path}: {error.strerror or error}") from error
@@ -99,7 +103,7 @@ def _folder(path: Path, wanted: Wanted) -> Source:
 
 
 def _data_set(path: Path, wanted: Wanted) -> Source | None:
-    kinds = (idx_folder, cifar_folder, imagenet_folder, saved_dataset, lmdb_folder, shards, parquet_folder)
+    kinds = (idx_folder, cifar_folder, imagenet_folder, saved_dataset, lmdb_folder, shards, npz_shards, parquet_folder)
     return next((found for kind in kinds if (found := kind(path, wanted)) is not None), None)
 
 

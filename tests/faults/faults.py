@@ -161,6 +161,8 @@ def make_cases(quick: bool) -> list[Case]:
     run = ("sample", "bank.npz", "--table", "5", "--steps", "8", "-n", n, "--batch-size", "4", "--labels", "all")
     network = ("bank.npz", "network.safetensors", "--steps", "5", "-n", "6", "--batch-size", "2")
     cases = [Case("sample", (*run, "--out", "out"))]
+    if not quick:
+        cases += [Case(f"sample {form}", (*run, "--format", form, "--out", "out")) for form in ("npz", "zip")]
     cases.append(Case("calibrate", ("calibrate", *network, "--patch-sizes", "3,5,7", "--out", "out")))
     cases.append(Case("compare", ("compare", *network, "--table", "5", "--no-baselines", "--out", "out")))
     made = forked((*run[:-1], "none", "--out", "explained"))
