@@ -12,7 +12,7 @@ from .draw import notebook
 from .evaluate import Comparison, baselines, compare
 from .explain import Explanation, explain, explain_samples
 from .gaussian import GaussianScore
-from .gradients import Differentiable, sensitivity
+from .gradients import Differentiable
 from .guidance import Guided, Switch
 from .heldout import HeldOutErrors, held_out_errors
 from .index import PatchIndex
@@ -21,6 +21,7 @@ from .machines import EquivariantLocalScore, IdealScore, LocalScore
 from .noise import Schedule, get_schedule
 from .pooled import Pooled, Symmetric
 from .posterior import PosteriorSum, merge
+from .receptive import ReceptiveFields, receptive_fields, sensitivity
 from .sampling import Step, sample
 from .scales import ScaleTable
 from .synthesis import Synthesis, SynthesisLevel, synthesize
@@ -50,6 +51,7 @@ __all__ = [
     "PatchIndex",
     "Pooled",
     "PosteriorSum",
+    "ReceptiveFields",
     "ScaleTable",
     "Schedule",
     "Step",
@@ -68,6 +70,7 @@ __all__ = [
     "held_out_errors",
     "log_likelihood",
     "merge",
+    "receptive_fields",
     "sample",
     "sensitivity",
     "synthesize",

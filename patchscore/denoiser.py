@@ -6,6 +6,7 @@ batch by class and patch size, and has engines take the sums. Which windows comp
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
@@ -284,9 +285,15 @@ class ScoreMachine(Denoiser):
         self, z: Tensor, sigmas: Tensor, bank: PatchBank, competitions: Sequence[Competition]
     ) -> list[PosteriorSum]:
         """Exact sums of several competitions over (a class of) the bank, whatever the machine samples from."""
-        exact = [engine for engine in self.engines if engine.exact]
-        named = self.engine if self.engine in engines.NAMES else "auto"
-        return engines.serve_each(exact, named, z, sigmas, bank, competitions, self.memory_limit)
+        exact = self.exactly()
+        return engines.serve_each(exact.engines, exact.engine, z, sigmas, bank, competitions, self.memory_limit)
+
+    def exactly(self) -> ScoreMachine:
+        """The same machine, summing over all windows where this one samples."""
+        same = copy.copy(self)
+        same.pruned, same.engines = None, tuple(engine for engine in self.engines if engine.exact)
+        same.engine = self.engine if self.engine in engines.NAMES else "auto"
+        return same
 
     def __repr__(self) -> str:
         options = {name: getattr(self, name, None) for name in ("patch_size", "padding_mode", "engine")}

@@ -23,6 +23,7 @@ from .machines import EquivariantLocalScore
 from .nearest import SPARE, images_of, nearest_windows
 from .noise import get_schedule
 from .posterior import PosteriorSum
+from .receptive import ReceptiveFields, receptive_fields
 from .sampling import Step, labels_in_turn, sample
 from .windows import Axis, Competition, Group, span
 
@@ -91,6 +92,7 @@ class Walk:
     image: [C, H, W] the sample.
     apart: at each of those, the rms difference between what the machine made of the noise and the `mean` of all
         windows: rounding, or with an index the error of having looked at a share of them.
+    fields: at each of those, which input pixels output pixels listen to; none where they were not asked for.
     """
 
     number: int
@@ -100,6 +102,7 @@ class Walk:
     steps: tuple[Explanation, ...]
     image: Tensor
     apart: tuple[float, ...]
+    fields: tuple[ReceptiveFields, ...] = ()
 
 
 def explain_samples(
@@ -108,6 +111,7 @@ def explain_samples(
     levels: Sequence[int] | None = None,
     top: int = 8,
     *,
+    fields: bool = False,
     device: torch.device | str = "cpu",
     progress: bool = True,
     **settings: Any,
@@ -121,6 +125,7 @@ def explain_samples(
         images: their numbers.
         levels: which steps to explain, 0 being the noisiest; None explains all.
         top: as in `explain`.
+        fields: whether to find the `receptive_fields` of every step too, which takes several denoisings more.
         device: where to compute.
         settings: what `sample` was given: steps, schedule, sampler, labels, seed.
 
@@ -136,21 +141,26 @@ def explain_samples(
             label = (labels_in_turn(settings.get("labels"), range(number, number + 1)) or [None])[0]
             explained: list[Explanation] = []
             apart: list[float] = []
+            heard: list[ReceptiveFields] = []
 
             def on_step(
                 step: Step,
                 label: Any = label,
                 explained: list[Explanation] = explained,
                 apart: list[float] = apart,
+                heard: list[ReceptiveFields] = heard,
             ) -> None:
                 if step.index in chosen:
                     found = explain(machine, step.x / step.alpha, step.sigma / step.alpha, label, top)
+                    if fields:
+                        heard.append(receptive_fields(machine.exactly(), found.z, found.sigma, label))
                     explained.append(found)
                     apart.append(float((step.x0 - found.mean).double().square().mean().sqrt()))
                     bar.update()
 
             final = sample(machine, n=1, first=number, device=device, callback=on_step, progress=False, **settings)
-            walks.append(Walk(number, label, chosen, len(schedule), tuple(explained), final[0], tuple(apart)))
+            steps = tuple(explained)
+            walks.append(Walk(number, label, chosen, len(schedule), steps, final[0], tuple(apart), fields=tuple(heard)))
     return walks
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
-from .denoiser import Denoiser, Estimate, Labels, check_noisy
+from .denoiser import Denoiser, Estimate, Labels
 
 
 class Differentiable(Denoiser):
@@ -71,40 +70,6 @@ class Differentiable(Denoiser):
 
     def __repr__(self) -> str:
         return f"Differentiable({self.denoiser!r})"
-
-
-def sensitivity(
-    denoiser: Denoiser, z: Tensor, sigma: float | Tensor, pixel: tuple[int, int], labels: Labels = None
-) -> Tensor:
-    """Which input pixels an output pixel listens to: rows of the Jacobian, dD_c[i, j] / dz_c'[y, x].
-
-    Args:
-        denoiser: one that has `vjp`.
-        z: [B, C, H, W] noisy images.
-        sigma: a number, or [B].
-        pixel: (i, j), the row and column of the output pixel.
-        labels: as in `Denoiser.estimate`.
-
-    Returns:
-        [B, C, C, H, W]: the output's channel, then the input's channel, row and column. At a local machine it is 0
-        outside the k x k window around the pixel.
-
-    Raises:
-        ValueError: a pixel outside the image; as of `Denoiser.vjp`.
-    """
-    z = check_noisy(z, denoiser.shape, any_size=denoiser.any_size)
-    try:
-        i, j = pixel
-    except (TypeError, ValueError):
-        raise TypeError(f"pixel: got {pixel!r}, takes (row, column)") from None
-    i = checks.integer("pixel", i, at_least=0, at_most=z.shape[2] - 1)
-    j = checks.integer("pixel", j, at_least=0, at_most=z.shape[3] - 1)
-    rows = []
-    for channel in range(z.shape[1]):
-        unit = torch.zeros_like(z)
-        unit[:, channel, i, j] = 1
-        rows.append(denoiser.vjp(z, sigma, unit, labels))
-    return torch.stack(rows, 1)
 
 
 class _Denoise(torch.autograd.Function):

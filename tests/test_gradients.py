@@ -220,20 +220,3 @@ def test_a_canvas_of_another_size_has_divergence_and_gradients(padding_mode, siz
     probes = torch.eye(size[0] * size[1], dtype=torch.float64).view(-1, 1, *size)
     trace = (machine.jvp(z[:1].expand_as(probes), 0.6, probes) * probes).sum()
     torch.testing.assert_close(machine.divergence(z[:1], 0.6)[0], trace)
-
-
-def test_sensitivity_is_rows_of_the_jacobian_and_ends_at_the_window(bank):
-    machine, z = ps.EquivariantLocalScore(bank, 5, engine="reference"), noisy(bank, 0.5, batch=2)
-    heard = ps.sensitivity(machine, z, 0.5, (6, 4), [0, 1])
-    assert heard.shape == (2, 3, 3, 12, 10)
-    for channel, y, x in ((0, 6, 4), (2, 7, 3)):
-        t = torch.zeros_like(z)
-        t[:, channel, y, x] = 1
-        torch.testing.assert_close(heard[:, :, channel, y, x], machine.jvp(z, 0.5, t, [0, 1])[:, :, 6, 4])
-    outside = heard.clone()
-    outside[..., 4:9, 2:7] = 0
-    assert not outside.any()
-    with pytest.raises(ValueError, match=r"^pixel: got 12"):
-        ps.sensitivity(machine, z, 0.5, (12, 4))
-    with pytest.raises(TypeError, match=r"^pixel: got 3"):
-        ps.sensitivity(machine, z, 0.5, 3)

@@ -15,7 +15,7 @@ LAYERS = (
     {"scales"},
     {"denoiser"},
     {"machines", "pooled"},
-    {"gaussian", "aggregate", "conditioned", "gradients", "guidance", "networks", "nearest"},
+    {"gaussian", "aggregate", "conditioned", "gradients", "guidance", "networks", "nearest", "receptive"},
     {"theories"},
     {"adapters", "sampling"},
     {"classification", "calibrate", "evaluate", "explain", "likelihood"},

@@ -14,6 +14,7 @@ from PIL import Image
 
 import patchscore as ps
 from patchscore.cli import main
+from patchscore.draw.mosaic import mosaic_rows
 from patchscore.draw.pages import explanation_page
 from patchscore.explain import explain_samples
 from patchscore.memorisation import count_sources
@@ -120,6 +121,53 @@ def test_the_page_in_a_browser(bank, walks, tmp_path):
         browser.open(f"{page.as_uri()}#sample=0&step=2&pixel=3,3", width=320, height=700)
         assert browser.read("document.documentElement.scrollWidth") <= 320
         check(0, 2, 3, 3)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_the_page_shows_what_a_pixel_listens_to(bank, tmp_path, padding_mode):
+    machine = ps.EquivariantLocalScore(bank, ps.ScaleTable([0.1, 4.0], [3, 7]), padding_mode)
+    walks = explain_samples(machine, [0], levels=[0, 2], steps=4, top=2, fields=True)
+    page = tmp_path / "explain.html"
+    page.write_text(explanation_page(walks, bank, {**ABOUT, "padding_mode": padding_mode}), encoding="utf-8")
+    with Browser(tmp_path / "profile") as browser:
+        for step in (0, 1):
+            fields = walks[0].fields[step]
+            browser.open(f"{page.as_uri()}#sample=0&step={step}&pixel=3,8&view=heard")
+            assert browser.read("document.querySelector('#views [aria-pressed=true]').textContent") == "listens to"
+            a, b = (min(range(4), key=lambda i: abs(at[i] - to)) for at, to in ((fields.rows, 3), (fields.cols, 8)))
+            text = browser.read("document.querySelector('#facts').innerText")
+            width, row, col = re.search(
+                r"about ([\d.]+) . [\d.]+ pixels \(nearest .*: row (\d+), column (\d+)\)", text
+            ).groups()
+            assert (int(row), int(col)) == (fields.rows[a], fields.cols[b])
+            assert float(width) == pytest.approx(float(fields.widths[0, a, b]), rel=0.06)
+            # The picture is the map, by the square root of each share: a pixel left of the listener, and above it.
+            for y, x in ((0, -1), (-1, 0), (1, 1)):
+                r = fields.maps.shape[-1] // 2
+                share = float(fields.relative[0, a, b, r + y, r + x]) ** 0.5
+                i, j = (fields.rows[a] + y) % 12, (fields.cols[b] + x) % 10
+                blue = browser.read(
+                    f"(() => {{ const c = document.getElementById('image'), z = c.width / 10;"
+                    f" return c.getContext('2d').getImageData({j} * z + z / 2, {i} * z + z / 2, 1, 1).data[2]; }})()"
+                )
+                assert blue == pytest.approx(share * 31 + (1 - share) * 255, abs=2)
+        assert not [e for e in browser.events if e["method"] == "Runtime.exceptionThrown"]
+
+
+def test_the_mosaic_draws_maps_where_they_belong(bank):
+    (walk,) = explain_samples(ps.EquivariantLocalScore(bank, 3), [0], levels=[2], steps=4, top=2, fields=True)
+    (row,), (fields,) = mosaic_rows(walk, bank), walk.fields
+    painted = np.asarray(row.heard).astype(int)
+    rows, cols = fields.apart
+    assert list(row.outputs) == [(fields.rows[a], fields.cols[b]) for a in rows for b in cols]
+    for a in rows:
+        for b in cols:
+            i, j = fields.rows[a], fields.cols[b]
+            share = fields.relative[0, a, b].sqrt().numpy()
+            assert np.abs(painted[i - 1 : i + 2, j - 1 : j + 2, 2] - (share * 31 + (1 - share) * 255)).max() <= 1
+    shown = 9 * len(rows) * len(cols)
+    assert (painted == 226).all(-1).sum() == 12 * 10 - shown
 
 
 def test_sixteen_images_of_32_x_32_stay_under_five_megabytes():
@@ -329,3 +377,16 @@ def test_sources_are_counted_by_the_pixels_they_own(bank):
     distinct, effective = count_sources(found)
     assert int(distinct) == len(owners.unique())
     assert 1 <= float(effective) <= int(distinct)
+
+
+def test_the_mosaic_and_a_chart_show_what_pixels_listen_to(sampled):
+    out = sampled / "out"
+    assert run("explain", out, "--image", 2, "--levels", 3).exit_code == 0
+    plain = Image.open(out / "mosaic.png").size
+    assert not (out / "sensitivity.png").exists()
+    result = run("explain", out, "--image", 2, "--levels", 3, "--sensitivity")
+    assert result.exit_code == 0, result.output
+    assert Image.open(out / "mosaic.png").width - plain[0] == 10 * 17 + 14  # a column more
+    chart = np.asarray(Image.open(out / "sensitivity.png").convert("RGB"))
+    assert (chart == (180, 69, 31)).all(-1).sum() > 100  # the line
+    assert "listens to" in (out / "explain.html").read_text()

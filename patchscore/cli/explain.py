@@ -37,6 +37,7 @@ from .options import (
 Examples:
   patchscore explain out/ --image 3
   patchscore explain out/ --image all --levels 8
+  patchscore explain out/ --image 3 --sensitivity
   patchscore explain out/ --source moved/cifar.npz --index moved/cifar.index
 """
 )
@@ -44,28 +45,49 @@ Examples:
 @click.option("--image", "images", default="0", show_default=True, metavar="N|N,M,...|all", help="Which samples.")
 @click.option("--levels", type=int, help="How many steps to explain; all, or 8 for over four images.")
 @click.option("--top", type=int, default=12, show_default=True, help="How many windows a pixel to look for.")
+@click.option(
+    "--sensitivity",
+    is_flag=True,
+    help="Show which input pixels output pixels listen to as well, and draw sensitivity.png; takes two to four times "
+    "as long.",
+)
 @click.option("--source", help="Where the run's training images are now; by default where they were.")
 @click.option("--index", type=click.Path(path_type=Path), help="Where the run's index is now, if it had one; likewise.")
 @device_option()
 @one_line_errors
 def explain(
-    out: Path, images: str, levels: int | None, top: int, source: str | None, index: Path | None, device: str
+    out: Path,
+    images: str,
+    levels: int | None,
+    top: int,
+    sensitivity: bool,
+    source: str | None,
+    index: Path | None,
+    device: str,
 ) -> None:
     """Show which training patches made the samples of a run in OUT.
 
     Writes into that folder mosaic.png (mosaic-000000.png and so on for several images), explain.html, one page that
     needs nothing else, and memorisation.png; how near each sample is to a training image, and how many it is made of,
-    goes into run.json. A run made with an index is made again with it; what explains it are all windows, not only those
-    that the run looked at.
+    goes into run.json. --sensitivity adds to both the input pixels that output pixels listen to, rows of the Jacobian
+    of the denoiser, and sensitivity.png: how wide they reach beside the patch size, over noise levels. A run made with
+    an index is made again with it; what explains it are all windows, not only those that the run looked at.
     """
     if not (out / "run.json").is_file():
         raise ValueError(f"{out / 'run.json'}: no such file; takes the folder of a run of patchscore sample")
     with locked(out, f"{out}: another process is writing this folder; wait for it"):
-        _explain(out, images, levels, top, source, index, device)
+        _explain(out, images, levels, top, sensitivity, source, index, device)
 
 
 def _explain(
-    out: Path, images: str, levels: int | None, top: int, source: str | None, index: Path | None, device: str
+    out: Path,
+    images: str,
+    levels: int | None,
+    top: int,
+    sensitivity: bool,
+    source: str | None,
+    index: Path | None,
+    device: str,
 ) -> None:
     machine, settings, record, made = reopen(out, source, index)
     if settings["size"] is not None:
@@ -82,7 +104,7 @@ def _explain(
         # Which sizes the index lacks was told when the run was made.
         warnings.filterwarnings("ignore", message=".*the index has patch sizes")
     start = time.perf_counter()
-    walks = explain_samples(machine, wanted, chosen, top, device=device_named(device), **settings)
+    walks = explain_samples(machine, wanted, chosen, top, fields=sensitivity, device=device_named(device), **settings)
     warn_of_others(out, record, walks)
     shares = _of_all_windows(machine, record, walks)
     if shares:
@@ -120,6 +142,9 @@ def _explain(
             report["training_images_to_nearest_other"],
         ),
     )
+    if sensitivity:
+        found = [walk.fields for walk in walks]
+        write_chart(out / "sensitivity.png", lambda: charts.receptive_fields(found, max(machine.shape[1:])))
     each = (time.perf_counter() - start) / len(walks)
     say(f"{each:.1f} s an image: see {out / 'explain.html'} ({bytes_in_words(len(page))}) and {out / name}")
 

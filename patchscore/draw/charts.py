@@ -14,6 +14,7 @@ import numpy as np
 from ..calibrate import Calibration
 from ..evaluate import Comparison
 from ..heldout import HeldOutErrors
+from ..receptive import ReceptiveFields
 from ..scales import ScaleTable
 
 if TYPE_CHECKING:
@@ -107,6 +108,30 @@ def memorisation(rms: Sequence[float], sources: Sequence[float], usual: Sequence
     panel.annotate("copies", (0.02, 0.03), xycoords="axes fraction", color=SOFT)
     panel.annotate("mosaics of many", (0.98, 0.94), xycoords="axes fraction", color=SOFT, ha="right")
     panel.legend(frameon=False, fontsize=8, loc="center right")
+    return figure
+
+
+def receptive_fields(found: Sequence[Sequence[ReceptiveFields]], image_size: int) -> Figure:
+    """How many pixels across output pixels listen to, beside the patch size, over noise levels.
+
+    Args:
+        found: of each walk the fields at its steps, the same noise levels for all.
+        image_size: what is drawn as patch size where whole images compete.
+    """
+    figure, (panel,) = _panels(1, 5.4, 4)
+    levels = [step.sigma for step in found[0]]
+    widths = [
+        np.concatenate([fields.widths.flatten().cpu().numpy() for fields in step]) for step in zip(*found, strict=True)
+    ]
+    low, lower, median, upper, high = np.array([np.quantile(step, [0, 0.25, 0.5, 0.75, 1]) for step in widths]).T
+    panel.fill_between(levels, low, high, color=ACCENT, alpha=0.12, lw=0, label="all pixels")
+    panel.fill_between(levels, lower, upper, color=ACCENT, alpha=0.25, lw=0, label="middle half")
+    panel.plot(levels, median, "o-", color=ACCENT, ms=3.5, lw=1.5, label="median width of what a pixel listens to")
+    sizes = [step.patch_size or image_size for step in found[0]]
+    local = found[0][0].patch_size is not None
+    panel.plot(levels, sizes, "s--", color=INK, ms=3, lw=1, label="patch size" if local else "image size")
+    panel.set(xscale="log", xlabel="noise sigma / alpha", ylabel="pixels across", ylim=(0, None))
+    panel.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 

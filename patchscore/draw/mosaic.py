@@ -14,7 +14,15 @@ from torch import Tensor
 from ..bank import PatchBank
 from ..explain import Explanation, Walk
 from ..nearest import images_of
+from ..receptive import ReceptiveFields
 from .images import INK, PAPER, to_pil
+
+HEARD = (180, 69, 31)
+"""An input pixel that an output pixel listens to most, by the square root of how much; white where it does not."""
+UNHEARD = (226, 226, 226)
+"""Outside the windows that are shown."""
+OUTPUT = (31, 98, 180)
+"""The frame of that output pixel."""
 
 
 def mosaic_rows(walk: Walk, bank: PatchBank, levels: int = 4, contributors: int = 10) -> list[MosaicRow]:
@@ -24,10 +32,13 @@ def mosaic_rows(walk: Walk, bank: PatchBank, levels: int = 4, contributors: int 
     """
     last, count = len(walk.steps) - 1, min(levels, len(walk.steps))
     shown = range(last + 1) if count > last else [round((i + 1) * last / count) for i in range(count)]
-    return [_mosaic_row(walk.steps[i], bank, contributors) for i in shown]
+    fields = walk.fields or [None] * len(walk.steps)
+    return [_mosaic_row(walk.steps[i], bank, contributors, fields[i]) for i in shown]
 
 
-def _mosaic_row(step: Explanation, bank: PatchBank, contributors: int) -> MosaicRow:
+def _mosaic_row(
+    step: Explanation, bank: PatchBank, contributors: int, fields: ReceptiveFields | None = None
+) -> MosaicRow:
     owners, shares = (part[0].cpu() for part in step.owners())
     numbers, position = owners.unique(return_inverse=True)
     mass = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, position.flatten(), shares.flatten())
@@ -58,7 +69,26 @@ def _mosaic_row(step: Explanation, bank: PatchBank, contributors: int) -> Mosaic
     windows = f"{step.patch_size} x {step.patch_size} windows" if step.patch_size else "whole images"
     title = f"noise {step.sigma:.2g}, {windows}: {len(numbers)} training images own a pixel"
     spread = max(1.0, 2 * step.z.std().item())
-    return MosaicRow(title, (step.z / spread)[0], step.mean[0], sources, collage, listed)
+    heard, outputs = (None, []) if fields is None else _heard(fields, step.z.shape[-2:])
+    return MosaicRow(title, (step.z / spread)[0], step.mean[0], sources, collage, listed, heard, outputs)
+
+
+def _heard(fields: ReceptiveFields, size: torch.Size) -> tuple[Image.Image, list[tuple[int, int]]]:
+    """The maps of output pixels whose windows do not meet, side by side, and where those pixels are."""
+    height, width = size
+    shares, r = fields.relative[0].cpu(), fields.maps.shape[-1] // 2
+    painted = np.full((height, width, 3), UNHEARD, np.uint8)
+    rows, cols = fields.apart
+    for a in rows:
+        for b in cols:
+            weight = shares[a, b].sqrt().numpy()[..., None]
+            colours = ((1 - weight) * np.array(PAPER) + weight * np.array(HEARD)).round().astype(np.uint8)
+            for y, line in enumerate(colours, fields.rows[a] - r):
+                for x, colour in enumerate(line, fields.cols[b] - r):
+                    if fields.circular or (0 <= y < height and 0 <= x < width):
+                        painted[y % height, x % width] = colour
+    outputs = [(fields.rows[a], fields.cols[b]) for a in rows for b in cols]
+    return Image.fromarray(painted), outputs
 
 
 def source_colour(rank: int) -> tuple[int, int, int]:
@@ -74,6 +104,8 @@ class MosaicRow:
     noisy, denoised, collage: [C, H, W] in [-1, 1].
     sources: the map of sources, H x W.
     contributors: training images, H x W, each with its colour in the map.
+    heard: the maps of what output pixels listen to, H x W, if they were found.
+    outputs: row and column of those output pixels.
     """
 
     title: str
@@ -82,6 +114,8 @@ class MosaicRow:
     sources: Image.Image
     collage: Tensor
     contributors: Sequence[tuple[Image.Image, tuple[int, int, int]]]
+    heard: Image.Image | None = None
+    outputs: Sequence[tuple[int, int]] = ()
 
 
 def mosaic(rows: Sequence[MosaicRow], zoom: int | None = None) -> Image.Image:
@@ -89,7 +123,8 @@ def mosaic(rows: Sequence[MosaicRow], zoom: int | None = None) -> Image.Image:
 
     In each row: the noisy image; what was denoised from it; the map of sources, every pixel in the colour of the
     training image whose windows weigh most there, paler where they weigh less; the collage of every pixel's heaviest
-    window; then the training images that own most pixels, framed in their colour, which marks the places used.
+    window; if it was found, what the framed pixels listen to, darker where more; then the training images that own
+    most pixels, framed in their colour, which marks the places used.
     """
     height, width = rows[0].noisy.shape[-2:]
     zoom = zoom or max(1, round(168 / width))
@@ -99,11 +134,14 @@ def mosaic(rows: Sequence[MosaicRow], zoom: int | None = None) -> Image.Image:
     across = max(-(-len(row.contributors) // 2) for row in rows)
     cell = (thumb[0] + 2 * frame + 6, thumb[1] + 2 * frame + 6)
     row_height = header + max(big[1], 2 * cell[1]) + gap
-    page = Image.new("RGB", (gap + 4 * (big[0] + gap) + across * cell[0], top + row_height * len(rows)), PAPER)
+    titles = ["noisy", "denoised", "by source", "heaviest windows"]
+    if any(row.heard for row in rows):
+        titles.append("what pixels listen to")
+    columns = [gap + i * (big[0] + gap) for i in range(len(titles) + 1)]
+    page = Image.new("RGB", (columns[-1] + across * cell[0], top + row_height * len(rows)), PAPER)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
 
-    columns = [gap + i * (big[0] + gap) for i in range(5)]
-    titles = ("noisy", "denoised", "by source", "heaviest windows", "the training images that own most pixels")
+    titles.append("the training images that own most pixels")
     for left, title in zip(columns, titles, strict=True):
         draw.text((left, 6), title, fill=INK, font=font)
     for r, row in enumerate(rows):
@@ -112,8 +150,11 @@ def mosaic(rows: Sequence[MosaicRow], zoom: int | None = None) -> Image.Image:
         y += header
         for left, image in zip(columns, _of_row(row), strict=False):
             page.paste(image.convert("RGB").resize(big, Image.Resampling.NEAREST), (left, y))
+        for i, j in row.outputs:
+            corner = (columns[4] + j * zoom, y + i * zoom)
+            draw.rectangle((*corner, corner[0] + zoom - 1, corner[1] + zoom - 1), outline=OUTPUT)
         for i, (image, colour) in enumerate(row.contributors):
-            left, above = columns[4] + i % across * cell[0], y + i // across * cell[1]
+            left, above = columns[-1] + i % across * cell[0], y + i // across * cell[1]
             framed = Image.new("RGB", (thumb[0] + 2 * frame, thumb[1] + 2 * frame), colour)
             framed.paste(image.resize(thumb, Image.Resampling.NEAREST), (frame, frame))
             page.paste(framed, (left, above))
@@ -121,4 +162,5 @@ def mosaic(rows: Sequence[MosaicRow], zoom: int | None = None) -> Image.Image:
 
 
 def _of_row(row: MosaicRow) -> list[Image.Image]:
-    return [to_pil(row.noisy), to_pil(row.denoised), row.sources, to_pil(row.collage)]
+    images = [to_pil(row.noisy), to_pil(row.denoised), row.sources, to_pil(row.collage)]
+    return images if row.heard is None else [*images, row.heard]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..bank import PatchBank
 from ..explain import Walk
+from ..receptive import ReceptiveFields
 from . import images
 
 ABSENT = 0xFFFF
@@ -105,13 +106,18 @@ def _data(
                 "label": name(walk.label),
                 "steps": [
                     {"index": level, "of": walk.of, "sigma": float(f"{step.sigma:.4g}"), "k": step.patch_size}
-                    for level, step in zip(walk.levels, walk.steps, strict=True)
+                    | ({"rows": fields.rows, "cols": fields.cols, "reach": fields.maps.shape[-1]} if fields else {})
+                    for level, step, fields in zip(walk.levels, walk.steps, _fields(walk), strict=True)
                 ],
                 "planes": base64.b64encode(content).decode(),
             }
             for walk, content in zip(walks, planes, strict=True)
         ],
     }
+
+
+def _fields(walk: Walk) -> Sequence[ReceptiveFields | None]:
+    return walk.fields or [None] * len(walk.steps)
 
 
 def _sources(walks: Sequence[Walk], least: float, listed: int) -> list[int]:
@@ -138,10 +144,13 @@ def _planes(walk: Walk, position: np.ndarray, least: float, listed: int) -> byte
     """What the page reads, a plane of bytes [H, W] after another, for each step:
 
     noisy and denoised image, each channel; log2 of the effective number x 2,048 (low byte, high byte); then for each
-    listed window its source (low, high; 65,535 is none), row, column and weight x 65,535 (low, high).
+    listed window its source (low, high; 65,535 is none), row, column and weight x 65,535 (low, high). After these, if
+    it is known what output pixels listen to, the map of each, row by row: 255 times the square root of a share of its
+    largest value.
     """
-    planes: list[np.ndarray] = []
-    for step in walk.steps:
+    content = []
+    for step, fields in zip(walk.steps, _fields(walk), strict=True):
+        planes: list[np.ndarray] = []
         spread = step.z.flatten(1).std().clamp(min=0.5)
         for image in (step.z / (2 * spread).clamp(min=1), step.mean):
             pixels = images.to_uint8(image)[0]
@@ -163,7 +172,10 @@ def _planes(walk: Walk, position: np.ndarray, least: float, listed: int) -> byte
             ]
             weight = (step.weight[0, t].cpu().numpy() * 65535).round()
             planes += _two_bytes(np.where(worth[t], weight, 0))
-    return zlib.compress(np.stack(planes).tobytes(), 9)
+        content.append(np.stack(planes).tobytes())
+        if fields is not None:
+            content.append((255 * fields.relative[0].sqrt()).round().to(torch.uint8).cpu().numpy().tobytes())
+    return zlib.compress(b"".join(content), 9)
 
 
 def _two_bytes(values: np.ndarray) -> list[np.ndarray]:
