@@ -1,5 +1,6 @@
 """patchscore: the score of a diffusion model that has no network, from nothing but training patches."""
 
+from . import processes
 from . import theories as theories
 from .adapters.network import NetworkDenoiser
 from .aggregate import PatchAverage
@@ -28,6 +29,7 @@ from .synthesis import Synthesis, SynthesisLevel, synthesize
 from .version import __version__
 
 notebook.attach()
+processes.after_forks()
 
 __all__ = [
     "Calibration",

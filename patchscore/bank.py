@@ -1,7 +1,7 @@
 """PatchBank: the training images that a score machine sums over.
 
-Images stay as they came, uint8 or float32, in one block of memory. A selection (the images of some classes) is a list
-of indices into the same block, so class-conditional scores copy nothing.
+Images stay as they came, uint8 or float32, in one block of memory or in a mapped file. A selection (the images of some
+classes) is a list of indices into the same block, so class-conditional scores copy nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from . import checks, sources
 from .checks import RANGE_TOLERANCE
@@ -26,7 +27,8 @@ class PatchBank:
     """N training images with optional class labels. Shares the memory of `images`; do not change them afterwards.
 
     Args:
-        images: array or tensor [N, C, H, W]; uint8 (read as v = u / 127.5 - 1) or floating point in [-1, 1].
+        images: array or tensor [N, C, H, W]; uint8 (read as v = u / 127.5 - 1) or floating point in [-1, 1]. A
+            read-only numpy.memmap of uint8 or float32 stays in its file.
         labels: N integers, or None.
         class_names: the name of label 0, 1, ...; lets `select` take names.
         value_range: None for images in [-1, 1]. "data" takes floating point of any finite values, such as latents of
@@ -50,8 +52,10 @@ class PatchBank:
         value_range: str | tuple[float, float] | None = None,
     ):
         self.value_range = _check_range(value_range)
+        self._file: sources.Mapped | None = None
         if self.value_range is None:
-            self.images, self.scale = _as_images(images), 1.0
+            self._file = images if isinstance(images, sources.Mapped) else sources.Mapped.of(images)
+            self.images, self.scale = _as_images(images) if self._file is None else _mapped_images(self._file), 1.0
         else:
             self.images, self.scale = _scaled(images, self.value_range)
         self.labels = None if labels is None else _as_labels(labels, len(self.images))
@@ -65,6 +69,19 @@ class PatchBank:
         self._fingerprint: str | None = None
         self._selections: dict[tuple[int, ...], PatchBank] = {}
         self._unit: PatchBank | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A mapped bank as its path; what is derived is derived again."""
+        derived = ("_classes", "_selections", "_unit", *(["images", "_fingerprint"] if self._file else []))
+        return {name: value for name, value in self.__dict__.items() if name not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        fingerprint = state.get("_fingerprint")
+        self.__dict__.update(state)
+        self._forget_derived()
+        self._fingerprint = fingerprint
+        if self._file is not None:
+            self.images = self._file.images
 
     def _check_class_names(self) -> None:
         if self.class_names is None or self.labels is None:
@@ -92,6 +109,7 @@ class PatchBank:
         label_key: str | None = None,
         memory_limit: int | None = None,
         value_range: str | tuple[float, float] | None = None,
+        mapped: bool | None = None,
     ) -> PatchBank:
         """Reads images from wherever they are; docs/data.md says how labels and axes are found.
 
@@ -116,18 +134,33 @@ class PatchBank:
             memory_limit: most bytes that the images may take once read; None: the memory of this machine.
             value_range: as of `PatchBank`, for an array or a .npy, .pt or .safetensors file [N, C, H, W]: values
                 and axes stay what they are, and of the other arguments only `image_key` is taken.
+            mapped: True leaves the images in their .npy file (uint8 or float32 [N, C, H, W], not converted), which is
+                mapped: pages are read on demand, shared with other processes, and never copied. None does so by itself
+                where they would take more than a quarter of the memory; False reads them.
 
         Raises:
             ValueError: nothing to read, an unreadable file (named by its path), mixed image sizes without `size`, parts
-                without `split`, or more than `memory_limit`.
+                without `split`, more than `memory_limit`, or with `mapped` a source that cannot be mapped.
             TypeError: a source of a kind that is not taken.
             ImportError: parquet, Arrow or HEIC without the package that reads it; names the extra to install.
         """
+        if not (mapped is None or isinstance(mapped, bool)):
+            raise TypeError(f"mapped: got {mapped!r}, takes True, False or None")
         if value_range is not None:
+            if mapped:
+                raise ValueError("mapped: images of a value_range are held in memory, divided by their scale")
             given = {"size": size, "channels": channels, "limit": limit, "split": split, "label_key": label_key}
             if named := [name for name, value in given.items() if value is not None]:
                 raise ValueError(f"{named[0]}: got {given[named[0]]!r}, with a value_range images stay as they are")
             return cls(sources.read_values(source, image_key), value_range=value_range)
+        if mapped is not False:
+            found = sources.read_mapped(
+                source, size, channels, labels, limit, split, image_key, label_key, memory_limit, mapped
+            )
+            if found is not None:
+                file, image_labels, class_names, members = found
+                bank = cls(file, image_labels, class_names)
+                return bank if members is None else bank.take(torch.from_numpy(members))
         images, image_labels, class_names = sources.read(
             source, size, channels, labels, limit, skip_bad, split, image_key, label_key, memory_limit
         )
@@ -173,17 +206,39 @@ class PatchBank:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over dtype, shape, pixels and labels, as hex: the same for the same content, wherever it is from."""
+        """sha256 over dtype, shape, pixels and labels, as hex: the same for the same content, wherever it is from.
+
+        That of a mapped file is remembered beside it (docs/data.md).
+        """
         if self._fingerprint is None:
-            scale = "" if self.scale == 1 else f" {self.scale!r}"
-            digest = hashlib.sha256(f"{self.images.dtype} {len(self)} {self.shape}{scale}".encode())
-            step = max(1, (1 << 24) // self.images[0].nbytes)
+            if self._file is None or self.indices is not None:
+                self._fingerprint = self._hashed()
+            else:
+                labels = "none" if self.labels is None else hashlib.sha256(self.labels.numpy().tobytes()).hexdigest()
+                self._fingerprint = str(self._file.remembered(f"fingerprint, labels {labels}", self._hashed))
+        return self._fingerprint
+
+    def _hashed(self) -> str:
+        scale = "" if self.scale == 1 else f" {self.scale!r}"
+        digest = hashlib.sha256(f"{self.images.dtype} {len(self)} {self.shape}{scale}".encode())
+        step = max(1, (1 << 24) // self.images[0].nbytes)
+        with _pass_over(self, "fingerprint") as bar:
             for start in range(0, len(self), step):
                 digest.update(self.stored(start, start + step).cpu().numpy().tobytes())
-            if self.labels is not None:
-                digest.update(self.labels.numpy().tobytes())
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+                bar.update(min(step, len(self) - start))
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the images are in a mapped file and not in memory."""
+        return self._file is not None
+
+    def check_unchanged(self) -> None:
+        """ValueError where the images are in a mapped file that has changed since it was opened."""
+        if self._file is not None:
+            self._file.check()
 
     def select(self, labels: int | str | Iterable[int | str]) -> PatchBank:
         """The images of one class or of several, by label number or class name, sharing this bank's memory.
@@ -272,6 +327,7 @@ class PatchBank:
 
     def stored(self, start: int, stop: int) -> Tensor:
         """Images start..stop as they are stored, uint8 or float: [n, C, H, W]."""
+        self.check_unchanged()
         return self.images[start:stop] if self.indices is None else self.images[self.indices[start:stop]]
 
     def __repr__(self) -> str:
@@ -279,7 +335,13 @@ class PatchBank:
         kind = str(self.images.dtype).removeprefix("torch.")
         classes = f", {len(self.classes)} classes" if self.labels is not None else ""
         scale = f", values up to {self.scale:.4g}" if self.value_range is not None else ""
-        return f"PatchBank({len(self)} images, {channels} x {height} x {width}, {kind}{classes}{scale})"
+        mapped = ", mapped" if self.mapped else ""
+        return f"PatchBank({len(self)} images, {channels} x {height} x {width}, {kind}{classes}{scale}{mapped})"
+
+
+def _pass_over(bank: PatchBank, what: str) -> tqdm:
+    """A progress bar that shows itself where a pass takes longer than two seconds."""
+    return tqdm(total=len(bank), desc=what, unit="image", unit_scale=True, delay=2, disable=None, leave=False)
 
 
 def _check_range(value_range: Any) -> str | tuple[float, float] | None:
@@ -340,18 +402,33 @@ def _as_images(images: Any) -> Tensor:
     if images.dtype == torch.uint8:
         return images.contiguous()
     images = images.to(torch.float32).contiguous()
-    low, high = torch.aminmax(images)
     # NaN propagates through aminmax, so one pass finds it too.
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise ValueError("images: NaN or infinite pixels")
+    low, high = torch.aminmax(images)
+    _check_span(low.item(), high.item())
+    return images
+
+
+def _mapped_images(file: sources.Mapped) -> Tensor:
+    """The images of a mapped file; those in floating point within their range."""
+    images = file.images
+    if surely_channels_last(tuple(images.shape)):
+        raise ValueError(f"{file.path}: shape {list(images.shape)} has its channels last, takes [N, C, H, W]")
+    if images.dtype != torch.uint8:
+        _check_span(*file.extremes(), source=f"{file.path}: ")
+    return images
+
+
+def _check_span(low: float, high: float, source: str = "images: ") -> None:
+    """Refuses floating point pixels outside [-1, 1], and warns of those that are probably meant for [0, 1]."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{source}NaN or infinite pixels")
     if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
         raise ValueError(
-            f"images: values from {low:.4g} to {high:.4g}, floating point images take [-1, 1], and latents value_range"
+            f"{source}values from {low:.4g} to {high:.4g}, floating point images take [-1, 1], and latents value_range"
         )
     if low >= 0 and low < high:
-        message = f"images: values from {low:.4g} to {high:.4g} are read as [-1, 1]; if they mean [0, 1], give 2 x - 1"
-        warnings.warn(message, stacklevel=4)
-    return images
+        message = f"{source}values from {low:.4g} to {high:.4g} are read as [-1, 1]; if they mean [0, 1], give 2 x - 1"
+        warnings.warn(message, stacklevel=5)
 
 
 def _as_labels(labels: Any, count: int) -> Tensor:

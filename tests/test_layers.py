@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "patchscore"
 
 LAYERS = (
-    {"checks", "files", "native", "version", "windows", "posterior", "pixels"},
+    {"checks", "files", "native", "version", "windows", "posterior", "pixels", "processes"},
     {"noise", "sources"},
     {"bank"},
     {"index"},

@@ -411,7 +411,8 @@ public:
     }
 };
 
-// Hands out units in order and lets each merge only after those before it that share its noisy images.
+// Hands out units in order and lets each merge only after those before it that share its noisy images. All noisy images
+// meet a chunk of training images before the next chunk, so that a bank in a mapped file is read once.
 class Queue {
     const Pass& pass;
     Interrupt& interrupt;
@@ -443,7 +444,8 @@ public:
 
 private:
     bool serve(Worker& worker, int64_t unit, bool calling_thread) {
-        const int group = int(unit / pass.chunks), chunk = int(unit % pass.chunks);
+        const int64_t groups = int64_t(turn.size());
+        const int group = int(unit % groups), chunk = int(unit / groups);
         const int first = group * pass.items, items = std::min(pass.items, pass.problem.batch - first);
         const int64_t start = chunk * pass.chunk;
         worker.compute(first, items, start, std::min(start + pass.chunk, pass.job.count));

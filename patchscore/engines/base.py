@@ -179,8 +179,10 @@ def serve(
     """The sums of every pixel, and the names of the engines that took them.
 
     Raises:
+        ValueError: the bank's mapped file changed, before the call or meanwhile.
         RuntimeError: with PATCHSCORE_STRICT=1, an engine that would have served cannot.
     """
+    bank.check_unchanged()
     if bank.scale != 1:  # engines sum in [-1, 1]; in units of the scale the posterior is the same
         z, sigma = z / bank.scale, sigma / bank.scale
         total, served = serve(engines, named, z, sigma, bank.unit, competition, memory_limit, ess, moments)
@@ -210,6 +212,7 @@ def serve(
             if pending is None:
                 break
         assert pending is None, "engine reference always serves"
+    bank.check_unchanged()
     return _joined(parts, z, bank), names
 
 
@@ -228,17 +231,22 @@ def serve_second_pass(
     """What `call` has of the first engine that takes gradients of the whole competition, and its name.
 
     Raises:
+        ValueError: the bank's mapped file changed, before the call or meanwhile.
         RuntimeError: with PATCHSCORE_STRICT=1, an engine that would have served cannot.
     """
+    bank.check_unchanged()
     for engine, reason, worth_a_warning in candidates(engines, named, z.device, z.dtype, "gradients"):
         if reason is not None:
             if worth_a_warning:
                 _warn(engine, reason)
         elif engine.lacks(z, sigma, bank, competition) is None:
             try:
-                return call(engine), engine.name
+                found = call(engine)
             except EngineError as error:
                 _warn(engine, str(error))
+                continue
+            bank.check_unchanged()
+            return found, engine.name
     raise AssertionError("engine reference always serves")
 
 
@@ -308,7 +316,10 @@ def serve_each(
     parts = [part for one in competitions for part in _by_preference(asked, named, z, sigma, bank, one)]
     first, *others = {next(engine for engine, reason, _ in ordered if reason is None) for _, ordered in parts}
     if not others and all(first.lacks(z, sigma, bank, competition) is None for competition in competitions):
-        return first.posterior_sums(z, sigma, bank, competitions, memory_limit)
+        bank.check_unchanged()
+        sums = first.posterior_sums(z, sigma, bank, competitions, memory_limit)
+        bank.check_unchanged()
+        return sums
     return [serve(engines, named, z, sigma, bank, one, memory_limit)[0] for one in competitions]
 
 

@@ -39,6 +39,10 @@ class PatchIndex:
         self.meta = meta
         self._sizes: dict[int, IndexedSize] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles hold the path, and the bank, which may be a path itself."""
+        return PatchIndex.open, (os.path.abspath(self.path), self.bank)
+
     @property
     def patch_sizes(self) -> list[int]:
         """The patch sizes it holds, ascending."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .image import MOST_PIXELS
+from .mapped import Mapped
 from .opening import BUILT_IN
-from .reading import Images, read, read_sizes
+from .reading import Images, memory_of_machine, read, read_mapped, read_sizes
 from .source import IMAGE_KEYS, LABEL_KEYS, Source, UnreadableImage
 from .tensors import read_values
 
@@ -14,9 +15,12 @@ __all__ = [
     "LABEL_KEYS",
     "MOST_PIXELS",
     "Images",
+    "Mapped",
     "Source",
     "UnreadableImage",
+    "memory_of_machine",
     "read",
+    "read_mapped",
     "read_sizes",
     "read_values",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..pixels import MOST_CHANNELS, is_one_image, known_channel_axis
+from .mapped import labels_beside
 from .rows import Rows
 from .source import Source, Wanted, named
 from .tree import integers
@@ -94,9 +95,13 @@ def unflattened(images: np.ndarray | Rows, name: str) -> np.ndarray | Rows:
 
 
 def npy_file(path: Path, wanted: Wanted) -> Source:
-    """A .npy file, mapped: it is read image by image, and its header cannot ask for more than the file holds."""
+    """A .npy file, mapped: it is read image by image, and its header cannot ask for more than the file holds.
+
+    Labels and class names lie beside it, in files of their own.
+    """
     with named(path):
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(loaded, np.ndarray):
             raise ValueError("not a .npy file")
-        return array_source(str(path), loaded)
+        labels, names = labels_beside(path) if wanted.labels else (None, None)
+        return labelled_array(str(path), loaded, labels, names)

@@ -20,9 +20,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import checks
+from ..pixels import is_one_image, known_channel_axis
+from .arrays import npy_file
 from .image import MOST_PIXELS, Prepared, Span, prepared
+from .mapped import Mapped
 from .opening import opened
-from .source import Source, UnreadableImage, Wanted, printable
+from .source import Source, UnreadableImage, Wanted, one_line, printable
 
 Read = TypeVar("Read", bound=Callable[..., Any])
 Images = tuple[np.ndarray, "np.ndarray | None", "tuple[str, ...] | None"]
@@ -85,11 +88,9 @@ def read(
         TypeError: a source or an argument of a type that is not taken.
         ImportError: a source that an optional package reads, which is not installed; names the extra to install.
     """
-    target = _checked_size(size)
-    if channels is not None and (isinstance(channels, bool) or channels not in (1, 3)):
-        raise ValueError(f"channels: got {channels!r}, takes 1, 3 or None")
-    limit = None if limit is None else checks.integer("limit", limit, at_least=1)
-    most = _memory_of_machine() if memory_limit is None else checks.integer("memory_limit", memory_limit, at_least=1)
+    target, limit = _checked_size(size), _checked_limit(limit)
+    _check_channels(channels)
+    most = _checked_memory(memory_limit)
     for name, value in (("split", split), ("image_key", image_key), ("label_key", label_key)):
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name}: got {value!r}, takes a text")
@@ -202,11 +203,36 @@ def _checked_size(size: Any) -> tuple[int, int] | None:
     return height, width
 
 
-def _memory_of_machine() -> int:
+def _check_channels(channels: Any) -> None:
+    if channels is not None and (isinstance(channels, bool) or channels not in (1, 3)):
+        raise ValueError(f"channels: got {channels!r}, takes 1, 3 or None")
+
+
+def _checked_limit(limit: Any) -> int | None:
+    return None if limit is None else checks.integer("limit", limit, at_least=1)
+
+
+def _checked_memory(memory_limit: Any) -> int:
+    return memory_of_machine() if memory_limit is None else checks.integer("memory_limit", memory_limit, at_least=1)
+
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux says how much memory a container has, versions 2 and 1."""
+
+
+def memory_of_machine() -> int:
+    """Bytes of memory of this machine, or of the container that this process is in."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return 1 << 40
+        most = 1 << 40
+    for path in _CGROUP_LIMITS:
+        try:
+            with open(path, encoding="ascii") as file:
+                most = min(most, int(file.read()))
+        except (OSError, ValueError):  # not Linux, or "max"
+            pass
+    return most
 
 
 # Which items are taken, and how they are loaded.
@@ -237,6 +263,80 @@ def _map(load: Callable[[int], Any], items: Sequence[int], source: Source) -> Ge
         bar.close()
         if pool is not None:
             pool.shutdown(cancel_futures=True)
+
+
+# Images that stay in their file.
+
+
+MAPPED_SHARE = 0.25
+"""Of the memory (or of `memory_limit`): a .npy file with more images is mapped, where it can be, and not read."""
+
+
+@_printable_errors
+def read_mapped(
+    source: Any,
+    size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    labels: bool = True,
+    limit: int | None = None,
+    split: str | None = None,
+    image_key: str | None = None,
+    label_key: str | None = None,
+    memory_limit: int | None = None,
+    mapped: bool | None = None,
+) -> tuple[Mapped, np.ndarray | None, tuple[str, ...] | None, np.ndarray | None] | None:
+    """The images of a .npy file where they lie, their labels and class names, and which images to take (None: all).
+
+    None where they are to be read instead: with mapped=None what cannot be mapped, and what takes less than
+    MAPPED_SHARE of the memory.
+
+    Raises:
+        ValueError: with mapped=True, a source that cannot be mapped; says why.
+    """
+    target, limit = _checked_size(size), _checked_limit(limit)
+    _check_channels(channels)
+    found, reason = _mappable(source, target, channels)
+    if found is not None and not mapped and found.nbytes <= MAPPED_SHARE * _checked_memory(memory_limit):
+        return None
+    if found is not None and found.images.is_floating_point() and found.extremes()[0] >= 0:
+        found, reason = None, f"{source} has no value below 0, which could mean [0, 1] or [-1, 1]"
+    if found is None:
+        if mapped:
+            raise ValueError(
+                f"mapped: {reason}; `patchscore bank SOURCE --out bank.npy` writes a file that can be mapped"
+            )
+        return None
+    wanted = Wanted(labels, limit, split, image_key, label_key)
+    listed = npy_file(found.path, wanted)
+    wanted.check_used(listed.name)
+    members = None
+    if limit is not None and limit < listed.count:
+        members = _fair_share(np.arange(listed.count), listed.labels, limit)
+    return found, listed.labels, listed.class_names, members
+
+
+def _mappable(source: Any, size: tuple[int, int] | None, channels: int | None) -> tuple[Mapped | None, str]:
+    """The map of a source, or why there is none."""
+    if not isinstance(source, (str, os.PathLike)):
+        return None, f"got {type(source).__name__}, takes the path of a .npy file"
+    try:
+        with open(source, "rb") as file:
+            is_npy = file.read(6) == b"\x93NUMPY"
+        array = np.load(source, mmap_mode="r", allow_pickle=False) if is_npy else None
+    except Exception as error:  # numpy parses the header of a damaged file with whatever it stumbles over
+        return None, f"{source} cannot be mapped ({one_line(error)})"
+    if array is None:
+        return None, f"{source} is no .npy file"
+    if array.dtype not in (np.uint8, np.float32) or not array.dtype.isnative:
+        return None, f"{source} holds {array.dtype}, takes uint8 or float32"
+    if array.ndim == 3 and array.shape[0] != 3 and not is_one_image(array.shape):
+        array = array[:, None]
+    if array.ndim != 4 or 0 in array.shape or known_channel_axis(array.shape, str(source)) != -3:
+        return None, f"{source} has shape {list(array.shape)}, takes [N, C, H, W]"
+    if size not in (None, array.shape[2:]) or channels not in (None, array.shape[1]):
+        return None, f"{source} has images of {' x '.join(map(str, array.shape[1:]))}, which would be converted"
+    found = Mapped.of(array)
+    return found, f"{source} lies in Fortran order"
 
 
 # All images: one array.
@@ -328,9 +428,8 @@ def read_sizes(
 
     Channels and class numbers are the same for all.
     """
-    if channels is not None and (isinstance(channels, bool) or channels not in (1, 3)):
-        raise ValueError(f"channels: got {channels!r}, takes 1, 3 or None")
-    most, bad = _memory_of_machine(), 0
+    _check_channels(channels)
+    most, bad = memory_of_machine(), 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         found = opened(source, Wanted(labels, None, split, None, None, most))

@@ -132,12 +132,13 @@ def table(strata: Strata, sigma: float, dims: int) -> Tensor:
 def _strata(strata: Strata, competing: Tensor, part: IndexedSize, sigma: float) -> tuple:
     tables = part.__dict__.setdefault("_tables", {})
     key = (sigma, len(strata.size))
-    if key not in tables:
-        if len(tables) >= 2 and not any(held[0] == sigma for held in tables):
+    found = tables.get(key)  # other threads may clear the tables at any time
+    if found is None:
+        if len(tables) >= 2 and not any(held[0] == sigma for held in list(tables)):
             tables.clear()
-        tables[key] = table(strata, sigma, len(part.centre))
+        found = tables[key] = table(strata, sigma, len(part.centre))
     values = (strata.value.contiguous().numpy(), strata.value_square.contiguous().numpy())
-    return tables[key].numpy(), competing.float().numpy(), *values
+    return found.numpy(), competing.float().numpy(), *values
 
 
 def _competing(part: IndexedSize, allowed: Tensor | None) -> Tensor:

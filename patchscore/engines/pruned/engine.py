@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,9 @@ class Pruned(Engine):
         self.index, self.budget, self.tolerance, self.seed, self.policy = index, budget, tolerance, seed, policy
         self.exactly = SlidingCpu()
         self._allowed: dict[int, tuple[PatchBank, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_allowed": {}}  # its keys are addresses of this process
 
     def runs_on(self, device: torch.device) -> bool:
         return True

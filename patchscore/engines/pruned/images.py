@@ -44,8 +44,9 @@ def posterior_sum(
 
 
 def subset(bank: PatchBank, members: Tensor) -> PatchBank:
+    """Some images of a bank, not copied, in the order in which they lie there."""
     chosen = members if bank.indices is None else bank.indices[members]
-    return PatchBank(bank.images[chosen.sort().values])
+    return bank.take(members[chosen.argsort()])
 
 
 def pixel_moments(bank: PatchBank, members: Tensor) -> tuple[Tensor, Tensor]:
