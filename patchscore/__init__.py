@@ -9,6 +9,7 @@ from .calibrate import Calibration, calibrate
 from .classification import Classification, classify
 from .conditioned import Conditioned
 from .denoiser import Denoiser, Estimate
+from .distributed import RankError, Sharded, shard
 from .draw import notebook
 from .evaluate import Comparison, baselines, compare
 from .explain import Explanation, explain, explain_samples
@@ -53,9 +54,11 @@ __all__ = [
     "PatchIndex",
     "Pooled",
     "PosteriorSum",
+    "RankError",
     "ReceptiveFields",
     "ScaleTable",
     "Schedule",
+    "Sharded",
     "Step",
     "Switch",
     "Symmetric",
@@ -75,5 +78,6 @@ __all__ = [
     "receptive_fields",
     "sample",
     "sensitivity",
+    "shard",
     "synthesize",
 ]

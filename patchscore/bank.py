@@ -11,6 +11,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,15 @@ from tqdm import tqdm
 from . import checks, sources
 from .checks import RANGE_TOLERANCE
 from .pixels import surely_channels_last, to_values
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of which bank a bank is the part of one rank, and of how many ranks."""
+
+    whole: PatchBank
+    rank: int
+    of: int
 
 
 class PatchBank:
@@ -37,6 +47,7 @@ class PatchBank:
 
     Attributes:
         scale: `images` holds the values divided by it, so that they lie in [-1, 1]; 1 without a `value_range`.
+        part: where `shard` made it, of which bank and for which rank; else None.
 
     Raises:
         TypeError: images or labels of a type or dtype that is not taken.
@@ -69,6 +80,7 @@ class PatchBank:
         self._fingerprint: str | None = None
         self._selections: dict[tuple[int, ...], PatchBank] = {}
         self._unit: PatchBank | None = None
+        self.part: Part | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A mapped bank as its path; what is derived is derived again."""
@@ -329,6 +341,10 @@ class PatchBank:
         """Images start..stop as they are stored, uint8 or float: [n, C, H, W]."""
         self.check_unchanged()
         return self.images[start:stop] if self.indices is None else self.images[self.indices[start:stop]]
+
+    def stored_at(self, numbers: Tensor) -> Tensor:
+        """The images of these numbers, likewise."""
+        return self.images[numbers if self.indices is None else self.indices[numbers]]
 
     def __repr__(self) -> str:
         channels, height, width = self.shape

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from . import checks
 from .bank import PatchBank
 from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Labels, ScoreMachine, alike, check_labels
+from .distributed import Sharded
 from .files import read_record, unsealed, write_record
 from .machines import EquivariantLocalScore, LocalScore
 from .noise import Schedule, get_schedule
@@ -132,7 +133,7 @@ def calibrate(
 
     Args:
         network: a denoiser; `patchscore.adapters.network` makes one of any network.
-        bank: its training images.
+        bank: its training images; under torchrun, the part that `shard` gave this rank, and the sums are over all.
         patch_sizes: the candidate sizes, odd.
         n: number of trajectories.
         padding_mode: "zeros" or "circular", as in the network.
@@ -160,7 +161,10 @@ def calibrate(
     batch_size = checks.integer("batch_size", batch_size, at_least=1)
     checks.one_of("metric", metric, METRICS)
     checks.one_of("machine", machine, ("els", "local"))
-    machines = [_machine(machine, bank, k, padding_mode, engine, memory_limit) for k in sizes]
+    machines: list[ScoreMachine] = [_machine(machine, bank, k, padding_mode, engine, memory_limit) for k in sizes]
+    if bank.part is not None:
+        machines = [Sharded(one) for one in machines]
+        bank = bank.part.whole
     levels = get_schedule(schedule, steps)
     listed = labels_in_turn(labels, range(first, first + n))
     settings = {
@@ -221,7 +225,7 @@ def denoised_by_each(machines: Sequence[ScoreMachine], z: Tensor, sigma: float, 
     sigmas = torch.full((len(z),), sigma, dtype=torch.float64)
     competitions = [machine.competition(machine.patch_size_at(sigma)) for machine in machines]
     for label, items in alike(check_labels(labels, bank, len(z))):
-        totals = machines[0].exact_sums(z[items], sigmas[items], bank.of_class(label), competitions)
+        totals = machines[0].exact_sums_of(label, z[items], sigmas[items], competitions)
         for mean, total in zip(means, totals, strict=True):
             mean[items] = total.mean.to(z.dtype)
     return means

@@ -130,6 +130,7 @@ def product(
     k: int,
     padding_mode: str,
     memory_limit: int,
+    combine: engines.Combine | None = None,
 ) -> Tensor:
     """As `engines.serve_product`, for z of any height and width: J^T direction (transposed) or J direction.
 
@@ -145,8 +146,9 @@ def product(
             for x in (z, direction)
         )
         # Forwards a crop's pixels move those it serves; backwards only those it serves move others.
+        levels = sigma.repeat(len(some))
         products = engines.serve_product(
-            available, named, transposed, crops, sigma.repeat(len(some)), parts, bank, competition, memory_limit
+            available, named, transposed, crops, levels, parts, bank, competition, memory_limit, combine
         )
         for (row, col), found in zip(some, products.split(len(z)), strict=True):
             if transposed:

@@ -265,21 +265,47 @@ class ScoreMachine(Denoiser):
         z = check_noisy(z, self.shape, any_size=self.any_size, who=type(self).__name__)
         direction = check_direction(direction, z, "u" if transposed else "t")
         sigmas = check_sigma(sigma, len(z))
-        classes = check_labels(labels, self.bank, len(z))
+        classes = self.label_ids(labels, len(z))
         sizes = [self.patch_size_at(level) for level in sigmas.tolist()]
         product = torch.empty_like(z)
         for (label, k), items in alike(list(zip(classes, sizes, strict=True))):
-            bank = self.bank.of_class(label)
-            product[items] = self.product(transposed, z[items], sigmas[items], direction[items], bank, k)
+            product[items] = self.product_of(label, transposed, z[items], sigmas[items], direction[items], k)
         return product
 
-    def product(
-        self, transposed: bool, z: Tensor, sigmas: Tensor, direction: Tensor, bank: PatchBank, k: int | None
+    def product_of(
+        self, label: int | None, transposed: bool, z: Tensor, sigmas: Tensor, direction: Tensor, k: int | None
     ) -> Tensor:
-        """J^T direction (transposed) or J direction of items that share a class and a patch size."""
+        """`product` over the images of a class, or all for None."""
+        return self.product(transposed, z, sigmas, direction, self.bank.of_class(label), k)
+
+    def product(
+        self,
+        transposed: bool,
+        z: Tensor,
+        sigmas: Tensor,
+        direction: Tensor,
+        bank: PatchBank,
+        k: int | None,
+        combine: engines.Combine | None = None,
+    ) -> Tensor:
+        """J^T direction (transposed) or J direction of items that share a class and a patch size.
+
+        Where `bank` is a part, its addend of that: `combine` makes the whole's sums of the part's.
+        """
+        serving, competition = (self.engines, self.engine), self.competition(k)
         return engines.serve_product(
-            self.engines, self.engine, transposed, z, sigmas, direction, bank, self.competition(k), self.memory_limit
+            *serving, transposed, z, sigmas, direction, bank, competition, self.memory_limit, combine
         )
+
+    def held(self, label: int | None) -> PatchBank | None:
+        """The images of a class, or all for None, that this process sums over; None where it has none of them."""
+        return self.bank.of_class(label)
+
+    def exact_sums_of(
+        self, label: int | None, z: Tensor, sigmas: Tensor, competitions: Sequence[Competition]
+    ) -> list[PosteriorSum]:
+        """`exact_sums` over the images of a class, or all for None."""
+        return self.exact_sums(z, sigmas, self.bank.of_class(label), competitions)
 
     def exact_sums(
         self, z: Tensor, sigmas: Tensor, bank: PatchBank, competitions: Sequence[Competition]

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from . import canvas, checks
 from .bank import PatchBank
-from .denoiser import Labels, ScoreMachine, alike, check_labels, check_noisy, check_sigma
+from .denoiser import Labels, ScoreMachine, alike, check_noisy, check_sigma
+from .distributed import Sharded
 from .machines import EquivariantLocalScore
 from .nearest import SPARE, images_of, nearest_windows
 from .noise import get_schedule
@@ -202,17 +203,13 @@ def explain(
     found = torch.full((3, len(z), top, height, width), -1, device=z.device)
     weight = z.new_zeros((len(z), top, height, width), dtype=torch.float64)
     effective, mean = z.new_empty((len(z), height, width), dtype=torch.float64), torch.empty_like(z)
-    for label, items in alike(check_labels(labels, machine.bank, len(z))):
-        bank, some = machine.bank.of_class(label), z[items]
+    for label, items in alike(machine.label_ids(labels, len(z))):
+        some = z[items]
         n = len(some)
         own, own_weight = found.new_full((3, n, *found.shape[2:]), -1), weight.new_zeros((n, *weight.shape[1:]))
         own_effective, own_mean = effective.new_empty((n, height, width)), torch.empty_like(some)
-        for part in _parts(machine, some, bank, k, place):
-            near, weights, total = _heaviest(machine, part.z, level, bank, part.competition, top)
-            if bank.indices is not None:
-                # A selection counts its own images; the reader knows the bank's.
-                original = _within(machine.bank, bank).to(z.device)
-                near[0] = torch.where(near[0] < 0, near[0], original[near[0].clamp(min=0)])
+        for part in _parts(machine, some, k, place):
+            near, weights, total = _heaviest(machine, part.z, level, label, part.competition, top)
             ess, listed = total.ess[:, 0].double().expand(-1, *part.z.shape[2:]), slice(0, near.shape[2])
             for at, ((rows, cols), (to_rows, to_cols)) in enumerate(part.blocks):
                 batch = slice(at * n, (at + 1) * n)
@@ -243,19 +240,18 @@ class _Part:
     blocks: list[tuple[Block, Block]]
 
 
-def _parts(
-    machine: ScoreMachine, z: Tensor, bank: PatchBank, k: int | None, place: tuple[int, int] | None
-) -> Iterator[_Part]:
+def _parts(machine: ScoreMachine, z: Tensor, k: int | None, place: tuple[int, int] | None) -> Iterator[_Part]:
     """All pixels of z, or one alone, in parts that engines take."""
     if tuple(z.shape[1:]) == tuple(machine.shape):
         whole = (slice(0, z.shape[2]), slice(0, z.shape[3]))
         yield _Part(z, _narrowed(machine.competition(k), place), [(whole, whole)])
         return
     assert k is not None
-    assert isinstance(machine, EquivariantLocalScore)
-    length, mode = bank.shape[1:], machine.padding_mode
+    own = machine.machine if isinstance(machine, Sharded) else machine
+    assert isinstance(own, EquivariantLocalScore)
+    length, mode = machine.shape[1:], own.padding_mode
     canvas.check_canvas((z.shape[2], z.shape[3]), length, k, mode)
-    for competition, some in canvas.calls(z, bank, k, mode, machine.memory_limit):
+    for competition, some in canvas.calls(z, machine.bank, k, mode, machine.memory_limit):
         if place is not None:
             some = [(row, col) for row, col in some if place[0] in row.queries and place[1] in col.queries]
             if not some:
@@ -271,26 +267,42 @@ def _parts(
 
 
 def _heaviest(
-    machine: ScoreMachine, z: Tensor, level: float, bank: PatchBank, competition: Competition, top: int
+    machine: ScoreMachine, z: Tensor, level: float, label: int | None, competition: Competition, top: int
 ) -> tuple[Tensor, Tensor, PosteriorSum]:
-    """The heaviest windows [3, B, T, H, W], their weights [B, T, H, W], and the exact sums."""
+    """The heaviest windows [3, B, T, H, W], their weights w = e^(l - m) / s [B, T, H, W], and the exact sums."""
     levels = torch.full((len(z),), level, dtype=torch.float64)
-    (total,) = machine.exact_sums(z, levels, bank, [competition])
-    near = nearest_windows(z, bank, competition, top + SPARE, machine.memory_limit)
-    near, weights = _weighed(z, level, bank, competition, near, total)
+    (total,) = machine.exact_sums_of(label, z, levels, [competition])
+    if isinstance(machine, Sharded):
+        with machine.ranks.failing_together():
+            found = _nearest(machine, z, label, competition, top + SPARE)
+        near, distance2 = machine.heaviest(*found)
+    else:
+        near, distance2 = _nearest(machine, z, label, competition, top + SPARE)
+    log_total = (total.m + total.s.log()).double()  # [B, 1, H, W]
+    weights = (-distance2 / (2 * level**2) - log_total).exp().clamp(max=1)
     return near[:, :, :top], weights[:, :top], total
 
 
-def _weighed(
-    z: Tensor, sigma: float, bank: PatchBank, competition: Competition, near: Tensor, total: PosteriorSum
+def _nearest(
+    machine: ScoreMachine, z: Tensor, label: int | None, competition: Competition, count: int
 ) -> tuple[Tensor, Tensor]:
-    """The windows found, heaviest first by their float64 distances, and their weights w = e^(l - m) / s."""
-    log_total = (total.m + total.s.log()).double()  # [B, 1, H, W]
+    """The windows nearest to each pixel's own [3, B, T, H, W], nearest first, and their distances in float64.
+
+    They are of the images that this process holds, and numbered in the machine's bank.
+    """
+    bank = machine.held(label)
+    if bank is None:
+        none = torch.full((3, len(z), count, *z.shape[2:]), -1, device=z.device)
+        return none, torch.full(none.shape[1:], torch.inf, dtype=torch.float64, device=z.device)
+    near = nearest_windows(z, bank, competition, count, machine.memory_limit)
     distance2 = torch.stack([_distance2(z, bank, competition, near[:, :, t]) for t in range(near.shape[2])], 1)
     distance2, order = distance2.sort(dim=1, stable=True)
     near = near.gather(2, order.expand(3, *order.shape))
-    weight = (-distance2 / (2 * sigma**2) - log_total).exp()
-    return near, weight.clamp(max=1)
+    if isinstance(machine, Sharded) or bank.indices is not None:
+        # A part or a selection counts its own images; the reader knows the bank's.
+        numbers = machine.numbers(label) if isinstance(machine, Sharded) else _within(machine.bank, bank)
+        near[0] = torch.where(near[0] < 0, near[0], numbers.to(z.device)[near[0].clamp(min=0)])
+    return near, distance2
 
 
 def _distance2(z: Tensor, bank: PatchBank, competition: Competition, near: Tensor) -> Tensor:

@@ -271,7 +271,7 @@ def principal_axes(bank: PatchBank, rank: int | None = None, memory_limit: int =
     Raises:
         ValueError: the decomposition needs more than `memory_limit` bytes.
     """
-    n, d = len(bank), bank.images[0].numel()
+    n, d = len(bank), math.prod(bank.shape)
     mean = sum(_centred(bank, start, stop, 0).sum(0) for start, stop in _chunks(n, d)) / n
     assert isinstance(mean, Tensor)
     if rank is not None and rank + OVERSAMPLING < min(n, d):

@@ -164,14 +164,20 @@ class EquivariantLocalScore(ScoreMachine):
         )
 
     def product(
-        self, transposed: bool, z: Tensor, sigmas: Tensor, direction: Tensor, bank: PatchBank, k: int | None
+        self,
+        transposed: bool,
+        z: Tensor,
+        sigmas: Tensor,
+        direction: Tensor,
+        bank: PatchBank,
+        k: int | None,
+        combine: engines.Combine | None = None,
     ) -> Tensor:
         if tuple(z.shape[1:]) == self.shape:
-            return super().product(transposed, z, sigmas, direction, bank, k)
+            return super().product(transposed, z, sigmas, direction, bank, k, combine)
         assert k is not None
-        return canvas.product(
-            self.engines, self.engine, transposed, z, sigmas, direction, bank, k, self.padding_mode, self.memory_limit
-        )
+        serving, mode, memory = (self.engines, self.engine), self.padding_mode, self.memory_limit
+        return canvas.product(*serving, transposed, z, sigmas, direction, bank, k, mode, memory, combine)
 
 
 def _check_patch_size(patch_size: int | ScaleTable) -> int | ScaleTable:

@@ -145,9 +145,7 @@ def _coordinates(inside: Tensor, group: Group, z: Tensor) -> tuple[Tensor, Tenso
 
 def images_of(bank: PatchBank, numbers: Tensor, device: torch.device) -> Tensor:
     """[n, C, H, W] float64: those images of a bank or a selection, by their number in it."""
-    numbers = numbers.cpu()
-    raw = bank.images[numbers if bank.indices is None else bank.indices[numbers]].to(device)
-    return to_values(raw, torch.float64) * bank.scale
+    return to_values(bank.stored_at(numbers.cpu()).to(device), torch.float64) * bank.scale
 
 
 def whole_image_scores(z: Tensor, train: Tensor) -> Tensor:

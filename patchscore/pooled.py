@@ -18,10 +18,11 @@ from .posterior import PosteriorSum, merge_all
 from .windows import Competition
 
 
-class _Merged(ScoreMachine):
+class Composed(ScoreMachine):
     """A machine made of others: it has their sums, and no competition of its own."""
 
-    def _take_over(self, machine: ScoreMachine) -> None:
+    def take_over(self, machine: ScoreMachine) -> None:
+        """Has the bank, the patch sizes and the engines of `machine`."""
         self.bank, self.shape, self.patch_size = machine.bank, machine.shape, machine.patch_size
         self.engine, self.engines, self.memory_limit = machine.engine, machine.engines, machine.memory_limit
         self.pruned, self.tolerance, self.any_size = machine.pruned, machine.tolerance, machine.any_size
@@ -33,7 +34,7 @@ class _Merged(ScoreMachine):
         raise ValueError(f"{type(self).__name__} has no gradient")
 
 
-class Pooled(_Merged):
+class Pooled(Composed):
     """Equivariant machines whose windows all compete at every pixel, such as those of images of several sizes.
 
         banks = PatchBank.open_sizes("photos/")  # one bank for each size of photograph
@@ -67,7 +68,7 @@ class Pooled(_Merged):
             ):
                 if of(machine) != of(first):
                     raise ValueError(f"machines: got {name} {of(first)!r} and {of(machine)!r}, takes the same for all")
-        self._take_over(first)
+        self.take_over(first)
         self.any_size = True
 
     def check_size(self, size: tuple[int, int], sigmas: Sequence[float], name: str = "size") -> None:
@@ -126,7 +127,7 @@ SYMMETRIES = {
 }
 
 
-class Symmetric(_Merged):
+class Symmetric(Composed):
     """A machine whose mirrored or turned training images compete too, as networks see them that train on such.
 
     It is exactly the machine of a bank that holds them, which are read backwards and not stored.
@@ -151,7 +152,7 @@ class Symmetric(_Merged):
         if symmetry != "flip" and height != width and not machine.any_size:
             raise ValueError(f'symmetry: got "{symmetry}", and turned {height} x {width} images have another size')
         self.machine = machine
-        self._take_over(machine)
+        self.take_over(machine)
 
     def check_size(self, size: tuple[int, int], sigmas: Sequence[float], name: str = "size") -> None:
         self.machine.check_size(size, sigmas, name)

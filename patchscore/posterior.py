@@ -14,6 +14,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+POWERS = {"s": 1, "v": 1, "v2": 1, "s2": 2, "vv": 2, "vs": 2, "ss": 2}
+"""How many factors e^(l - m) the terms of a sum have."""
+
 
 @dataclass(frozen=True)
 class PosteriorSum:
@@ -127,6 +130,18 @@ class PosteriorSum:
         """The same sums with their pixels elsewhere, such as mirrored; `pairs` is kept."""
         return replace(self, **{name: change(x) for name, x in self.fields.items()})  # type: ignore[arg-type]
 
+    def relative_to(self, m: Tensor) -> PosteriorSum:
+        """The same sums relative to another reference log-weight m [B, 1, H, W], or -inf where they are empty."""
+        # Where both are empty (-inf) - (-inf) would be NaN; any finite reference serves there.
+        reference = torch.where(torch.isneginf(m), torch.zeros_like(m), m)
+        scale = torch.exp(self.m - reference)
+        found = {name: x * scale ** POWERS[name] for name, x in self.fields.items() if name in POWERS}
+        if self.sl is not None:
+            # sum_a e^(l_a - m) (l_a - reference); the sum over no windows has no part in it.
+            moved = torch.where(torch.isneginf(self.m), torch.zeros_like(m), self.m - reference)
+            found["sl"] = (self.sl + moved * self.s) * scale
+        return PosteriorSum(m=m, **found, pairs=self.pairs)
+
     def scaled(self, scale: float) -> PosteriorSum:
         """The same sums of values that are `scale` times as large."""
         powers = {"v": 1, "vv": 2, "vs": 1, "v2": 2}
@@ -141,32 +156,15 @@ class PosteriorSum:
 def merge(a: PosteriorSum, b: PosteriorSum) -> PosteriorSum:
     """The sum over the windows of both. Associative and commutative up to rounding; `PosteriorSum.empty` is neutral."""
     m = torch.maximum(a.m, b.m)
-    # Where both are empty m is -inf and (-inf) - (-inf) would be NaN; any finite reference serves there.
-    reference = torch.where(torch.isneginf(m), torch.zeros_like(m), m)
-    scale_a, scale_b = torch.exp(a.m - reference), torch.exp(b.m - reference)
-
-    def squares(of_a: Tensor | None, of_b: Tensor | None) -> Tensor | None:
-        if of_a is None or of_b is None:
-            return of_b * scale_b**2 if of_b is not None else of_a * scale_a**2 if of_a is not None else None
-        return of_a * scale_a**2 + of_b * scale_b**2
-
-    def from_reference(part: PosteriorSum) -> Tensor:
-        # sum_a e^(l_a - part.m) (l_a - reference); the sum over no windows has no part in it.
-        assert part.sl is not None
-        return part.sl + torch.where(torch.isneginf(part.m), torch.zeros_like(m), part.m - reference) * part.s
-
-    return PosteriorSum(
-        m=m,
-        s=a.s * scale_a + b.s * scale_b,
-        v=a.v * scale_a + b.v * scale_b,
-        s2=a.s2 * scale_a**2 + b.s2 * scale_b**2,
-        vv=squares(a.vv, b.vv),
-        vs=squares(a.vs, b.vs),
-        ss=squares(a.ss, b.ss),
-        pairs=None if a.pairs is None or b.pairs is None else a.pairs + b.pairs,
-        v2=a.v2 * scale_a + b.v2 * scale_b if a.v2 is not None and b.v2 is not None else None,
-        sl=from_reference(a) * scale_a + from_reference(b) * scale_b if a.sl is not None and b.sl is not None else None,
-    )
+    found = a.relative_to(m).fields, b.relative_to(m).fields
+    # Sums over all windows have no sampling covariance to add; moments are those of both or of none.
+    total = {}
+    for name in POWERS.keys() | {"sl"}:
+        parts = [part[name] for part in found if name in part]
+        if len(parts) == 2 or (parts and name in ("vv", "vs", "ss")):
+            total[name] = reduce(torch.add, parts)
+    pairs = None if a.pairs is None or b.pairs is None else a.pairs + b.pairs
+    return PosteriorSum(m=m, **total, pairs=pairs)
 
 
 def merge_all(parts: Iterable[PosteriorSum]) -> PosteriorSum:

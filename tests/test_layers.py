@@ -15,6 +15,7 @@ LAYERS = (
     {"scales"},
     {"denoiser"},
     {"machines", "pooled"},
+    {"distributed"},
     {"gaussian", "aggregate", "conditioned", "gradients", "guidance", "networks", "nearest", "receptive"},
     {"theories"},
     {"adapters", "sampling"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import (
+    Combine,
     Engine,
     EngineError,
     candidates,
@@ -38,6 +39,7 @@ def available(pruned: Pruned | None = None, tolerance: float | None = None) -> t
 __all__ = [
     "EXACT",
     "NAMES",
+    "Combine",
     "Engine",
     "EngineError",
     "Pruned",

@@ -21,6 +21,9 @@ from ..bank import PatchBank
 from ..posterior import PosteriorSum
 from ..windows import Competition, Group, span
 
+Combine = Callable[[PosteriorSum], PosteriorSum]
+"""The sums of a whole bank from those of one of its parts, by asking whoever has the others."""
+
 
 class EngineError(RuntimeError):
     """An engine found out during a call that it cannot serve here: its kernels do not compile. The next one serves."""
@@ -87,15 +90,33 @@ class Engine(ABC):
         """
 
     def vjp(
-        self, z: Tensor, sigma: Tensor, u: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        u: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        combine: Combine | None = None,
     ) -> Tensor:
-        """J^T u with J the Jacobian of the posterior mean at z: [B, C, H, W] as u; other arguments as above."""
+        """J^T u with J the Jacobian of the posterior mean at z: [B, C, H, W] as u; other arguments as above.
+
+        Where `bank` is a part, `combine` makes the sums of the whole bank of the part's; what comes back is then the
+        part's addend of J^T u.
+        """
         raise NotImplementedError(f"engine {self.name!r} takes no gradients")
 
     def jvp(
-        self, z: Tensor, sigma: Tensor, t: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        t: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        combine: Combine | None = None,
     ) -> Tensor:
-        """J t: [B, C, H, W] as t."""
+        """J t: [B, C, H, W] as t, or the part's addend of it, as of `vjp`."""
         raise NotImplementedError(f"engine {self.name!r} takes no gradients")
 
     def window_sums(
@@ -260,12 +281,13 @@ def serve_product(
     bank: PatchBank,
     competition: Competition,
     memory_limit: int,
+    combine: Combine | None = None,
 ) -> Tensor:
-    """J^T direction (transposed) or J direction, as of `serve_second_pass`."""
+    """J^T direction (transposed) or J direction, as of `serve_second_pass` and `Engine.vjp`."""
 
     def call(engine: Engine) -> Tensor:
         product = engine.vjp if transposed else engine.jvp
-        return product(z, sigma, direction, bank, competition, memory_limit)
+        return product(z, sigma, direction, bank, competition, memory_limit, combine)
 
     return serve_second_pass(engines, named, z, sigma, bank, competition, call)[0]
 

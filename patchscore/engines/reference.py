@@ -17,7 +17,7 @@ from torch import Tensor
 from ..bank import PatchBank
 from ..posterior import PosteriorSum, accumulator_dtype
 from ..windows import Axis, Competition, Group, rows_as_pixels, span, windows_as_rows
-from .base import Engine
+from .base import Combine, Engine
 from .whole import whole_product
 
 TILE_BYTES = 64 * 2**20
@@ -51,9 +51,16 @@ class Reference(Engine):
         return posterior_sum(z, sigma, bank, competition, memory_limit, moments)
 
     def vjp(
-        self, z: Tensor, sigma: Tensor, u: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        u: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        combine: Combine | None = None,
     ) -> Tensor:
-        return vjp(z, sigma, u, bank, competition, memory_limit)
+        return vjp(z, sigma, u, bank, competition, memory_limit, combine)
 
     def window_sums(
         self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
@@ -61,9 +68,16 @@ class Reference(Engine):
         return window_sums(z, sigma, bank, competition, memory_limit)
 
     def jvp(
-        self, z: Tensor, sigma: Tensor, t: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        t: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        combine: Combine | None = None,
     ) -> Tensor:
-        return jvp(z, sigma, t, bank, competition, memory_limit)
+        return jvp(z, sigma, t, bank, competition, memory_limit, combine)
 
 
 def posterior_sum(
@@ -179,9 +193,18 @@ def _whole_images(z: Tensor, sigma: Tensor, bank: PatchBank, memory_limit: int, 
 #     J t   = sigma^-2 sum_a w_a (v_a - D) t.(p_a - q)  at every query, t here being its window of the direction
 
 
-def vjp(z: Tensor, sigma: Tensor, u: Tensor, bank: PatchBank, competition: Competition, memory_limit: int) -> Tensor:
+def vjp(
+    z: Tensor,
+    sigma: Tensor,
+    u: Tensor,
+    bank: PatchBank,
+    competition: Competition,
+    memory_limit: int,
+    combine: Combine | None = None,
+) -> Tensor:
     """`Engine.vjp`. As sum_a c_a = 0, q does not count; taken from p_a it keeps digits at low noise."""
     total = posterior_sum(z, sigma, bank, competition, memory_limit)
+    total = total if combine is None else combine(total)
     if competition.patch_size is None:
         return whole_product(z, sigma, u, bank, total, memory_limit)
     k = competition.patch_size
@@ -213,9 +236,18 @@ def window_sums(
     return total, _without_padding(padded, k // 2, competition.padding_mode)
 
 
-def jvp(z: Tensor, sigma: Tensor, t: Tensor, bank: PatchBank, competition: Competition, memory_limit: int) -> Tensor:
+def jvp(
+    z: Tensor,
+    sigma: Tensor,
+    t: Tensor,
+    bank: PatchBank,
+    competition: Competition,
+    memory_limit: int,
+    combine: Combine | None = None,
+) -> Tensor:
     """`Engine.jvp`."""
     total = posterior_sum(z, sigma, bank, competition, memory_limit)
+    total = total if combine is None else combine(total)
     if competition.patch_size is None:
         return whole_product(z, sigma, t, bank, total, memory_limit)
     product = torch.zeros_like(total.v)
@@ -270,7 +302,7 @@ def _tiles(
     """Cuts items x training images x rows into tiles that fit, halving whichever side of the product is longer."""
     batch, channels, height, width = shape
     rows, cols = group.rows, group.cols
-    n_items, n_images, n_queries, n_windows = batch, images, len(rows.queries), len(rows.centres)
+    n_items, n_images, n_queries, n_windows = batch, max(1, images), len(rows.queries), len(rows.centres)
 
     def tile_bytes() -> int:
         locked = (n_queries if rows.locked else 1) * (len(cols.queries) if cols.locked else 1)

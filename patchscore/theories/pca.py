@@ -7,6 +7,7 @@ resemble z in its window, at the same place.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 import torch
@@ -55,7 +56,7 @@ class Masks:
 
     def __call__(self, label: int | None, sigma: float, device: torch.device) -> Tensor:
         """[d, d] in the device's widest floating point type."""
-        d = self.gaussian.bank.images[0].numel()
+        d = math.prod(self.gaussian.bank.shape)
         if (needed := 8 * 4 * d * d) > self.memory_limit:
             raise ValueError(
                 f"memory_limit: the PCA mask of {d} pixels and channels takes {needed / 2**30:.2g} GiB, the limit is "

@@ -17,7 +17,7 @@ from ...bank import PatchBank
 from ...native import missing, native
 from ...posterior import PosteriorSum
 from ...windows import Axis, Competition
-from ..base import Engine
+from ..base import Combine, Engine
 from ..whole import whole_product
 
 
@@ -51,14 +51,28 @@ class SlidingCpu(Engine):
         return posterior_sum(z, sigma, bank, competition, memory_limit, moments)
 
     def vjp(
-        self, z: Tensor, sigma: Tensor, u: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        u: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        combine: Combine | None = None,
     ) -> Tensor:
-        return product(True, z, sigma, u, bank, competition, memory_limit)
+        return product(True, z, sigma, u, bank, competition, memory_limit, combine)
 
     def jvp(
-        self, z: Tensor, sigma: Tensor, t: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        t: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        combine: Combine | None = None,
     ) -> Tensor:
-        return product(False, z, sigma, t, bank, competition, memory_limit)
+        return product(False, z, sigma, t, bank, competition, memory_limit, combine)
 
     def window_sums(
         self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
@@ -131,6 +145,7 @@ def product(
     bank: PatchBank,
     competition: Competition,
     memory_limit: int,
+    combine: Combine | None = None,
 ) -> Tensor:
     """`Engine.vjp` (transposed) or `Engine.jvp`: a second pass over the pairs, after one for weights and means.
 
@@ -140,6 +155,7 @@ def product(
     assert native is not None, "unavailable() says when this engine cannot serve"
     _check_float32(z)
     total = posterior_sum(z, sigma, bank, competition, memory_limit)
+    total = total if combine is None else combine(total)
     if competition.patch_size is None:
         return whole_product(z, sigma, direction, bank, total, memory_limit)
     result = _second_pass(transposed, False, z, sigma, direction, bank, competition, total, memory_limit)

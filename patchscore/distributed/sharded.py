@@ -1,0 +1,309 @@
+"""Sharded: a machine whose bank is spread over ranks; every rank sums over its part, and the sums meet.
+
+A posterior sum is a sum over windows, so it does not matter who holds which. With m the largest reference log-weight of
+all ranks, every rank takes its sums relative to m, and one all-reduce adds them.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import engines
+from ..bank import PatchBank
+from ..denoiser import Labels, ScoreMachine
+from ..machines import EquivariantLocalScore, IdealScore, LocalScore
+from ..pooled import Composed, Pooled, Symmetric
+from ..posterior import PosteriorSum, accumulator_dtype
+from ..scales import ScaleTable
+from ..version import __version__
+from ..windows import Competition
+from .parts import SpreadBank, owners
+from .ranks import Disagreement, Ranks, join
+
+SAME = "all ranks of a Sharded machine take the same"
+
+
+class Sharded(Composed):
+    """A machine over the images of all ranks, of which every rank holds a part.
+
+        bank = ps.PatchBank.open("imagenet64.npy")
+        machine = ps.Sharded(ps.EquivariantLocalScore(ps.shard(bank), 7))  # in a script under torchrun
+        images = ps.sample(machine, n=16)  # the same images on every rank
+
+    It has the numbers of one machine over all images: to rounding (1e-6) where engines are exact, and with the standard
+    error of all parts together where `pruned` samples, each rank with draws of its own. Samplers, adapters and all else
+    take it as they take `machine`; `bank` is the whole bank, and numbers of training images count in it.
+
+    Every rank calls the same methods with the same arguments: all take part in every sum. One process by itself,
+    without torchrun, is one rank with all images.
+
+    Where parts come from `shard`, the whole bank is the one it was given. Other parts, such as files of which every
+    rank has one, count in the order of the ranks; pixels of the whole are then fetched from whoever has them.
+
+    With ess=False, as `denoise` and samplers have it, only means cross the wire: the standard errors of sampled sums
+    stay unknown, which `Estimate.stderr` says as 2.
+
+    Args:
+        machine: IdealScore, LocalScore or EquivariantLocalScore over this rank's part, with an index of that part or
+            none; or Pooled or Symmetric of such.
+        ranks: among whom the bank is spread; None: all of this launch.
+
+    Attributes:
+        machine: this rank's machine.
+        bank: the images of all ranks.
+        ranks: this rank's number and theirs.
+
+    Raises:
+        TypeError: another machine.
+        ValueError: ranks with other options, versions or banks, or without a part of their own; names both ranks.
+        RankError: a rank that cannot be reached or that failed, here and whenever the machine is asked.
+    """
+
+    def __init__(self, machine: ScoreMachine, ranks: Ranks | None = None):
+        self.ranks = join() if ranks is None else ranks
+        with self.ranks.failing_together():
+            leaves = _leaves(machine)
+            facts = {"version": f"patchscore {__version__}, torch {torch.__version__}", **_options(machine)}
+            parts = [_part(leaf.bank, self.ranks) for leaf in leaves]
+        self.ranks.agree(facts, SAME)
+        _check_parts(parts, self.ranks)
+        wholes = {id(leaf.bank): self._whole(leaf.bank) for leaf in leaves}
+        self.machine = _rebuilt(machine, lambda leaf: _with_own_draws(leaf, self.ranks))
+        self.take_over(_rebuilt(machine, lambda leaf: _with_bank(leaf, wholes[id(leaf.bank)])))
+        self._sampled = any(leaf.pruned is not None for leaf in leaves)
+
+    def _whole(self, bank: PatchBank) -> PatchBank:
+        if bank.part is not None:
+            return bank.part.whole
+        return bank if self.ranks.size == 1 else SpreadBank(bank, self.ranks)
+
+    def take_over(self, machine: ScoreMachine) -> None:
+        super().take_over(machine)
+        self._over_all = machine
+        """The machine over all images, of which only options, labels and image numbers are asked."""
+
+    def check_size(self, size: tuple[int, int], sigmas: Sequence[float], name: str = "size") -> None:
+        self.machine.check_size(size, sigmas, name)
+
+    def competition(self, k: int | None) -> Competition:
+        return self.machine.competition(k)
+
+    def label_ids(self, labels: Labels, batch: int) -> list[int | None]:
+        return self._over_all.label_ids(labels, batch)
+
+    def held(self, label: int | None) -> PatchBank | None:
+        return self.machine.held(label) if self._holds(label) else None
+
+    def numbers(self, label: int | None) -> Tensor:
+        """The numbers in `bank` of the images that `held` has."""
+        own, whole = self.machine.bank, self.bank
+        if own.part is not None:
+            numbers = (owners(whole.labels, len(whole), own.part.of) == own.part.rank).nonzero().flatten()
+        else:
+            numbers = torch.arange(len(own)) + (whole.first if isinstance(whole, SpreadBank) else 0)
+        return numbers if label is None or own.labels is None else numbers[own.labels == label]
+
+    def _holds(self, label: int | None) -> bool:
+        return label is None or any(label in leaf.bank.classes for leaf in _leaves(self.machine))
+
+    def sums_of(
+        self, label: int | None, z: Tensor, sigmas: Tensor, k: int | None, ess: bool = True, moments: bool = False
+    ) -> tuple[PosteriorSum, list[str]]:
+        with self.ranks.failing_together():
+            if self._holds(label):
+                own, names = self.machine.sums_of(label, z, sigmas, k, ess, moments)
+            else:
+                own, names = _nothing(z, k, moments).with_pairs(0), []
+            call = _call(label, z, sigmas, k, ess, moments)
+        return self._meet([own], call, ess, self._sampled and not moments)[0], names
+
+    def exact_sums_of(
+        self, label: int | None, z: Tensor, sigmas: Tensor, competitions: Sequence[Competition]
+    ) -> list[PosteriorSum]:
+        with self.ranks.failing_together():
+            if self._holds(label):
+                own = self.machine.exact_sums_of(label, z, sigmas, competitions)
+            else:
+                own = [_nothing(z, competition.patch_size, False) for competition in competitions]
+            call = _call(label, z, sigmas, [competition.patch_size for competition in competitions])
+        return self._meet(own, call)
+
+    def product_of(
+        self, label: int | None, transposed: bool, z: Tensor, sigmas: Tensor, direction: Tensor, k: int | None
+    ) -> Tensor:
+        with self.ranks.failing_together():
+            machine, bank = self.machine, self.held(label)
+            if bank is None:  # the definition sums over no images as over any number
+                machine, bank = copy.copy(machine), _none_of(machine.bank)
+                machine.engine, machine.engines = "reference", engines.EXACT[-1:]
+            call = _call(label, z, sigmas, k, transposed, _digest(direction))
+            exact = accumulator_dtype(z.device)
+            addend = machine.product(
+                transposed, z, sigmas, direction.to(exact), bank, k, lambda sums: self._meet([sums], call)[0]
+            )
+        self.ranks.agree(call, SAME)
+        return self.ranks.sum(addend.to(exact)).to(direction.dtype)
+
+    def heaviest(self, windows: Tensor, distance2: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest windows of all ranks, nearest first, from each rank's.
+
+        Args:
+            windows: [3, B, T, H, W] image, row and column, the image by its number in `bank`; -1 where there is none.
+            distance2: [B, T, H, W] squared distances, infinite where there is none.
+        """
+        # Where whole images compete a rank may have fewer than the others.
+        self.ranks.agree({}, "")
+        count = int(self.ranks.max(torch.tensor([windows.shape[2]])))
+        missing = (0, 0, 0, 0, 0, count - windows.shape[2])
+        windows, distance2 = F.pad(windows, missing, value=-1), F.pad(distance2, missing, value=torch.inf)
+        found = self.ranks.stack(torch.cat([windows.to(distance2), distance2[None]]))  # [ranks, 4, B, T, H, W]
+        *places, distance2 = found.transpose(0, 1).movedim(1, 2).flatten(2, 3).unbind(0)
+        distance2, order = distance2.sort(dim=1, stable=True)
+        return torch.stack(places).gather(2, order.expand(3, *order.shape)).to(windows), distance2
+
+    def _meet(
+        self, own: Sequence[PosteriorSum], call: dict[str, Any], ess: bool = True, sampled: bool = False
+    ) -> list[PosteriorSum]:
+        """The sums of all ranks."""
+        if self.ranks.size == 1:
+            return list(own)
+        self.ranks.agree(call, SAME)
+        return [_added(sums, self.ranks, ess, sampled) for sums in own]
+
+    def __repr__(self) -> str:
+        return f"Sharded({self.machine!r}, rank {self.ranks.rank} of {self.ranks.size})"
+
+
+def _added(own: PosteriorSum, ranks: Ranks, ess: bool, sampled: bool) -> PosteriorSum:
+    """The sums over the windows of all ranks: one all-reduce for m, one for all that is relative to it."""
+    exact = accumulator_dtype(own.m.device)
+    m = ranks.max(own.m.to(exact, copy=True))
+    fields = own.relative_to(m).fields
+    covariance = {"vv": own.v, "vs": own.v, "ss": own.s} if sampled else {}
+    fields = {**{name: torch.zeros_like(x) for name, x in covariance.items()}, **fields}
+    names = [name for name in fields if name != "m" and (ess or name not in ("s2", *covariance))]
+    counted = torch.full((1,), own.pairs or 0, dtype=exact, device=m.device)
+    flat = ranks.sum(torch.cat([*(fields[name].to(exact).flatten() for name in names), counted]))
+    parts = flat[:-1].split([fields[name].numel() for name in names])
+    total = {name: part.view_as(fields[name]) for name, part in zip(names, parts, strict=True)}
+    unknown = {name: torch.full_like(x, torch.nan) for name, x in fields.items() if name not in total and name != "m"}
+    return PosteriorSum(m=m, **total, **unknown, pairs=None if own.pairs is None else round(flat[-1].item()))
+
+
+def _nothing(z: Tensor, k: int | None, moments: bool) -> PosteriorSum:
+    """The sum over no windows; whole images have one weight for all pixels."""
+    total = PosteriorSum.empty(z.shape, z.device, moments=moments)
+    if k is not None:
+        return total
+    one = {name: total.fields[name][:, :, :1, :1] for name in ("m", "s", "s2", "sl") if name in total.fields}
+    return replace(total, **one)  # type: ignore[arg-type]
+
+
+def _call(label: int | None, z: Tensor, sigmas: Tensor, *options: Any) -> dict[str, Any]:
+    """What all ranks must be asked for alike."""
+    return {"z": _digest(z), "sigma": sigmas.tolist(), "labels": label, "shape": list(z.shape), "asked": options}
+
+
+def _digest(x: Tensor) -> str:
+    return hashlib.blake2b(x.detach().cpu().contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def _leaves(machine: ScoreMachine) -> list[ScoreMachine]:
+    """The machines with a bank of their own that a machine is made of."""
+    if isinstance(machine, Pooled):
+        return [leaf for part in machine.machines for leaf in _leaves(part)]
+    if isinstance(machine, Symmetric):
+        return _leaves(machine.machine)
+    if not isinstance(machine, (IdealScore, LocalScore, EquivariantLocalScore)):
+        raise TypeError(
+            f"machine: got {type(machine).__name__}, takes IdealScore, LocalScore, EquivariantLocalScore, or Pooled or "
+            "Symmetric of these"
+        )
+    return [machine]
+
+
+def _rebuilt(machine: ScoreMachine, change: Callable[[ScoreMachine], ScoreMachine]) -> ScoreMachine:
+    """A machine made of changed leaves."""
+    if isinstance(machine, Pooled):
+        return Pooled([_rebuilt(part, change) for part in machine.machines])  # type: ignore[misc]
+    if isinstance(machine, Symmetric):
+        return Symmetric(_rebuilt(machine.machine, change), machine.symmetry)
+    return change(machine)
+
+
+def _with_bank(leaf: ScoreMachine, bank: PatchBank) -> ScoreMachine:
+    other = copy.copy(leaf)
+    other.bank = bank
+    return other
+
+
+def _with_own_draws(leaf: ScoreMachine, ranks: Ranks) -> ScoreMachine:
+    """Samples of different ranks are independent, so that their variances add."""
+    if leaf.pruned is None or ranks.size == 1:
+        return leaf
+    other, pruned = copy.copy(leaf), copy.copy(leaf.pruned)
+    pruned.seed = int(np.random.SeedSequence([pruned.seed, ranks.rank]).generate_state(1)[0])
+    other.pruned = pruned
+    other.engines = tuple(pruned if engine is leaf.pruned else engine for engine in leaf.engines)
+    return other
+
+
+def _none_of(bank: PatchBank) -> PatchBank:
+    """A selection of no images, which users cannot make."""
+    none = bank.take([0])
+    none.indices = torch.empty(0, dtype=torch.int64)
+    return none
+
+
+def _options(machine: ScoreMachine) -> dict[str, Any]:
+    """What determines a machine's numbers beside its part of the bank."""
+    found: dict[str, Any] = {"machine": type(machine).__name__}
+    for name in ("padding_mode", "symmetry", "engine", "tolerance"):
+        found[name] = getattr(machine, name, None)
+    sizes = machine.patch_size
+    found["patch_size"] = [sizes.sigmas, sizes.sizes] if isinstance(sizes, ScaleTable) else sizes
+    if machine.pruned is not None:
+        for name in ("budget", "tolerance", "seed"):
+            found[name] = getattr(machine.pruned, name)
+        index = machine.pruned.index
+        found["index"] = None if index is None else index.patch_sizes
+    bank = machine.bank
+    found["images"] = [list(bank.shape), str(bank.images.dtype), bank.scale, bank.class_names, bank.labels is not None]
+    found["made of"] = [_options(leaf) for leaf in _leaves(machine) if leaf is not machine]
+    return found
+
+
+def _part(bank: PatchBank, ranks: Ranks) -> list[Any]:
+    """Of how many ranks a part is, and the fingerprint of the whole; for parts that `shard` did not make their own."""
+    if bank.part is None:
+        return [None, bank.fingerprint if ranks.size > 1 else ""]
+    if (bank.part.of, bank.part.rank) != (ranks.size, ranks.rank):
+        raise ValueError(
+            f"bank: rank {ranks.rank} of {ranks.size} holds the part of rank {bank.part.rank} of {bank.part.of}"
+        )
+    return [bank.part.of, bank.part.whole.fingerprint]
+
+
+def _check_parts(parts: Sequence[list[Any]], ranks: Ranks) -> None:
+    """Disagreement, on every rank, where the ranks' parts make no bank."""
+    for banks in zip(*ranks.gather(list(parts)), strict=True):
+        of, fingerprint = banks[0]
+        for rank, (other_of, other) in enumerate(banks):
+            same = [earlier for earlier in range(rank) if banks[earlier][1] == other]
+            if other_of != of:
+                without, with_ = (0, rank) if of is None else (rank, 0)
+                raise Disagreement(f"bank: rank {with_} has a part that `shard` made, rank {without} has none; {SAME}")
+            if of is None and same:
+                both = f"ranks {same[0]} and {rank}"
+                raise Disagreement(f"bank: {both} hold the same images; `shard` gives every rank its part")
+            if of is not None and other != fingerprint:
+                raise Disagreement(f"bank: rank 0 has {fingerprint[:16]}, rank {rank} has {other[:16]}; {SAME}")

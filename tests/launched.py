@@ -1,0 +1,67 @@
+"""Several ranks on loopback for tests, without torchrun and without importing torch once for each.
+
+A fork server imports everything once; every rank is a fork of it, with the variables that torchrun would set.
+"""
+
+import multiprocessing
+import os
+import socket
+import traceback
+
+import pytest
+
+import patchscore.distributed  # noqa: F401, the fork server imports this file
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([__name__])
+
+
+def launched(size, function, *arguments, seconds=60, timeout=20):
+    """What function(*arguments) returns on each rank; fails, with its traceback, where one raised.
+
+    seconds: for all of it; a rank that takes longer is ended.
+    timeout: that ranks wait for each other.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [SERVER.Pipe(duplex=False) for _ in range(size)]
+    ranks = []
+    for rank, (_, end) in enumerate(pipes):
+        where = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        where |= {"LOCAL_RANK": rank, "PATCHSCORE_TIMEOUT": timeout}
+        ranks.append(SERVER.Process(target=_run, args=(where, end, function, arguments), daemon=True))
+        ranks[-1].start()
+        end.close()
+    said = []
+    for (begin, _), rank in zip(pipes, ranks, strict=True):
+        try:
+            said.append(begin.recv() if begin.poll(seconds) else (None, "took too long"))
+        except EOFError:
+            said.append((None, "ended without a word"))
+        rank.join(5)
+        rank.kill()
+    failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(said) if failure]
+    if failures:
+        pytest.fail("\n".join(failures), pytrace=False)
+    return [result for result, _ in said]
+
+
+def _run(where, end, function, arguments):
+    os.environ |= {name: str(value) for name, value in where.items()}
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        said = function(*arguments), None
+    except BaseException:
+        said = None, traceback.format_exc()
+    end.send(said)
+    end.close()
+
+
+def raised(kind, function, *arguments, **options):
+    """The message of the error that a call raises on this rank."""
+    with pytest.raises(kind) as caught:
+        function(*arguments, **options)
+    return str(caught.value)
