@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -177,6 +179,40 @@ class PatchBank:
             source, size, channels, labels, limit, skip_bad, split, image_key, label_key, memory_limit
         )
         return cls(images, image_labels, class_names)
+
+    @classmethod
+    def convert(
+        cls,
+        source: Any,
+        out: str | os.PathLike[str],
+        size: int | tuple[int, int] | None = None,
+        channels: int | None = None,
+        labels: bool = True,
+        limit: int | None = None,
+        skip_bad: bool = False,
+        split: str | None = None,
+        image_key: str | None = None,
+        label_key: str | None = None,
+        overwrite: bool = False,
+    ) -> PatchBank:
+        """Writes the images of any source to a .npy file, of which neither need fit in memory, and maps it.
+
+        The bank is that of `open` with the same arguments, to the fingerprint. Labels and class names lie beside it, in
+        `bank.labels.npy` and `bank.classes.json`. Images are decoded by several threads. An interrupted call leaves
+        `bank.npy.partial` and `bank.npy.progress`, and the same call goes on from there.
+
+        Args:
+            source, size, channels, labels, limit, skip_bad, split, image_key, label_key: as of `open`.
+            out: the file, `bank.npy`.
+            overwrite: take the place of files that are there.
+
+        Raises:
+            ValueError, TypeError, ImportError: as of `open`; a file that is there, or that another process writes.
+            OSError: the disk is full or not writable; what is written stays.
+        """
+        path = Path(out)
+        sources.write(source, path, size, channels, labels, limit, skip_bad, split, image_key, label_key, overwrite)
+        return cls.open(path, labels=labels, mapped=True)
 
     @classmethod
     def open_sizes(

@@ -93,24 +93,33 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError(f"{path}: not a lock file of patchscore; take another folder")
-        try:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows has no flock: two writers are not noticed there.
-            pass
-        except BlockingIOError:
-            raise ValueError(taken) from None
-        except OSError as error:
-            warnings.warn(
-                f"{path}: cannot be locked here ({error.strerror}); let no other process write this folder",
-                stacklevel=3,
-            )
-        else:
+        if hold(descriptor, path, taken):
             remove_temporaries(folder)
         yield
     finally:
         os.close(descriptor)
+
+
+def hold(descriptor: int, path: str | Path, taken: str) -> bool:
+    """Locks an open file until it is closed, and says whether it is known to be locked.
+
+    Raises:
+        ValueError: another process holds it; the message is `taken`.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has no flock: two writers are not noticed there.
+        return False
+    except BlockingIOError:
+        raise ValueError(taken) from None
+    except OSError as error:
+        warnings.warn(
+            f"{path}: cannot be locked here ({error.strerror}); let no other process write beside it", stacklevel=4
+        )
+        return False
+    return True
 
 
 def sha256(content: bytes) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import click
 
 from ..version import __version__
+from .bank import bank
 from .bench import bench
 from .calibrate import calibrate
 from .compare import compare
@@ -29,5 +30,5 @@ def main() -> None:
     """New images from nothing but training patches: the exact score of a diffusion model that has no network."""
 
 
-for command in (sample, synthesize_command, index, info, calibrate, compare, explain, likelihood, bench):
+for command in (sample, synthesize_command, bank, index, info, calibrate, compare, explain, likelihood, bench):
     main.add_command(command)

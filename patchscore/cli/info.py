@@ -31,7 +31,7 @@ def info(source: Source, device: str) -> None:
     bank = source.open()
     image_channels, height, width = bank.shape
     say(f"{bank!r} from {source.source}")
-    say(f"memory       {bytes_in_words(bank.images.nbytes)}")
+    say(f"{'mapped file' if bank.mapped else 'memory':<13}{bytes_in_words(bank.images.nbytes)}")
     say(f"fingerprint  {bank.fingerprint}")
     if bank.labels is not None:
         names = bank.class_names or ()

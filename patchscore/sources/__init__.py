@@ -8,6 +8,7 @@ from .opening import BUILT_IN
 from .reading import Images, memory_of_machine, read, read_mapped, read_sizes
 from .source import IMAGE_KEYS, LABEL_KEYS, Source, UnreadableImage
 from .tensors import read_values
+from .writing import write
 
 __all__ = [
     "BUILT_IN",
@@ -23,4 +24,5 @@ __all__ = [
     "read_mapped",
     "read_sizes",
     "read_values",
+    "write",
 ]

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -31,7 +31,7 @@ Read = TypeVar("Read", bound=Callable[..., Any])
 Images = tuple[np.ndarray, "np.ndarray | None", "tuple[str, ...] | None"]
 
 
-def _printable_errors(function: Read) -> Read:
+def printable_errors(function: Read) -> Read:
     """Errors with the control characters of names written out."""
 
     @functools.wraps(function)
@@ -47,7 +47,7 @@ def _printable_errors(function: Read) -> Read:
     return wrapped  # type: ignore[return-value]
 
 
-@_printable_errors
+@printable_errors
 def read(
     source: Any,
     size: int | tuple[int, int] | None = None,
@@ -88,12 +88,8 @@ def read(
         TypeError: a source or an argument of a type that is not taken.
         ImportError: a source that an optional package reads, which is not installed; names the extra to install.
     """
-    target, limit = _checked_size(size), _checked_limit(limit)
-    _check_channels(channels)
-    most = _checked_memory(memory_limit)
-    for name, value in (("split", split), ("image_key", image_key), ("label_key", label_key)):
-        if value is not None and not isinstance(value, str):
-            raise TypeError(f"{name}: got {value!r}, takes a text")
+    asked = checked_reading(size, channels, limit, memory_limit, split, image_key, label_key)
+    target, limit, most = asked.size, asked.limit, asked.most
     with warnings.catch_warnings():
         # Pillow warns of images beyond 89 million pixels; ours are refused by name beyond MOST_PIXELS.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -113,14 +109,20 @@ def read(
     images = collected.finish()
     if (np.diff(order) < 0).any():
         images = images[order]
+    numbers, names = numbered(found, item_labels, taken) if labels else (None, None)
+    return images, None if numbers is None else numbers[order], names
+
+
+def numbered(source: Source, labels: list[Any], taken: list[int]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """The labels of items as numbers, and the names of classes where all have one; None where there are no labels."""
     # -1 is how datasets without labels fill a column of them.
-    if not labels or all(label is None or (label == -1) is True for label in item_labels):
-        return images, None, None
-    if None in item_labels:
-        missing = taken[item_labels.index(None)]
-        raise ValueError(f"{found.item_name(missing)}: no label, where other images have one; or pass labels=False")
-    numbers, names = _numbered(item_labels, taken, found)
-    return images, numbers[order], names if names and 0 <= numbers.min() <= numbers.max() < len(names) else None
+    if all(label is None or (label == -1) is True for label in labels):
+        return None, None
+    if None in labels:
+        missing = taken[labels.index(None)]
+        raise ValueError(f"{source.item_name(missing)}: no label, where other images have one; or pass labels=False")
+    numbers, names = _numbers_of(labels, taken, source)
+    return numbers, names if names and 0 <= numbers.min() <= numbers.max() < len(names) else None
 
 
 def _load(
@@ -147,7 +149,7 @@ def _load(
     while True:
         good = np.array([i for i in range(source.count) if i not in bad], dtype=np.int64)
         known = set(taken)
-        wanted = [i for i in _fair_share(good, source.labels, limit).tolist() if i not in known]
+        wanted = [i for i in fair_share(good, source.labels, limit).tolist() if i not in known]
         if not wanted:
             return item_labels, taken, bad
         with closing(_map(load, wanted, source)) as loaded:
@@ -162,7 +164,7 @@ def _load(
                     taken.append(i)
 
 
-def _numbered(labels: list[Any], taken: list[int], source: Source) -> tuple[np.ndarray, tuple[str, ...] | None]:
+def _numbers_of(labels: list[Any], taken: list[int], source: Source) -> tuple[np.ndarray, tuple[str, ...] | None]:
     """Labels as numbers, and the names of the classes. Texts are numbered in their order, numbers stay."""
     texts = {label for label in labels if isinstance(label, str)}
     if not texts:
@@ -208,12 +210,26 @@ def _check_channels(channels: Any) -> None:
         raise ValueError(f"channels: got {channels!r}, takes 1, 3 or None")
 
 
-def _checked_limit(limit: Any) -> int | None:
-    return None if limit is None else checks.integer("limit", limit, at_least=1)
+class Reading(NamedTuple):
+    """How a source is read: (height, width) of the images, how many at most, most bytes."""
+
+    size: tuple[int, int] | None
+    limit: int | None
+    most: int
 
 
-def _checked_memory(memory_limit: Any) -> int:
-    return memory_of_machine() if memory_limit is None else checks.integer("memory_limit", memory_limit, at_least=1)
+def checked_reading(
+    size: Any, channels: Any, limit: Any, memory_limit: Any, split: Any, image_key: Any, label_key: Any
+) -> Reading:
+    """The arguments that all ways to read a source have; ValueError or TypeError for others."""
+    target = _checked_size(size)
+    _check_channels(channels)
+    limit = None if limit is None else checks.integer("limit", limit, at_least=1)
+    most = memory_of_machine() if memory_limit is None else checks.integer("memory_limit", memory_limit, at_least=1)
+    for name, value in (("split", split), ("image_key", image_key), ("label_key", label_key)):
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name}: got {value!r}, takes a text")
+    return Reading(target, limit, most)
 
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -238,7 +254,7 @@ def memory_of_machine() -> int:
 # Which items are taken, and how they are loaded.
 
 
-def _fair_share(items: np.ndarray, labels: np.ndarray | None, limit: int | None) -> np.ndarray:
+def fair_share(items: np.ndarray, labels: np.ndarray | None, limit: int | None) -> np.ndarray:
     """The items to take, at most `limit`, in order: the first of every class before the second of any, and so on."""
     if limit is None or len(items) <= limit:
         return items
@@ -272,7 +288,7 @@ MAPPED_SHARE = 0.25
 """Of the memory (or of `memory_limit`): a .npy file with more images is mapped, where it can be, and not read."""
 
 
-@_printable_errors
+@printable_errors
 def read_mapped(
     source: Any,
     size: int | tuple[int, int] | None = None,
@@ -293,10 +309,10 @@ def read_mapped(
     Raises:
         ValueError: with mapped=True, a source that cannot be mapped; says why.
     """
-    target, limit = _checked_size(size), _checked_limit(limit)
-    _check_channels(channels)
-    found, reason = _mappable(source, target, channels)
-    if found is not None and not mapped and found.nbytes <= MAPPED_SHARE * _checked_memory(memory_limit):
+    asked = checked_reading(size, channels, limit, memory_limit, split, image_key, label_key)
+    limit = asked.limit
+    found, reason = _mappable(source, asked.size, channels)
+    if found is not None and not mapped and found.nbytes <= MAPPED_SHARE * asked.most:
         return None
     if found is not None and found.images.is_floating_point() and found.extremes()[0] >= 0:
         found, reason = None, f"{source} has no value below 0, which could mean [0, 1] or [-1, 1]"
@@ -311,7 +327,7 @@ def read_mapped(
     wanted.check_used(listed.name)
     members = None
     if limit is not None and limit < listed.count:
-        members = _fair_share(np.arange(listed.count), listed.labels, limit)
+        members = fair_share(np.arange(listed.count), listed.labels, limit)
     return found, listed.labels, listed.class_names, members
 
 
@@ -361,7 +377,7 @@ class _Collected:
             self.array = np.empty((self.capacity, *pixels.shape), dtype=pixels.dtype)
             self.first_name, self.span = name, image.span
         self._check_same_size(pixels, name)
-        self._merge_span(image.span, name)
+        self.span = merged_span(self.span, image.span, name)
         # Gray among RGB is RGB.
         if (pixels.shape[0], self.array.shape[1]) == (1, 3):
             pixels = np.repeat(pixels, 3, axis=0)
@@ -396,31 +412,37 @@ class _Collected:
         if here[0] != there[0] and {here[0], there[0]} != {1, 3}:
             raise ValueError(f"mixed channels: {self.first_name} has {there[0]}, {name} has {here[0]}")
 
-    def _merge_span(self, span: Span | None, name: str) -> None:
-        if (span is None) != (self.span is None):
-            kinds = ("8-bit", "floating point") if span is None else ("floating point", "8-bit")
-            raise ValueError(f"{name}: {kinds[0]} image among {kinds[1]} ones")
-        if span is not None and self.span is not None:
-            low, high = min(span.low, self.span.low), max(span.high, self.span.high)
-            self.span = Span(low, high, span.has_even or self.span.has_even)
-
     def finish(self) -> np.ndarray:
         images = self.array[: self.filled]
-        if self.span is None or self.span.low < 0:
-            return images
-        if images.dtype == np.uint8 and self.span.has_even and self.span.low < self.span.high:
-            return images
-        raise ValueError(
-            f"{self.source}: floating point values from {self.span.low:.4g} to {self.span.high:.4g} could mean [0, 1] "
-            f"or [-1, 1]; scale them to [-1, 1] (2 x - 1, in torchvision Normalize(0.5, 0.5)), or where they are that "
-            f"already, pass the array to PatchBank itself"
-        )
+        read_range(self.source, self.span, images.dtype)
+        return images
+
+
+def merged_span(ours: Span | None, span: Span | None, name: str) -> Span | None:
+    """What is known of the values of images and one more; ValueError where 8-bit images and others meet."""
+    if (span is None) != (ours is None):
+        kinds = ("8-bit", "floating point") if span is None else ("floating point", "8-bit")
+        raise ValueError(f"{name}: {kinds[0]} image among {kinds[1]} ones")
+    if span is None or ours is None:
+        return None
+    return Span(min(span.low, ours.low), max(span.high, ours.high), span.has_even or ours.has_even)
+
+
+def read_range(source: str, span: Span | None, dtype: np.dtype) -> None:
+    """ValueError where values could be from either of two ranges."""
+    if span is None or span.low < 0 or (dtype == np.uint8 and span.has_even and span.low < span.high):
+        return
+    raise ValueError(
+        f"{source}: floating point values from {span.low:.4g} to {span.high:.4g} could mean [0, 1] or [-1, 1]; scale "
+        f"them to [-1, 1] (2 x - 1, in torchvision Normalize(0.5, 0.5)), or where they are that already, pass the "
+        f"array to PatchBank itself"
+    )
 
 
 # Images of several sizes: an array for each.
 
 
-@_printable_errors
+@printable_errors
 def read_sizes(
     source: Any, channels: int | None = None, labels: bool = True, skip_bad: bool = False, split: str | None = None
 ) -> list[Images]:
@@ -450,7 +472,7 @@ def read_sizes(
     given = [image.label for _, image in images]
     numbers, names = None, None
     if labels and None not in given:
-        numbers, names = _numbered(given, [i for i, _ in images], found)
+        numbers, names = _numbers_of(given, [i for i, _ in images], found)
     by_size: dict[tuple[int, ...], list[int]] = {}
     for at, (_, image) in enumerate(images):
         by_size.setdefault(image.pixels.shape[1:], []).append(at)

@@ -162,6 +162,7 @@ def make_cases(quick: bool) -> list[Case]:
     network = ("bank.npz", "network.safetensors", "--steps", "5", "-n", "6", "--batch-size", "2")
     cases = [Case("sample", (*run, "--out", "out"))]
     if not quick:
+        cases.append(Case("bank", ("bank", "bank.npz", "--overwrite", "--out", "out/bank.npy")))
         cases += [Case(f"sample {form}", (*run, "--format", form, "--out", "out")) for form in ("npz", "zip")]
     cases.append(Case("calibrate", ("calibrate", *network, "--patch-sizes", "3,5,7", "--out", "out")))
     cases.append(Case("compare", ("compare", *network, "--table", "5", "--no-baselines", "--out", "out")))
