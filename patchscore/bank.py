@@ -90,10 +90,8 @@ class PatchBank:
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        fingerprint = state.get("_fingerprint")
-        self.__dict__.update(state)
         self._forget_derived()
-        self._fingerprint = fingerprint
+        self.__dict__.update(state)
         if self._file is not None:
             self.images = self._file.images
 
