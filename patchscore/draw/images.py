@@ -24,8 +24,14 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def to_pil(image: Tensor) -> Image.Image:
     """One image [C, H, W] in [-1, 1] as an 8-bit PIL image, gray where C = 1; beyond three channels the first three."""
-    pixels = to_uint8(image[None])[0]
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] < 3 else np.ascontiguousarray(pixels[..., :3]))
+    return to_pils(image[None])[0]
+
+
+def to_pils(images: Tensor) -> list[Image.Image]:
+    """Images [B, C, H, W] likewise, each as `to_pil` has it."""
+    pixels = to_uint8(images)
+    shown = np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] < 3 else pixels[..., :3])
+    return [Image.fromarray(image) for image in shown]
 
 
 def png(image: Image.Image, compress_level: int = 6) -> bytes:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..draw.images import png, to_pil, to_uint8
+from ..draw.images import png, to_pils, to_uint8
 from ..files import TEMPORARY, errors_name, remove_temporaries, sha256, write_atomically
 from ..sampling import labels_in_turn
 from .batches import Rows
@@ -43,6 +43,10 @@ def labels_json(count: int, labels: Labels) -> bytes:
     listed = labels_in_turn(labels, range(count))
     pairs = None if listed is None else [[place_of(image), label] for image, label in enumerate(listed)]
     return json.dumps({"labels": pairs}).encode()
+
+
+def _pngs(rows: np.ndarray, **options: int) -> list[bytes]:
+    return [png(image, **options) for image in to_pils(torch.from_numpy(np.array(rows)))]
 
 
 class PngFiles:
@@ -79,8 +83,8 @@ class PngFiles:
         `alone` says whether this process holds the folder's lock; only it writes what holds several images.
         """
         entries = []
-        for image, row in zip(images, rows, strict=True):
-            content, path = png(to_pil(torch.from_numpy(row))), self.path(image)
+        for image, content in zip(images, _pngs(rows), strict=True):
+            path = self.path(image)
             if self.subfolders:
                 path.parent.mkdir(exist_ok=True)
             write_atomically(path, content, sync=False)  # its hash is in the line
@@ -172,7 +176,7 @@ class ZipArchive:
         return True  # `pack` writes what `begin` did not find
 
     def save(self, images: range, rows: np.ndarray, alone: bool) -> list[dict[str, str]]:
-        pngs = [self._png(row) for row in rows]
+        pngs = _pngs(rows, compress_level=0)
         if alone and images.start == self.images:
             self._append(pngs)
         return [
@@ -183,7 +187,7 @@ class ZipArchive:
     def pack(self, rows: Rows, labels: Labels, count: int, last: bool) -> None:
         while self.images < count:
             images = range(self.images, min(self.images + BLOCK_IMAGES, count))
-            self._append([self._png(row) for row in rows.read_range(images)])
+            self._append(_pngs(rows.read_range(images), compress_level=0))
         if last:
             name, content = LABELS.encode(), labels_json(self.images, labels)
             tail = _local(name, content) + content
@@ -195,10 +199,6 @@ class ZipArchive:
 
     def bytes_per_image(self, shape: Sequence[int], block: int) -> int:
         return int(np.prod(shape)) + 400
-
-    @staticmethod
-    def _png(row: np.ndarray) -> bytes:
-        return png(to_pil(torch.from_numpy(np.array(row))), compress_level=0)
 
     def _append(self, pngs: Iterable[bytes]) -> None:
         content = io.BytesIO()
