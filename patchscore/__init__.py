@@ -13,6 +13,7 @@ from .distributed import RankError, Sharded, shard
 from .draw import notebook
 from .evaluate import Comparison, baselines, compare
 from .explain import Explanation, explain, explain_samples
+from .fidelity import Fidelity, evaluate_samples, inception_features
 from .gaussian import GaussianScore
 from .gradients import Differentiable
 from .guidance import Guided, Switch
@@ -42,6 +43,7 @@ __all__ = [
     "EquivariantLocalScore",
     "Estimate",
     "Explanation",
+    "Fidelity",
     "GaussianScore",
     "Guided",
     "HeldOutErrors",
@@ -69,10 +71,12 @@ __all__ = [
     "calibrate",
     "classify",
     "compare",
+    "evaluate_samples",
     "explain",
     "explain_samples",
     "get_schedule",
     "held_out_errors",
+    "inception_features",
     "log_likelihood",
     "merge",
     "receptive_fields",

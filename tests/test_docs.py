@@ -87,7 +87,7 @@ def commands():
     return found
 
 
-ORDER = ("bank", "index", "sample", "synthesize", "calibrate", "compare", "likelihood", "explain", "info")
+ORDER = ("bank", "index", "sample", "synthesize", "calibrate", "compare", "likelihood", "explain", "evaluate", "info")
 """What one needs of another comes first."""
 
 SHARED = ("fashion-mnist", "--labels", "all")

@@ -19,7 +19,7 @@ LAYERS = (
     {"gaussian", "aggregate", "conditioned", "gradients", "guidance", "networks", "nearest", "receptive"},
     {"theories"},
     {"adapters", "sampling"},
-    {"classification", "calibrate", "evaluate", "explain", "likelihood"},
+    {"classification", "calibrate", "evaluate", "explain", "fidelity", "likelihood"},
     {"draw", "memorisation"},
     {"runs", "synthesis"},
     {"cli", "__init__", "__main__"},

@@ -1,4 +1,4 @@
-"""The command line: `patchscore sample`, `index`, `info`, `calibrate`, `compare`, `explain`,
+"""The command line: `patchscore sample`, `index`, `info`, `calibrate`, `compare`, `explain`, `evaluate`,
 `likelihood` and `bench`.
 
 A thin skin: it turns words into the library's objects, prints what happened, and turns every error a user can cause
@@ -14,6 +14,7 @@ from .bank import bank
 from .bench import bench
 from .calibrate import calibrate
 from .compare import compare
+from .evaluate import evaluate
 from .explain import explain
 from .index import index
 from .info import info
@@ -30,5 +31,17 @@ def main() -> None:
     """New images from nothing but training patches: the exact score of a diffusion model that has no network."""
 
 
-for command in (sample, synthesize_command, bank, index, info, calibrate, compare, explain, likelihood, bench):
+for command in (
+    sample,
+    synthesize_command,
+    bank,
+    index,
+    info,
+    calibrate,
+    compare,
+    explain,
+    evaluate,
+    likelihood,
+    bench,
+):
     main.add_command(command)

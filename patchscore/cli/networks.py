@@ -8,6 +8,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -119,18 +120,23 @@ def _is_torchscript(path: Path) -> bool:
         return any("/code/" in name for name in archive.namelist())
 
 
-def _entry_point(network: str, bank: PatchBank) -> Denoiser:
-    """What module:function makes of the bank."""
-    module, colon, function = network.partition(":")
+def named_function(option: str, text: str, takes: str) -> Callable[..., Any]:
+    """What module:function names, in the current folder or wherever Python finds modules."""
+    module, colon, function = text.partition(":")
     if not (colon and module and function):
-        takes = "a file that examples/train_cnn.py wrote, a TorchScript file, diffusers:PATH or module:function"
-        raise ValueError(f"NETWORK: got {network!r}, takes {takes}")
+        raise ValueError(f"{option}: got {text!r}, takes {takes}")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
-        build = getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"NETWORK: {network}: {error}") from None
+        raise ValueError(f"{option}: {text}: {error}") from None
+
+
+def _entry_point(network: str, bank: PatchBank) -> Denoiser:
+    """What module:function makes of the bank."""
+    takes = "a file that examples/train_cnn.py wrote, a TorchScript file, diffusers:PATH or module:function"
+    build = named_function("NETWORK", network, takes)
     denoiser = build(bank)
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"NETWORK: {network} returned {type(denoiser).__name__}, takes one that returns a denoiser")

@@ -3,7 +3,7 @@
 from .batches import MOST_IMAGES
 from .folder import RunFolder
 from .formats import BLOCK_IMAGES, FORMATS
-from .reopen import reopen, report_memorisation, warn_of_others
+from .reopen import reopen, report_memorisation, samples_of, warn_of_others
 from .run import Run
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "RunFolder",
     "reopen",
     "report_memorisation",
+    "samples_of",
     "warn_of_others",
 ]

@@ -7,7 +7,8 @@
                     there are more; or shards, 000000.npz; or, instead of the folder, samples.zip
     trajectory.npz  the noisy and the denoised images of the first few, at every step
     held-out.json, table.json   where the patch sizes were fitted to the training images: the errors, and the table
-    grid.png, trajectory.png; and what `explain` writes: explain.html, mosaic.png (mosaic-000000.png), memorisation.png
+    grid.png, trajectory.png; and what `explain` writes: explain.html, mosaic.png (mosaic-000000.png), memorisation.png;
+    and `evaluate`: evaluation.json
     parts/001/      samples.npy and batches.jsonl of what another process made, until `merge_parts` takes them over
 
 An image counts as made once a line lists it, as long as its row and its PNG have the hashes in that line. Everything is
@@ -42,7 +43,7 @@ FLAT_VERSION = 1
 
 PICTURES = ("grid.png", "trajectory.png")
 ERRORS, TABLE = "held-out.json", "table.json"
-EXPLANATIONS = ("explain.html", "mosaic.png", "memorisation.png")
+EXPLANATIONS = ("explain.html", "mosaic.png", "memorisation.png", "evaluation.json")
 FILES = (
     "run.json",
     "batches.jsonl",

@@ -17,6 +17,7 @@ from ..index import OPTIONS, PatchIndex
 from ..machines import EquivariantLocalScore, IdealScore, LocalScore
 from ..memorisation import memorisation_report
 from ..scales import ScaleTable
+from .batches import Batches
 from .folder import FLAT_VERSION, RunFolder, read_arrays, read_run, write_run
 
 SAME = 0.02
@@ -99,6 +100,30 @@ def _index_of_run(path: Path, bank: PatchBank, built: dict[str, Any], out: Path)
     if not same or not set(built["patch_sizes"]) <= set(index.patch_sizes):
         raise ValueError(f"{path}: not the index that the run in {out} was made with; give its place with --index")
     return PatchIndex(path, bank, {**index.meta, "patch_sizes": built["patch_sizes"]})
+
+
+def samples_of(out: Path) -> np.ndarray:
+    """The images of a run, float32 [n, C, H, W] in the order of their numbers, from the mapped file.
+
+    Raises:
+        ValueError: no run, or one without images.
+    """
+    path = out / "run.json"
+    try:
+        record = read_run(path)
+        if record["version"] == FLAT_VERSION:
+            images = read_arrays(out / "samples.npz").get("images", np.empty(0))
+        else:
+            shape = record["bank"]["shape"][:1] + list(record["settings"].get("size") or record["bank"]["shape"][1:])
+            batches = Batches(out, shape)
+            made = sorted(batches.made())
+            images = np.load(batches.rows.path, mmap_mode="r") if made else np.empty(0)
+            images = images[: len(made)] if made == list(range(len(made))) else images[made]
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        raise ValueError(f"{path}: not a usable run: {error}") from None
+    if not len(images):
+        raise ValueError(f"{out}: the run has no images yet")
+    return images
 
 
 def report_memorisation(out: Path, record: dict[str, Any], walks: list[Walk], bank: PatchBank) -> dict[str, Any]:
