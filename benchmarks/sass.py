@@ -52,7 +52,7 @@ def names(block: list[str]) -> Counter:
 
 def parts(sass: str, values: int) -> dict[str, Counter]:
     """The loop over window rows in parts: what a row costs, a step of products sliding, and the first window's rows."""
-    found = blocks(sass, f"windows_kernelILi1ELi{values}E")
+    found = blocks(sass, f"windows_kernelILi1ELi{values}ELb0E")
     counts = [names(block) for _, block in found]
     products = [i for i, count in enumerate(counts) if count["IMMA"]]
     assert len(products) == 2, "one loop of products slides, the other begins a run"

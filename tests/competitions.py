@@ -38,3 +38,21 @@ def assert_same(got, expected, tolerance):
     torch.testing.assert_close(got.ess, expected.ess, rtol=2e-2, atol=1e-3)
     evidence, expected_evidence = got.m + got.s.log(), expected.m + expected.s.log()
     torch.testing.assert_close(evidence, expected_evidence, rtol=1e-5, atol=2e-3)
+
+
+def assert_same_moments(got, expected, z, sigma):
+    """Moments against those of `reference` in float64: 1e-4 of the divergence, or float32's rounding of each pixel's
+    share.
+
+    A pixel's variance counts against that of the noise, as it does in the divergence. Squares are summed around the
+    pixel of z, so where all windows that weigh are far from it their rounding counts by the square of that distance.
+    """
+    noise2 = (sigma**2)[:, None, None, None]
+    far2 = (expected.mean - z.double().clamp(-1, 1)).square()
+    rounding = 2.0**-23 * (noise2 + far2)
+    difference = ((got.variance - expected.variance) / noise2).flatten(1).sum(1).abs()
+    divergence = (expected.variance / noise2).flatten(1).sum(1)
+    assert (difference <= 1e-4 * divergence + (rounding / noise2).flatten(1).sum(1)).all()
+    scale = expected.variance + noise2.clamp(max=0.1)
+    assert ((got.variance - expected.variance).abs() <= 1e-4 * scale + 2 * rounding).all()
+    torch.testing.assert_close(got.entropy, expected.entropy, rtol=1e-4, atol=2e-4)

@@ -10,7 +10,7 @@ import threading
 import emulated
 import pytest
 import torch
-from competitions import LIMIT, assert_same, broken, circular, local
+from competitions import LIMIT, assert_same, assert_same_moments, broken, circular, local
 from conftest import smooth_images
 
 import patchscore as ps
@@ -81,6 +81,50 @@ def compare(bank, competition, sigma, tolerance=1e-4, device="cpu", limit=LIMIT)
 def test_sums_are_the_references(kernels, kind, k, channels, height, width):
     bank = ps.PatchBank(smooth_images(11, channels, height, width))
     compare(bank, kind(k, height, width), [0.05, 0.3, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "k", "channels", "height", "width", "dtype"),
+    [
+        (circular, 1, 1, 7, 9, torch.uint8),
+        (circular, 5, 3, 8, 17, torch.uint8),
+        (circular, 3, 5, 8, 7, torch.uint8),
+        (circular, 3, 2, 7, 8, torch.float32),
+        (broken, 5, 4, 9, 8, torch.uint8),
+        (local, 9, 3, 7, 6, torch.float32),
+    ],
+)
+def test_moments_are_the_references(kernels, kind, k, channels, height, width, dtype):
+    """At low noise too, where float32 sums of squares would lose the variance to the mean."""
+    bank = ps.PatchBank(smooth_images(11, channels, height, width, dtype=dtype))
+    # Windows that wrap around are unlike all others: 22 bits of a pixel that is off by 1 leave their log-weights 1e-4
+    # nats at sigma = 0.1, and four times as much at half of it.
+    lowest = 0.15 if kind is circular else 0.01
+    compare_moments(bank, kind(k, height, width), [lowest, 0.3, 2.0, 100.0])
+
+
+def test_moments_of_strips_and_chunks_are_the_references(kernels, monkeypatch):
+    bank = ps.PatchBank(smooth_images(9, 3, 20, 9), torch.arange(9) % 2)
+    monkeypatch.setattr(sliding_cuda, "CHUNKS", 2)
+    monkeypatch.setattr(sliding_cuda, "_shared_limit", lambda device: 20 * 1024)
+    compare_moments(bank, circular(5, 20, 9), [0.3])
+    compare_moments(bank.select(1), broken(5, 20, 9), [0.3])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_moments_of_whole_images_are_the_references(kernels, dtype):
+    bank = ps.PatchBank(smooth_images(30, 3, 7, 9, dtype=dtype), torch.arange(30) % 2)
+    compare_moments(bank, WHOLE_IMAGE, [0.02, 0.2, 1.0, 50.0])
+    compare_moments(bank.select(1), WHOLE_IMAGE, [0.5])
+
+
+def compare_moments(bank, competition, sigma, limit=LIMIT):
+    z, sigma = noisy_batch(bank, sigma)
+    (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [competition], limit, moments=True)
+    (plain,) = sliding_cuda.posterior_sums(z, sigma, bank, [competition], LIMIT)
+    torch.testing.assert_close(got.mean, plain.mean, rtol=0, atol=1e-6)
+    expected = reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT, moments=True)
+    assert_same_moments(got, expected, z, sigma)
 
 
 @pytest.mark.skipif(not EVERYTHING, reason="minutes: make emulate")
@@ -238,6 +282,7 @@ def test_items_in_several_passes_are_those_of_one(kernels):
         compare(bank, kind(3, 6, 6), [0.05, 0.1, 0.15, 0.2, 0.25], limit=16_000)
         windows, slabs = (kernels.launches.count(f"patchscore_{name}") for name in ("windows", "pack"))
         assert windows > slabs > 1
+        compare_moments(bank, kind(3, 6, 6), [0.15, 0.2, 0.25, 0.5, 1.0], limit=24_000)
 
 
 def test_several_sizes_at_once_are_those_alone(kernels):
@@ -403,7 +448,7 @@ def test_what_the_kernels_have_no_room_for_is_not_served(kernels, monkeypatch):
     bank = ps.PatchBank(smooth_images(2, 3, 24, 24))
     assert sliding_cuda.serves(bank, local(47, 24, 24), cpu)
     assert sliding_cuda.serves(bank, WHOLE_IMAGE, cpu)
-    kernels.reset(shared=20 * 1024)
+    monkeypatch.setattr(sliding_cuda, "_shared_limit", lambda device: 20 * 1024)
     assert sliding_cuda.serves(bank, WHOLE_IMAGE, cpu)
     served = [k for k in range(3, 48, 2) if sliding_cuda.serves(bank, local(k, 24, 24), cpu)]
     assert served == list(range(3, served[-1] + 1, 2))
@@ -594,7 +639,9 @@ def test_kernels_keep_everything_in_registers(tmp_path, target):
     source = emulated.ROOT / "csrc" / "sliding" / "sliding.cu"
     report = subprocess.run([*command, source], capture_output=True, text=True, check=True).stderr
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert spilled == [("0", "0")] * 15  # six kernels of windows, two of products, four of averages, three that prepare
+    assert (
+        spilled == [("0", "0")] * 21
+    )  # twelve kernels of windows, two of products, four of averages, three that prepare
 
 
 # Without the C++ engine, FAISS, or a device.

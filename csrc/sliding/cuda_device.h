@@ -23,6 +23,13 @@ __device__ __forceinline__ float power_of_two(float x) {
     return y;
 }
 
+// log2 x of x > 0 in one instruction, good to 2^-22; below 2^-126 it is -infinity.
+__device__ __forceinline__ float log2_of(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ __forceinline__ bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
 
 __device__ __forceinline__ float bits_as_float(int bits) { return __int_as_float(bits); }

@@ -38,6 +38,7 @@ struct Windows {
     int strip;                  // query rows of a block
     int groups_per_chunk;       // a block walks over so many groups of TILES tiles
     int multiplier, base;       // see `distance` below
+    int moments;                // whether sums are also of w log2 w and w value^2, values less the query's centre
     int outside[4];             // what the noisy image reads beyond its border, unless circular
     const int* quads;           // [images][planes][channel_quads][height][width]
     const float* values;        // [images][height][width][1, or 4]: what is averaged; TILE pixels more are read
@@ -45,9 +46,12 @@ struct Windows {
     const float* fractions;     // the same size: what `norms` leaves out; for 3 planes
     const int4* digits;         // [items][channel_quads][height][width]: the three quads of a noisy pixel
     const float2* scale;        // [items]: bits per unit of `norms`, and per unit of the lower digits
+    const float* centres;       // [items][height][width][1, or 4]: near values that weigh; for moments
     int* references;            // [chunks][items][height][width][2]
-    float* sums;                // [chunks][items][2 + values][height][width]: s, s2, v
+    float* sums;                // [chunks][items][parts][height][width]: s, s2, v, and with moments sl and v2
 };
+
+__host__ __device__ constexpr int parts_of(int values, bool moments) { return 2 + values + (moments ? 1 + values : 0); }
 
 __host__ __device__ inline int columns_of(const Axis& axis, int j0) {
     const int left = axis.q1 - j0;
@@ -74,7 +78,7 @@ struct Layout {
     int window_rows;
     int negative, zeros, values, pairs, sums, windows, norms, fractions, end;
 
-    __host__ __device__ explicit Layout(const Windows& t) {
+    __host__ __device__ Layout(const Windows& t, int parts) {
         const int k = t.patch_size;
         steps = (k + 3) / 4;
         q_rows = wraps(t) ? t.height : t.strip + k - 1;
@@ -87,12 +91,15 @@ struct Layout {
         values = zeros + 9 * Q_QUADS * 4;
         pairs = values + TILES * 4;
         sums = (pairs + 32 * 4 + 15) / 16 * 16;
-        windows = sums + t.strip * 32 * 8 * (4 + t.values_per_pixel);
+        windows = sums + t.strip * 32 * 8 * (2 + parts);
         norms = (windows + t.planes * t.channel_quads * p_rows * p_pitch * P_QUADS * 4 + 15) / 16 * 16;
         fractions = norms + TILES * window_rows * TILE * 4;
         end = fractions + (t.planes > 1 ? TILES * window_rows * TILE * 4 : 0);
     }
 };
+
+// Of a launch; the kernel knows its parts when it is compiled, which saves a register.
+static Layout layout_of(const Windows& t) { return {t, parts_of(t.values_per_pixel, t.moments)}; }
 
 __device__ __forceinline__ int negated(int quad) {
     int result = 0;
@@ -135,11 +142,24 @@ __device__ __forceinline__ void add_rows(int (&products)[3][TILES][4], Pointers 
     }
 }
 
+// CV values of a pixel, which lie alone or in fours.
+template <int CV, typename Index>
+__device__ __forceinline__ void read_pixel(float (&value)[4], const float* pixels, Index at) {
+    if (CV == 1) {
+        value[0] = pixels[at];
+    } else {
+        const float4 four = reinterpret_cast<const float4*>(pixels)[at];
+        value[0] = four.x, value[1] = four.y, value[2] = four.z, value[3] = four.w;
+    }
+}
+
 // The block: QUERIES columns of a strip of query rows, in registers and shared memory, against a chunk of the slab. All
 // warps hold the same group of TILES tiles; each walks a displacement of its own, so at any time they serve different
 // query rows and share the sums without a conflict.
-template <int PLANES, int CV>
-__global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(const Windows t) {
+template <int PLANES, int CV, bool MOMENTS>
+__global__ void __launch_bounds__(THREADS, PLANES == 1 && !MOMENTS ? 2 : 1) windows_kernel(const Windows t) {
+    // A lane's sums: two of the reference, then the parts.
+    constexpr int PARTS = parts_of(CV, MOMENTS), KEPT = 2 + PARTS, ENTROPY = 4 + CV, SQUARES = ENTROPY + 1;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row_of_lane = lane >> 2, quad = lane & 3;
     const int k = t.patch_size, r = k / 2, H = t.height, W = t.width;
     // Blocks of one chunk side by side, so that its windows are read from memory once.
@@ -149,7 +169,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
     const int j0 = t.cols.q0 + query_block % col_blocks * QUERIES;
     const int a0 = t.rows.locked ? i0 : t.rows.w0, a1 = t.rows.locked ? i1 : t.rows.w1;
     const bool wrapping = wraps(t);
-    const Layout layout(t);
+    const Layout layout(t, PARTS);
 
     char* const memory = reinterpret_cast<char*>(shared_memory());
     int* const q_plus = reinterpret_cast<int*>(memory);  // [channel_quads][rows][pitch][Q_QUADS]
@@ -157,7 +177,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
     int* const zeros = reinterpret_cast<int*>(memory + layout.zeros);
     int* const values_of_tile = reinterpret_cast<int*>(memory + layout.values);
     unsigned* const pairs_of_lane = reinterpret_cast<unsigned*>(memory + layout.pairs);
-    float2* const sums = reinterpret_cast<float2*>(memory + layout.sums);  // [strip][4 + CV][lanes]
+    float2* const sums = reinterpret_cast<float2*>(memory + layout.sums);  // [strip][KEPT][lanes]
     int* const p = reinterpret_cast<int*>(memory + layout.windows);        // [planes][channel_quads][rows][pitch][P_QUADS]
     int* const norms = reinterpret_cast<int*>(memory + layout.norms);      // [window rows][TILES][TILE]
     float* const fractions = reinterpret_cast<float*>(memory + layout.fractions);
@@ -180,8 +200,8 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
     if (threadIdx.x < 9 * Q_QUADS) zeros[threadIdx.x] = 0;
     if (threadIdx.x < TILES) values_of_tile[threadIdx.x] = 0;
 #pragma unroll 1
-    for (int x = threadIdx.x; x < t.strip * (4 + CV) * 32; x += THREADS) {
-        const bool reference = x / 32 % (4 + CV) < 2;  // farther than anything
+    for (int x = threadIdx.x; x < t.strip * KEPT * 32; x += THREADS) {
+        const bool reference = x / 32 % KEPT < 2;  // farther than anything
         sums[x] = {reference ? bits_as_float(1 << 30) : 0.f, 0.f};
     }
 
@@ -283,7 +303,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
 
                     // distance = norm - multiplier x product of the top digits - fine part (the lower digits), each
                     // relative to the reference; a weight is 2^-(distance x scale).
-                    float2* const mine = sums + (i - i0) * (4 + CV) * 32 + lane;
+                    float2* const mine = sums + (i - i0) * KEPT * 32 + lane;
                     const int2* norm = reinterpret_cast<const int2*>(norms + (a - a0) * TILES * TILE) + quad;
                     const float2* fraction = reinterpret_cast<const float2*>(fractions + (a - a0) * TILES * TILE) + quad;
                     float w[2][2 * TILES], total[2];
@@ -336,8 +356,13 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
                             const float fade = power_of_two(-most);
                             coarse = new_coarse, fine = new_fine;
                             mine[jj * 32] = {bits_as_float(coarse), bits_as_float(fine)};
+                            if (MOMENTS) {  // log2 w changes for every window alike
+                                const float2 s = mine[2 * 32];
+                                float2& sl = mine[ENTROPY * 32];
+                                (jj ? sl.y : sl.x) -= most * (jj ? s.y : s.x);
+                            }
 #pragma unroll
-                            for (int part = 2; part < 4 + CV; ++part) {
+                            for (int part = 2; part < KEPT; ++part) {
                                 float2& sum = mine[part * 32];
                                 (jj ? sum.y : sum.x) *= part == 3 ? fade * fade : fade;
                             }
@@ -350,24 +375,34 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
                         // Half an instruction a pair more, but on an sm_80 four channels lack a register otherwise.
                         using Index = std::conditional_t<CV == 4, unsigned, int>;
                         float2 s2 = mine[3 * 32];
-                        float v[CV][2];
+                        float v[CV][2], v2[MOMENTS ? CV : 1][2], sl[2] = {0.f, 0.f};
 #pragma unroll
                         for (int c = 0; c < CV; ++c) v[c][0] = v[c][1] = 0.f;
+                        float centre[2][4];
+                        if (MOMENTS) {
+#pragma unroll
+                            for (int c = 0; c < CV; ++c) v2[c][0] = v2[c][1] = 0.f;
+#pragma unroll
+                            for (int jj = 0; jj < 2; ++jj) {  // a lane beyond the last query repeats it
+                                const int j = at_most(j0 + row_of_lane + 8 * jj, t.cols.q1 - 1);
+                                read_pixel<CV>(centre[jj], t.centres, (int64_t(item) * H + i) * W + j);
+                            }
+                        }
 #pragma unroll
                         for (int x = 0; x < 2 * TILES; ++x) {
                             const Index at = values_of_tile[x / 2] + a * W + 2 * quad + x % 2;
                             float value[4];
-                            if (CV == 1) {
-                                value[0] = t.values[at];
-                            } else {
-                                const float4 four = reinterpret_cast<const float4*>(t.values)[at];
-                                value[0] = four.x, value[1] = four.y, value[2] = four.z, value[3] = four.w;
-                            }
+                            read_pixel<CV>(value, t.values, at);
 #pragma unroll
                             for (int jj = 0; jj < 2; ++jj) {
                                 (jj ? s2.y : s2.x) += w[jj][x] * w[jj][x];
+                                if (MOMENTS && w[jj][x] > 0.f) sl[jj] += w[jj][x] * log2_of(w[jj][x]);
 #pragma unroll
-                                for (int c = 0; c < CV; ++c) v[c][jj] += w[jj][x] * value[c];
+                                for (int c = 0; c < CV; ++c) {
+                                    const float offset = MOMENTS ? value[c] - centre[jj][c] : value[c];
+                                    v[c][jj] += w[jj][x] * offset;
+                                    if (MOMENTS) v2[c][jj] += w[jj][x] * offset * offset;
+                                }
                             }
                         }
                         mine[3 * 32] = s2;
@@ -375,6 +410,15 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
                         for (int c = 0; c < CV; ++c) {
                             const float2 before = mine[(4 + c) * 32];
                             mine[(4 + c) * 32] = {before.x + v[c][0], before.y + v[c][1]};
+                        }
+                        if (MOMENTS) {
+                            const float2 entropy = mine[ENTROPY * 32];
+                            mine[ENTROPY * 32] = {entropy.x + sl[0], entropy.y + sl[1]};
+#pragma unroll
+                            for (int c = 0; c < CV; ++c) {
+                                const float2 before = mine[(SQUARES + c) * 32];
+                                mine[(SQUARES + c) * 32] = {before.x + v2[c][0], before.y + v2[c][1]};
+                            }
                         }
                     }
                 }
@@ -388,7 +432,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
     for (int x = threadIdx.x; x < (i1 - i0) * QUERIES; x += THREADS) {
         const int i = i0 + x / QUERIES, column = x % QUERIES, j = j0 + column, jj = column / 8;
         if (j >= t.cols.q1) continue;
-        const float2* of = sums + (i - i0) * (4 + CV) * 32 + column % 8 * 4;
+        const float2* of = sums + (i - i0) * KEPT * 32 + column % 8 * 4;
         auto half = [&](const float2& two) { return jj ? two.y : two.x; };
         int nearest = 0;
         auto bits = [&](int from, int to) {  // log2 of what a weight relative to `from` is relative to `to`
@@ -398,17 +442,18 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 ? 2 : 1) windows_kernel(c
         };
         for (int l = 1; l < 4; ++l)
             if (!(half(of[2 * 32 + nearest]) > 0.f) || (half(of[2 * 32 + l]) > 0.f && bits(l, nearest) > 0.f)) nearest = l;
-        float parts[2 + CV];
-        for (int c = 0; c < 2 + CV; ++c) parts[c] = 0.f;
+        float parts[PARTS];
+        for (int c = 0; c < PARTS; ++c) parts[c] = 0.f;
         for (int l = 0; l < 4; ++l) {
             if (!(half(of[2 * 32 + l]) > 0.f)) continue;
             const float fade = l == nearest ? 1.f : power_of_two(bits(l, nearest));
-            for (int c = 0; c < 2 + CV; ++c) parts[c] += half(of[(2 + c) * 32 + l]) * (c == 1 ? fade * fade : fade);
+            for (int c = 0; c < PARTS; ++c) parts[c] += half(of[(2 + c) * 32 + l]) * (c == 1 ? fade * fade : fade);
+            if (MOMENTS && l != nearest) parts[ENTROPY - 2] += half(of[2 * 32 + l]) * bits(l, nearest) * fade;
         }
         const int64_t plane = int64_t(H) * W, pixel = int64_t(i) * W + j, place = int64_t(chunk) * t.items + item;
         t.references[(place * plane + pixel) * 2] = bits_as_int(of[jj * 32 + nearest].x);
         t.references[(place * plane + pixel) * 2 + 1] = bits_as_int(of[jj * 32 + nearest].y);
-        for (int c = 0; c < 2 + CV; ++c) t.sums[(place * (2 + CV) + c) * plane + pixel] = parts[c];
+        for (int c = 0; c < PARTS; ++c) t.sums[(place * PARTS + c) * plane + pixel] = parts[c];
     }
 }
 
@@ -708,13 +753,13 @@ static cudaError_t launch(void (*kernel)(Task), int64_t blocks, int64_t items, i
 
 static int64_t blocks_for(int64_t threads) { return (threads + THREADS - 1) / THREADS; }
 
-template <int PLANES>
+template <int PLANES, bool MOMENTS>
 static cudaError_t launch_windows(const Windows& task, int64_t blocks, int device, void* stream) {
-    const int bytes = Layout(task).end;
+    const int bytes = layout_of(task).end;
     switch (task.values_per_pixel) {
-        case 1: return launch(windows_kernel<PLANES, 1>, blocks, task.items, bytes, device, stream, task);
-        case 3: return launch(windows_kernel<PLANES, 3>, blocks, task.items, bytes, device, stream, task);
-        case 4: return launch(windows_kernel<PLANES, 4>, blocks, task.items, bytes, device, stream, task);
+        case 1: return launch(windows_kernel<PLANES, 1, MOMENTS>, blocks, task.items, bytes, device, stream, task);
+        case 3: return launch(windows_kernel<PLANES, 3, MOMENTS>, blocks, task.items, bytes, device, stream, task);
+        case 4: return launch(windows_kernel<PLANES, 4, MOMENTS>, blocks, task.items, bytes, device, stream, task);
         default: return cudaErrorInvalidValue;
     }
 }
@@ -745,7 +790,7 @@ PS_EXPORT const char* patchscore_unavailable() {
 }
 
 // Bytes of shared memory that a block takes, and that it may take on a device (0 if that cannot be told).
-PS_EXPORT int patchscore_shared_bytes(const Windows* task) { return Layout(*task).end; }
+PS_EXPORT int patchscore_shared_bytes(const Windows* task) { return layout_of(*task).end; }
 
 PS_EXPORT int patchscore_shared_limit(int device) {
     int most = 0;
@@ -763,8 +808,9 @@ PS_EXPORT const char* patchscore_windows(const Windows* task, int device, void* 
         const int64_t groups = (int64_t(task->images) * ((columns + TILE - 1) / TILE) + TILES - 1) / TILES;
         const int64_t chunks = (groups + task->groups_per_chunk - 1) / task->groups_per_chunk;
         const int64_t blocks = chunks * row_blocks(*task) * column_blocks(*task);
-        error = task->planes == 1 ? launch_windows<1>(*task, blocks, device, stream)
-                                  : launch_windows<3>(*task, blocks, device, stream);
+        const auto launched = task->planes == 1 ? (task->moments ? launch_windows<1, true> : launch_windows<1, false>)
+                                                : (task->moments ? launch_windows<3, true> : launch_windows<3, false>);
+        error = launched(*task, blocks, device, stream);
     }
     return told("windows_kernel", error);
 }

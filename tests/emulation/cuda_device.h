@@ -32,6 +32,8 @@ inline float power_of_two(float x) {
     return y < 0x1p-126f ? 0.f : y;
 }
 
+inline float log2_of(float x) { return x < 0x1p-126f ? -INFINITY : std::log2(x); }
+
 inline float bits_as_float(int bits) {
     float value;
     std::memcpy(&value, &bits, 4);

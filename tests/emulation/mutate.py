@@ -39,8 +39,8 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("no barrier before lanes are merged", KERNELS, "in their order.\n    " + BARRIER, "in their order.\n"),
     ("warps come to a barrier unequally often", KERNELS, "step < length;", "step < at_most(length, hi - start);"),
     ("a vote where only some lanes are", KERNELS, "if (total[jj] <= RISE) continue;", "if (total[jj] <= RISE) break;"),
-    ("a thread leaves before the barriers", KERNELS, "    const Layout layout(t);\n\n",
-     "    const Layout layout(t);\n    if (j0 + row_of_lane >= t.cols.q1) return;\n\n"),
+    ("a thread leaves before the barriers", KERNELS, "    const Layout layout(t, PARTS);\n\n",
+     "    const Layout layout(t, PARTS);\n    if (j0 + row_of_lane >= t.cols.q1) return;\n\n"),
     # Fragments.
     ("rows of A swapped", KERNELS, "a[digit][0] = first[digit], a[digit][1] = first[8 * Q_QUADS + digit]",
      "a[digit][1] = first[digit], a[digit][0] = first[8 * Q_QUADS + digit]"),
@@ -90,6 +90,13 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("three of four lanes are merged", KERNELS, "for (int l = 0; l < 4; ++l) {\n            if", "for (int l = 0; l < 3; ++l) {\n            if"),
     ("merged squares fade like weights", KERNELS, "(c == 1 ? fade * fade : fade);", "fade;"),
     ("the farthest lane is the reference", KERNELS, "bits(l, nearest) > 0.f)) nearest = l;", "bits(l, nearest) < 0.f)) nearest = l;"),
+    # Moments.
+    ("log-weights stay where they were when a reference moves", KERNELS, "(jj ? sl.y : sl.x) -= most * (jj ? s.y : s.x);", ""),
+    ("log-weights of lanes stay where they were", KERNELS, "if (MOMENTS && l != nearest) parts", "if (MOMENTS && l != l) parts"),
+    ("both queries around the first one's centre", KERNELS, "value[c] - centre[jj][c]", "value[c] - centre[0][c]"),
+    ("items of a later pass with the first one's centres", HOST, "batch.centres[items].data_ptr()", "batch.centres.data_ptr()"),
+    ("log-weights of chunks stay where they were", HOST, "+ risen * s)", "+ 0 * s)"),
+    ("squares stay around the centre", HOST, "centre * (part.v + whole)", "centre * part.v"),
     # Where results go.
     ("a chunk begins a group late", KERNELS, "first_group = chunk * t.groups_per_chunk;", "first_group = chunk * t.groups_per_chunk + 1;"),
     ("a chunk takes a group of the next", KERNELS, "group < first_group + t.groups_per_chunk", "group <= first_group + t.groups_per_chunk"),

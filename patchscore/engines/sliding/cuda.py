@@ -12,7 +12,7 @@ import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +53,10 @@ class _Windows(ctypes.Structure):
         ("rows", _Axis),
         ("cols", _Axis),
         *((name, ctypes.c_int) for name in ("images", "items", "strip", "groups_per_chunk", "multiplier", "base")),
+        ("moments", ctypes.c_int),
         ("outside", ctypes.c_int * 4),
         *((name, ctypes.c_void_p) for name in ("quads", "values", "norms", "fractions", "digits", "scale")),
-        *((name, ctypes.c_void_p) for name in ("references", "sums")),
+        *((name, ctypes.c_void_p) for name in ("centres", "references", "sums")),
     ]
 
 
@@ -125,6 +126,7 @@ class SlidingCuda(Engine):
     """`sliding` on CUDA devices; patches beyond its shared memory or integers are left to the next engine."""
 
     name = "sliding"
+    moments = True
 
     def runs_on(self, device: torch.device) -> bool:
         return device.type == "cuda"
@@ -152,8 +154,9 @@ class SlidingCuda(Engine):
         competition: Competition,
         memory_limit: int,
         ess: bool = True,
+        moments: bool = False,
     ) -> PosteriorSum:
-        return posterior_sums(z, sigma, bank, [competition], memory_limit)[0]
+        return posterior_sums(z, sigma, bank, [competition], memory_limit, moments)[0]
 
     def posterior_sums(
         self, z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
@@ -179,7 +182,12 @@ def serves(bank: PatchBank, competition: Competition, device: torch.device) -> b
 
 
 def posterior_sums(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
+    z: Tensor,
+    sigma: Tensor,
+    bank: PatchBank,
+    competitions: Sequence[Competition],
+    memory_limit: int,
+    moments: bool = False,
 ) -> list[PosteriorSum]:
     """The sums of every competition, of windows in one pass over the bank; arguments as of `Engine.posterior_sums`.
 
@@ -187,22 +195,25 @@ def posterior_sums(
     """
     windows = [competition for competition in competitions if competition.patch_size is not None]
     with torch.cuda.device(z.device) if z.device.type == "cuda" else nullcontext():
-        sums = iter(_windows(z, sigma, bank, windows, memory_limit) if windows else [])
+        sums = iter(_windows(z, sigma, bank, windows, memory_limit, moments) if windows else [])
         return [
-            _whole_images(z, sigma, bank, memory_limit) if competition.patch_size is None else next(sums)
+            _whole_images(z, sigma, bank, memory_limit, moments) if competition.patch_size is None else next(sums)
             for competition in competitions
         ]
 
 
 def _windows(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
+    z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int, moments: bool
 ) -> list[PosteriorSum]:
-    parts = [_some_channels(z, sigma, bank, competitions, memory_limit, first) for first in range(0, z.shape[1], 4)]
-    # Weights are the same whichever channels are averaged.
-    return [
-        PosteriorSum(same[0].m, same[0].s, torch.cat([x.v for x in same], 1), same[0].s2)
-        for same in zip(*parts, strict=True)
+    parts = [
+        _some_channels(z, sigma, bank, competitions, memory_limit, first, moments) for first in range(0, z.shape[1], 4)
     ]
+    # Weights are the same whichever channels are averaged.
+    joined = []
+    for same in zip(*parts, strict=True):
+        v2 = torch.cat([x.v2 for x in same if x.v2 is not None], 1) if moments else None
+        joined.append(replace(same[0], v=torch.cat([x.v for x in same], 1), v2=v2))
+    return joined
 
 
 @dataclass
@@ -216,6 +227,7 @@ class _Noisy:
     squares: Tensor  # [n, 1, H, W] float64: sum over channels of q^2
     sigma: Tensor  # [n] float64, in steps
     outside: tuple[int, ...]  # the digits of v = 0
+    centres: Tensor | None  # [n, H, W, 1 or 4]: the pixels themselves, cut to [-1, 1]; with moments
 
 
 @dataclass
@@ -229,14 +241,23 @@ class _Slab:
 
 
 def _some_channels(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int, first: int
+    z: Tensor,
+    sigma: Tensor,
+    bank: PatchBank,
+    competitions: Sequence[Competition],
+    memory_limit: int,
+    first: int,
+    moments: bool,
 ) -> list[PosteriorSum]:
     """The sums with the mean of channels first .. first + 3 only."""
     count = min(4, z.shape[1] - first)
     shape = (len(z), count, *z.shape[2:])
     base = min(_base(_values(bank, competition), _planes(bank)) for competition in competitions)
-    batches = _noisy(z, sigma, base)
-    totals = [[PosteriorSum.empty((len(b.items), *shape[1:]), z.device) for b in batches] for _ in competitions]
+    batches = _noisy(z, sigma, base, range(first, first + count) if moments else None)
+    totals = [
+        [PosteriorSum.empty((len(b.items), *shape[1:]), z.device, moments=moments) for b in batches]
+        for _ in competitions
+    ]
     channels, height, width = bank.shape
     per_pixel = 4 * _planes(bank) * -(-channels // 4) + 16 + 8 + 8 + 4 + 4
     per_slab = _images_per_slab(bank, height * width * per_pixel, ALIGNED, memory_limit)
@@ -250,11 +271,11 @@ def _some_channels(
                 for group in competition.groups:
                     _add(total, batch, slab, norms, competition, group, base, unit, len(bank), memory_limit)
 
-    gathered = [PosteriorSum.empty(shape, z.device) for _ in competitions]
+    gathered = [PosteriorSum.empty(shape, z.device, moments=moments) for _ in competitions]
     for whole, parts in zip(gathered, totals, strict=True):
         for batch, part in zip(batches, parts, strict=True):
-            for name in ("m", "s", "v", "s2"):
-                getattr(whole, name)[batch.items] = getattr(part, name)
+            for name, x in part.fields.items():
+                whole.fields[name][batch.items] = x
     return gathered
 
 
@@ -283,8 +304,8 @@ def _unit(values: int, top: int) -> int:
     return 2 ** max(0, math.ceil(math.log2(values * (16538 + 32512 * top)) - 30))
 
 
-def _noisy(z: Tensor, sigma: Tensor, base: int) -> list[_Noisy]:
-    """The batch in digits, items grouped by what their first digit is worth."""
+def _noisy(z: Tensor, sigma: Tensor, base: int, centred: range | None = None) -> list[_Noisy]:
+    """The batch in digits, items grouped by what their first digit is worth; with moments of channels `centred`."""
     q = z.detach().to(torch.float32).to(torch.float64) * STEPS - 0.5
     tops = [2 ** max(0, math.ceil(math.log2(largest / 126.5))) for largest in _largest(q)]
     batches = []
@@ -302,9 +323,16 @@ def _noisy(z: Tensor, sigma: Tensor, base: int) -> list[_Noisy]:
                 squares=rounded.square().sum(1, keepdim=True),
                 sigma=sigma.to(z.device, torch.float64)[items] * STEPS,
                 outside=tuple((int(d) & 255) * 0x01010101 for d in outside),
+                centres=None if centred is None else _centres(z[items][:, centred.start : centred.stop]),
             )
         )
     return batches
+
+
+def _centres(z: Tensor) -> Tensor:
+    """[n, H, W, 1 or 4] float32: pixels near which the values of all windows that weigh are, where noise is low."""
+    pixels = z.detach().to(torch.float32).clamp(-1, 1).movedim(1, -1)
+    return (pixels if z.shape[1] == 1 else F.pad(pixels, (0, 4 - z.shape[1]))).contiguous()
 
 
 def _largest(q: Tensor) -> list[float]:
@@ -468,7 +496,7 @@ def _add(
         patch_size=competition.patch_size, circular=competition.padding_mode == "circular",
         rows=_axis(rows), cols=_axis(cols), images=slab.images, multiplier=2 * batch.top // unit, base=base,
         outside=(*batch.outside, 0), quads=slab.quads.data_ptr(), values=slab.values.data_ptr(),
-        norms=norms[0].data_ptr(), fractions=norms[1].data_ptr(),
+        norms=norms[0].data_ptr(), fractions=norms[1].data_ptr(), moments=batch.centres is not None,
     )  # fmt: skip
 
     # A block adds up one chunk; their size follows the bank's, so that sums do not depend on slabs or the batch.
@@ -485,7 +513,8 @@ def _add(
     scale = torch.stack([precision * unit, precision * lower], 1).mul_(math.log2(math.e)).to(torch.float32)
     q2 = _query_norms(batch.squares, batch.channels, competition, group)
 
-    parts = task.values_per_pixel + 2
+    values = task.values_per_pixel
+    parts = 2 + values + (1 + values if task.moments else 0)
     per_item = chunks * height * width * (8 + 4 * parts + 8 * (parts + 3))
     at_a_time = max(1, min(65535, min(SLAB_BYTES, memory_limit // 2) // per_item))
     for first in range(0, len(batch.items), at_a_time):
@@ -494,6 +523,7 @@ def _add(
         references = torch.empty(chunks, n, height, width, 2, dtype=torch.int32, device=device)
         sums = torch.empty(chunks, n, parts, height, width, device=device)
         task.items, task.digits = n, batch.digits[items].data_ptr()
+        task.centres = None if batch.centres is None else batch.centres[items].data_ptr()
         task.scale = scale[items].data_ptr()
         task.references, task.sums = references.data_ptr(), sums.data_ptr()
         for piece in _pieces(task, rows, device):
@@ -507,8 +537,16 @@ def _add(
             m = torch.where(exact[:, :, :1] > 0, -distance * precision[items].reshape(-1, 1, 1, 1), -torch.inf)
             top = m.amax(0)
             fade = torch.where(torch.isneginf(m), 0.0, (m - top).exp_())
-            s, s2, v = exact.split([1, 1, parts - 2], 2)
+            s, s2, v, *more = exact.split([1, 1, values, *([1, values] if task.moments else [])], 2)
             part = PosteriorSum(top, (s * fade).sum(0), (v * fade).sum(0)[:, :count], (s2 * fade.square()).sum(0))
+            if batch.centres is not None:
+                sl, squares = more
+                risen = torch.where(torch.isneginf(m), 0.0, m - top)
+                centre = batch.centres[items, row, col, :count].movedim(-1, 1).to(torch.float64)
+                # Of values less their centre c: sum w v = sum w (v - c) + c sum w, and squares likewise.
+                whole = part.v + centre * part.s
+                v2 = (squares * fade).sum(0)[:, :count] + centre * (part.v + whole)
+                part = replace(part, v=whole, v2=v2, sl=((sl * math.log(2) + risen * s) * fade).sum(0))
             total.add_(part, items, row, col)
 
 
@@ -543,7 +581,7 @@ def _shared_limit(device: torch.device) -> int:
 
 
 def _smallest_block(bank: PatchBank, competition: Competition, group: Group) -> int:
-    """Bytes of shared memory for one query row and one row of windows."""
+    """Bytes of shared memory for one query row and one row of windows, with moments."""
     assert library is not None
     channels, height, width = bank.shape
     row, centre = group.rows.queries.start, group.rows.centres.start
@@ -551,7 +589,7 @@ def _smallest_block(bank: PatchBank, competition: Competition, group: Group) -> 
     task = _Windows(
         channel_quads=-(-channels // 4), planes=_planes(bank), values_per_pixel=min(4, channels), height=height,
         width=width, patch_size=competition.patch_size, circular=competition.padding_mode == "circular",
-        rows=_axis(rows), cols=_axis(group.cols), strip=1,
+        rows=_axis(rows), cols=_axis(group.cols), strip=1, moments=True,
     )  # fmt: skip
     return library.patchscore_shared_bytes(ctypes.byref(task))
 
@@ -577,22 +615,23 @@ def _query_norms(squares: Tensor, channels: int, competition: Competition, group
 # Whole images: distances from one product of bytes, then sums of the bank's images by weight.
 
 
-def _whole_images(z: Tensor, sigma: Tensor, bank: PatchBank, memory_limit: int) -> PosteriorSum:
+def _whole_images(z: Tensor, sigma: Tensor, bank: PatchBank, memory_limit: int, moments: bool) -> PosteriorSum:
     values, device = z[0].numel(), z.device
     items = max(1, min(ITEMS, len(z), memory_limit // 4 // (64 * values)))
     padded_items = -(-items // GROUP) * GROUP
-    # Products, what float64 makes of them, float32 sums of ADDED images; float images as digits.
+    # Products, what float64 makes of them, float32 sums of ADDED images; float images as digits, or images in float64.
     per_image = padded_items * (12 * _slices(values, 1, 1)[1] + 96) + 4 * values * padded_items // ADDED
-    per_image += 48 * values if _planes(bank) > 1 else 0
+    per_image += 48 * values if _planes(bank) > 1 or moments else 0
     per_slab = _images_per_slab(bank, per_image, ADDED, memory_limit)
-    total = PosteriorSum.empty((len(z), values, 1, 1), device)
+    total = PosteriorSum.empty((len(z), values, 1, 1), device, moments=moments)
     for first in range(0, len(z), items):
         chosen = slice(first, min(first + items, len(z)))
         noisy = _FlatNoisy(z[chosen], sigma[chosen])
         for raw, indices, images in _slabs(bank, device, per_slab):
             distance = _whole_distances(noisy, raw, indices, images)
-            total.add_(_weighed(noisy, distance, raw, indices), chosen, slice(None), slice(None))
-    return PosteriorSum(total.m, total.s, total.v.reshape(z.shape), total.s2)
+            total.add_(_weighed(noisy, distance, raw, indices, moments), chosen, slice(None), slice(None))
+    v2 = None if total.v2 is None else total.v2.reshape(z.shape)
+    return replace(total, v=total.v.reshape(z.shape), v2=v2)
 
 
 class _FlatNoisy:
@@ -652,7 +691,7 @@ def _products(noisy: _FlatNoisy, plane: Tensor, indices: Tensor | None, images: 
     return products.sum(0), norms.sum((0, 2))
 
 
-def _weighed(noisy: _FlatNoisy, distance: Tensor, raw: Tensor, indices: Tensor | None) -> PosteriorSum:
+def _weighed(noisy: _FlatNoisy, distance: Tensor, raw: Tensor, indices: Tensor | None, moments: bool) -> PosteriorSum:
     """The sums of a slab's images, by their distances from each item."""
     images, values = distance.shape[1], raw[0].numel()
     bits = distance * (-0.5 * math.log2(math.e) / noisy.sigma.square())[:, None]  # log2 weights
@@ -660,6 +699,12 @@ def _weighed(noisy: _FlatNoisy, distance: Tensor, raw: Tensor, indices: Tensor |
     m = (bits.amax(1, keepdim=True) / 16).ceil() * 16
     w = torch.exp2(bits - m)
     w = torch.where(w < 2.0**-SMALLEST_WEIGHT_BITS, 0.0, w)
+    s, s2 = w.sum(1, keepdim=True), w.square().sum(1, keepdim=True)
+    if moments:
+        v, v2 = _first_two_moments(w, raw, indices)
+        sl = (w * (bits - m)).sum(1, keepdim=True) * math.log(2)
+        total = PosteriorSum(m * math.log(2), s, v, s2, v2=v2, sl=sl)
+        return total.mapped(lambda x: x[:, :, None, None])
     groups, parts = -(-noisy.items // AVERAGED), -(-images // ADDED)
     weights = F.pad(w.T.to(torch.float32), (0, -noisy.items % AVERAGED)).contiguous()
     sums = torch.empty(parts, groups * AVERAGED, values, device=raw.device)
@@ -669,5 +714,17 @@ def _weighed(noisy: _FlatNoisy, distance: Tensor, raw: Tensor, indices: Tensor |
     )  # fmt: skip
     _run("patchscore_average", task, raw.device)
     v = sums[:, : noisy.items].sum(0, dtype=torch.float64)
-    s, s2 = w.sum(1, keepdim=True), w.square().sum(1, keepdim=True)
     return PosteriorSum(*(x[:, :, None, None] for x in (m * math.log(2), s, v, s2)))
+
+
+def _first_two_moments(w: Tensor, raw: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[B, values] each: sums of w x and w x^2 over a slab's images, in float64, where their difference is exact."""
+    v = torch.zeros(len(w), raw[0].numel(), dtype=torch.float64, device=raw.device)
+    v2 = torch.zeros_like(v)
+    for first in range(0, w.shape[1], ADDED):
+        some = slice(first, min(first + ADDED, w.shape[1]))
+        own = (raw[some] if indices is None else raw[indices[some]]).flatten(1)
+        x = own.to(torch.float64) / STEPS - 1 if raw.dtype == torch.uint8 else own.to(torch.float64)
+        v.addmm_(w[:, some], x)
+        v2.addmm_(w[:, some], x.square_())
+    return v, v2
