@@ -24,7 +24,7 @@ from . import checks
 from .bank import PatchBank
 from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Labels, ScoreMachine, alike, check_labels
 from .distributed import Sharded
-from .files import read_record, unsealed, write_record
+from .files import Additions, read_record, unsealed, write_record
 from .machines import EquivariantLocalScore, LocalScore
 from .noise import Schedule, get_schedule
 from .sampling import DEFAULT_BATCH, Step, labels_in_turn, sample
@@ -142,7 +142,8 @@ def calibrate(
         sampler: as in `sample`, and so are `schedule`, `steps`, `labels`, `seed`, `first`, `batch_size`, `device` and
             `progress`.
         engine: of the machines, and so is `memory_limit`.
-        resume: a file that is rewritten after every batch; where it exists, the calibration continues from it.
+        resume: a file that the calibration is written to, and continues from where it exists. Between its first batch
+            and its end, batches are appended to a file beside it, whose name ends in .added.
 
     Raises:
         ValueError: an argument outside what is listed; a file of another calibration, named by its path.
@@ -180,9 +181,9 @@ def calibrate(
         "probe": probe(network, levels.ratios[0].item(), seed, listed),
     }
 
-    done = _resumed(resume, settings, levels, sizes)
+    done, added = _resumed(resume, settings, levels, sizes)
     rows = [] if done is None else [done[:, :n]]
-    start = 0 if done is None else min(n, done.shape[1])
+    start = written = 0 if done is None else min(n, done.shape[1])
     found = Calibration(levels.ratios[:-1].tolist(), sizes, np.empty((len(levels), 0, len(sizes))), settings)
     total = n * len(levels)
     with tqdm(
@@ -212,10 +213,17 @@ def calibrate(
                     agreement[step.index, :, i] = _agreement(metric, x0 - z, step.x0 - z).cpu().numpy()
                 bar.update(count)
             rows.append(agreement)
+            if resume is not None and start == 0:
+                Calibration(found.sigmas, sizes, agreement, settings).save(resume)
+            elif added is not None:
+                own = listed[start : start + count] if listed else None
+                added.append({"start": start, "labels": own, "agreement": agreement.tolist()})
             start += count
-            if resume is not None:
-                Calibration(found.sigmas, sizes, np.concatenate(rows, 1), settings).save(resume)
-    return Calibration(found.sigmas, sizes, np.concatenate(rows, 1), settings)
+    found = Calibration(found.sigmas, sizes, np.concatenate(rows, 1), settings)
+    if resume is not None and added is not None and start > written:
+        found.save(resume)
+        added.remove()
+    return found
 
 
 def denoised_by_each(machines: Sequence[ScoreMachine], z: Tensor, sigma: float, labels: Labels) -> list[Tensor]:
@@ -266,10 +274,15 @@ def probe(network: Denoiser, sigma: float, seed: int, labels: Sequence[int | str
 
 def _resumed(
     path: str | os.PathLike[str] | None, settings: dict[str, Any], levels: Schedule, sizes: tuple[int, ...]
-) -> np.ndarray | None:
-    """The agreement that an earlier call of the same settings left in the file, if it did."""
-    if path is None or not Path(path).exists():
-        return None
+) -> tuple[np.ndarray | None, Additions | None]:
+    """The agreement that an earlier call of the same settings left, if it did, and where batches are to be added."""
+    if path is None:
+        return None, None
+    # Labels are those of as many walks as were asked for.
+    added = Additions(path, {name: value for name, value in settings.items() if name not in ("labels", "probe")})
+    if not Path(path).exists():
+        added.remove()
+        return None, added
     earlier = Calibration.load(path)
     same_levels = np.allclose(earlier.sigmas, levels.ratios[:-1]) if len(earlier.sigmas) == len(levels) else False
     if not same_levels or earlier.patch_sizes != sizes:
@@ -286,4 +299,15 @@ def _resumed(
         if not same:
             what = "another network" if name == "probe" else f"{name} {before!r}, asked for {value!r}"
             raise ValueError(f"{path}: holds a calibration of {what}; choose another file")
-    return earlier.agreement
+    rows, count = [earlier.agreement], earlier.agreement.shape[1]
+    for record, _ in added.read():
+        stop = count + len(record["agreement"][0])
+        own = settings["labels"][count:stop] if settings["labels"] else None
+        if record["start"] == count and own == (record["labels"] and record["labels"][: len(own or [])]):
+            rows.append(np.asarray(record["agreement"], dtype=float))
+            count += rows[-1].shape[1]
+    if len(rows) > 1:
+        earlier = Calibration(earlier.sigmas, sizes, np.concatenate(rows, 1), earlier.settings)
+        earlier.save(path)
+        added.remove()
+    return earlier.agreement, added

@@ -26,7 +26,7 @@ from . import checks
 from .bank import PatchBank
 from .calibrate import probe
 from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Labels
-from .files import check_header, header, parse_json, sealed, sha256, unsealed, write_atomically, write_record
+from .files import Additions, check_header, header, parse_json, sealed, sha256, unsealed, write_atomically, write_record
 from .gaussian import GaussianScore
 from .machines import EquivariantLocalScore, IdealScore, LocalScore
 from .noise import Schedule, get_schedule
@@ -269,8 +269,9 @@ def compare(
         n: number of images, as in `sample`; so are `steps`, `schedule`, `sampler`, `labels`, `seed`, `first`,
             `batch_size`, `device` and `progress`.
         along: also compare the denoised images at every step of the network's trajectory; doubles the work.
-        resume: a file that is rewritten after every batch of every machine; where it exists, the comparison continues
-            from it. More images and more machines add to it.
+        resume: a file that the comparison is written to, and continues from where it exists; more images and more
+            machines add to it. Between its first batch and its end, batches are appended to a file beside it, whose
+            name ends in .added.
 
     Raises:
         ValueError: an argument outside what is listed, machines for images of another shape, or a file of another
@@ -316,7 +317,6 @@ def compare(
             trajectory: list[Step] = []
             batch = {**options, "n": stop - start, "first": first + start, "batch_size": stop - start}
             images = sample(network, callback=trajectory.append, **batch).cpu()
-            parts.add_images(start, images)
             for name, machine in named.items():
                 if parts.done(name) > start:
                     continue
@@ -332,8 +332,8 @@ def compare(
                     x0 = machine.denoise(step.x / step.alpha, step.sigma / step.alpha, own)
                     of_steps[:, step.index] = torch.stack(list(figures_of(x0, step.x0).values())).cpu()
                     bar.update(stop - start)
-                parts.add(name, made, torch.stack(list(figures_of(made, images).values())), of_steps)
-                parts.save(resume)
+                parts.add(name, start, images, made, torch.stack(list(figures_of(made, images).values())), of_steps)
+    parts.save()
     found = {name: parts.agreement(name, n) for name in named}
     settings = {
         "network": repr(network),
@@ -345,49 +345,88 @@ def compare(
         "sampler": sampler,
         "seed": seed,
     }
-    return Comparison(parts.images[:n], found, levels.ratios[:-1].tolist(), listed, settings)
+    return Comparison(parts.images()[:n], found, levels.ratios[:-1].tolist(), listed, settings)
 
 
 class _Parts:
-    """What a comparison has so far: the network's images, and each machine's images and figures, from image 0 on."""
+    """What a comparison has so far: the network's images, and each machine's images and figures, from image 0 on.
 
-    def __init__(self, settings: dict[str, Any], images: Tensor):
+    Args:
+        path: the file that it goes on from, written whole with the first batch and at the end; None for none.
+        settings: of the comparison.
+        images: [done, C, H, W] the network's.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, settings: dict[str, Any], images: Tensor):
+        self.path = path
         self.settings = settings
-        self.images = images
-        self.made: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        """By machine: images [done, C, H, W], figures [figures, done], of steps [figures, steps, done]."""
+        self.of_network = [images]
+        self.made: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        """By machine, in parts: images [part, C, H, W], figures [figures, part], of steps [figures, steps, part]."""
+        kept = {name: value for name, value in settings.items() if name not in ("labels", "probe", "probes")}
+        self.added = None if path is None else Additions(path, kept)
+        self.unsaved = False
+
+    def images(self) -> Tensor:
+        """[done, C, H, W] the network's."""
+        self.of_network = [torch.cat(self.of_network)]
+        return self.of_network[0]
+
+    def parts(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The parts of a machine, joined."""
+        images, figures, steps = zip(*self.made[name], strict=True)
+        self.made[name] = [(torch.cat(images), torch.cat(figures, 1), torch.cat(steps, 2))]
+        return self.made[name][0]
 
     def done(self, name: str) -> int:
-        return len(self.made[name][0]) if name in self.made else 0
+        return sum(len(images) for images, _, _ in self.made.get(name, ()))
 
-    def add_images(self, start: int, images: Tensor) -> None:
-        self.images = torch.cat([self.images[:start], images, self.images[start + len(images) :]])
+    def add(self, name: str, start: int, images: Tensor, made: Tensor, figures: Tensor, steps: Tensor) -> None:
+        """A batch of a machine, from image `start` on, and the network's images of it; saved at once."""
+        self._put(name, start, images, made, figures, steps)
+        self.unsaved = True
+        if self.path is None or self.added is None:
+            return
+        if not Path(self.path).exists():
+            self.save()
+            return
+        content = io.BytesIO()
+        arrays = {"images": images, "made": made, "figures": figures, "steps": steps}
+        np.savez(content, **{key: of.numpy() for key, of in arrays.items()})  # type: ignore[arg-type]
+        about = {"machine": name, "start": start, **self._known(name, start, start + len(made))}
+        self.added.append(about, content.getvalue())
 
-    def add(self, name: str, images: Tensor, figures: Tensor, steps: Tensor) -> None:
-        if name in self.made:
-            before = self.made[name]
-            images, figures = torch.cat([before[0], images]), torch.cat([before[1], figures], 1)
-            steps = torch.cat([before[2], steps], 2)
-        self.made[name] = (images, figures, steps)
+    def _known(self, name: str, start: int, stop: int) -> dict[str, Any]:
+        """What must be the same of a batch of a machine for it to be of this comparison."""
+        labels = self.settings["labels"]
+        return {"probe": self.settings["probes"][name], "labels": labels and labels[start:stop]}
+
+    def _put(self, name: str, start: int, images: Tensor, made: Tensor, figures: Tensor, steps: Tensor) -> None:
+        have = sum(map(len, self.of_network))
+        if start + len(images) > have:
+            self.of_network.append(images[have - start :])
+        self.made.setdefault(name, []).append((made, figures, steps))
 
     def agreement(self, name: str, n: int) -> Agreement:
-        images, figures, steps = self.made[name]
+        images, figures, steps = self.parts(name)
         of_images = {figure: figures[i, :n] for i, figure in enumerate(FIGURES)}
         return Agreement(images[:n], of_images, {figure: steps[i, :, :n] for i, figure in enumerate(FIGURES)})
 
-    def save(self, path: str | os.PathLike[str] | None) -> None:
-        """Writes the file to go on from, if there is one."""
-        if path is None:
+    def save(self) -> None:
+        """Writes the file to go on from whole, if there is one and something is new."""
+        if self.path is None or self.added is None or not self.unsaved:
             return
-        arrays = {"images": self.images.numpy()}
-        for i, (_, parts) in enumerate(self.made.items()):
-            arrays |= {f"{i}.{j}": part.numpy() for j, part in enumerate(parts)}
+        arrays = {"images": self.images().numpy()}
+        for i, name in enumerate(self.made):
+            arrays |= {f"{i}.{j}": part.numpy() for j, part in enumerate(self.parts(name))}
         content = io.BytesIO()
         np.savez(content, **arrays)  # type: ignore[arg-type]
         packed = content.getvalue()
         about = {**header(RESUMED, VERSION), "settings": self.settings, "machines": list(self.made)}
         line = json.dumps(sealed({**about, "arrays": sha256(packed)})).encode()
-        write_atomically(Path(path), line + b"\n" + packed)
+        write_atomically(Path(self.path), line + b"\n" + packed)
+        self.added.remove()
+        self.unsaved = False
 
     @classmethod
     def taken_up(
@@ -400,12 +439,13 @@ class _Parts:
     ) -> _Parts:
         """What an earlier call left in the file, if it compared the same network and, by name, the same machines."""
         if path is None:
-            return cls({}, torch.empty(0, *network.shape))
+            return cls(None, {}, torch.empty(0, *network.shape))
         sigma, seed = settings["levels"][0], settings["seed"]
         settings = {**settings, "labels": labels, "probe": probe(network, sigma, seed, labels)}
         probes = {name: probe(machine, sigma, seed, labels) for name, machine in machines.items()}
         if not Path(path).exists():
-            return cls({**settings, "probes": probes}, torch.empty(0, *network.shape))
+            Additions(path, None).remove()  # of a file that is gone
+            return cls(path, {**settings, "probes": probes}, torch.empty(0, *network.shape))
         try:
             line, _, packed = Path(path).read_bytes().partition(b"\n")
             about = unsealed(parse_json(line))
@@ -425,11 +465,26 @@ class _Parts:
         with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
             longer = max(labels or [], before["labels"] or [], key=len) or None
             kept = {**settings, "labels": longer, "probes": {**before["probes"], **probes}}
-            found = cls(kept, torch.from_numpy(arrays["images"]))
+            found = cls(path, kept, torch.from_numpy(arrays["images"]))
             for i, name in enumerate(about["machines"]):
                 images, figures, of_steps = (torch.from_numpy(arrays[f"{i}.{j}"]) for j in range(3))
-                found.add(name, images, figures, of_steps)
+                found.made[name] = [(images, figures, of_steps)]
+        found._take_up_additions()
         return found
+
+    def _take_up_additions(self) -> None:
+        """Puts what was added since the file was written into it."""
+        assert self.added is not None
+        for record, packed in self.added.read():
+            name, start = record["machine"], record["start"]
+            self.settings["probes"].setdefault(name, record["probe"])
+            known = self._known(name, start, start + len(record["labels"] or []))
+            if start == self.done(name) and all(_same(key, record[key], known[key]) for key in known):
+                with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
+                    kinds = ("images", "made", "figures", "steps")
+                    self._put(name, start, *(torch.from_numpy(arrays[kind]) for kind in kinds))
+                self.unsaved = True
+        self.save()
 
 
 def _same(name: str, before: Any, now: Any) -> bool:

@@ -155,6 +155,51 @@ def _seal(content: dict[str, Any]) -> str:
     return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
+class Additions:
+    """What has been added to a file since it was written whole: records appended to another beside it.
+
+    So a long computation saves its progress in time proportional to it: the file is written once it has a first part
+    and again at the end, and every part between is appended. A record is a sealed line, and bytes that it counts.
+
+    Args:
+        path: of the file written whole; the additions are in path + ".added".
+        of: what they belong to, as a JSON value; those of anything else are dropped.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], of: Any):
+        self.path = Path(f"{os.fspath(path)}.added")
+        self.of = sha256(json.dumps(of, sort_keys=True).encode())
+
+    def read(self) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """The records and their bytes, as far as they are whole; what follows is cut off."""
+        if not self.path.exists():
+            return
+        whole = 0
+        with open(self.path, "rb") as file:
+            for line in file:
+                try:
+                    record = unsealed(parse_json(line))
+                    content = file.read(record["bytes"])
+                    if not line.endswith(b"\n") or record["of"] != self.of or record["content"] != sha256(content):
+                        break
+                except (ValueError, KeyError, TypeError):
+                    break
+                whole = file.tell()
+                yield record["record"], content
+        with errors_name(self.path), open(self.path, "r+b") as file:
+            file.truncate(whole)
+
+    def append(self, record: Mapping[str, Any], content: bytes = b"") -> None:
+        """Adds a record, and bytes that belong to it."""
+        line = sealed({"of": self.of, "record": record, "bytes": len(content), "content": sha256(content)})
+        with errors_name(self.path), open(self.path, "ab") as file:
+            file.write(json.dumps(line).encode() + b"\n" + content)
+
+    def remove(self) -> None:
+        """Once the file has them all."""
+        self.path.unlink(missing_ok=True)
+
+
 def header(kind: str, version: int) -> dict[str, Any]:
     """What every JSON object that patchscore writes to a file begins with."""
     return {"format": kind, "version": version}

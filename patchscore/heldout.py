@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from . import checks, engines
 from .bank import PatchBank
-from .files import read_record, unsealed, write_record
+from .files import Additions, read_record, unsealed, write_record
 from .posterior import PosteriorSum, merge
 from .windows import Competition, equivariant_competition, local_competition
 
@@ -249,8 +249,8 @@ def held_out_errors(
         seed: of the choice of images and blocks, and of the noise.
         engine: of the sums, and so is `memory_limit` in bytes.
         device: where they are taken.
-        resume: a file that is rewritten after every image; where it exists, the fit continues from it, and more images
-            add to it.
+        resume: a file that the fit is written to; where it exists, the fit continues from it, and more images add to
+            it. Between its first image and its end, images are appended to a file beside it, whose name ends in .added.
 
     Raises:
         TypeError: an argument of a type that is not taken.
@@ -279,7 +279,8 @@ def held_out_errors(
     ratios = torch.tensor(levels, dtype=torch.float64)
 
     errors = np.empty((len(levels), len(drawn), len(sizes)))
-    done = _resumed(resume, settings)[:, : len(drawn)]
+    earlier, added = _resumed(resume, settings)
+    done = earlier[:, : len(drawn)]
     errors[:, : done.shape[1]] = done
     todo = range(done.shape[1], len(drawn))
     for i in tqdm(todo, desc="fitting patch sizes", unit="image", delay=2, disable=not progress):
@@ -299,21 +300,40 @@ def held_out_errors(
         for k, total in enumerate(totals):
             gap = (total.mean.to("cpu", torch.float64) - x)[:, :, pixels[0]][..., pixels[1]]
             errors[:, i, k] = gap.square().mean((1, 2, 3)).numpy()
-        if resume is not None:
-            HeldOutErrors(tuple(levels), tuple(sizes), errors[:, : i + 1], settings).save(resume)
-    return HeldOutErrors(tuple(levels), tuple(sizes), errors, settings)
+        if resume is not None and i == 0:
+            HeldOutErrors(tuple(levels), tuple(sizes), errors[:, :1], settings).save(resume)
+        elif added is not None:
+            added.append({"image": i, "errors": errors[:, i].tolist()})
+    found = HeldOutErrors(tuple(levels), tuple(sizes), errors, settings)
+    if resume is not None and added is not None and todo:
+        found.save(resume)
+        added.remove()
+    return found
 
 
-def _resumed(path: str | os.PathLike[str] | None, settings: dict[str, Any]) -> np.ndarray:
-    """[levels, images, sizes] the errors that an earlier call left in the file, whatever its number of images."""
-    if path is None or not Path(path).exists():
-        return np.empty((len(settings["sigmas"]), 0, len(settings["patch_sizes"])))
+def _resumed(path: str | os.PathLike[str] | None, settings: dict[str, Any]) -> tuple[np.ndarray, Additions | None]:
+    """[levels, images, sizes] the errors that an earlier call left, however many, and where images are to be added."""
+    none = np.empty((len(settings["sigmas"]), 0, len(settings["patch_sizes"])))
+    if path is None:
+        return none, None
+    added = Additions(path, {name: value for name, value in settings.items() if name != "images"})
+    if not Path(path).exists():
+        added.remove()
+        return none, added
     earlier = HeldOutErrors.load(path)
     for name, value in settings.items():
         before = earlier.settings.get(name)
         if name != "images" and before != value:
             raise ValueError(f"{path}: holds a fit with {name} {before!r}, asked for {value!r}; choose another file")
-    return earlier.errors
+    columns = [earlier.errors]
+    for record, _ in added.read():
+        if record["image"] == earlier.errors.shape[1] + len(columns) - 1:
+            columns.append(np.asarray(record["errors"], dtype=float)[:, None])
+    if len(columns) > 1:
+        earlier = replace(earlier, errors=np.concatenate(columns, 1))
+        earlier.save(path)
+        added.remove()
+    return earlier.errors, added
 
 
 def _draw(source: PatchBank, images: int, seed: int, conditional: bool, leave_out: bool) -> list[int]:

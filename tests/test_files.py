@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from conftest import smooth_images
 
-from patchscore.files import locked, remove_temporaries, write_atomically
+import patchscore as ps
+from patchscore import files
+from patchscore.files import Additions, locked, remove_temporaries, write_atomically
 
 
 def test_a_full_disk_is_told_with_the_path_and_leaves_the_old_file(tmp_path, monkeypatch):
@@ -86,3 +89,84 @@ def test_where_locks_are_not_supported_a_warning_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with pytest.warns(UserWarning, match="cannot be locked here"), locked(tmp_path, "taken"):
         pass
+
+
+def test_additions_are_read_as_far_as_they_are_whole_and_go_on_from_there(tmp_path):
+    path = tmp_path / "a.json"
+    for i in range(4):
+        Additions(path, "mine").append({"i": i}, bytes(range(i)))
+    whole = (tmp_path / "a.json.added").read_bytes()
+    assert [(record["i"], len(content)) for record, content in Additions(path, "mine").read()] == [
+        (i, i) for i in range(4)
+    ]
+    ends = [0]
+    for i in range(4):
+        ends.append(whole.index(b"\n", ends[-1]) + 1 + i)
+    for at in range(len(whole)):
+        (tmp_path / "a.json.added").write_bytes(whole[:at])
+        added = Additions(path, "mine")
+        before = sum(at >= end for end in ends) - 1
+        assert [record["i"] for record, _ in added.read()] == list(range(before)), at
+        added.append({"i": 9})
+        assert [record["i"] for record, _ in added.read()] == [*range(before), 9]
+    for at in range(0, len(whole), 7):
+        (tmp_path / "a.json.added").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert len(list(Additions(path, "mine").read())) == sum(at >= end for end in ends) - 1
+    (tmp_path / "a.json.added").write_bytes(whole)
+    assert not list(Additions(path, "another").read())
+    Additions(path, "mine").remove()
+    assert not list(Additions(path, "mine").read())
+
+
+class Written:
+    """Counts the bytes written to files that `patchscore.files` opens."""
+
+    def __init__(self, monkeypatch):
+        self.bytes = 0
+        monkeypatch.setattr(files, "open", self.opened, raising=False)
+
+    def opened(self, path, mode="r", *more):
+        file = open(path, mode, *more)  # noqa: SIM115
+        write = file.write if "b" in mode and mode != "rb" else None
+        if write is None:
+            return file
+        counted = type("Counted", (), {})()
+
+        def count(content):
+            self.bytes += len(content)
+            return write(content)
+
+        counted.write = count
+        for name in ("flush", "fileno", "truncate", "seek"):
+            setattr(counted, name, getattr(file, name))
+
+        class Opened:
+            def __enter__(self):
+                return counted
+
+            def __exit__(self, *arguments):
+                file.close()
+
+        return Opened()
+
+
+@pytest.mark.parametrize("kind", ["calibrate", "compare", "held out"])
+def test_progress_is_saved_in_time_proportional_to_it(tmp_path, monkeypatch, kind):
+    """Bytes written for 10, 20 and 40 images, one a batch: twice the images take twice as many."""
+    bank = ps.PatchBank(smooth_images(42, 1, 6, 6))
+    network, options = ps.IdealScore(bank), {"steps": 3, "batch_size": 1, "progress": False}
+
+    def bytes_for(n):
+        with monkeypatch.context() as patched:
+            written, path = Written(patched), tmp_path / f"{n}.json"
+            if kind == "calibrate":
+                ps.calibrate(network, bank, [1, 3], n=n, resume=path, **options)
+            elif kind == "compare":
+                ps.compare(network, {"a": network}, n=n, resume=path, **options)
+            else:
+                ps.held_out_errors(bank, [1, 3], [0.5, 1.0], images=n, resume=path, progress=False)
+            assert not path.with_name(f"{n}.json.added").exists()
+            return written.bytes
+
+    few, more, most = (bytes_for(n) for n in (10, 20, 40))
+    assert (most - more) / (more - few) == pytest.approx(2, rel=0.05)
