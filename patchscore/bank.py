@@ -378,6 +378,7 @@ class PatchBank:
 
     def stored_at(self, numbers: Tensor) -> Tensor:
         """The images of these numbers, likewise."""
+        self.check_unchanged()
         return self.images[numbers if self.indices is None else self.indices[numbers]]
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ import torch
 from conftest import smooth_images
 
 import patchscore as ps
+from patchscore.index import build
 from patchscore.sources import mapped, reading
 
 
@@ -235,3 +236,59 @@ def test_a_pickled_bank_holds_a_path_and_not_the_images(tmp_path):
         assert again.mapped
         assert torch.equal(again.chunk(0, 20), some.chunk(0, 20))
         assert again.fingerprint == some.fingerprint
+
+
+# Indexes.
+
+INDEX_FILES = ("ids.bin", "rows.bin", "cells.safetensors")
+
+
+def built(bank, folder, k=3, **options):
+    pytest.importorskip("faiss", reason="FAISS cannot be imported")
+    index = ps.PatchIndex.build(bank, k, folder, cells=64, progress=False, **options)
+    assert {path.name for path in (folder / f"k{k:02d}").iterdir()} == {*INDEX_FILES, "meta.json"}
+    return index, [(folder / f"k{k:02d}" / name).read_bytes() for name in INDEX_FILES]
+
+
+@pytest.mark.parametrize("classes", [None, ["cat", "owl"]])
+@pytest.mark.parametrize(("k", "most"), [(3, None), (3, 1200), (9, None)])
+def test_an_index_is_the_same_from_a_file_and_with_little_memory(tmp_path, monkeypatch, classes, k, most):
+    path = tmp_path / "bank.npy"
+    np.save(path, smooth_images(60, 3, 12, 11).numpy())
+    np.save(tmp_path / "bank.labels.npy", np.arange(60) % 3)
+    (tmp_path / "bank.classes.json").write_text('["cat", "dog", "owl"]')
+    held, bank = ps.PatchBank.open(path), ps.PatchBank.open(path, mapped=True)
+    if classes:
+        held, bank = held.select(classes), bank.select(classes)
+    _, expected = built(held, tmp_path / "held", k, max_windows=most)
+    index, found = built(bank, tmp_path / "mapped", k, max_windows=most)
+    assert found == expected
+    # Ranges of a few hundred windows, their cells in a file, images read in parts.
+    monkeypatch.setattr(build, "CHUNK_WINDOWS", 300)
+    monkeypatch.setattr(build, "BLOCK_WINDOWS", 200)
+    monkeypatch.setattr(build, "SCANNED_WINDOWS", 700)
+    monkeypatch.setattr(build.Builder, "affordable_threads", lambda self, threads: 2)
+    for of, name in ((bank, "mapped-little"), (held, "held-little")):
+        _, found = built(of, tmp_path / name, k, max_windows=most, memory_limit=1)
+        assert found[:2] == expected[:2]
+    z = torch.randn(1, 3, 12, 11, generator=torch.Generator().manual_seed(0))
+    els = ps.EquivariantLocalScore
+    pair = [els(of, k, index=ps.PatchIndex.open(index.path, of), budget=0.1).denoise(z, 1.0) for of in (held, bank)]
+    assert torch.equal(*pair)
+
+
+def test_a_build_takes_as_many_threads_as_memory_has_room_for(tmp_path):
+    bank = ps.PatchBank(smooth_images(60, 3, 12, 11).numpy())
+    meta = {"seed": 0, "max_windows": None, "rank": None, "cells": 64}
+    needed = None
+    for threads in (1, 2, 5):
+        with pytest.raises(ValueError, match=r"^memory_limit: got 10 bytes, to build 64 cells takes") as raised:
+            build.Builder(bank, 3, tmp_path, meta, False, 10)
+        needed = int(str(raised.value).split("takes ")[1].split(";")[0])
+        builder = build.Builder(bank, 3, tmp_path, meta, False, 2**40)
+        assert builder.affordable_threads(threads) == threads
+    builder.memory_limit = needed
+    assert builder.affordable_threads(5) == 1
+    builder.memory_limit = needed - 1
+    with pytest.raises(ValueError, match=r"pass fewer cells"):
+        builder.affordable_threads(5)

@@ -11,7 +11,7 @@ import click
 
 from ..files import check_writable
 from ..index import PatchIndex
-from .options import Source, named_table, numbers, one_line_errors, say, source_options
+from .options import Computing, Source, named_table, numbers, one_line_errors, say, source_options
 
 
 @click.command(
@@ -40,6 +40,7 @@ The same command again continues an interrupted build and keeps the sizes that a
 @click.option("--cells", type=int, help="Cells of similar windows.  [default: 16 sqrt(windows)]")
 @click.option("--max-windows", type=int, help="Index at most so many windows a size, of images taken at random.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of training samples and the order in cells.")
+@click.option("--memory-limit", type=float, default=2.0, show_default=True, help="Working memory in GiB.")
 @click.option("--verify", is_flag=True, help="Check every file whole, once built.")
 @one_line_errors
 def index(
@@ -52,12 +53,14 @@ def index(
     cells: int | None,
     max_windows: int | None,
     seed: int,
+    memory_limit: float,
     verify: bool,
 ) -> None:
     """Index the windows of SOURCE, so that `sample --index` need look at a small share of them only."""
     if (patch_sizes is None) == (table is None):
         raise ValueError("--patch-sizes, --table: takes one of the two")
     source.check_not_around(out)
+    limit = Computing("auto", "auto", memory_limit).bytes
     wanted = [] if patch_sizes is None else numbers("--patch-sizes", patch_sizes, "odd numbers separated by commas")
     check_writable(out)
     bank = source.open()
@@ -71,7 +74,7 @@ def index(
     say(f"{bank!r} from {source.source}")
     start = time.perf_counter()
     try:
-        built = PatchIndex.build(bank, wanted, out, padding_mode, rank, cells, max_windows, seed)
+        built = PatchIndex.build(bank, wanted, out, padding_mode, rank, cells, max_windows, seed, memory_limit=limit)
     except KeyboardInterrupt:
         say("", f"patchscore: stopped; the same command keeps what is whole in {out} and goes on", err=True)
         sys.exit(130)

@@ -69,6 +69,7 @@ class PatchIndex:
         max_windows: int | None = None,
         seed: int = 0,
         progress: bool = True,
+        memory_limit: int = 2 * 2**30,
     ) -> PatchIndex:
         """Indexes every window of `bank` at each patch size; sizes that `path` already holds are kept.
 
@@ -83,11 +84,13 @@ class PatchIndex:
             max_windows: index only so many windows a size, from images taken at random; `meta` records it.
             seed: of the samples that axes and cells are trained on and of the order inside cells.
             progress: show a progress bar.
+            memory_limit: bytes of working memory beyond the bank. Less of it takes more passes over the bank and fewer
+                threads, and gives the same index.
 
         Raises:
             ImportError: faiss is missing.
             ValueError: a size that is even or does not fit, a folder that holds something else, or another bank's
-                index, or one that another process is building.
+                index, or one that another process is building; a `memory_limit` that cannot hold the cells.
             OSError: the disk is full or not writable; nothing half-built is left.
         """
         faiss()
@@ -119,6 +122,7 @@ class PatchIndex:
         elif path.is_dir():
             storage.read_meta(path, bank)
         checks.integer("seed", seed, at_least=0, at_most=2**31 - 2)
+        checks.integer("memory_limit", memory_limit, at_least=1)
         options = dict(zip(OPTIONS, (padding_mode, rank, cells, max_windows, seed), strict=True))
         meta: dict[str, Any] = {
             "format": storage.FORMAT,
@@ -149,7 +153,7 @@ class PatchIndex:
                 partial.mkdir()
                 try:
                     with errors_name(partial):
-                        Builder(bank, k, partial, meta, progress).run()
+                        Builder(bank, k, partial, meta, progress, memory_limit).run()
                     os.replace(partial, target)
                 except BaseException:
                     shutil.rmtree(partial, ignore_errors=True)

@@ -7,7 +7,7 @@ the result does not depend on how many threads there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -107,13 +107,18 @@ def split(number: np.ndarray, count: int) -> list[np.ndarray]:
 
 def in_threads(work: Callable[[int], Any], items: Iterable[int], threads: int) -> list[Any]:
     """`work` of each item, side by side, with FAISS, torch and BLAS on one thread each."""
+    return list(each_in_threads(work, items, threads))
+
+
+def each_in_threads(work: Callable[[int], Any], items: Iterable[int], threads: int) -> Iterator[Any]:
+    """The same, one by one in order: what was taken is not kept."""
 
     def single(item: int) -> Any:
         faiss().omp_set_num_threads(1)
         return work(item)
 
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(single, items))
+        yield from pool.map(single, items)
 
 
 def _kmeans(points: np.ndarray, cells: int, seed: int) -> np.ndarray:
