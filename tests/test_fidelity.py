@@ -392,5 +392,5 @@ def test_what_evaluate_does_not_take_is_one_line(run, tmp_path, more, message):
 def test_a_run_of_another_size_or_without_images_is_named(tmp_path, run):
     (run / "batches.jsonl").unlink()
     assert "the run has no images yet" in invoke("evaluate", run, tmp_path / "bank.npz").stderr
-    (run / "run.json").write_text("{}")
+    (run / "run.json").write_text((run / "run.json").read_text().replace("cosine", "linear"))
     assert "not a usable run" in invoke("evaluate", run, tmp_path / "bank.npz").stderr

@@ -278,6 +278,11 @@ def test_the_command_takes_a_format_and_its_runs_are_read_everywhere(tmp_path):
         assert explained.exit_code == 0, explained.output
         assert "came out otherwise" not in explained.output
         assert (out / "explain.html").exists()
+        told = CliRunner().invoke(main, ["info", str(out)]).output
+        assert f"run          4 images in {out / ('samples.zip' if form == 'zip' else 'samples')}, made by" in told
+        assert "machine      els, padding zeros, patch sizes constant-3" in told
+        assert "seed         0, labels 0, 1" in told
+        assert "PatchBank(4 images, 1 x 8 x 8" in told
         made[form] = ps.PatchBank.open(out).images
         assert torch.equal(made[form], pixels(out))
     assert torch.equal(made["png"], made["zip"])
@@ -313,3 +318,22 @@ def test_what_a_batch_writes_does_not_grow_with_the_run(tmp_path, small_blocks, 
     assert len(set(png)) == len(set(archive)) == 1
     assert sum(count > 0 for count in npz) == 12  # whole shards of five, once each
     assert len(set(npz)) == 2
+
+
+def test_info_tells_of_runs_without_samples_and_of_damaged_ones(tmp_path):
+    run(tmp_path, 2, "zip")
+    (tmp_path / "samples.zip").unlink()
+    (tmp_path / "batches.jsonl").unlink()
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["sha256"]
+    record["settings"] |= {"machine": "ideal", "patch_sizes": None}
+    record["noted"] = {"source": "cats"}
+    (tmp_path / "run.json").write_text(json.dumps(ps.files.sealed(record)))
+    told = CliRunner().invoke(main, ["info", str(tmp_path)])
+    assert told.exit_code == 0
+    assert f"run          0 images in {tmp_path / 'samples.zip'}, made by patchscore" in told.output
+    assert "from         6 images, 3 x 6 x 7, of cats" in told.output
+    (tmp_path / "run.json").write_text((tmp_path / "run.json").read_text().replace("cats", "dogs"))
+    told = CliRunner().invoke(main, ["info", str(tmp_path)])
+    assert told.exit_code == 2
+    assert "run.json: not a usable run: was changed since it was written" in told.stderr

@@ -19,7 +19,7 @@ from ..fidelity import (
     inception_features,
 )
 from ..files import check_writable
-from ..runs import samples_of
+from ..runs import is_run, samples_of
 from .networks import named_function
 from .options import Source, device_named, device_option, numbers, one_line_errors, say, seconds_since, source_options
 
@@ -96,12 +96,12 @@ def evaluate(
     if (sample_features is None) != (reference_features is None):
         raise ValueError("--sample-features, --reference-features: take each other")
     sizes = numbers("--patch-sizes", patch_sizes, "numbers with commas between them") if patch_sizes else []
-    is_run = (Path(run) / "run.json").is_file()
-    out = out or (Path(run) if is_run else Path()) / "evaluation.json"
+    of_run = is_run(Path(run))
+    out = out or (Path(run) if of_run else Path()) / "evaluation.json"
     check_writable(out.parent)
     chosen = _features(features, weights, sample_features, reference_features, where)
     bank = source.open()
-    made: Any = samples_of(Path(run)) if is_run else source.at(run).open()
+    made: Any = samples_of(Path(run)) if of_run else source.at(run).open()
     say(f"{len(made)} samples from {run}", f"{bank!r} from {source.source}")
     start = time.perf_counter()
     found = evaluate_samples(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import click
 import torch
 
 from .. import engines
 from ..machines import EquivariantLocalScore
+from ..runs import described_run, is_run
 from .options import Source, bytes_in_words, device_named, device_option, one_line_errors, say, source_options
 
 PATCH_SIZES = (1, 3, 5, 7, 9, 11, 13, 15, 17)
@@ -26,8 +28,17 @@ Examples:
 @device_option("The device that engines are looked up for.")
 @one_line_errors
 def info(source: Source, device: str) -> None:
-    """Say what SOURCE holds, and which engines this machine has."""
+    """Say what SOURCE holds, and which engines this machine has.
+
+    Of the folder of a run it tells how the images were made, and what they are as training images of another.
+    """
     device = device_named(device)
+    folder = Path(source.source)
+    if is_run(folder):
+        say(*(f"{name:<13}{words}" for name, words in described_run(folder)))
+        if not any(path.exists() for path in (folder / "samples", folder / "samples.zip")):
+            return  # nothing yet, or of release 0.1.0, whose samples lie among pictures
+        say("")
     bank = source.open()
     image_channels, height, width = bank.shape
     say(f"{bank!r} from {source.source}")

@@ -3,7 +3,7 @@
 from .batches import MOST_IMAGES
 from .folder import RunFolder
 from .formats import BLOCK_IMAGES, FORMATS
-from .reopen import reopen, report_memorisation, samples_of, warn_of_others
+from .reopen import described_run, is_run, reopen, report_memorisation, samples_of, warn_of_others
 from .run import Run
 
 __all__ = [
@@ -12,6 +12,8 @@ __all__ = [
     "MOST_IMAGES",
     "Run",
     "RunFolder",
+    "described_run",
+    "is_run",
     "reopen",
     "report_memorisation",
     "samples_of",

@@ -13,12 +13,13 @@ from .. import checks, engines
 from ..bank import PatchBank
 from ..denoiser import ScoreMachine
 from ..explain import Walk
+from ..files import parse_json
 from ..index import OPTIONS, PatchIndex
 from ..machines import EquivariantLocalScore, IdealScore, LocalScore
 from ..memorisation import memorisation_report
 from ..scales import ScaleTable
 from .batches import Batches
-from .folder import FLAT_VERSION, RunFolder, read_arrays, read_run, write_run
+from .folder import FLAT_VERSION, FORMAT, RunFolder, files_of, read_arrays, read_run, write_run
 
 SAME = 0.02
 """Rounding may grow over a walk to this much of a pixel that lies in [-1, 1]."""
@@ -124,6 +125,53 @@ def samples_of(out: Path) -> np.ndarray:
     if not len(images):
         raise ValueError(f"{out}: the run has no images yet")
     return images
+
+
+def is_run(out: Path) -> bool:
+    """Whether a folder says of itself that it is a run's; its run.json may be damaged all the same."""
+    try:
+        found = parse_json((out / "run.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("format") == FORMAT
+
+
+def described_run(out: Path) -> list[tuple[str, str]]:
+    """What a run is, as (name, words) a line: its images, where they are from, and how they were made.
+
+    Raises:
+        ValueError: no run of patchscore sample.
+    """
+    path = out / "run.json"
+    try:
+        record = read_run(path)
+        settings, noted, bank = record["settings"], record["noted"], record["bank"]
+        if record["version"] == FLAT_VERSION:
+            count, place = len(record["images"]), out
+        else:
+            folder = RunFolder(out, bank["shape"], **files_of(record))
+            count, place = (
+                len({entry["image"] for batch in folder.batches for entry in batch["images"]}),
+                folder.samples.place,
+            )
+        shape = " x ".join(map(str, bank["shape"]))
+        size, sizes = settings.get("size"), settings["patch_sizes"]
+        labels = "none" if settings["labels"] is None else ", ".join(map(str, settings["labels"]))
+        patches = f", patch sizes {settings['table']}" if sizes else ""
+        padding = f", padding {settings['padding_mode']}" if settings["machine"] == "els" else ""
+        index = ""
+        if settings.get("index"):
+            least = "budget" if settings.get("budget") else "tolerance"
+            index = f", through an index, {least} {settings[least]:g}"
+        return [
+            ("run", f"{count:,} images in {place}, made by patchscore {record['versions']['patchscore']}"),
+            ("from", f"{bank['images']:,} images, {shape}, of {noted['source']}; fingerprint {bank['fingerprint']}"),
+            ("machine", f"{settings['machine']}{padding}{patches}{index}"),
+            ("sampling", f"{settings['steps']} levels, {settings['schedule']}, {settings['sampler']}"),
+            ("seed", f"{settings['seed']}, labels {labels}{f', size {size[0]} x {size[1]}' if size else ''}"),
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a usable run: {error}") from None
 
 
 def report_memorisation(out: Path, record: dict[str, Any], walks: list[Walk], bank: PatchBank) -> dict[str, Any]:
