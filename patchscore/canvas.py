@@ -101,7 +101,7 @@ def posterior_sum(
     """
     length = bank.shape[1:]
     check_canvas((z.shape[2], z.shape[3]), length, k, padding_mode)
-    sampled = not moments and not all(engine.exact for engine in available)
+    sampled = not all(engine.exact for engine in available)
     total = PosteriorSum.empty(z.shape, z.device, sampled=sampled, moments=moments)
     pairs, names = 0, []
     for competition, some in calls(z, bank, k, padding_mode, memory_limit):

@@ -124,7 +124,9 @@ class Conditioned(Denoiser):
         else:
             size = residual.square().flatten(1).mean(1).clamp(min=self.noise**2)
             step = transposed_jacobian(self._transposed(residual / size.view(-1, *[1] * (residual.ndim - 1)), z))
-        return replace(found, mean=found.mean + step, variance=None, entropy=None)
+        return replace(
+            found, mean=found.mean + step, variance=None, entropy=None, variance_stderr=None, entropy_stderr=None
+        )
 
     def _solve(self, residual: Tensor, covariance: Operator, z: Tensor) -> Tensor:
         """S^-1 residual with S = noise^2 + A Cov A^T."""

@@ -13,6 +13,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +40,8 @@ class Estimate:
         engine: the engine that served; several, joined by "and", where groups of pixels or patch sizes differ.
         variance: [B, C, H, W] posterior variance of each pixel value, with moments=True.
         entropy: [B, H, W] entropy of each pixel's weights over the competing windows, in nats, with moments=True.
+        variance_stderr: [B, C, H, W] standard error of `variance`, as `stderr`; None without it.
+        entropy_stderr: [B, H, W] standard error of `entropy`, likewise.
     """
 
     mean: Tensor
@@ -48,6 +51,8 @@ class Estimate:
     engine: str
     variance: Tensor | None = None
     entropy: Tensor | None = None
+    variance_stderr: Tensor | None = None
+    entropy_stderr: Tensor | None = None
 
     def __repr__(self) -> str:
         """Shapes and ranges in a line, not the numbers of every pixel."""
@@ -134,6 +139,10 @@ class Denoiser(ABC):
         """J t, a Jacobian-vector product: how D moves as z moves by t. Arguments and results as of `vjp`."""
         raise ValueError(f"denoiser: {type(self).__name__} has no Jacobian")
 
+    def redrawn(self, draw: int) -> Denoiser:
+        """The same denoiser with random draws of its own for each number `draw`; itself where it draws nothing."""
+        return self
+
     def graph(self) -> torch.autograd.grad_mode.set_grad_enabled:
         """A context in which results carry a graph, where the caller wants one and the denoiser has one."""
         return torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable)
@@ -209,7 +218,8 @@ class ScoreMachine(Denoiser):
     ) -> Estimate:
         """As of `Denoiser`; with ess=False the effective sample size is left out (NaN), which saves a GPU some work.
 
-        Moments come from the engines `reference` and `sliding`; where another would serve, these do.
+        Moments come from the engines `reference`, `sliding` and, without an index, `pruned`; where another would serve,
+        these do.
         """
         z = check_noisy(z, self.shape, any_size=self.any_size, who=type(self).__name__)
         sigmas = check_sigma(sigma, len(z))
@@ -218,7 +228,8 @@ class ScoreMachine(Denoiser):
 
         mean, stderr, pairs, names = torch.empty_like(z), torch.zeros_like(z), 0, set()
         effective = z.new_full((len(z), *z.shape[2:]), torch.nan)
-        variance, entropy = (torch.empty_like(z), torch.empty_like(effective)) if moments else (None, None)
+        of_pixels = {"variance": 1, "entropy": 0, "variance_stderr": 1, "entropy_stderr": 0} if moments else {}
+        found = {name: torch.empty_like(z if channels else effective) for name, channels in of_pixels.items()}
         for (label, k), items in alike(list(zip(classes, sizes, strict=True))):
             some = z[items]
             total, served = self.sums_of(label, some, sigmas[items], k, ess, moments)
@@ -227,11 +238,11 @@ class ScoreMachine(Denoiser):
             if ess:
                 effective[items] = total.ess[:, 0].to(z.device, z.dtype).expand(len(some), *z.shape[2:])
             pairs += total.pairs or 0
-            if variance is not None and entropy is not None:
-                variance[items] = total.variance.to(z.device, z.dtype)
-                entropy[items] = total.entropy[:, 0].to(z.device, z.dtype).expand(len(some), *z.shape[2:])
+            for name, channels in of_pixels.items():
+                of_all = getattr(total, name).to(z.device, z.dtype)
+                found[name][items] = of_all if channels else of_all[:, 0].expand(len(some), *z.shape[2:])
             names.update(served)
-        return Estimate(mean, stderr, effective, pairs, " and ".join(sorted(names)), variance, entropy)
+        return Estimate(mean, stderr, effective, pairs, " and ".join(sorted(names)), **found)
 
     def label_ids(self, labels: Labels, batch: int) -> list[int | None]:
         """The label number of every item, None for all classes; ValueError for one that no image has."""
@@ -313,6 +324,15 @@ class ScoreMachine(Denoiser):
         """Exact sums of several competitions over (a class of) the bank, whatever the machine samples from."""
         exact = self.exactly()
         return engines.serve_each(exact.engines, exact.engine, z, sigmas, bank, competitions, self.memory_limit)
+
+    def redrawn(self, draw: int) -> ScoreMachine:
+        if self.pruned is None:
+            return self
+        same, pruned = copy.copy(self), copy.copy(self.pruned)
+        pruned.seed = int(np.random.SeedSequence([pruned.seed, draw]).generate_state(1)[0])
+        same.pruned = pruned
+        same.engines = tuple(pruned if engine is self.pruned else engine for engine in self.engines)
+        return same
 
     def exactly(self) -> ScoreMachine:
         """The same machine, summing over all windows where this one samples."""

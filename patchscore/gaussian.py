@@ -136,7 +136,10 @@ class GaussianScore(Denoiser):
                     variance[item] = blocks.diagonal(dim1=-2, dim2=-1).T.reshape(self.shape).to(z.dtype)
                     blocks = 2 * math.pi * math.e * blocks
                     entropy[item] = (blocks.logdet() / 2).nan_to_num(nan=-math.inf).view(self.shape[1:]).to(z.dtype)
-        return Estimate(mean, torch.zeros_like(mean), ess, 0, "closed-form", variance, entropy)
+        estimate = Estimate(mean, torch.zeros_like(mean), ess, 0, "closed-form", variance, entropy)
+        if not moments:
+            return estimate
+        return replace(estimate, variance_stderr=torch.zeros_like(mean), entropy_stderr=torch.zeros_like(ess))
 
     @torch.no_grad()
     def with_divergence(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,10 @@ class Differentiable(Denoiser):
         denoised: Tensor = _Denoise.apply(z, sigma, labels, self.denoiser)
         return denoised
 
+    def redrawn(self, draw: int) -> Differentiable:
+        denoiser = self.denoiser.redrawn(draw)
+        return self if denoiser is self.denoiser else Differentiable(denoiser)
+
     def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, *, moments: bool = False) -> Estimate:
         options = {"moments": True} if moments else {}
         return self.denoiser.estimate(z, sigma, labels, **options)

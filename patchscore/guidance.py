@@ -51,6 +51,10 @@ class Guided(Denoiser):
         self.any_size = cond.any_size and uncond.any_size
         self.bank = getattr(cond, "bank", None)
 
+    def redrawn(self, draw: int) -> Guided:
+        cond, uncond = self.cond.redrawn(draw), self.uncond.redrawn(draw)
+        return self if cond is self.cond and uncond is self.uncond else Guided(cond, uncond, self.scale)
+
     def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
         return self._extend(self.cond.denoise(z, sigma, labels), self.uncond.denoise(z, sigma))
 
@@ -113,6 +117,11 @@ class Switch(Denoiser):
         self.any_size = all(denoiser.any_size for _, denoiser in self.parts)
         self.bank = getattr(first, "bank", None)
 
+    def redrawn(self, draw: int) -> Switch:
+        parts = [(limit, denoiser.redrawn(draw)) for limit, denoiser in self.parts]
+        same = all(new is old for (_, new), (_, old) in zip(parts, self.parts, strict=True))
+        return self if same else Switch(parts)
+
     def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
         served = [
             (items, denoiser.denoise(z[items], level, part_labels))
@@ -127,16 +136,14 @@ class Switch(Denoiser):
             (items, denoiser.estimate(z[items], level, part_labels, **options))
             for denoiser, items, level, part_labels in self._split(z, sigma, labels)
         ]
-        variances = [(items, part.variance) for items, part in served if part.variance is not None]
-        entropies = [(items, part.entropy) for items, part in served if part.entropy is not None]
+        names = ("variance", "entropy", "variance_stderr", "entropy_stderr") if moments else ()
         return Estimate(
             mean=_assembled([(items, part.mean) for items, part in served], len(z)),
             stderr=_assembled([(items, part.stderr) for items, part in served], len(z)),
             ess=_assembled([(items, part.ess) for items, part in served], len(z)),
             pairs=sum(part.pairs for _, part in served),
             engine=_joined([part.engine for _, part in served]),
-            variance=_assembled(variances, len(z)) if moments else None,
-            entropy=_assembled(entropies, len(z)) if moments else None,
+            **{name: _assembled([(items, getattr(part, name)) for items, part in served], len(z)) for name in names},
         )
 
     def with_divergence(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 The probability flow dz/dsigma = (z - D(z)) / sigma carries an image from sigma_min to sigma_max, where its density is
 known, and changes the density by the divergence of the flow on the way (Song et al. 2021, "Score-based generative
 modeling through stochastic differential equations", section 4.3). Posterior variances give that divergence without
-random probes.
+random probes. A denoiser that samples its windows moves an image by its errors too, which later divergences depend on:
+the error of the whole is taken from runs with independent draws.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class LogLikelihood:
         nats: [B] float64, ln of the density of the images at sigma_min, pixel values being in [-1, 1].
         error: [B] float64, estimated error of `nats` by the integration: the difference from half the steps over 3, as
             Heun's error falls with the square of the steps (Richardson).
+        sampling_error: [B] float64, standard error of `nats` by what a denoiser draws, from replicates; 0 where it
+            draws nothing.
         latents: [B, C, H, W] where the flow takes the images at sigma_max; divided by sigma_max, the noise that the
             flow would make them from.
         steps: Heun steps that were taken.
@@ -43,6 +46,7 @@ class LogLikelihood:
 
     nats: Tensor
     error: Tensor
+    sampling_error: Tensor
     latents: Tensor
     steps: int
     sigma_min: float
@@ -63,6 +67,11 @@ class LogLikelihood:
         """[B] `error` in bits a dimension."""
         return self.error / self.dimensions / math.log(2)
 
+    @property
+    def bits_per_dim_sampling_error(self) -> Tensor:
+        """[B] `sampling_error` in bits a dimension."""
+        return self.sampling_error / self.dimensions / math.log(2)
+
     def __repr__(self) -> str:
         """The mean and its integration error in a line."""
         bits, error = self.bits_per_dim.mean().item(), self.bits_per_dim_error.max().item()
@@ -81,6 +90,7 @@ def log_likelihood(
     tolerance: float | None = None,
     gaussian: GaussianScore | None = None,
     seed: int = 0,
+    replicates: int = 4,
     batch_size: int = DEFAULT_BATCH,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
@@ -107,6 +117,9 @@ def log_likelihood(
         gaussian: the density at sigma_max is its marginal N(mu, Sigma + sigma_max^2), of the image's class; None:
             white noise N(0, sigma_max^2), which is what `sample` starts from.
         seed: of the dequantisation; image i depends on (seed, i) alone.
+        replicates: how often a denoiser that samples (`budget=`, an index) is run, with draws of its own at every
+            step of every run, from 2. The result is the mean, and `sampling_error` its standard error. One that draws
+            nothing runs once.
         batch_size: images evaluated together.
         dtype: torch.float32 or torch.float64, of z.
         progress: show a bar on stderr once it has taken two seconds.
@@ -120,6 +133,7 @@ def log_likelihood(
         raise TypeError(f"denoiser: got {type(denoiser).__name__}, takes a machine or another Denoiser")
     steps = checks.integer("steps", steps, at_least=2, at_most=MOST_STEPS)
     batch_size = checks.integer("batch_size", batch_size, at_least=1)
+    replicates = checks.integer("replicates", replicates, at_least=2)
     low, high = checks.number("sigma_min", sigma_min), checks.number("sigma_max", sigma_max)
     if not 0 < low < high < math.inf:
         raise ValueError(f"sigma_min, sigma_max: got {low:g} and {high:g}, takes 0 < sigma_min < sigma_max")
@@ -135,15 +149,17 @@ def log_likelihood(
         raise ValueError("images: got none")
     listed = labels_in_turn(labels, range(len(x)))
 
+    draws = denoiser.redrawn(0) is not denoiser
+    runs = [denoiser.redrawn(draw) for draw in range(replicates)] if draws else [denoiser]
     parts = []
     with tqdm(total=len(x), unit="image", desc="log-likelihood", delay=2, disable=not progress) as bar:
         for start in range(0, len(x), batch_size):
             batch = x[start : start + batch_size]
             some = None if listed is None else listed[start : start + batch_size]
-            parts.append(_of_batch(denoiser, batch, some, low, high, steps, tolerance, gaussian))
+            parts.append(_of_batch(runs, batch, some, low, high, steps, tolerance, gaussian))
             bar.update(len(batch))
-    nats, error, latents = (torch.cat(found) for found in list(zip(*parts, strict=True))[:3])
-    return LogLikelihood(nats, error, latents, max(part[3] for part in parts), low, high)
+    nats, error, sampling_error, latents = (torch.cat(found) for found in list(zip(*parts, strict=True))[:4])
+    return LogLikelihood(nats, error, sampling_error, latents, max(part[4] for part in parts), low, high)
 
 
 def dequantised(images: Tensor, seed: int = 0) -> Tensor:
@@ -157,7 +173,7 @@ def dequantised(images: Tensor, seed: int = 0) -> Tensor:
 
 
 def _of_batch(
-    denoiser: Denoiser,
+    runs: Sequence[Denoiser],
     x: Tensor,
     labels: list[int | str | None] | None,
     low: float,
@@ -165,20 +181,22 @@ def _of_batch(
     steps: int,
     tolerance: float | None,
     gaussian: GaussianScore | None,
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """nats, their errors, latents, and the steps taken."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """nats, their errors by integration and by sampling, latents of the first run, and the steps taken."""
 
-    def run(count: int) -> tuple[Tensor, Tensor]:
-        latents, gained = _flow(denoiser, x, labels, _levels(low, high, count))
-        return latents, gained + log_prior(latents, high, labels, gaussian)
+    def run(count: int) -> tuple[Tensor, Tensor, Tensor]:
+        found = [_flow(denoiser, x, labels, _levels(low, high, count)) for denoiser in runs]
+        nats = torch.stack([gained + log_prior(latents, high, labels, gaussian) for latents, gained in found])
+        spread = nats.std(0) / len(runs) ** 0.5 if len(runs) > 1 else torch.zeros_like(nats[0])
+        return found[0][0], nats.mean(0), spread
 
     coarse_steps = steps // 2
-    _, coarse = run(coarse_steps)
+    _, coarse, _ = run(coarse_steps)
     while True:
-        latents, nats = run(steps)
+        latents, nats, sampling_error = run(steps)
         error = (nats - coarse).abs() / ((steps / coarse_steps) ** 2 - 1)
         if tolerance is None or error.max().item() <= tolerance * x[0].numel():
-            return nats, error, latents, steps
+            return nats, error, sampling_error, latents, steps
         if 2 * steps > MOST_STEPS:
             raise ValueError(f"tolerance: got {tolerance:g}, {steps} steps leave {error.max() / x[0].numel():.2g}")
         coarse_steps, coarse, steps = steps, nats, 2 * steps

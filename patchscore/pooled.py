@@ -81,6 +81,11 @@ class Pooled(Composed):
             found.append(None if label is None else self._label_id(label))
         return found
 
+    def redrawn(self, draw: int) -> Pooled:
+        machines = [machine.redrawn(draw) for machine in self.machines]
+        same = all(new is old for new, old in zip(machines, self.machines, strict=True))
+        return self if same else Pooled(machines)  # type: ignore[arg-type]
+
     def _label_id(self, label: int | str) -> int:
         numbers, errors = set(), []
         for machine in self.machines:

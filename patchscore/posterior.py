@@ -14,8 +14,11 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-POWERS = {"s": 1, "v": 1, "v2": 1, "s2": 2, "vv": 2, "vs": 2, "ss": 2}
+POWERS = {"s": 1, "v": 1, "v2": 1, "s2": 2, "vv": 2, "vs": 2, "ss": 2, "qq": 2, "ee": 2}
 """How many factors e^(l - m) the terms of a sum have."""
+
+SAMPLING = ("vv", "vs", "ss", "qq", "ee")
+"""What sums have that were estimated from a sample."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class PosteriorSum:
         pairs: (pixel, window) pairs that were evaluated, None for all.
         v2: [B, C, H, W] sum_a e^(l_a - m) v_a^2; None where moments were not asked for, and so is sl.
         sl: [B, 1, H, W] sum_a e^(l_a - m) (l_a - m).
+        qq: [B, C, H, W] sampling variance of s times the posterior variance, to first order; None as vv, or without
+            moments, and so is ee.
+        ee: [B, 1, H, W] sampling variance of s times the entropy, to first order.
     """
 
     m: Tensor
@@ -49,6 +55,8 @@ class PosteriorSum:
     pairs: int | None = field(default=None, kw_only=True)
     v2: Tensor | None = field(default=None, kw_only=True)
     sl: Tensor | None = field(default=None, kw_only=True)
+    qq: Tensor | None = field(default=None, kw_only=True)
+    ee: Tensor | None = field(default=None, kw_only=True)
 
     @classmethod
     def empty(
@@ -66,7 +74,9 @@ class PosteriorSum:
         total = cls(torch.full_like(s, -torch.inf), s, v, s.clone())
         if sampled:
             total = replace(total, vv=v.clone(), vs=v.clone(), ss=s.clone())
-        return replace(total, v2=v.clone(), sl=s.clone()) if moments else total
+        if moments:
+            total = replace(total, v2=v.clone(), sl=s.clone())
+        return replace(total, qq=v.clone(), ee=s.clone()) if sampled and moments else total
 
     @property
     def mean(self) -> Tensor:
@@ -103,9 +113,22 @@ class PosteriorSum:
         return variance.sqrt().nan_to_num(nan=2.0).clamp(max=2.0)
 
     @property
+    def variance_stderr(self) -> Tensor:
+        """[B, C, H, W], standard error of `variance`, to first order; zero where all windows were summed."""
+        if self.qq is None:
+            return torch.zeros_like(self.v)
+        # A variance of numbers in [-1, 1] is at most 1.
+        return (self.qq.clamp(min=0).sqrt() / self.s).nan_to_num(nan=1.0).clamp(max=1.0)
+
+    @property
+    def entropy_stderr(self) -> Tensor:
+        """[B, 1, H, W], standard error of `entropy` in nats, to first order; zero where all windows were summed."""
+        return torch.zeros_like(self.s) if self.ee is None else self.ee.clamp(min=0).sqrt() / self.s
+
+    @property
     def fields(self) -> dict[str, Tensor]:
         """The tensors it has, by name."""
-        found = {name: getattr(self, name) for name in ("m", "s", "v", "s2", "vv", "vs", "ss", "v2", "sl")}
+        found = {name: getattr(self, name) for name in ("m", "s", "v", "s2", "v2", "sl", *SAMPLING)}
         return {name: x for name, x in found.items() if x is not None}
 
     def block(self, items: slice, rows: slice, cols: slice) -> PosteriorSum:
@@ -144,7 +167,7 @@ class PosteriorSum:
 
     def scaled(self, scale: float) -> PosteriorSum:
         """The same sums of values that are `scale` times as large."""
-        powers = {"v": 1, "vv": 2, "vs": 1, "v2": 2}
+        powers = {"v": 1, "vv": 2, "vs": 1, "v2": 2, "qq": 4}
         times = {name: x * scale ** powers[name] for name, x in self.fields.items() if name in powers}
         return replace(self, **times)  # type: ignore[arg-type]
 
@@ -161,7 +184,7 @@ def merge(a: PosteriorSum, b: PosteriorSum) -> PosteriorSum:
     total = {}
     for name in POWERS.keys() | {"sl"}:
         parts = [part[name] for part in found if name in part]
-        if len(parts) == 2 or (parts and name in ("vv", "vs", "ss")):
+        if len(parts) == 2 or (parts and name in SAMPLING):
             total[name] = reduce(torch.add, parts)
     pairs = None if a.pairs is None or b.pairs is None else a.pairs + b.pairs
     return PosteriorSum(m=m, **total, pairs=pairs)

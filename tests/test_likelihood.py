@@ -230,3 +230,44 @@ def test_the_command_refuses_images_of_another_size(sources, tmp_path):
     assert "IMAGES: got 3 x 9 x 12 images, SOURCE has 3 x 9 x 9; --size resizes both" in found.output
     found = run(sources[0], sources[1], "--labels", "own", "--machine", "ideal", "--steps", 2)
     assert found.exit_code == 0, found.output
+
+
+def test_a_denoiser_that_samples_states_the_error_of_its_draws():
+    bank = ps.PatchBank(smooth_images(120, 1, 8, 7))
+    x = bank.chunk(100, 102)
+    options = {"sigma_min": 0.5, "sigma_max": 4.0, "steps": 2, "progress": False}
+    exact = ps.log_likelihood(ps.LocalScore(bank, 3), x, **options)
+    assert not exact.sampling_error.any()
+    errors = []
+    for budget in (0.25, 0.75):
+        found = ps.log_likelihood(ps.LocalScore(bank, 3, budget=budget), x, replicates=6, **options)
+        # Student's t with 5 degrees of freedom leaves 12 with a probability below 1e-4.
+        assert ((found.nats - exact.nats).abs() < 12 * found.sampling_error).all()
+        torch.testing.assert_close(
+            found.bits_per_dim_sampling_error, found.sampling_error / 56 / math.log(2), rtol=1e-12, atol=0
+        )
+        errors.append(found.sampling_error.mean().item())
+    assert errors[1] < errors[0]  # by sqrt((1 - f) / f) they fall to a third
+    assert exact.nats.shape == found.nats.shape
+    with pytest.raises(ValueError, match=r"^replicates: got 1"):
+        ps.log_likelihood(ps.LocalScore(bank, 3), x, replicates=1)
+
+
+def test_draws_are_renewed_through_every_wrapper():
+    bank = ps.PatchBank(smooth_images(60, 1, 8, 7), torch.arange(60) % 2)
+    sampling, exact = ps.LocalScore(bank, 3, budget=0.2), ps.LocalScore(bank, 3)
+    z = bank.chunk(0, 1)
+    for wrap in (
+        lambda one: one,
+        ps.Differentiable,
+        lambda one: ps.Guided(one, one, 2.0),
+        lambda one: ps.Switch([(1.0, one), (math.inf, exact)]),
+    ):
+        drawing, still = wrap(sampling), wrap(exact)
+        assert still.redrawn(1) is still
+        first, again, other = (drawing.redrawn(draw).denoise(z, 0.8, [0]) for draw in (1, 1, 2))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+    els = ps.EquivariantLocalScore(bank, 3, budget=0.2)
+    pooled = ps.Pooled([els, ps.EquivariantLocalScore(bank, 3)])
+    assert not torch.equal(pooled.redrawn(1).denoise(z, 0.8), pooled.redrawn(2).denoise(z, 0.8))

@@ -1,6 +1,7 @@
 """Posterior variance and entropy: their definition, the engines that take them, and the denoisers that have them."""
 
 import math
+import statistics
 import warnings
 
 import naive
@@ -11,6 +12,7 @@ from conftest import MACHINES, machine_named, noisy, smooth_images
 
 import patchscore as ps
 from patchscore.engines import base, reference
+from patchscore.engines.pruned import images
 from patchscore.engines.sliding import cpu as sliding
 from patchscore.posterior import PosteriorSum, merge
 from patchscore.windows import WHOLE_IMAGE
@@ -195,3 +197,63 @@ def test_an_engine_without_moments_leaves_them_to_the_next_and_says_so_where_it_
     machine.engine = "sketch"
     with pytest.warns(RuntimeWarning, match="'sketch' cannot serve: it takes no moments"):
         assert machine.estimate(z, 0.5, moments=True).engine == "reference"
+
+
+# Without an index: a sample of images.
+
+
+@needs_native
+@pytest.mark.parametrize("machine", [ps.LocalScore, ps.EquivariantLocalScore])
+@pytest.mark.parametrize("sigma", [1.0, 8.0])
+def test_sampled_moments_are_within_their_errors(machine, sigma):
+    bank = ps.PatchBank(smooth_images(400, 3, 8, 8))
+    z = noisy(bank, sigma, dtype=torch.float32)
+    whole = machine(bank, 3).estimate(z, sigma, moments=True)
+    assert not whole.variance_stderr.any()
+    assert not whole.entropy_stderr.any()
+    for name in ("variance", "entropy"):
+        ratios, within = [], []
+        for seed in range(20):
+            found = machine(bank, 3, budget=0.2, seed=seed).estimate(z, sigma, moments=True)
+            assert found.engine == "pruned"
+            error, stderr = getattr(found, name) - getattr(whole, name), getattr(found, f"{name}_stderr")
+            ratios.append((error.square().mean().sqrt() / stderr.square().mean().sqrt()).item())
+            within.append((error.abs() <= 2 * stderr).double().mean().item())
+        # The bounds of the mean's errors (test_pruned.py): pixels of a call share the images drawn. Entropies of few
+        # windows have long tails.
+        assert 0.3 < statistics.median(ratios) < 1.5
+        assert statistics.mean(within) > (0.85 if name == "variance" else 0.6)
+
+
+@needs_native
+def test_sampled_moments_of_the_whole_bank_are_exact():
+    bank = ps.PatchBank(smooth_images(32, 3, 8, 8))
+    z, competition = noisy(bank, 1.0, dtype=torch.float32), ps.LocalScore(bank, 3).competition(3)
+    level = torch.ones(1, dtype=torch.float64)
+    parts = [
+        sliding.posterior_sum(z, level, images.subset(bank, torch.arange(g, 32, 4)), competition, LIMIT, moments=True)
+        for g in range(4)
+    ]
+    found = images.combine(parts, 32, 32, images.pixel_moments(bank, torch.arange(32)))
+    expected = reference.posterior_sum(z.double(), level, bank, competition, LIMIT, moments=True)
+    assert_same_moments(found, expected, z, level)
+    assert not found.variance_stderr.any()
+    assert not found.entropy_stderr.any()
+    # Errors stay what they are when images are cut into blocks, merged, and in another unit.
+    half = images.combine(parts[:2], 16, 32, images.pixel_moments(bank, torch.arange(16)))
+    merged = merge(PosteriorSum.empty(z.shape, "cpu", sampled=True, moments=True), half)
+    torch.testing.assert_close(merged.variance_stderr, half.variance_stderr)
+    torch.testing.assert_close(merged.entropy_stderr, half.entropy_stderr)
+    torch.testing.assert_close(half.scaled(3.0).qq.sqrt(), 9 * half.qq.sqrt())
+
+
+@needs_native
+def test_an_index_leaves_moments_to_an_exact_engine(bank, tmp_path, monkeypatch):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(base, "_warned", set())
+    index = ps.PatchIndex.build(bank, [3], tmp_path / "index", progress=False)
+    machine = ps.EquivariantLocalScore(bank, 3, index=index, budget=0.1)
+    with pytest.warns(RuntimeWarning, match="it takes no moments"):
+        found = machine.estimate(noisy(bank, 0.5, dtype=torch.float32), 0.5, moments=True)
+    assert found.engine == "sliding"
+    assert not found.variance_stderr.any()

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,6 +90,13 @@ class Sharded(Composed):
         self._over_all = machine
         """The machine over all images, of which only options, labels and image numbers are asked."""
 
+    def redrawn(self, draw: int) -> Sharded:
+        if not self._sampled:
+            return self
+        same = copy.copy(self)
+        same.machine = self.machine.redrawn(draw)
+        return same
+
     def check_size(self, size: tuple[int, int], sigmas: Sequence[float], name: str = "size") -> None:
         self.machine.check_size(size, sigmas, name)
 
@@ -124,7 +130,7 @@ class Sharded(Composed):
             else:
                 own, names = _nothing(z, k, moments).with_pairs(0), []
             call = _call(label, z, sigmas, k, ess, moments)
-        return self._meet([own], call, ess, self._sampled and not moments)[0], names
+        return self._meet([own], call, ess, self._sampled)[0], names
 
     def exact_sums_of(
         self, label: int | None, z: Tensor, sigmas: Tensor, competitions: Sequence[Competition]
@@ -189,6 +195,8 @@ def _added(own: PosteriorSum, ranks: Ranks, ess: bool, sampled: bool) -> Posteri
     m = ranks.max(own.m.to(exact, copy=True))
     fields = own.relative_to(m).fields
     covariance = {"vv": own.v, "vs": own.v, "ss": own.s} if sampled else {}
+    if sampled and own.v2 is not None and own.sl is not None:
+        covariance |= {"qq": own.v2, "ee": own.sl}
     fields = {**{name: torch.zeros_like(x) for name, x in covariance.items()}, **fields}
     names = [name for name in fields if name != "m" and (ess or name not in ("s2", *covariance))]
     counted = torch.full((1,), own.pairs or 0, dtype=exact, device=m.device)
@@ -248,13 +256,7 @@ def _with_bank(leaf: ScoreMachine, bank: PatchBank) -> ScoreMachine:
 
 def _with_own_draws(leaf: ScoreMachine, ranks: Ranks) -> ScoreMachine:
     """Samples of different ranks are independent, so that their variances add."""
-    if leaf.pruned is None or ranks.size == 1:
-        return leaf
-    other, pruned = copy.copy(leaf), copy.copy(leaf.pruned)
-    pruned.seed = int(np.random.SeedSequence([pruned.seed, ranks.rank]).generate_state(1)[0])
-    other.pruned = pruned
-    other.engines = tuple(pruned if engine is leaf.pruned else engine for engine in leaf.engines)
-    return other
+    return leaf if ranks.size == 1 else leaf.redrawn(ranks.rank)
 
 
 def _none_of(bank: PatchBank) -> PatchBank:

@@ -37,7 +37,7 @@ class Engine(ABC):
     """Whether it sums over every competing window."""
     float64: ClassVar[bool] = False
     """Whether its sums have float64 digits where z has."""
-    moments: ClassVar[bool] = False
+    moments: bool = False
     """Whether its posterior_sum takes moments=True."""
     gradients: ClassVar[bool] = False
     """Whether it has vjp, jvp and window_sums."""

@@ -52,6 +52,7 @@ class Pruned(Engine):
     ):
         self.index, self.budget, self.tolerance, self.seed, self.policy = index, budget, tolerance, seed, policy
         self.exactly = SlidingCpu()
+        self.moments = index is None
         self._allowed: dict[int, tuple[PatchBank, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,12 +99,14 @@ class Pruned(Engine):
         competition: Competition,
         memory_limit: int,
         ess: bool = True,
+        moments: bool = False,
     ) -> PosteriorSum:
-        """Estimated sums over the competing windows, with their sampling covariance."""
+        """Estimated sums over the competing windows, with their sampling covariance; moments without an index."""
         z32 = z.detach().to("cpu", torch.float32)
 
         def exact(items: list[int], groups: tuple[Group, ...], bank: PatchBank = bank) -> PosteriorSum:
-            return self.exactly.posterior_sum(z32[items], sigma[items], bank, competition.only(groups), memory_limit)
+            some = competition.only(groups)
+            return self.exactly.posterior_sum(z32[items], sigma[items], bank, some, memory_limit, moments=moments)
 
         if self.index is None:
             assert self.budget is not None
