@@ -10,17 +10,16 @@ import traceback
 
 import pytest
 
-import patchscore.distributed  # noqa: F401, the fork server imports this file
-
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([__name__])
+SERVER.set_forkserver_preload(["pytest", "patchscore.cli"])
 
 
-def launched(size, function, *arguments, seconds=60, timeout=20):
+def launched(size, function, *arguments, seconds=120, timeout=30, may_die=None):
     """What function(*arguments) returns on each rank; fails, with its traceback, where one raised.
 
     seconds: for all of it; a rank that takes longer is ended.
     timeout: that ranks wait for each other.
+    may_die: a rank that need not return, for which there is None then; the others are waited for.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -33,14 +32,18 @@ def launched(size, function, *arguments, seconds=60, timeout=20):
         ranks.append(SERVER.Process(target=_run, args=(where, end, function, arguments), daemon=True))
         ranks[-1].start()
         end.close()
-    said = []
-    for (begin, _), rank in zip(pipes, ranks, strict=True):
+    said = [(None, None)] * size
+    for number in sorted(range(size), key=lambda number: number == may_die):
+        begin = pipes[number][0]
         try:
-            said.append(begin.recv() if begin.poll(seconds) else (None, "took too long"))
+            waiting = 0.5 if number == may_die else seconds
+            said[number] = begin.recv() if begin.poll(waiting) else (None, "took too long")
         except EOFError:
-            said.append((None, "ended without a word"))
-        rank.join(5)
-        rank.kill()
+            said[number] = None, "ended without a word"
+        if number == may_die and said[number][1]:
+            said[number] = None, None
+        ranks[number].join(5 if number != may_die else 0)
+        ranks[number].kill()
     failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(said) if failure]
     if failures:
         pytest.fail("\n".join(failures), pytrace=False)
@@ -58,6 +61,7 @@ def _run(where, end, function, arguments):
         said = None, traceback.format_exc()
     end.send(said)
     end.close()
+    os._exit(0)  # threads may wait for ranks that are gone
 
 
 def raised(kind, function, *arguments, **options):

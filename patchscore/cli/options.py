@@ -8,6 +8,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import os
+import signal
+import sys
 import sysconfig
 import time
 import traceback
@@ -19,10 +22,12 @@ from typing import Any
 
 import click
 import torch
+from tqdm import tqdm
 
 from .. import checks, engines
 from ..bank import PatchBank
 from ..denoiser import DEFAULT_MEMORY_LIMIT, ScoreMachine
+from ..distributed import RankError, Sharded, first_to_say, join, launched
 from ..draw import charts
 from ..files import write_atomically
 from ..machines import EquivariantLocalScore
@@ -40,11 +45,18 @@ class OneLine(click.ClickException):
     exit_code = 2
 
     def show(self, file: Any = None) -> None:
-        say(f"patchscore: error: {self.message}", err=True)
+        """Prints the line, once where several ranks have the same to say."""
+        if first_to_say(self.message):
+            say(f"patchscore: error: {self.message}", err=True)
 
 
 def say(*lines: str, err: bool = False) -> None:
-    """Prints lines, with control characters spelled out: names from files may hold a newline or an escape."""
+    """Prints lines, with control characters spelled out: names from files may hold a newline or an escape.
+
+    Of several ranks the first prints alone, but for errors.
+    """
+    if launched() and os.environ["RANK"] != "0" and not err:
+        return
     for line in lines:
         click.echo("".join(c if unicodedata.category(c)[0] != "C" else _spelled(c) for c in line), err=err)
 
@@ -53,18 +65,32 @@ def _spelled(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+IN_TEAMS = ("sample", "index")
+"""The commands that several ranks work on together."""
+
+
 def one_line_errors(command: Command) -> Command:
-    """Turns errors that a user can cause into one line, and warnings into one each."""
+    """Turns errors that a user can cause into one line, and warnings into one each; of all ranks, where there are."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-            say(f"patchscore: warning: {message}", err=True)
+            if not launched() or os.environ["RANK"] == "0":
+                say(f"patchscore: warning: {message}", err=True)
 
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
             try:
+                if launched():
+                    _join_team(command.__name__)
                 command(*args, **kwargs)
+            except RankError as error:
+                if error.reported:  # by the rank that failed
+                    raise click.exceptions.Exit(2) from None
+                # The others may be out of reach, and whatever waits for them would keep this process.
+                say(f"patchscore: error: {error}", err=True)
+                sys.stdout.flush()
+                os._exit(2)
             except (ValueError, TypeError, OSError, ImportError, OverflowError) as error:
                 raise OneLine(" ".join(f"{error}{_place_outside(error)}".split())) from None
             except csv.Error as error:
@@ -79,10 +105,27 @@ def one_line_errors(command: Command) -> Command:
                     "--memory-limit"
                 ) from None
             except KeyboardInterrupt:
-                say("", "patchscore: stopped; the same command goes on from what is written, or begins again", err=True)
+                line = "patchscore: stopped; the same command goes on from what is written, or begins again"
+                if first_to_say(line):
+                    say("", line, err=True)
                 raise click.exceptions.Exit(130) from None
 
     return wrapped
+
+
+def _join_team(command: str) -> None:
+    """Sets up what ranks of torchrun need: they know each other, and end as at Ctrl-C when another one failed."""
+    if command not in IN_TEAMS:
+        raise ValueError(f"{command}: takes one process; under torchrun there are {' and '.join(IN_TEAMS)}")
+    join()
+    signal.signal(signal.SIGTERM, _stopped)
+    if os.environ["RANK"] != "0":  # one progress bar
+        for name in ("display", "close"):
+            setattr(tqdm, name, lambda *_, **__: None)
+
+
+def _stopped(*_: Any) -> None:
+    raise KeyboardInterrupt("torchrun ended its ranks, as it does when one fails")
 
 
 OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive", "bad_alloc", "can't start new thread")
@@ -292,6 +335,8 @@ def size_named(option: str, text: str) -> tuple[int, int]:
 
 def described(machine: ScoreMachine, device: str) -> str:
     """A machine in a line."""
+    if isinstance(machine, Sharded):
+        return f"{described(machine.machine, device)}, bank over {machine.ranks.size} ranks"
     parts = [type(machine).__name__]
     if isinstance(machine, EquivariantLocalScore):
         parts.append(f"padding {machine.padding_mode}")

@@ -12,9 +12,10 @@ from typing import Any
 import click
 import torch
 
-from .. import checks, engines
+from .. import checks, distributed, engines
 from ..bank import PatchBank
 from ..denoiser import ScoreMachine
+from ..distributed import Sharded, Team, first_to_say
 from ..files import check_writable
 from ..heldout import HeldOutErrors
 from ..index import OPTIONS, PatchIndex
@@ -186,6 +187,14 @@ Published tables, made for 32 x 32 images: """
     help="Of the samples: PNGs, in subfolders of 1,000 where -n is larger; npz shards of 1,000; or one zip, as EDM's "
     "tools take it.",
 )
+@click.option(
+    "--shard",
+    default="images",
+    show_default=True,
+    metavar="images|bank|N",
+    help="Under torchrun: what is divided over ranks. images: every rank makes others, of all training images; bank: "
+    "every rank sums over a part of these; N: over N ranks each, and groups of N make different images.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default="out", show_default=True, help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace a run with other settings in the same folder.")
 @one_line_errors
@@ -197,6 +206,7 @@ def sample(
     computing: Computing,
     size_out: str | None,
     form: str,
+    shard: str,
     out: Path,
     overwrite: bool,
 ) -> None:
@@ -216,11 +226,16 @@ def sample(
     which.check(computing)
     check_writable(out)
 
+    team = _team(shard)
     bank = source.open()
     index = None if which.index_path is None else PatchIndex.open(which.index_path, bank)
     labels = labels_named(walk.labels, bank)
-    fitted, errors = which.sizes(source, bank, index, walk.labels, computing, out)
-    machine = which.build(bank, fitted, index, walk.seed, computing)
+    fitted, errors = _shared_sizes(team, which, source, bank, index, walk.labels, computing, out)
+    if team.bank.size > 1:
+        over_part = which.build(distributed.shard(bank, team.bank), fitted, index, walk.seed, computing)
+        machine: ScoreMachine = Sharded(over_part, team.bank)
+    else:
+        machine = which.build(bank, fitted, index, walk.seed, computing)
     if size is not None:
         machine.check_size(size, get_schedule(walk.schedule, walk.steps).ratios[:-1].tolist(), "--size-out")
     sizes = machine.patch_size if isinstance(machine.patch_size, ScaleTable) else None
@@ -239,21 +254,57 @@ def sample(
         warnings.filterwarnings("ignore", message=".*the index has patch sizes")
 
     of_machine = _of_machine(which, machine, sizes, index)
-    noted = _noted(source, which, walk, computing, device)
-    with Run(out, machine, settings, of_machine, noted, overwrite, form, count > BLOCK_IMAGES) as run:
-        if fitted is not None and errors is not None:
+    noted = {**_noted(source, which, walk, computing, device), "ranks": team.ranks.size, "shard": shard}
+    with Run(out, machine, settings, of_machine, noted, overwrite, form, count > BLOCK_IMAGES, team) as run:
+        if team.first and fitted is not None and errors is not None:
             keep(out, fitted, errors)
         start = time.perf_counter()
         try:
             kept = run.sample(count, walk.batch_size, device)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             there = f"{sum(image < count for image in run.made)} of {count} images are in {out}"
-            say("", f"patchscore: stopped; {there}, the same command continues", err=True)
+            if team.ranks.size > 1:
+                there = f"finished images are in {out}"
+            line = f"patchscore: stopped{f' ({stop})' if str(stop) else ''}; {there}, the same command continues"
+            if first_to_say(line):
+                say("", line, err=True)
             sys.exit(130)
         seconds = time.perf_counter() - start
     added = f"made {_images(count - kept)} in {seconds:.1f} s" if kept < count else "nothing left to make"
     there = f", {kept} were there" if kept else ""
     say(f"{added}{there}: see {run.folder.samples.place} and {out / 'grid.png'}")
+
+
+def _team(shard: str) -> Team:
+    """The ranks that work on the run, as --shard divides them."""
+    ranks = distributed.join()
+    if shard not in ("images", "bank") and not shard.isdecimal():
+        raise ValueError(f"--shard: got {shard!r}, takes images, bank or a number of ranks")
+    shards = 1 if shard == "images" else ranks.size if shard == "bank" else int(shard)
+    if not shards or ranks.size % shards:
+        raise ValueError(f"--shard: got {shard}, takes a divisor of the {ranks.size} ranks")
+    return Team(ranks, shards)
+
+
+def _shared_sizes(
+    team: Team,
+    which: Which,
+    source: Source,
+    bank: PatchBank,
+    index: PatchIndex | None,
+    labels: str,
+    computing: Computing,
+    out: Path,
+) -> tuple[ScaleTable | None, HeldOutErrors | None]:
+    """`Which.sizes`, found on the first rank and taken over by the others."""
+    found: tuple[ScaleTable | None, HeldOutErrors | None] = (None, None)
+    with team.ranks.failing_together():
+        if team.first:
+            found = which.sizes(source, bank, index, labels, computing, out)
+    team.ranks.agree({}, "")
+    table, errors = found
+    told = team.share(table and [table.sigmas, table.sizes, table.name])
+    return (table if team.first else told and ScaleTable(*told)), errors
 
 
 def _of_machine(
@@ -262,7 +313,7 @@ def _of_machine(
     """The machine's settings as run.json has them: they decide the images."""
     return {
         "machine": which.machine,
-        "padding_mode": getattr(machine, "padding_mode", None),
+        "padding_mode": getattr(machine.machine if isinstance(machine, Sharded) else machine, "padding_mode", None),
         "table": sizes and sizes.name,
         "patch_sizes": sizes and dict(zip(map(str, sizes.sigmas), sizes.sizes, strict=True)),
         "index": index and {**{name: index.meta[name] for name in OPTIONS}, "patch_sizes": index.patch_sizes},

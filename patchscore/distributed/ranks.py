@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import re
+import secrets
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -31,6 +33,9 @@ different times, by as much as their parts of a step differ; a rank that is gone
 
 class RankError(ConnectionError):
     """Another rank failed, or cannot be reached any more."""
+
+    reported = False
+    """Whether the rank that failed says so itself."""
 
 
 class Disagreement(ValueError):
@@ -95,6 +100,8 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank has, on all of them: anything that JSON holds."""
+        if self.size == 1:
+            return [value]
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = self.stack(torch.tensor([len(content)])).flatten().tolist()
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
@@ -124,7 +131,9 @@ class Ranks:
         said = self.gather([failure, json.loads(known)])
         for rank, (failed, _) in enumerate(said):
             if failed:
-                raise RankError(f"rank {rank} of {self.size} failed: {failed}")
+                error = RankError(f"rank {rank} of {self.size} failed: {failed}")
+                error.reported = True
+                raise error
         first = said[0][1]
         for rank, (_, other) in enumerate(said):
             for name in first:
@@ -178,8 +187,7 @@ def join() -> Ranks:
         if "cpu:" not in dist.get_backend_config():
             raise ValueError('process group: has NCCL alone; init_process_group takes "cpu:gloo,cuda:nccl" here')
         return Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
-    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if not all(name in os.environ for name in needed) or os.environ["WORLD_SIZE"] == "1":
+    if not launched():
         return Ranks()
     limit = timedelta(seconds=timeout())
     backend = "gloo"
@@ -189,15 +197,65 @@ def join() -> Ranks:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
         store.set_timeout(limit)
-        prefixed = dist.PrefixStore("patchscore", store)
-        dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=limit)
+        attempt = _attempt(store, rank, size)
+        groups, shared = (dist.PrefixStore(f"{attempt}/{use}", store) for use in ("groups", "shared"))
+        dist.init_process_group(backend, store=groups, rank=rank, world_size=size, timeout=limit)
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RankError(f"rank {os.environ['RANK']} cannot join the others at {where}: {reason}") from None
     atexit.register(_leave)
-    _joined[:] = [Ranks(rank, size, dist.group.WORLD, dist.PrefixStore("shared", store))]
+    _joined[:] = [Ranks(rank, size, dist.group.WORLD, shared)]
     return _joined[0]
+
+
+def _attempt(store: Any, rank: int, size: int) -> str:
+    """A name that the ranks of this start have in common, and no other start has.
+
+    torchrun keeps keys and values when it starts ranks again, and counts starts on each host by itself. So every rank
+    shows a token of its own, and rank 0 answers each token with its own, until all have read the answer.
+    """
+    token, until = secrets.token_hex(8), time.monotonic() + timeout()
+
+    def found(key: str) -> str:
+        return str(store.get(key).decode()) if store.check([key]) else ""
+
+    if rank:
+        store.set(f"token/{rank}", token)
+        while not (answer := found(f"answer/{rank}")).startswith(token):
+            _wait_for("rank 0", until)
+        attempt = answer.split()[1]
+        store.set(f"{attempt}/read/{rank}", "1")
+        return attempt
+    others = set(range(1, size))
+    while others:
+        for other in others:
+            store.set(f"answer/{other}", f"{found(f'token/{other}')} {token}")
+        others = {other for other in others if not store.check([f"{token}/read/{other}"])}
+        _wait_for(f"rank {min(others, default=0)}", until)
+    return token
+
+
+def _wait_for(whom: str, until: float) -> None:
+    if time.monotonic() > until:
+        raise RuntimeError(f"{whom} did not come within {timeout():g} s")
+    time.sleep(0.02)
+
+
+def first_to_say(line: str) -> bool:
+    """Whether no other rank has asked this of the same line, as where all meet the same error."""
+    if not _joined or _joined[0].store is None:
+        return True
+    try:
+        return bool(_joined[0].store.add(f"said/{hashlib.sha256(line.encode()).hexdigest()}", 1) == 1)
+    except RuntimeError:  # nobody is left to ask
+        return True
+
+
+def launched() -> bool:
+    """Whether torchrun, or what sets the same variables, started this process as one of several."""
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(name in os.environ for name in needed) and os.environ["WORLD_SIZE"] != "1"
 
 
 def timeout() -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,8 +16,9 @@ from tqdm import tqdm
 
 from .. import checks
 from ..denoiser import ScoreMachine
+from ..distributed import Sharded, Team
 from ..draw import images as pictures
-from ..nearest import nearest_images
+from ..nearest import Nearness, nearest_images
 from ..noise import get_schedule
 from ..sampling import Step, labels_in_turn, sample
 from ..version import __version__
@@ -43,11 +45,15 @@ class Run:
         overwrite: start afresh where the folder holds another run.
         form: the format of the files of samples: "png", "npz" or "zip".
         subfolders: whether a run that begins puts PNGs into subfolders of a thousand.
+        team: the ranks that make the images together, in one folder that all of them see; None: this process alone.
+            Every rank makes a Run of the same arguments, and calls the same methods.
 
     Raises (on entering):
         ValueError: the folder holds another run, a run.json that is not one, or somebody else's files by our names;
             or another process is writing it.
         OSError: the folder cannot be written.
+        Disagreement: ranks with other settings, banks or versions; names both.
+        RankError: another rank failed, or cannot be reached any more; also while sampling.
     """
 
     def __init__(
@@ -60,7 +66,9 @@ class Run:
         overwrite: bool,
         form: str = "png",
         subfolders: bool = False,
+        team: Team | None = None,
     ):
+        self.team = team or Team()
         channels, *own = machine.shape
         self.shape = (channels, *(settings.get("size") or own))
         self.folder = RunFolder(out, self.shape, form, subfolders and form == "png")
@@ -85,17 +93,23 @@ class Run:
         self._whole = 0
 
     def __enter__(self) -> Run:
-        self._opened = self.folder.open()
-        self._opened.__enter__()
-        try:
-            self._take_up()
-        except BaseException:
-            self._opened.__exit__(None, None, None)
-            raise
+        with ExitStack() as opened:
+            with self.team.ranks.failing_together():
+                if self.team.first:
+                    opened.enter_context(self.folder.open())
+                    self._take_up()
+            told = {name: self.record[name] for name in ("settings", "bank", "versions")}
+            self.team.ranks.agree({**told["settings"], **told}, "all ranks of a run take the same")
+            made, self.record["samples"] = self.team.share([sorted(self.made), self.record["samples"]])
+            if not self.team.first:
+                self.made = set(made)
+                self.folder = RunFolder(self.folder.path, self.shape, **files_of(self.record))
+                self.trajectories = _Trajectories({}, self.shape)
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._opened.__exit__(None, None, None)
+        self._opened.close()
 
     def _take_up(self) -> None:
         """Takes over what an earlier call left in the folder, if it was made with the same settings."""
@@ -152,18 +166,33 @@ class Run:
         n = checks.integer("-n", n, at_least=1, at_most=MOST_IMAGES)
         missing = [image for image in range(n) if image not in self.made]
         levels = get_schedule(self.settings["schedule"], self.settings["steps"])
-        self.folder.check_space(len(missing), len(levels), sum(image < SHOWN for image in missing))
+        with self.team.ranks.failing_together():
+            if self.team.first:
+                self.folder.check_space(len(missing), len(levels), sum(image < SHOWN for image in missing))
+        self.team.ranks.agree({}, "")
+        stretches = [range(first, first + count) for first, count in _stretches(missing, batch_size)]
+        # Trajectories are one file, of the first rank's group.
+        own = [images for images in stretches if images.start < SHOWN]
+        others = stretches[len(own) :]
+        hidden = not (progress and self.team.first)
         try:
-            with tqdm(
-                total=len(missing) * len(levels), unit="step", desc="sampling", delay=2, disable=not progress
-            ) as bar:
-                for first, count in _stretches(missing, batch_size):
-                    self._sample_batch(range(first, first + count), device, bar)
+            with (
+                self.team.working(),
+                tqdm(total=len(missing) * len(levels), unit="step", desc="sampling", delay=2, disable=hidden) as bar,
+            ):
+                for images in own if self.team.part == 0 else ():
+                    self._sample_batch(images, device, bar)
+                for number in self.team.batches(len(others)):
+                    self._sample_batch(others[number], device, bar)
+                self.team.end(lambda made: bar.update(made - bar.n))
         except KeyboardInterrupt:
-            self._pack(last=True)
+            if self.team.first:
+                self._pack(last=True)
             raise
-        self._pack(last=True)
-        self._draw()
+        if self.team.first:
+            self.made |= self.folder.merge_parts()
+            self._pack(last=True)
+            self._draw()
         return n - len(missing)
 
     def _sample_batch(self, images: range, device: str, bar: tqdm) -> None:
@@ -183,7 +212,8 @@ class Run:
                 x0[image].append(step.x0[at].cpu().numpy().astype(np.float16))
             # Every sampler ends on sigma = 0, where the image is what was denoised last.
             final = step.x0
-            bar.update(len(images))
+            made = self.team.made(len(images))
+            bar.update(made if self.team.ranks.size == 1 else made - bar.n)
 
         sample(
             self.machine,
@@ -196,6 +226,10 @@ class Run:
             **self.settings,
         )
         assert final is not None
+        final = final.clamp(-1, 1).to("cpu", torch.float32)
+        nearest = self._nearest(final)
+        if not self.team.leads:
+            return
         if kept:
             self.trajectories.add(x, x0)
             schedule = get_schedule(self.settings["schedule"], self.settings["steps"])
@@ -206,9 +240,10 @@ class Run:
                     "sigmas": schedule.sigmas[:-1].numpy(),
                 }
             )
-        self._save_batch(images, final.clamp(-1, 1).to("cpu", torch.float32), device, seconds)
+        self._save_batch(images, final, nearest, device, seconds)
         self.made.update(images)
-        self._pack(last=False)
+        if self.team.first:
+            self._pack(last=False)
 
     def _pack(self, last: bool) -> None:
         """Brings files of several images up to date with the images before the first that is missing."""
@@ -216,15 +251,29 @@ class Run:
             self._whole += 1
         self.folder.pack(self.settings["labels"], self._whole, last)
 
-    def _save_batch(self, images: range, final: torch.Tensor, device: str, seconds: list[float]) -> None:
+    def _nearest(self, final: torch.Tensor) -> Nearness | None:
+        """The training images nearest to some samples; those of another size have none."""
+        if self.shape != self.machine.shape:
+            return None
+        part = self.machine.held(None)
+        assert part is not None
+        near = nearest_images(final, part)
+        if not isinstance(self.machine, Sharded):
+            return near
+        ranks, numbers = self.machine.ranks, self.machine.numbers(None)[near.image]
+        rms, rank = ranks.stack(near.rms).min(0)
+        return Nearness(ranks.stack(numbers).gather(0, rank[None])[0], rms)
+
+    def _save_batch(
+        self, images: range, final: torch.Tensor, near: Nearness | None, device: str, seconds: list[float]
+    ) -> None:
         labels = labels_in_turn(self.settings["labels"], images) or [None] * len(images)
         entries: list[dict[str, Any]] = [{"label": label} for label in labels]
-        if self.shape == self.machine.shape:  # images of other sizes have no nearest one
-            near = nearest_images(final, self.machine.bank)
+        if near is not None:
             for entry, image, rms in zip(entries, near.image, near.rms, strict=True):
                 entry["nearest"] = {"image": int(image), "rms": round(float(rms), 4)}
         served = {"engine": self.machine.engine_on(device), "device": device, "seconds_per_step": seconds}
-        self.folder.save_batch(images, final.numpy(), entries, served)
+        self.folder.save_batch(images, final.numpy(), entries, served, self.team.part)
 
     def _draw(self) -> None:
         rows = [row for image in sorted(self.made)[:GRID] if (row := self.folder.rows.read(image)) is not None]
