@@ -185,6 +185,10 @@ def test_other_commands_are_known():
                 assert re.search(rf"{option}\b", script), (page, words)
         elif program == ".":
             assert words == ["env/bin/activate"]
+        elif program == "torchrun":
+            words = words[words.index("patchscore") + 1 :]
+            known = {name for option in main.commands[words[0]].params for name in option.opts + option.secondary_opts}
+            assert {word for word in words if re.match("--?[a-z]", word)} <= known, (page, words)
         elif program == "patchscore":
             assert words[0] in main.commands
             known = {name for option in main.commands[words[0]].params for name in option.opts + option.secondary_opts}

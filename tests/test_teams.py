@@ -185,19 +185,8 @@ def test_other_commands_and_shards_are_refused_once(place):
 def test_torchrun_restarts_a_run_whose_rank_was_killed(place):
     out, log = place / "restarted", place / "torchrun.txt"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    command += [
-        "-m",
-        "patchscore",
-        "sample",
-        str(place / "bank.npz"),
-        "--table",
-        "3",
-        "--labels",
-        "all",
-        "--steps",
-        "60",
-    ]
-    command += ["-n", "120", "--batch-size", "2", "--out", str(out)]
+    command += ["-m", "patchscore", "sample", str(place / "bank.npz"), "--table", "3", "--labels", "all"]
+    command += ["--steps", "60", "-n", "120", "--batch-size", "2", "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATCHSCORE_TIMEOUT": "30"}
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
     with open(log, "wb") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as agent:
@@ -219,7 +208,7 @@ def children(process):
 
 
 def rank_of(process):
-    words = Path(f"/proc/{process}/environ").read_bytes().split(b"\\0")
+    words = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
     return next((word[5:].decode() for word in words if word.startswith(b"RANK=")), None)
 
 
@@ -313,7 +302,7 @@ def test_a_host_that_is_cut_off_ends_the_run_within_the_timeout(shard, hosts, pl
     for rank, (code, said, seconds) in enumerate(ends):
         assert code == 2, said
         assert f"patchscore: error: rank {rank if shard == 'bank' or rank else 1} of 2" in said, said
-        assert said.count("\\npatchscore: error") <= 1
+        assert said.count("\npatchscore: error") <= 1
         assert seconds < 4 * limit + 15  # a look and an answer may each wait for the limit; the rest is work
     for name in hosts:
         ip("-n", name, "link", "set", f"{name}0", "up")
