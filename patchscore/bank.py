@@ -129,7 +129,8 @@ class PatchBank:
             source: one of
                 a folder of images, whose subfolders of the first level are the classes;
                 a .zip or .tar of one, EDM's with dataset.json, WebDataset shards;
-                CIFAR, MNIST and ImageNet 32 x 32 as downloaded, torchvision's root, MedMNIST, an LMDB of LSUN;
+                CIFAR, MNIST, SVHN, STL-10, CelebA and ImageNet 32 x 32 as downloaded, torchvision's root, MedMNIST,
+                    an LMDB of LSUN;
                 a .npy, .npz, IDX, .pt, .safetensors or .parquet file, a folder of save_to_disk, one image file;
                 an array, a dict of arrays or columns, a dataset whose items are images, pairs or dicts, an iterable
                 of such items (with `limit`);

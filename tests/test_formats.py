@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import struct
+import sys
 import tarfile
 import zipfile
 
@@ -210,13 +211,167 @@ def test_torchvision_roots(tmp_path):
 
 
 def test_idx_files_of_other_names_are_named(tmp_path):
-    mnist_at(tmp_path / "EMNIST" / "raw")
-    for path in list((tmp_path / "EMNIST" / "raw").iterdir()):
-        path.rename(path.with_name(f"emnist-letters-{path.name.replace('t10k', 'test')}"))
-    with pytest.raises(ValueError, match=r"raw: holds emnist-letters-test-images-idx3-ubyte and .*; open one of them"):
-        sources.read(tmp_path)
-    path = tmp_path / "EMNIST" / "raw" / "emnist-letters-train-images-idx3-ubyte"
+    mnist_at(tmp_path / "raw")
+    for path in list((tmp_path / "raw").iterdir()):
+        path.rename(path.with_name(f"digits-{path.name}"))
+    with pytest.raises(ValueError, match=r"raw: holds digits-t10k-images-idx3-ubyte and .*; open one of them"):
+        sources.read(tmp_path / "raw")
+    path = tmp_path / "raw" / "digits-train-images-idx3-ubyte"
     check(PatchBank.open(path), LABELS[:8], None, IMAGES[:8, ..., :1])
+
+
+def emnist_at(folder, kind, suffix="", pack=lambda content: content):
+    mnist_at(folder / kind, pack, suffix)
+    for path in list((folder / kind).iterdir()):
+        path.rename(folder / f"emnist-{kind}-{path.name.replace('t10k', 'test')}")
+    (folder / kind).rmdir()
+
+
+def test_emnist_has_divisions_that_are_asked_for(tmp_path):
+    raw = tmp_path / "data" / "EMNIST" / "raw"
+    emnist_at(raw, "letters")
+    check(PatchBank.open(tmp_path / "data"), LABELS[:8], None, IMAGES[:8, ..., :1])
+    check(PatchBank.open(tmp_path / "data", split="letters-test"), LABELS[8:], None, IMAGES[8:, ..., :1])
+    emnist_at(raw, "byclass", ".gz", gzip.compress)
+    offered = "byclass-test, byclass-train, letters-test and letters-train"
+    with pytest.raises(ValueError, match=rf"raw: holds {offered}; pass split='byclass-test'"):
+        sources.read(tmp_path / "data")
+    check(PatchBank.open(raw, split="byclass-train"), LABELS[:8], None, IMAGES[:8, ..., :1])
+
+
+# SVHN: http://ufldl.stanford.edu/housenumbers says X (32 x 32 x 3 x N), y (10 is the digit 0). Files by SciPy; theirs
+# are MATLAB's.
+
+
+def svhn_at(folder, part, split="train", **options):
+    from scipy.io import savemat
+
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = np.where(LABELS[part] == 0, 10, LABELS[part]).astype(np.uint8)[:, None]
+    content = {"X": IMAGES[part].transpose(1, 2, 3, 0), "y": labels}
+    savemat(folder / f"{split}_32x32.mat", content, **options)
+
+
+def test_svhn_has_the_digit_0_as_label_0(tmp_path):
+    pytest.importorskip("scipy")
+    svhn_at(tmp_path / "data", slice(0, 8), do_compression=True)
+    svhn_at(tmp_path / "data", slice(8, 12), "test")
+    for source in (tmp_path / "data", tmp_path / "data" / "train_32x32.mat"):
+        check(PatchBank.open(source), LABELS[:8], None, IMAGES[:8])
+    check(PatchBank.open(tmp_path / "data", split="test"), LABELS[8:], None, IMAGES[8:])
+    assert PatchBank.open(tmp_path / "data", labels=False).labels is None
+    mnist_at(tmp_path / "data" / "MNIST" / "raw")
+    with pytest.raises(ValueError, match="data: holds MNIST and SVHN; open one of them"):
+        sources.read(tmp_path / "data")
+
+
+def test_other_matlab_files_are_read_by_their_names_or_told(tmp_path):
+    scipy_io = pytest.importorskip("scipy.io")
+    path = tmp_path / "a.mat"
+    scipy_io.savemat(path, {"photos": IMAGES.transpose(1, 2, 3, 0), "y": LABELS[None] * 10})
+    with pytest.raises(ValueError, match=r"a\.mat: holds photos or y, takes images called X or images"):
+        sources.read(path)
+    check(PatchBank.open(path, image_key="photos"), LABELS * 10, None, IMAGES)
+    for content, message in (
+        ({"X": IMAGES}, r"X has shape \[12, 32, 32, 3\], takes \[H, W, C, N\]"),
+        ({"X": np.array([{"a": 1}], dtype=object)}, "X is a cell array, takes an array of numbers"),
+    ):
+        scipy_io.savemat(path, content)
+        with pytest.raises(ValueError, match=rf"a\.mat: {message}"):
+            sources.read(path)
+    scipy_io.savemat(path, {"X": IMAGES.transpose(1, 2, 3, 0)}, do_compression=True)
+    with pytest.raises(ValueError, match="more than the memory limit"):
+        sources.read(path, memory_limit=30_000)
+    whole, told = path.read_bytes(), []
+    for at in [*range(120, 400, 3), len(whole) - 5]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        try:
+            sources.read(path)
+        except ValueError as error:
+            told.append(str(error))
+    assert len(told) > 20
+    assert all(re.fullmatch(one_line_about(path), line) for line in told)
+    path.write_bytes(b"MATLAB 7.3 MAT-file" + bytes(200))
+    with pytest.raises(ValueError, match=r"a\.mat: is an HDF5 file of MATLAB 7.3; save it with -v7"):
+        sources.read(path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.float64])
+def test_matlab_files_of_any_type_are_read_as_scipy_reads_them(tmp_path, packed, dtype):
+    scipy_io = pytest.importorskip("scipy.io")
+    images = IMAGES[:5, :7, :6]
+    values = (images / 127.5 - 1 if dtype is np.float64 else images).astype(dtype)
+    content = {"a": 3.0, "text": "no", "X": values.transpose(1, 2, 3, 0), "y": LABELS[:5].astype(dtype)}
+    scipy_io.savemat(tmp_path / "a.mat", content, do_compression=packed)
+    if dtype is np.float64:
+        images = values.astype(np.float32)
+    check(PatchBank.open(tmp_path / "a.mat"), LABELS[:5], None, images)
+
+
+# STL-10: https://cs.stanford.edu/~acoates/stl10 says uint8, colours one after the other, each column by column; labels
+# from 1.
+
+
+def test_stl10_has_upright_images_and_labels_from_0(tmp_path):
+    images = RNG.integers(0, 256, (5, 96, 96, 3), dtype=np.uint8)
+    root = tmp_path / "data" / "stl10_binary"
+    root.mkdir(parents=True)
+    for split, part in (("train", slice(0, 3)), ("test", slice(3, 5)), ("unlabeled", slice(1, 4))):
+        (root / f"{split}_X.bin").write_bytes(images[part].transpose(0, 3, 2, 1).tobytes())
+        if split != "unlabeled":
+            (root / f"{split}_y.bin").write_bytes((LABELS[part] + 1).astype(np.uint8).tobytes())
+    (root / "class_names.txt").write_text("\n".join(NAMES) + "\n")
+    check(PatchBank.open(tmp_path / "data"), LABELS[:3], NAMES, images[:3])
+    check(PatchBank.open(root, split="test"), LABELS[3:5], NAMES, images[3:])
+    check(PatchBank.open(root, split="unlabeled"), None, None, images[1:4])
+    (root / "train_y.bin").write_bytes(b"\1")
+    with pytest.raises(ValueError, match=r"train_y\.bin: 1 labels for 3 images"):
+        sources.read(root)
+    (root / "train_X.bin").write_bytes(b"\1" * 27_649)
+    with pytest.raises(ValueError, match=r"train_X\.bin: 27649 bytes, takes whole images of 27648"):
+        sources.read(root)
+
+
+# CelebA: http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html; a number of images, then names of attributes, then -1 and 1.
+
+
+@pytest.fixture
+def celeba(tmp_path):
+    root = tmp_path / "data" / "celeba"
+    (root / "img_align_celeba").mkdir(parents=True)
+    for i, image in enumerate(IMAGES):
+        (root / "img_align_celeba" / f"{i + 1:06d}.png").write_bytes(encoded(image))
+    names = [f"{i + 1:06d}.png" for i in range(12)]
+    rows = [f"{name} {1 if i % 3 == 0 else -1:2d} {1 if i % 2 else -1:2d}" for i, name in enumerate(names)]
+    (root / "list_attr_celeba.txt").write_text("\n".join(["12", "Bald Smiling ", *rows]) + "\n")
+    parts = [f"{name} {0 if i < 7 else 1 if i < 10 else 2}" for i, name in enumerate(names)]
+    (root / "list_eval_partition.txt").write_text("\n".join(parts) + "\n")
+    identities = [f"{name} {i * 10}" for i, name in enumerate(names)]
+    (root / "identity_CelebA.txt").write_text("\n".join(identities) + "\n")
+    return root
+
+
+def test_celeba_without_a_split_is_told(celeba):
+    (celeba / "list_eval_partition.txt").write_text("000001.png 7\n")
+    with pytest.raises(ValueError, match=r"list_eval_partition\.txt: has no line of an image and 0, 1 or 2"):
+        sources.read(celeba)
+
+
+def test_celeba_has_splits_and_labels_by_name(celeba):
+    check(PatchBank.open(celeba.parent), None, None, IMAGES[:7])
+    check(PatchBank.open(celeba, split="valid"), None, None, IMAGES[7:10])
+    smiling = [i % 2 for i in range(10, 12)]
+    check(PatchBank.open(celeba, split="test", label_key="Smiling"), smiling, ("not Smiling", "Smiling"), IMAGES[10:])
+    check(PatchBank.open(celeba, label_key="identity"), [i * 10 for i in range(7)], None, IMAGES[:7])
+    with pytest.raises(ValueError, match="label_key: got 'Old', takes identity, Bald or Smiling"):
+        sources.read(celeba, label_key="Old")
+    text = (celeba / "identity_CelebA.txt").read_text().splitlines()
+    (celeba / "identity_CelebA.txt").write_text("\n".join(text[1:]))
+    with pytest.raises(ValueError, match=r"identity_CelebA\.txt: has no line for 000001\.png"):
+        sources.read(celeba, label_key="identity")
+    (celeba / "list_eval_partition.txt").unlink()
+    check(PatchBank.open(celeba), None, None, IMAGES)
 
 
 def test_idx_with_limit_reads_no_further(tmp_path):
@@ -758,7 +913,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, packag
     from patchscore.sources import image
 
     (tmp_path / name).write_bytes(b"PAR1" + bytes(100) if extra == "parquet" else b"\0\0\0\x18ftypheic" + bytes(100))
-    monkeypatch.setitem(__import__("sys").modules, package, None)
+    monkeypatch.setitem(sys.modules, package, None)
     if extra == "heif":
         formats = {k: v for k, v in Image.registered_extensions().items() if v != "HEIF"}
         monkeypatch.setattr("patchscore.sources.opening.image_formats", lambda: (formats, ("PNG", "JPEG")))

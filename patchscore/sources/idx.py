@@ -39,6 +39,16 @@ def idx_folder(folder: Path, wanted: Wanted) -> Source | None:
     found = _images_in(folder)
     if found:
         return idx_file(found[wanted.choose_split(str(folder), found, "train")], wanted)
+    emnist = {
+        f"{match[1]}-{match[2]}": folder / name
+        for name in sorted(os.listdir(folder), reverse=True)
+        if (match := re.fullmatch(r"emnist-(\w+)-(train|test)-images-idx3-ubyte(?:\.gz)?", name))
+    }
+    if emnist:
+        # Six divisions of the same characters, each with its own labels: none is the usual one.
+        kinds = {split.rpartition("-")[0] for split in emnist}
+        usual = f"{kinds.pop()}-train" if len(kinds) == 1 else None
+        return idx_file(emnist[wanted.choose_split(str(folder), sorted(emnist), usual)], wanted)
     others = sorted(name for name in os.listdir(folder) if re.search(r"images[-.]idx3-ubyte(\.gz)?$", name))
     if others:
         raise ValueError(f"{folder}: holds {listed(others, 'and')}; open one of them")

@@ -26,11 +26,13 @@ from .npz import imagenet_folder, is_npz, npz_file, npz_shards
 from .source import Source, UnreadableImage, Wanted, listed, named
 from .tables import parquet_file, parquet_folder, saved_dataset
 from .tensors import safetensors_file, torch_file
+from .torchvision import FOLDERS as TORCHVISION_FOLDERS
+from .torchvision import celeba_folder, has_svhn, stl10_folder, svhn_file, svhn_folder
 
 BUILT_IN = ("fashion-mnist",)
 """Names that `read` takes in place of a path. A folder of the same name is opened as "./fashion-mnist"."""
 
-ROOTS = (*FOLDERS, "raw", "MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST")
+ROOTS = (*FOLDERS, *TORCHVISION_FOLDERS, "raw", "MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST")
 """Folders that torchvision makes in its root, or in the folder of a data set."""
 
 
@@ -85,6 +87,11 @@ def _path(path: Path, wanted: Wanted) -> Source:
 def _folder(path: Path, wanted: Wanted) -> Source:
     """A data set that is recognised by its files, in the folder or alone in one below it, or a tree of images."""
     try:
+        below = [child for child in sorted(path.iterdir()) if child.name in ROOTS and _is_data_set(child)]
+        if below and has_svhn(path):  # which torchvision unpacks into the root itself
+            raise ValueError(
+                f"{path}: holds {listed((child.name for child in below), 'and')} and SVHN; open one of them"
+            )
         found = _data_set(path, wanted)
         if found is not None:
             return found
@@ -94,7 +101,6 @@ def _folder(path: Path, wanted: Wanted) -> Source:
                 return zip_images(path / "samples.zip", wanted)
             if os.path.isdir(path / "samples"):
                 return npz_shards(path / "samples", wanted) or folder(path / "samples", wanted)
-        below = [child for child in sorted(path.iterdir()) if child.name in ROOTS and _is_data_set(child)]
     except OSError as error:
         raise ValueError(f"{error.filename or path}: {error.strerror or error}") from error
     if len(below) > 1:
@@ -103,7 +109,10 @@ def _folder(path: Path, wanted: Wanted) -> Source:
 
 
 def _data_set(path: Path, wanted: Wanted) -> Source | None:
-    kinds = (idx_folder, cifar_folder, imagenet_folder, saved_dataset, lmdb_folder, shards, npz_shards, parquet_folder)
+    kinds = (
+        *(idx_folder, cifar_folder, imagenet_folder, svhn_folder, stl10_folder, celeba_folder),
+        *(saved_dataset, lmdb_folder, shards, npz_shards, parquet_folder),
+    )
     return next((found for kind in kinds if (found := kind(path, wanted)) is not None), None)
 
 
@@ -111,7 +120,7 @@ def _is_data_set(path: Path) -> bool:
     """Whether a folder of a known name is one of torchvision's; what is in it is not read."""
     if not path.is_dir():
         return False
-    if path.name in FOLDERS:
+    if path.name in (*FOLDERS, *TORCHVISION_FOLDERS):
         return True
     return has_idx(path) or has_idx(path / "raw")
 
@@ -132,6 +141,8 @@ def _file(path: Path, start: bytes, wanted: Wanted) -> Source:
         return idx_file(path, wanted) if is_idx(inside) or inside[:2] == b"\0\0" else tar_images(path, wanted)
     if start[257:262] == b"ustar" or start[:3] == b"BZh" or start[:6] == b"\xfd7zXZ\0" or suffix == ".tar":
         return tar_images(path, wanted)
+    if start[:7] == b"MATLAB ":
+        return svhn_file(path, wanted)
     if start[:4] == b"PAR1":
         return parquet_file(path, wanted)
     if suffix == ".safetensors":

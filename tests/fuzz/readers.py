@@ -134,6 +134,22 @@ def seeds() -> dict[str, Seed]:
     found["cifar.tar.gz"] = Seed(cifar, "c.tar.gz", lambda files: gzip.compress(_tarred(files), 1))
     found["cifar.bin"] = Seed({"train.bin": b"".join(bytes(2) + row.tobytes() for row in planar)}, "train.bin")
 
+    try:
+        from scipy.io import savemat
+
+        digits = {"X": images.transpose(1, 2, 3, 0), "y": labels[:, None]}
+        for packed in (False, True):
+            written = saved(lambda file, packed=packed: savemat(file, digits, do_compression=packed))
+            found["svhn.gz" if packed else "svhn"] = Seed({"train_32x32.mat": written}, "")
+    except ImportError:
+        pass
+    faces = {f"img_align_celeba/{i}.png": image("png", i) for i in range(4)}
+    faces["list_attr_celeba.txt"] = b"4\nBald Smiling\n" + b"".join(b"%d.png -1 1\n" % i for i in range(4))
+    faces["list_eval_partition.txt"] = b"".join(b"%d.png %d\n" % (i, i % 3) for i in range(4))
+    found["celeba"] = Seed(faces, "")
+    stl = {"train_X.bin": rng.integers(0, 256, (1, 3, 96, 96), dtype=np.uint8).tobytes(), "train_y.bin": b"\1"}
+    found["stl10"] = Seed({**stl, "class_names.txt": b"ant\nbee\n"}, "")
+
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     content = {"images": tensor, "labels": torch.from_numpy(labels)}
     for legacy in (False, True):
