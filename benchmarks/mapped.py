@@ -31,6 +31,9 @@ from tqdm import tqdm
 import patchscore as ps
 
 GIB = 2**30
+IMPORTED_GIB = 0.2
+"""What a process takes that has imported torch and FAISS and opened a bank; 0.15 GiB were measured."""
+
 BLOCK = 1 << 14
 """Images that are made and written together."""
 
@@ -43,6 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", default=",".join(STEPS), help="some of them")
     parser.add_argument("--pixels", type=int, default=8, help="side of the noisy image of the exact step")
     parser.add_argument("--max-windows", type=int, help="of the index; all by default")
+    parser.add_argument("--cells", type=int, help="of the index")
     parser.add_argument("--folder", help="where the file is made, on a disk with room for it")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -107,8 +111,9 @@ def whole(bank: ps.PatchBank, options: argparse.Namespace) -> dict:
 
 def index(bank: ps.PatchBank, options: argparse.Namespace) -> dict:
     folder = Path(options.child).with_name("bank.index")
-    limit = int(options.limit_gib * GIB / 2)
-    built = ps.PatchIndex.build(bank, 3, folder, max_windows=options.max_windows, memory_limit=limit)
+    limit = int((options.limit_gib - IMPORTED_GIB) * GIB)
+    sizes = {"cells": options.cells, "max_windows": options.max_windows}
+    built = ps.PatchIndex.build(bank, 3, folder, memory_limit=limit, **sizes)
     part, size = built.at(3), sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return {"k": 3, "windows": part.meta["windows"], "cells": part.meta["cell_count"], "index_gib": size / GIB}
 
@@ -146,7 +151,9 @@ def measured(step: str, path: Path, options: argparse.Namespace) -> dict:
     limit = int(options.limit_gib * GIB)
     words = [sys.executable, __file__, "--child", str(path), "--steps", step, "--limit-gib", str(options.limit_gib)]
     words += ["--pixels", str(options.pixels)]
-    words += [] if options.max_windows is None else ["--max-windows", str(options.max_windows)]
+    for name in ("max_windows", "cells"):
+        if (value := getattr(options, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
     # Pages that another process has read are not counted for this one.
     os.sync()
     with open(path, "rb") as file:

@@ -290,5 +290,5 @@ def test_a_build_takes_as_many_threads_as_memory_has_room_for(tmp_path):
     builder.memory_limit = needed
     assert builder.affordable_threads(5) == 1
     builder.memory_limit = needed - 1
-    with pytest.raises(ValueError, match=r"pass fewer cells"):
+    with pytest.raises(ValueError, match=r"pass more, or fewer cells"):
         builder.affordable_threads(5)

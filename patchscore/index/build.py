@@ -7,11 +7,13 @@ cells, as many at a time as memory has room for, so that it limits neither the b
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,6 +51,9 @@ ROW_BYTES = 147
 CHUNK_WINDOWS = 1 << 18
 """Windows whose cells are found together; fixed, for sums are added up by chunk."""
 
+EIGEN_COPIES = 5
+"""Matrices as large as the covariance that its eigenvectors take, itself and them included (LAPACK's syevd)."""
+
 BLOCK_WINDOWS = 1 << 15
 """Windows that are projected and added up together: few enough that the allocator of the C library reuses their memory
 (blocks under 32 MB), which halves the time of a build."""
@@ -56,7 +61,7 @@ BLOCK_WINDOWS = 1 << 15
 SORT_BYTES = 56
 """Memory that each window of a range takes while it is sorted: its number, key and place, and copies of them."""
 
-SCANNED_WINDOWS = 1 << 22
+SCANNED_WINDOWS = 1 << 20
 """Windows whose cells are looked through together for those of a range."""
 
 CELLS_FILE = "cells.tmp"
@@ -128,14 +133,14 @@ class Builder:
         row = 4 * (self.rank + 1)
         sums = 8 * self.sums * SIBLINGS * self.parents
         # The sample and the numbers of its rows by parent; what a task has of a chunk of windows, and of a block of it.
-        shared = self.trained_on * (row + 16) + 2 * sums
-        task = min(CHUNK_WINDOWS, self.windows) * (3 * row + 16) + min(BLOCK_WINDOWS, self.windows) * 16 * self.sums
+        shared = max(self.trained_on * (row + 16) + 2 * sums, EIGEN_COPIES * 8 * self.values**2)
+        task = min(CHUNK_WINDOWS, self.windows) * (4 * row + 16) + min(BLOCK_WINDOWS, self.windows) * 16 * self.sums
         affordable = (self.memory_limit - shared) // (task + sums)
         if affordable < 1:
             cells = SIBLINGS * self.parents
             raise ValueError(
                 f"memory_limit: got {self.memory_limit} bytes, to build {cells} cells takes {shared + task + sums}; "
-                f"pass fewer cells (on the command line --cells)"
+                f"pass more, or fewer cells (on the command line --memory-limit, --cells)"
             )
         return min(threads, affordable)
 
@@ -146,6 +151,7 @@ class Builder:
         chunks = list(self.chunks())
 
         tree = Tree(self.training_sample(axes, centre), parents, self.meta["seed"], self.threads)
+        give_back()
 
         # The cell of every window, and sums by cell.
         total = parents * SIBLINGS
@@ -157,7 +163,12 @@ class Builder:
             radius = torch.zeros(total)
             for first, members in chunks[stripe::STRIPES]:
                 parts = [self.features(part, axes, centre) for part in members.split(self.images_in(BLOCK_WINDOWS))]
-                found = tree.cells(np.concatenate([self.described(*part[:2]) for part in parts]))
+                described, at = np.empty((len(members) * self.per_image, rank + 1), np.float32), 0
+                for features, rest, _ in parts:
+                    described[at : at + len(rest)] = self.described(features, rest)
+                    at += len(rest)
+                found = tree.cells(described)
+                del described
                 cell[first : first + len(found)] = found
                 start = 0
                 for features, rest, value in parts:
@@ -236,6 +247,7 @@ class Builder:
         sizes = arrays["sizes"].numpy()
         ends = np.cumsum(sizes)
         draws = self.generator.get_state()
+        give_back()
         most = max(CHUNK_WINDOWS, self.memory_limit // 2 // (SORT_BYTES + (self.values if copied else 0)))
         with (
             errors_name(self.folder / "ids.bin"),
@@ -257,6 +269,8 @@ class Builder:
                     self.bar.update(at.stop - at.start)
                     first = last
                 start = stop
+                del windows, copies
+                give_back()
             for file in (ids_file, rows_file):
                 file.flush()
                 os.fsync(file.fileno())
@@ -268,7 +282,7 @@ class Builder:
 
         And where they are copied: their bytes [count, C, k, k] in the order of their numbers, and where each stands.
         """
-        number, key = np.empty(count, np.int64), torch.empty(count, dtype=torch.int64)
+        number, key = np.empty(count, np.int64), np.empty(count, np.int64)
         rows = torch.empty((count, self.bank.shape[0], self.k, self.k), dtype=torch.uint8) if copied else None
         filled, step = 0, self.images_in(SCANNED_WINDOWS)
         for image in range(0, len(self.members), step):
@@ -278,11 +292,13 @@ class Builder:
             own = np.flatnonzero((some >= start) & (some < stop))
             to = slice(filled, filled + len(own))
             number[to] = first + own
-            key[to] = (torch.from_numpy(some[own]).long() << 32) + draw[own]
+            key[to] = some[own]
+            key[to] <<= 32
+            key[to] += draw.numpy()[own]
             if rows is not None:
                 self.copy_windows(first, own, rows[to])
             filled = to.stop
-        order = torch.argsort(key, stable=True).numpy()
+        order = np.argsort(key, kind="stable")
         return number[order], None if rows is None else (rows, order)
 
     def copy_windows(self, first: int, own: np.ndarray, rows: Tensor) -> None:
@@ -361,13 +377,23 @@ class Builder:
         """[values, rank] leading axes and [values] centre, of a sample of windows."""
         count = min(len(self.members), max(1, 4 * PCA_WINDOWS // self.per_image))
         some = self.members[torch.randperm(len(self.members), generator=self.generator)[:count].sort().values]
-        samples = []
+        # Their covariance, summed up a few images at a time.
+        drawn, total, products = 0, torch.zeros(self.values).double(), torch.zeros(self.values, self.values).double()
         for start in range(0, count, 64):
             images = self.images(some[start : start + 64])
             flat = functional.unfold(images, self.k).permute(0, 2, 1).flatten(0, 1)
-            samples.append(flat[torch.randperm(len(flat), generator=self.generator)[: -(-PCA_WINDOWS * 64 // count)]])
-        sample = torch.cat(samples).double()
-        centre = sample.mean(0)
-        covariance = (sample - centre).T @ (sample - centre) / max(1, len(sample) - 1)
+            order = torch.randperm(len(flat), generator=self.generator)[: -(-PCA_WINDOWS * 64 // count)]
+            sample = flat[order].double()
+            drawn += len(sample)
+            total += sample.sum(0)
+            products.addmm_(sample.T, sample)
+        centre = total / drawn
+        covariance = products.addr_(centre, centre, alpha=-drawn).div_(max(1, drawn - 1))
         _, axes = torch.linalg.eigh(covariance)
         return axes.flip(1)[:, : self.rank].contiguous().float().numpy(), centre.float().numpy()
+
+
+def give_back() -> None:
+    """Has glibc give freed memory back to the system: it keeps what threads have freed, not needed again."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
