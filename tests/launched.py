@@ -5,10 +5,10 @@ A fork server imports everything once; every rank is a fork of it, with the vari
 
 import multiprocessing
 import os
-import socket
 import traceback
 
 import pytest
+import torch.distributed as dist
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["pytest", "patchscore.cli"])
@@ -21,14 +21,13 @@ def launched(size, function, *arguments, seconds=120, timeout=30, may_die=None):
     timeout: that ranks wait for each other.
     may_die: a rank that need not return, for which there is None then; the others are waited for.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # As torchrun's agent does, this process keeps the store in which ranks find each other.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes = [SERVER.Pipe(duplex=False) for _ in range(size)]
     ranks = []
     for rank, (_, end) in enumerate(pipes):
-        where = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        where |= {"LOCAL_RANK": rank, "PATCHSCORE_TIMEOUT": timeout}
+        where = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+        where |= {"LOCAL_RANK": rank, "PATCHSCORE_TIMEOUT": timeout, "TORCHELASTIC_USE_AGENT_STORE": True}
         ranks.append(SERVER.Process(target=_run, args=(where, end, function, arguments), daemon=True))
         ranks[-1].start()
         end.close()

@@ -104,17 +104,18 @@ def test_ranks_that_share_the_bank_make_the_same_images(size, shard, place):
 
 
 def in_second_batch(action):
-    """Lets rank 1 do something instead of saving its second batch."""
-    if os.environ["RANK"] == "1":
-        saved, batches = Run._save_batch, []
+    """Lets rank 1 do something instead of saving its second batch, and rank 0 leave it enough of them."""
+    saved, batches = Run._save_batch, []
 
-        def save(self, *arguments):
-            batches.append(1)
-            if len(batches) == 2:
-                action()
-            saved(self, *arguments)
+    def save(self, *arguments):
+        batches.append(1)
+        if os.environ["RANK"] == "0":
+            time.sleep(0.4)
+        elif len(batches) == 2:
+            action()
+        saved(self, *arguments)
 
-        Run._save_batch = save
+    Run._save_batch = save
 
 
 def full_disk():
@@ -272,7 +273,11 @@ def run_on_host(folder, out, names, cut, shard):
     """A rank on its host; rank 1 takes its host off the network in its second batch."""
     name = names[int(os.environ["RANK"])]
     enter(name)
-    os.environ |= {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": f"{name}0"}
+    os.environ |= {
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+        "MASTER_ADDR": "10.77.0.1",
+        "GLOO_SOCKET_IFNAME": f"{name}0",
+    }
     down = [shutil.which("ip"), "link", "set", f"{name}0", "down"]
     if cut:
         in_second_batch(lambda: subprocess.run(down, check=True)) if shard == "images" else cut_in_sum(down)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from .. import checks, engines
 from ..bank import PatchBank
 from ..denoiser import DEFAULT_MEMORY_LIMIT, ScoreMachine
-from ..distributed import RankError, Sharded, first_to_say, join, launched
+from ..distributed import Disagreement, RankError, Sharded, first_to_say, join, launched
 from ..draw import charts
 from ..files import write_atomically
 from ..machines import EquivariantLocalScore
@@ -91,6 +91,10 @@ def one_line_errors(command: Command) -> Command:
                 say(f"patchscore: error: {error}", err=True)
                 sys.stdout.flush()
                 os._exit(2)
+            except Disagreement as error:
+                if error.reported:
+                    raise click.exceptions.Exit(2) from None
+                raise OneLine(str(error)) from None
             except (ValueError, TypeError, OSError, ImportError, OverflowError) as error:
                 raise OneLine(" ".join(f"{error}{_place_outside(error)}".split())) from None
             except csv.Error as error:

@@ -39,7 +39,11 @@ class RankError(ConnectionError):
 
 
 class Disagreement(ValueError):
-    """Ranks were asked for different things, which all of them know."""
+    """Ranks were asked for different things, which all of them know; `reported` on all but the first."""
+
+    def __init__(self, line: str, ranks: Ranks):
+        super().__init__(line)
+        self.reported = ranks.rank > 0
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,8 @@ class Ranks:
         for rank, (_, other) in enumerate(said):
             for name in first:
                 if other.get(name) != first[name]:
-                    raise Disagreement(f"{name}: rank 0 has {first[name]}, rank {rank} has {other.get(name)}; {advice}")
+                    both = f"rank 0 has {first[name]}, rank {rank} has {other.get(name)}"
+                    raise Disagreement(f"{name}: {both}; {advice}", self)
         raise AssertionError("equal facts have equal digests")
 
     @contextmanager

@@ -303,9 +303,11 @@ def _check_parts(parts: Sequence[list[Any]], ranks: Ranks) -> None:
             same = [earlier for earlier in range(rank) if banks[earlier][1] == other]
             if other_of != of:
                 without, with_ = (0, rank) if of is None else (rank, 0)
-                raise Disagreement(f"bank: rank {with_} has a part that `shard` made, rank {without} has none; {SAME}")
+                raise Disagreement(
+                    f"bank: rank {with_} has a part that `shard` made, rank {without} has none; {SAME}", ranks
+                )
             if of is None and same:
                 both = f"ranks {same[0]} and {rank}"
-                raise Disagreement(f"bank: {both} hold the same images; `shard` gives every rank its part")
+                raise Disagreement(f"bank: {both} hold the same images; `shard` gives every rank its part", ranks)
             if of is not None and other != fingerprint:
-                raise Disagreement(f"bank: rank 0 has {fingerprint[:16]}, rank {rank} has {other[:16]}; {SAME}")
+                raise Disagreement(f"bank: rank 0 has {fingerprint[:16]}, rank {rank} has {other[:16]}; {SAME}", ranks)
