@@ -51,7 +51,7 @@ def measured(words: list[str]) -> tuple[dict, list[tuple[float, int, int]]]:
         while not ended.wait(0.5):
             curve.append((round(time.monotonic() - started, 1), made[0], resident()))
 
-    for name in ("_save_batch", "_pack", "_draw", "_take_up"):
+    for name in ("_nearest", "_save_batch", "_pack", "_draw", "_take_up"):
         timed(name)
     thread = threading.Thread(target=watch)
     thread.start()

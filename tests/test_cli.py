@@ -410,7 +410,17 @@ def test_bad_sources_are_one_line(photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["samples/000000.png", "samples/cat.jpg", "grid.png", "samples.npy", "samples", "explain.html"]
+    "name",
+    [
+        "samples/000000.png",
+        "samples/cat.jpg",
+        "grid.png",
+        "samples.npy",
+        "samples",
+        "samples.zip",
+        "parts",
+        "explain.html",
+    ],
 )
 def test_somebody_elses_files_are_not_replaced(photos, tmp_path, name):
     out = tmp_path / "out"

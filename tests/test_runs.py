@@ -216,6 +216,16 @@ def test_a_run_keeps_the_layout_that_it_began_with(tmp_path, small_blocks):
     assert sorted(contents(tmp_path)) == [f"samples/{i:06d}.png" for i in range(7)]
 
 
+def test_a_run_that_says_nothing_of_its_files_has_single_pngs(tmp_path, small_blocks):
+    """As those had that were written before there were formats."""
+    run(tmp_path, 3, subfolders=False)
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["sha256"], record["samples"]
+    (tmp_path / "run.json").write_text(json.dumps(ps.files.sealed(record)))
+    assert run(tmp_path, 7, subfolders=True) == 3
+    assert sorted(contents(tmp_path)) == [f"samples/{i:06d}.png" for i in range(7)]
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_parts_of_other_processes_become_the_run_of_one(tmp_path, small_blocks, form):
     """Images 6 to 14 are made by two others, one of which was killed while it wrote its last line."""

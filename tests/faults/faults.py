@@ -169,6 +169,8 @@ def make_cases(quick: bool) -> list[Case]:
     made = forked((*run[:-1], "none", "--out", "explained"))
     assert made.code == 0, made
     cases.append(Case("explain", ("explain", "out", "--image", "0,1,2", "--levels", "4"), Path("explained")))
+    if not quick:
+        cases.append(Case("evaluate", ("evaluate", "out", "bank.npz", "--patch-sizes", "3"), Path("explained")))
     try:
         import faiss  # noqa: F401
 
