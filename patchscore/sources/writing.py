@@ -33,7 +33,7 @@ from .opening import opened
 from .reading import checked_reading, fair_share, merged_span, numbered, printable_errors, read_range
 from .source import Source, UnreadableImage, Wanted, printable
 
-AHEAD = 64
+AHEAD = 8
 """Images a thread that may be decoded before it is their turn to be written."""
 
 NOTED_SECONDS = 5.0
