@@ -44,7 +44,7 @@ def full(given: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str]]:
     yield ("accuracy.py",), ""
     yield ("exact_cpu.py", *train), ""
     yield ("scaling.py", *train), ""
-    yield ("mapped.py", cifar, "--gib", "12", "--limit-gib", "4", "--steps", "fingerprint,whole,exact"), images
+    yield ("mapped.py", cifar, "--gib", "12", "--limit-gib", "4", "--max-windows", "16000000"), images
     yield ("adapters.py",), no_diffusers
     yield ("moments.py", cifar), images
     yield ("gaussian.py", "fashion-mnist"), ""

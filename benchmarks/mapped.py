@@ -5,8 +5,8 @@ it at the end. Where this user may make a memory cgroup inside its own, a step l
 pages of the file too; elsewhere RLIMIT_DATA limits what a process allocates, which pages of a mapped file are not.
 Writes benchmarks/results/mapped.json; rows are replaced one by one, so that runs of several sizes add up.
 
-    python benchmarks/mapped.py cifar10 --gib 12 --limit-gib 4 --steps fingerprint,exact
-    python benchmarks/mapped.py cifar10 --gib 1 --limit-gib 0.5
+    python benchmarks/mapped.py cifar10 --gib 12 --limit-gib 4 --max-windows 16000000
+    python benchmarks/mapped.py cifar10 --gib 1 --limit-gib 0.5 --max-windows 8000000 --cells 16384
 """
 
 import argparse

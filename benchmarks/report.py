@@ -19,7 +19,7 @@ COMMANDS = {
     "exact_cpu": "exact_cpu.py --images cifar10",
     "accuracy": "accuracy.py",
     "pruned_cpu": "pruned_cpu.py --images cifar10 --indexes indexes",
-    "mapped": "mapped.py cifar10 --gib 12 --limit-gib 4",
+    "mapped": "mapped.py cifar10 --gib 12 --limit-gib 4 --max-windows 16000000",
     "scaling": "scaling.py --images cifar10",
     "end_to_end": "end_to_end.py --cifar10 cifar10 --fashion-mnist train-images-idx3-ubyte.gz --indexes indexes",
     "gpu-*": "gpu.py --images cifar10 --indexes indexes",
