@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import tarfile
+import threading
 import zipfile
 from types import SimpleNamespace
 
@@ -99,6 +100,20 @@ def test_floats_are_written_as_open_reads_them(tmp_path):
         assert same(written, ps.PatchBank.open(source))
     with pytest.raises(ValueError, match=r"could mean \[0, 1\] or \[-1, 1\]"):
         ps.PatchBank.convert(unit * np.float32(0.99), tmp_path / "other.npy")
+
+
+@pytest.mark.parametrize("make", [folder, tarred])
+def test_images_are_decoded_side_by_side(make, tmp_path, monkeypatch):
+    source = make(tmp_path / f"source{'' if make is folder else '.tar'}")
+    monkeypatch.setattr(writing.os, "cpu_count", lambda: 3)
+    together = threading.Barrier(3)  # broken, and with it the call, unless three are in hand at once
+
+    def prepared(*args, original=writing.prepared):
+        together.wait(timeout=20)
+        return original(*args)
+
+    monkeypatch.setattr(writing, "prepared", prepared)
+    assert same(ps.PatchBank.convert(source, tmp_path / "bank.npy"), ps.PatchBank.open(source))
 
 
 # Interruptions.
