@@ -91,8 +91,8 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("merged squares fade like weights", KERNELS, "(c == 1 ? fade * fade : fade);", "fade;"),
     ("the farthest lane is the reference", KERNELS, "bits(l, nearest) > 0.f)) nearest = l;", "bits(l, nearest) < 0.f)) nearest = l;"),
     # Moments.
-    ("log-weights stay where they were when a reference moves", KERNELS, "(jj ? sl.y : sl.x) -= most * (jj ? s.y : s.x);", ""),
-    ("log-weights of lanes stay where they were", KERNELS, "if (MOMENTS && l != nearest) parts", "if (MOMENTS && l != l) parts"),
+    ("log-weights stay where they were when a reference moves", KERNELS, "sl.x) -= most * (jj", "sl.x) -= 0.f * most * (jj"),
+    ("log-weights of lanes stay where they were", KERNELS, "* bits(l, nearest) * fade", "* 0.f * fade"),
     ("both queries around the first one's centre", KERNELS, "value[c] - centre[jj][c]", "value[c] - centre[0][c]"),
     ("items of a later pass with the first one's centres", HOST, "batch.centres[items].data_ptr()", "batch.centres.data_ptr()"),
     ("log-weights of chunks stay where they were", HOST, "+ risen * s)", "+ 0 * s)"),
