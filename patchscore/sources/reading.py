@@ -376,7 +376,7 @@ class _Collected:
             self._check_memory(pixels.shape, pixels.dtype)
             self.array = np.empty((self.capacity, *pixels.shape), dtype=pixels.dtype)
             self.first_name, self.span = name, image.span
-        self._check_same_size(pixels, name)
+        check_same_size(pixels.shape, name, self.array.shape[1:], self.first_name)
         self.span = merged_span(self.span, image.span, name)
         # Gray among RGB is RGB.
         if (pixels.shape[0], self.array.shape[1]) == (1, 3):
@@ -402,20 +402,21 @@ class _Collected:
                 f"line --size, --limit)"
             )
 
-    def _check_same_size(self, pixels: np.ndarray, name: str) -> None:
-        here, there = pixels.shape, self.array.shape[1:]
-        if here[1:] != there[1:]:
-            raise ValueError(
-                f"mixed image sizes: {self.first_name} is {there[1]} x {there[2]} (height x width), {name} is "
-                f"{here[1]} x {here[2]}; pass size (on the command line --size) to bring all to one"
-            )
-        if here[0] != there[0] and {here[0], there[0]} != {1, 3}:
-            raise ValueError(f"mixed channels: {self.first_name} has {there[0]}, {name} has {here[0]}")
-
     def finish(self) -> np.ndarray:
         images = self.array[: self.filled]
         read_range(self.source, self.span, images.dtype)
         return images
+
+
+def check_same_size(here: tuple[int, ...], name: str, there: tuple[int, ...], first_name: str) -> None:
+    """ValueError where an image [C, H, W] does not go with the first one: gray and RGB do."""
+    if here[1:] != there[1:]:
+        raise ValueError(
+            f"mixed image sizes: {first_name} is {there[1]} x {there[2]} (height x width), {name} is {here[1]} x "
+            f"{here[2]}; pass size (on the command line --size) to bring all to one"
+        )
+    if here[0] != there[0] and {here[0], there[0]} != {1, 3}:
+        raise ValueError(f"mixed channels: {first_name} has {there[0]}, {name} has {here[0]}")
 
 
 def merged_span(ours: Span | None, span: Span | None, name: str) -> Span | None:

@@ -30,7 +30,7 @@ from ..files import errors_name, hold, parse_json, write_atomically
 from .image import Prepared, Span, prepared
 from .mapped import beside
 from .opening import opened
-from .reading import checked_reading, fair_share, merged_span, numbered, printable_errors, read_range
+from .reading import check_same_size, checked_reading, fair_share, merged_span, numbered, printable_errors, read_range
 from .source import Source, UnreadableImage, Wanted, printable
 
 AHEAD = 8
@@ -202,15 +202,8 @@ class _Writer:
                 pixels = pixels.astype(np.float32) / 255
             self.dtype = pixels.dtype.str
             self.begin()
-        if pixels.shape[1:] != self.shape[1:]:
-            here, there = (f"{shape[1]} x {shape[2]}" for shape in (pixels.shape, self.shape))
-            raise ValueError(
-                f"mixed image sizes: {self.first_name} is {there} (height x width), {name} is {here}; pass size (on "
-                f"the command line --size) to bring all to one"
-            )
+        check_same_size(pixels.shape, name, self.shape, self.first_name)
         if pixels.shape[0] != self.shape[0]:
-            if {pixels.shape[0], self.shape[0]} != {1, 3}:
-                raise ValueError(f"mixed channels: {self.first_name} has {self.shape[0]}, {name} has {pixels.shape[0]}")
             if self.shape[0] == 1:
                 raise _Otherwise(channels=3)  # gray among RGB is RGB
             pixels = np.repeat(pixels, 3, axis=0)
