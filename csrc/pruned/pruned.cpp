@@ -20,6 +20,7 @@ constexpr int PARTS = 32;
 constexpr int TOGETHER = 64;     // queries that are planned together, so that a table of moments is read once for all
 constexpr int PILOT_CELLS = 64;  // where the first known windows of a query are looked for, at most
 constexpr int SWEEPS = 4;        // over the pixels, of neighbours proposing their known windows
+constexpr int TRIMMED = 8;       // windows of a query whose weights may be trimmed
 
 struct ScanVisit {
     int32_t query, cell;
@@ -122,6 +123,11 @@ void pack_tile(const Images& images, const int64_t* ids, int count, int8_t* out)
     }
 }
 
+// The heaviest window of a visit to a part of a stratum: its weight, expanded and as it is; mean values of the visit.
+struct Heavy {
+    double expanded, weight, mean[MOST_CHANNELS];
+};
+
 // What a query has added up over the cells of one part.
 struct Sums {
     double s = 0, s2 = 0, v[MOST_CHANNELS] = {};
@@ -129,6 +135,17 @@ struct Sums {
     double hits = 0, y = 0, yv[MOST_CHANNELS] = {}, yy = 0, yyv[MOST_CHANNELS] = {}, yvv[MOST_CHANNELS] = {}, y4 = 0;
     int64_t windows = 0;
     int32_t largest = INT32_MIN;
+    int heavies = 0;
+    Heavy heavy[TRIMMED];  // the largest, in descending order
+
+    void take(const Heavy& found) {
+        int at = heavies;
+        while (at > 0 && found.expanded > heavy[at - 1].expanded) --at;
+        if (at >= TRIMMED) return;
+        heavies = std::min(heavies + 1, TRIMMED);
+        for (int i = heavies - 1; i > at; --i) heavy[i] = heavy[i - 1];
+        heavy[at] = found;
+    }
 };
 
 class Scan {
@@ -633,9 +650,18 @@ private:
         const double factor = visit.units > 0 ? visit.units : double(tiles) / visit.tiles;
         sum.windows += int64_t(n);
         sum.largest = std::max(sum.largest, lanes.largest);
-        sum.s += factor * w, sum.s2 += factor * w2;
+        const double y = factor * w;
+        sum.s += y, sum.s2 += factor * w2;
+        if (factor > 1 && w > 0) {
+            const double heaviest =
+                std::min(w, std::exp2((double(lanes.largest) - visit.ref) * request.bits[visit.query]));
+            if (sum.heavies < TRIMMED || factor * heaviest > sum.heavy[TRIMMED - 1].expanded) {
+                Heavy heavy{factor * heaviest, heaviest, {}};
+                for (int ch = 0; ch < channels; ++ch) heavy.mean[ch] = lanes.wv[ch] / w;
+                sum.take(heavy);
+            }
+        }
         if (visit.units > 0) {
-            const double y = factor * w;
             sum.hits += 1, sum.y += y, sum.yy += y * y, sum.y4 += y * y * y * y;
             for (int ch = 0; ch < channels; ++ch) {
                 const double yv = factor * lanes.wv[ch];
@@ -659,6 +685,7 @@ private:
         to.s += from.s, to.s2 += from.s2, to.ss += from.ss, to.fourth += from.fourth, to.hits += from.hits;
         to.y += from.y, to.yy += from.yy, to.y4 += from.y4, to.windows += from.windows;
         to.largest = std::max(to.largest, from.largest);
+        for (int i = 0; i < from.heavies; ++i) to.take(from.heavy[i]);
         for (int c = 0; c < channels; ++c) {
             to.v[c] += from.v[c], to.vs[c] += from.vs[c], to.vv[c] += from.vv[c];
             to.yv[c] += from.yv[c], to.yyv[c] += from.yyv[c], to.yvv[c] += from.yvv[c];
@@ -681,6 +708,15 @@ private:
             const uint8_t* pixel = images.pixels + image * C * plane + (at / cols + r) * images.width + at % cols + r;
             s += w, s2 += w * w;
             for (int c = 0; c < C; ++c) v[c] += w * (pixel[c * plane] / 127.5 - 1);
+        }
+        // Expanded weights beyond a share of the sum are trimmed.
+        const double share = std::pow(double(std::max<int64_t>(sum.windows, 1)), -request.policy.trimming);
+        for (int i = 0; share < 1 && i < sum.heavies; ++i) {
+            const Heavy& heavy = sum.heavy[i];
+            const double most = std::max(heavy.weight, share / (1 - share) * (s - heavy.expanded));
+            const double cut = std::max(0.0, heavy.expanded - most);
+            s -= cut;
+            for (int c = 0; c < C; ++c) v[c] -= cut * heavy.mean[c];
         }
         request.m[q] = m * std::log(2.0), request.s[q] = s, request.s2[q] = s2;
         for (int c = 0; c < C; ++c) request.v[q * C + c] = v[c];

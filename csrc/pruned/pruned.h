@@ -18,6 +18,7 @@ constexpr int MOST_KNOWN = 16;
 struct Policy {
     double certain_from;   // sampling fraction from which a stratum is evaluated whole
     double prior_degrees;  // weight of the expected variance beside the observed one, in degrees of freedom
+    double trimming;       // power of the windows evaluated: share of a sum that an expanded weight may be
     double misfit;         // difference of expected and estimated log sum, in bits, from which moments are rejected
     double unknown;        // standard error from which nothing is known
     double further;        // by how much the budget of such a query grows

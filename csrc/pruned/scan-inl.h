@@ -198,12 +198,12 @@ PS_INLINE void weigh(i8 dot, const TileFacts& facts, int shift, int32_t ref, flo
                      int channels, Lanes& sums) {
     const i8 t = dot - (facts.norm << shift);
     i8 present = facts.present;
-    const i8 seen = present ? t : i8{} + INT32_MIN;
-    sums.largest = seen > sums.largest ? seen : sums.largest;
-    const i8 heavy = seen >= known.least;
+    const i8 heavy = present & (t >= known.least);
     if (__builtin_expect(any_of(heavy), 0))
         for (int l = 0; l < TILE; ++l)
             if (heavy[l] && known.holds(facts.ids[l])) present[l] = 0;
+    const i8 seen = present ? t : i8{} + INT32_MIN;
+    sums.largest = seen > sums.largest ? seen : sums.largest;
     v8 x = __builtin_convertvector(t - ref, v8) * bits;
     x = x < 60.0f ? x : v8{} + 60.0f;
     v8 w = exp2_of(x);

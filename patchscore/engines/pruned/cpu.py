@@ -94,6 +94,7 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
         key=request.key,
         certain_from=policy.certain_from,
         prior_degrees=policy.prior_degrees,
+        trimming=policy.trimming,
         misfit=policy.misfit,
         unknown=policy.unknown,
         further=policy.further,

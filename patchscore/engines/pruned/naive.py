@@ -10,18 +10,18 @@ order of the functions below:
    that is evaluated completely; Cochran 1977, 5.8);
 4. sampling: strata that get at least a tile of windows are surely visited, the others by chance (systematic sampling
    with probability proportional to size; Madow 1949; Saerndal, Swensson & Wretman 1992, 3.6.2);
-5. totals: Horvitz & Thompson 1952, and their ratio;
+5. totals: Horvitz & Thompson 1952, the heaviest weights trimmed (Ionides 2008), and their ratio;
 6. variance: within strata (Cochran 1977, 5.4) and between the strata visited by chance (Hansen & Hurwitz 1943);
 7. moderated variance: where more variance was to be expected than is observed, both by their degrees of freedom (Smyth
    2004).
 
 All weights are positive and their sum is the denominator, so an estimate is a convex combination of values, and the
-effective sample size (Kish 1965) is at least 1. csrc/pruned does the same for all pixels of an image, cell by cell,
-with three shortcuts: cells are told apart only under parents that would get some tiles; the sample of a cell starts at
-a random tile and wraps around, which in a random order of windows is a simple random sample; and that tile is drawn for
-the cell, not for the pixel, so that pixels share what is read (their errors are correlated). It knows the heaviest
-windows of the cells of the largest expected weight, and what neighbouring pixels propose (PatchMatch, Barnes et al.
-2009).
+effective sample size (Kish 1965) is at least 1. Trimming keeps both. csrc/pruned does the same for all pixels of an
+image, cell by cell, with three shortcuts: cells are told apart only under parents that would get some tiles; the sample
+of a cell starts at a random tile and wraps around, which in a random order of windows is a simple random sample; and
+that tile is drawn for the cell, not for the pixel, so that pixels share what is read (their errors are correlated). It
+knows the heaviest windows of the cells of the largest expected weight, and what neighbouring pixels propose
+(PatchMatch, Barnes et al. 2009).
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ from ...index import Strata
 from .policy import POLICY, Policy
 
 TILE = 8
+
+TRIMMED = 8
+"""Windows of a query whose weights may be trimmed."""
 
 
 class Sums(NamedTuple):
@@ -108,6 +111,25 @@ def allocation(size: Tensor, sure: Tensor, chance: Tensor, budget: float) -> Ten
     return windows
 
 
+def trimmed(
+    s: Tensor, v: Tensor, heavy: Sequence[tuple[float, float, Tensor]], evaluated: int, policy: Policy
+) -> tuple[Tensor, Tensor]:
+    """The sums, in which no expanded weight is more than a share of the sum: biased, with less mean squared error where
+    few windows have most of the weight (Ionides 2008).
+
+    Args:
+        heavy: of the heaviest window of each sampled stratum the weight, expanded and as it is, and the mean values [C]
+            of the stratum's sample.
+        evaluated: windows of the sample.
+    """
+    share = max(evaluated, 1) ** -policy.trimming
+    for expanded, weight, mean in sorted(heavy, key=lambda x: -x[0])[:TRIMMED]:
+        if share < 1:
+            cut = max(0.0, expanded - max(weight, share / (1 - share) * (s.item() - expanded)))
+            s, v = s - cut, v - cut * mean
+    return s, v
+
+
 def estimate(
     weights: Tensor, values: Tensor, strata: Strata, log_moments: tuple[Tensor, Tensor], budget: float,
     generator: torch.Generator, policy: Policy = POLICY, known: Sequence[int] = (),
@@ -131,7 +153,7 @@ def estimate(
     s, v, s2 = torch.zeros(()).double(), torch.zeros(channels).double(), torch.zeros(()).double()
     covariance = torch.zeros(1 + channels, 1 + channels).double()  # of (s, v)
     expected = torch.zeros(3, channels).double()  # variances of s, of (v, s), of v, from the moments
-    fourth, hits = 0.0, []
+    fourth, hits, heavy, evaluated = 0.0, [], [], 0
     climb = torch.rand((), generator=generator).item()
     for h, n in enumerate(windows.tolist()):
         count, w_mean = int(strata.size[h]), log_moments[0][h].exp().item()
@@ -164,6 +186,9 @@ def estimate(
         y = torch.cat([w[:, None], w[:, None] * values[starts[h] + taken].double()], 1)
         total = factor * y.sum(0)
         s, v, s2 = s + total[0], v + total[1:], s2 + factor * w.square().sum()
+        evaluated += len(taken)
+        if factor > 1 and w.sum() > 0:
+            heavy.append((factor * w.max().item(), w.max().item(), total[1:] / total[0]))
         if n < 0.999 * TILE:
             hits.append(total)
         elif factor > 1:
@@ -182,6 +207,7 @@ def estimate(
     # Where the sample holds more weight than was expected, so does its variance: the coefficient of variation stays.
     expected *= max(1.0, s.item() / (size * log_moments[0].exp()).sum().item()) ** 2
     s, v, s2 = s + surely[0].sum(), v + surely[0] @ surely[1], s2 + surely[0].square().sum()
+    s, v = trimmed(s, v, heavy, evaluated, policy)
     foreseen = expected[0, 0], expected[1], expected[2]
     if Sums(s, v, s2, *observed).stderr.square().sum() >= Sums(s, v, s2, *foreseen).stderr.square().sum():
         return Sums(s, v, s2, *observed)
