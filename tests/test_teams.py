@@ -122,6 +122,10 @@ def test_ranks_index_a_shard_each_and_any_number_of_them_samples(place):
     one, two = (np.load(place / f"shards-{size}" / "samples.npy") for size in (1, 2))
     assert np.abs(one - two).max() <= 2e-5
     assert json.loads((place / "shards-2" / "run.json").read_text())["settings"]["index"]["shards"] == 2
+    with pytest.raises(SystemExit) as end:
+        main(["explain", str(place / "shards-2"), "--levels", "1", "--image", "0"], prog_name="patchscore")
+    assert end.value.code == 0
+    assert (place / "shards-2" / "explain.html").exists()
     ends = launched(4, run, place, "too-many", *options, "--shard", "bank")
     assert "an index in 2 shards for 4 ranks" in "".join(said for _, said in ends)
 
