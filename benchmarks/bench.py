@@ -45,6 +45,7 @@ def full(given: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str]]:
     yield ("exact_cpu.py", *train), ""
     yield ("scaling.py", *train), ""
     yield ("mapped.py", cifar, "--gib", "12", "--limit-gib", "4", "--max-windows", "16000000"), images
+    yield ("scale.py", "--images", cifar), images
     yield ("adapters.py",), no_diffusers
     yield ("moments.py", cifar), images
     yield ("gaussian.py", "fashion-mnist"), ""

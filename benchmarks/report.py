@@ -10,7 +10,7 @@ python benchmarks/report.py --check   # fails if they are not what the results s
 import re
 import sys
 
-from tables import denoisers, exact, gaussian, gpu, mapped, moments, pruned, results, theory
+from tables import denoisers, exact, gaussian, gpu, mapped, moments, pruned, results, scale, theory
 from tables.results import NOT_MEASURED, Missing, result, table
 
 PAGES = (results.ROOT / "README.md", *sorted((results.ROOT / "docs").rglob("*.md")))
@@ -20,6 +20,7 @@ COMMANDS = {
     "accuracy": "accuracy.py",
     "pruned_cpu": "pruned_cpu.py --images cifar10 --indexes indexes",
     "mapped": "mapped.py cifar10 --gib 12 --limit-gib 4 --max-windows 16000000",
+    "scale": "scale.py --images cifar10",
     "scaling": "scaling.py --images cifar10",
     "end_to_end": "end_to_end.py --cifar10 cifar10 --fashion-mnist train-images-idx3-ubyte.gz --indexes indexes",
     "gpu-*": "gpu.py --images cifar10 --indexes indexes",
@@ -81,6 +82,8 @@ BLOCKS = (
     exact.end_to_end,
     exact.scaling,
     mapped.mapped,
+    scale.ranks,
+    scale.step_cost,
     gpu.on_paper,
     gpu.sliding_compiled,
     gpu.expected_steps,

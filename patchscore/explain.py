@@ -247,7 +247,7 @@ def _parts(machine: ScoreMachine, z: Tensor, k: int | None, place: tuple[int, in
         yield _Part(z, _narrowed(machine.competition(k), place), [(whole, whole)])
         return
     assert k is not None
-    own = machine.machine if isinstance(machine, Sharded) else machine
+    own = machine.leaf if isinstance(machine, Sharded) else machine
     assert isinstance(own, EquivariantLocalScore)
     length, mode = machine.shape[1:], own.padding_mode
     canvas.check_canvas((z.shape[2], z.shape[3]), length, k, mode)

@@ -10,7 +10,7 @@ from launched import launched, raised
 
 import patchscore as ps
 from patchscore.adapters.k_diffusion import PatchScoreDenoiser
-from patchscore.distributed import Ranks, SpreadBank, join
+from patchscore.distributed import Ranks, SpreadBank, build_shards, join, open_shards
 from patchscore.distributed.parts import owners
 from patchscore.posterior import PosteriorSum, merge_all
 
@@ -208,6 +208,43 @@ def test_samples_over_ranks_have_the_standard_error_of_their_sum(tmp_path):
         assert max(scores.values()) <= 1 + 3 / (2 * DRAWS) ** 0.5, scores
 
 
+def check_shards(folder):
+    """What a machine over four shards of an index makes of an image, by however many ranks."""
+    bank, ranks = ps.PatchBank(smooth_images(120, 3, 12, 12, seed=3), torch.arange(120) % 3), join()
+    if ranks.size == 2:
+        build_shards(bank, 3, folder, 4, cells=64, progress=False)
+    ranks.agree({}, "")
+    indexes = open_shards(folder, bank)
+    machines = [ps.EquivariantLocalScore(index.bank, 3, index=index, budget=0.05) for index in indexes]
+    machine = ps.Sharded(ps.Pooled(machines))
+    assert len(indexes) == 4 // ranks.size
+    z = noisy(bank, 1.0, batch=2, dtype=torch.float32)
+    found = machine.estimate(z, 1.0, [None, 1])
+    assert "pruned" in found.engine
+    alone, spread = (ps.explain(of, z, 1.0, [None, 2], 4) for of in (ps.EquivariantLocalScore(bank, 3), machine))
+    assert torch.equal(alone.image, spread.image)
+    return found.mean.tolist(), found.stderr.tolist(), found.pairs
+
+
+def test_an_index_in_shards_gives_the_same_numbers_on_any_number_of_ranks(tmp_path):
+    pytest.importorskip("faiss", reason="FAISS cannot be imported")
+    found = [launched(size, check_shards, str(tmp_path / "index"))[0] for size in (2, 1, 4)]
+    for mean, stderr, pairs in found[1:]:
+        assert np.abs(np.array(mean) - np.array(found[0][0])).max() <= SAME
+        assert np.abs(np.array(stderr) - np.array(found[0][1])).max() <= SAME
+        assert pairs == found[0][2]
+    bank = ps.PatchBank(smooth_images(120, 3, 12, 12, seed=3), torch.arange(120) % 3)
+    with pytest.raises(ValueError, match="in 4 shards for 5 ranks"):
+        open_shards(tmp_path / "index", bank, Ranks(0, 5))
+    with pytest.raises(ValueError, match="in 4 shards, asked for 3"):
+        build_shards(bank, 3, tmp_path / "index", 3)
+    with pytest.raises(ValueError, match="no index in shards here"):
+        open_shards(tmp_path, bank)
+    (tmp_path / "index" / "shard-001-of-004").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="shard-001-of-004: no index here"):
+        open_shards(tmp_path / "index", bank)
+
+
 def check_refusals():
     """The message that each wrong call has on this rank."""
     ranks = join()
@@ -289,5 +326,5 @@ def test_what_is_no_machine_over_a_part_is_refused(bank):
         ps.shard(3)
     with pytest.raises(ValueError, match="bank: 20 images for 21 ranks"):
         ps.shard(bank, Ranks(0, 21))
-    with pytest.raises(ValueError, match="bank: rank 0 of 1 holds the part of rank 1 of 2"):
+    with pytest.raises(ValueError, match="bank: part 0 of 2 is on none of 1 ranks"):
         ps.Sharded(ps.IdealScore(ps.shard(bank, Ranks(1, 2))))

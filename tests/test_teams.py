@@ -103,6 +103,33 @@ def test_ranks_that_share_the_bank_make_the_same_images(size, shard, place):
     assert "bank over 2 ranks" in (place / "said-0.txt").read_text()
 
 
+def index(folder):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        main(["index", str(folder / "bank.npz"), "--patch-sizes", "3", "--cells", "16", "--out", str(folder / "index")])
+    except SystemExit as end:
+        return end.code
+
+
+def test_ranks_index_a_shard_each_and_any_number_of_them_samples(place):
+    pytest.importorskip("faiss", reason="FAISS cannot be imported")
+    assert launched(2, index, place) == [0, 0]
+    assert sorted(path.name for path in (place / "index").iterdir()) == ["shard-000-of-002", "shard-001-of-002"]
+    options = ("--index", str(place / "index"), "--budget", "0.1")
+    for out, size, shard in (("shards-2", 2, "bank"), ("shards-1", 1, "images")):
+        for code, said in launched(size, run, place, out, *options, "--shard", shard):
+            assert code == 0, said
+    one, two = (np.load(place / f"shards-{size}" / "samples.npy") for size in (1, 2))
+    assert np.abs(one - two).max() <= 2e-5
+    assert json.loads((place / "shards-2" / "run.json").read_text())["settings"]["index"]["shards"] == 2
+    with pytest.raises(SystemExit) as end:
+        main(["explain", str(place / "shards-2"), "--levels", "1", "--image", "0"], prog_name="patchscore")
+    assert end.value.code == 0
+    assert (place / "shards-2" / "explain.html").exists()
+    ends = launched(4, run, place, "too-many", *options, "--shard", "bank")
+    assert "an index in 2 shards for 4 ranks" in "".join(said for _, said in ends)
+
+
 def in_second_batch(action):
     """Lets rank 1 do something instead of saving its second batch, and rank 0 leave it enough of them."""
     saved, batches = Run._save_batch, []

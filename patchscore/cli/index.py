@@ -6,9 +6,11 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import click
 
+from ..distributed import Team, build_shards, join
 from ..files import check_writable
 from ..index import PatchIndex
 from .options import Computing, Source, named_table, numbers, one_line_errors, say, source_options
@@ -41,6 +43,12 @@ The same command again continues an interrupted build and keeps the sizes that a
 @click.option("--max-windows", type=int, help="Index at most so many windows a size, of images taken at random.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of training samples and the order in cells.")
 @click.option("--memory-limit", type=float, default=2.0, show_default=True, help="Working memory in GiB.")
+@click.option(
+    "--shards",
+    type=int,
+    help="Index so many parts of SOURCE, each in a folder below --out: `sample` takes them on any number of ranks up "
+    "to this.  [default: under torchrun one a rank]",
+)
 @click.option("--verify", is_flag=True, help="Check every file whole, once built.")
 @one_line_errors
 def index(
@@ -54,6 +62,7 @@ def index(
     max_windows: int | None,
     seed: int,
     memory_limit: float,
+    shards: int | None,
     verify: bool,
 ) -> None:
     """Index the windows of SOURCE, so that `sample --index` need look at a small share of them only."""
@@ -72,15 +81,28 @@ def index(
             warnings.warn(f"patch sizes {listed} are wider than the images: served exactly, not indexed", stacklevel=2)
             wanted = fit
     say(f"{bank!r} from {source.source}")
-    start = time.perf_counter()
+    start, team = time.perf_counter(), Team(join())
+    options: dict[str, Any] = {"padding_mode": padding_mode, "rank": rank, "cells": cells, "max_windows": max_windows}
+    options |= {"seed": seed, "memory_limit": limit}
     try:
-        built = PatchIndex.build(bank, wanted, out, padding_mode, rank, cells, max_windows, seed, memory_limit=limit)
+        if shards is None and team.ranks.size == 1:
+            parts = [PatchIndex.build(bank, wanted, out, **options)]
+        else:
+            with team.working():
+                parts = build_shards(bank, wanted, out, shards, team.ranks, **options)
+                team.end(lambda steps: None)
     except KeyboardInterrupt:
         say("", f"patchscore: stopped; the same command keeps what is whole in {out} and goes on", err=True)
         sys.exit(130)
     seconds = time.perf_counter() - start
     if verify:
-        PatchIndex.open(out, bank, verify=True)
+        for part_index in parts:
+            PatchIndex.open(part_index.path, part_index.bank, verify=True)
+    if not parts:
+        return
+    built = parts[0]
+    if built.bank.part is not None:
+        say(f"{built.bank.part.of} shards of equal shares of every class, such as {built.path.name}:")
     say("", f"{'patch size':<12}{'windows':<16}{'axes':<8}{'cells':<10}bytes a window")
     for k in built.patch_sizes:
         part = built.at(k)

@@ -340,7 +340,8 @@ def size_named(option: str, text: str) -> tuple[int, int]:
 def described(machine: ScoreMachine, device: str) -> str:
     """A machine in a line."""
     if isinstance(machine, Sharded):
-        return f"{described(machine.machine, device)}, bank over {machine.ranks.size} ranks"
+        over = f", bank over {machine.ranks.size} ranks" if machine.ranks.size > 1 else ""
+        return described(machine.leaf, device) + over
     parts = [type(machine).__name__]
     if isinstance(machine, EquivariantLocalScore):
         parts.append(f"padding {machine.padding_mode}")

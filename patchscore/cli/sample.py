@@ -21,6 +21,7 @@ from ..heldout import HeldOutErrors
 from ..index import OPTIONS, PatchIndex
 from ..machines import EquivariantLocalScore, IdealScore, LocalScore
 from ..noise import get_schedule
+from ..pooled import Pooled
 from ..runs import BLOCK_IMAGES, FORMATS, MOST_IMAGES, Run
 from ..scales import PUBLISHED, ScaleTable
 from .fitted import keep, patch_sizes
@@ -228,12 +229,16 @@ def sample(
 
     team = _team(shard)
     bank = source.open()
-    index = None if which.index_path is None else PatchIndex.open(which.index_path, bank)
+    shards = _index_of(which, bank, team)
+    index = shards[0] if shards else None
     labels = labels_named(walk.labels, bank)
     fitted, errors = _shared_sizes(team, which, source, bank, index, walk.labels, computing, out)
-    if team.bank.size > 1:
-        over_part = which.build(distributed.shard(bank, team.bank), fitted, index, walk.seed, computing)
-        machine: ScoreMachine = Sharded(over_part, team.bank)
+    if index is not None and index.bank is not bank:
+        parts = [which.build(shard.bank, fitted, shard, walk.seed, computing) for shard in shards]
+        machine: ScoreMachine = Sharded(Pooled(parts), team.bank)  # type: ignore[arg-type]
+    elif team.bank.size > 1:
+        over_part = which.build(distributed.shard(bank, team.bank), fitted, None, walk.seed, computing)
+        machine = Sharded(over_part, team.bank)
     else:
         machine = which.build(bank, fitted, index, walk.seed, computing)
     if size is not None:
@@ -275,6 +280,18 @@ def sample(
     say(f"{added}{there}: see {run.folder.samples.place} and {out / 'grid.png'}")
 
 
+def _index_of(which: Which, bank: PatchBank, team: Team) -> list[PatchIndex]:
+    """The index that --index names, or this rank's shards of it; none without."""
+    path = which.index_path
+    if path is None:
+        return []
+    if distributed.shards_in(path):
+        return distributed.open_shards(path, bank, team.bank)
+    if team.bank.size > 1:
+        raise ValueError(f"--index: {path} is in one piece, --shard takes one that `patchscore index --shards` made")
+    return [PatchIndex.open(path, bank)]
+
+
 def _team(shard: str) -> Team:
     """The ranks that work on the run, as --shard divides them."""
     ranks = distributed.join()
@@ -313,13 +330,18 @@ def _of_machine(
     """The machine's settings as run.json has them: they decide the images."""
     return {
         "machine": which.machine,
-        "padding_mode": getattr(machine.machine if isinstance(machine, Sharded) else machine, "padding_mode", None),
+        "padding_mode": getattr(machine.leaf if isinstance(machine, Sharded) else machine, "padding_mode", None),
         "table": sizes and sizes.name,
         "patch_sizes": sizes and dict(zip(map(str, sizes.sigmas), sizes.sizes, strict=True)),
-        "index": index and {**{name: index.meta[name] for name in OPTIONS}, "patch_sizes": index.patch_sizes},
+        "index": index and _of_index(index),
         "budget": which.budget,
         "tolerance": which.tolerance,
     }
+
+
+def _of_index(index: PatchIndex) -> dict[str, Any]:
+    found = {**{name: index.meta[name] for name in OPTIONS}, "patch_sizes": index.patch_sizes}
+    return found if index.bank.part is None else {**found, "shards": index.bank.part.of}
 
 
 def _noted(source: Source, which: Which, walk: Walk, computing: Computing, device: str) -> dict[str, Any]:

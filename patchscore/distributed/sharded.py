@@ -21,7 +21,7 @@ from ..bank import PatchBank
 from ..denoiser import Labels, ScoreMachine
 from ..machines import EquivariantLocalScore, IdealScore, LocalScore
 from ..pooled import Composed, Pooled, Symmetric
-from ..posterior import PosteriorSum, accumulator_dtype
+from ..posterior import PosteriorSum, accumulator_dtype, merge
 from ..scales import ScaleTable
 from ..version import __version__
 from ..windows import Competition
@@ -79,6 +79,11 @@ class Sharded(Composed):
         self.machine = _rebuilt(machine, lambda leaf: _with_own_draws(leaf, self.ranks))
         self.take_over(_rebuilt(machine, lambda leaf: _with_bank(leaf, wholes[id(leaf.bank)])))
         self._sampled = any(leaf.pruned is not None for leaf in leaves)
+        self.leaf = leaves[0]
+        """One of the machines that this rank's is made of."""
+        self._held = self.leaf.bank
+        if len(leaves) > 1 and len({id(whole) for whole in wholes.values()}) == 1:
+            self._held = self.bank.take(self.numbers(None))
 
     def _whole(self, bank: PatchBank) -> PatchBank:
         if bank.part is not None:
@@ -101,22 +106,29 @@ class Sharded(Composed):
         self.machine.check_size(size, sigmas, name)
 
     def competition(self, k: int | None) -> Competition:
-        return self.machine.competition(k)
+        # Parts of one bank compete alike.
+        return (self.leaf if self._leaves_of_one_bank() else self.machine).competition(k)
+
+    def _leaves_of_one_bank(self) -> bool:
+        parts = [leaf.bank.part for leaf in _leaves(self.machine)]
+        return isinstance(self.machine, Pooled) and all(part and part.whole is self.bank for part in parts)
 
     def label_ids(self, labels: Labels, batch: int) -> list[int | None]:
         return self._over_all.label_ids(labels, batch)
 
     def held(self, label: int | None) -> PatchBank | None:
-        return self.machine.held(label) if self._holds(label) else None
+        return self._held.of_class(label) if self._holds(label) else None
 
     def numbers(self, label: int | None) -> Tensor:
         """The numbers in `bank` of the images that `held` has."""
-        own, whole = self.machine.bank, self.bank
-        if own.part is not None:
-            numbers = (owners(whole.labels, len(whole), own.part.of) == own.part.rank).nonzero().flatten()
+        whole, parts = self.bank, [leaf.bank.part for leaf in _leaves(self.machine)]
+        if parts[0] is not None:
+            own = torch.tensor([part.rank for part in parts if part])
+            owned = torch.isin(owners(whole.labels, len(whole), parts[0].of), own)
+            numbers = owned.nonzero().flatten()
         else:
-            numbers = torch.arange(len(own)) + (whole.first if isinstance(whole, SpreadBank) else 0)
-        return numbers if label is None or own.labels is None else numbers[own.labels == label]
+            numbers = torch.arange(len(self._held)) + (whole.first if isinstance(whole, SpreadBank) else 0)
+        return numbers if label is None or whole.labels is None else numbers[whole.labels[numbers] == label]
 
     def _holds(self, label: int | None) -> bool:
         return label is None or any(label in leaf.bank.classes for leaf in _leaves(self.machine))
@@ -136,10 +148,11 @@ class Sharded(Composed):
         self, label: int | None, z: Tensor, sigmas: Tensor, competitions: Sequence[Competition]
     ) -> list[PosteriorSum]:
         with self.ranks.failing_together():
-            if self._holds(label):
-                own = self.machine.exact_sums_of(label, z, sigmas, competitions)
-            else:
-                own = [_nothing(z, competition.patch_size, False) for competition in competitions]
+            own = [_nothing(z, competition.patch_size, False) for competition in competitions]
+            for leaf in _leaves(self.machine):
+                if label is None or label in leaf.bank.classes:
+                    found = leaf.exact_sums_of(label, z, sigmas, competitions)
+                    own = [merge(before, more) for before, more in zip(own, found, strict=True)]
             call = _call(label, z, sigmas, [competition.patch_size for competition in competitions])
         return self._meet(own, call)
 
@@ -255,7 +268,7 @@ def _with_bank(leaf: ScoreMachine, bank: PatchBank) -> ScoreMachine:
 
 
 def _with_own_draws(leaf: ScoreMachine, ranks: Ranks) -> ScoreMachine:
-    """Samples of different ranks are independent, so that their variances add."""
+    """Samples of different parts are independent, so that their variances add, and the same whoever has the part."""
     return leaf if ranks.size == 1 else leaf.redrawn(ranks.rank)
 
 
@@ -280,34 +293,39 @@ def _options(machine: ScoreMachine) -> dict[str, Any]:
         found["index"] = None if index is None else index.patch_sizes
     bank = machine.bank
     found["images"] = [list(bank.shape), str(bank.images.dtype), bank.scale, bank.class_names, bank.labels is not None]
-    found["made of"] = [_options(leaf) for leaf in _leaves(machine) if leaf is not machine]
+    leaf = _leaves(machine)[0]
+    found["made of"] = None if leaf is machine else _options(leaf)
     return found
 
 
 def _part(bank: PatchBank, ranks: Ranks) -> list[Any]:
-    """Of how many ranks a part is, and the fingerprint of the whole; for parts that `shard` did not make their own."""
+    """Which part of which bank a bank is, and of how many; parts that `shard` did not make are whole banks here."""
     if bank.part is None:
-        return [None, bank.fingerprint if ranks.size > 1 else ""]
-    if (bank.part.of, bank.part.rank) != (ranks.size, ranks.rank):
-        raise ValueError(
-            f"bank: rank {ranks.rank} of {ranks.size} holds the part of rank {bank.part.rank} of {bank.part.of}"
-        )
-    return [bank.part.of, bank.part.whole.fingerprint]
+        return [bank.fingerprint if ranks.size > 1 else "", 0, 0]
+    return [bank.part.whole.fingerprint if ranks.size > 1 else "", bank.part.rank, bank.part.of]
 
 
 def _check_parts(parts: Sequence[list[Any]], ranks: Ranks) -> None:
     """Disagreement, on every rank, where the ranks' parts make no bank."""
-    for banks in zip(*ranks.gather(list(parts)), strict=True):
-        of, fingerprint = banks[0]
-        for rank, (other_of, other) in enumerate(banks):
-            same = [earlier for earlier in range(rank) if banks[earlier][1] == other]
-            if other_of != of:
-                without, with_ = (0, rank) if of is None else (rank, 0)
-                raise Disagreement(
-                    f"bank: rank {with_} has a part that `shard` made, rank {without} has none; {SAME}", ranks
-                )
-            if of is None and same:
-                both = f"ranks {same[0]} and {rank}"
-                raise Disagreement(f"bank: {both} hold the same images; `shard` gives every rank its part", ranks)
-            if of is not None and other != fingerprint:
-                raise Disagreement(f"bank: rank 0 has {fingerprint[:16]}, rank {rank} has {other[:16]}; {SAME}", ranks)
+    said = [[tuple(part) for part in own] for own in ranks.gather(list(parts))]
+    of = said[0][0][2]
+    for rank, own in enumerate(said):
+        others = [part for part in own if bool(part[2]) != bool(of)]
+        if others:
+            without, with_ = (0, rank) if not of else (rank, 0)
+            line = f"bank: rank {with_} has a part that `shard` made, rank {without} has none; {SAME}"
+            raise Disagreement(line, ranks)
+        banks, first = ({part[0] for part in some} for some in (own, said[0]))
+        if of and banks != first:
+            one, other = min(first)[:16], min(banks)[:16]
+            raise Disagreement(f"bank: rank 0 has {one}, rank {rank} has {other}; {SAME}", ranks)
+        for part in own if ranks.size > 1 else ():
+            before = [earlier for earlier in range(rank) if part in said[earlier]]
+            if before:
+                line = f"bank: ranks {before[0]} and {rank} hold the same images; `shard` gives every rank its part"
+                raise Disagreement(line, ranks)
+    held = {part for own in said for part in own}
+    for bank, _, count in held if of else ():
+        missing = [number for number in range(count) if (bank, number, count) not in held]
+        if missing:
+            raise Disagreement(f"bank: part {missing[0]} of {count} is on none of {ranks.size} ranks", ranks)

@@ -12,11 +12,13 @@ import numpy as np
 from .. import checks, engines
 from ..bank import PatchBank
 from ..denoiser import ScoreMachine
+from ..distributed import Ranks, Sharded, open_shards
 from ..explain import Walk
 from ..files import parse_json
 from ..index import OPTIONS, PatchIndex
 from ..machines import EquivariantLocalScore, IdealScore, LocalScore
 from ..memorisation import memorisation_report
+from ..pooled import Pooled
 from ..scales import ScaleTable
 from .batches import Batches
 from .folder import FLAT_VERSION, FORMAT, RunFolder, files_of, read_arrays, read_run, write_run
@@ -87,20 +89,26 @@ def reopen(
         )
         machine = EquivariantLocalScore(bank, table, padding_mode)
     else:
-        found = _index_of_run(Path(indexed), bank, built, out)
+        indexes = _indexes_of_run(Path(indexed), bank, built, out)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # sizes that the index lacks were told of when it ran
-            machine = EquivariantLocalScore(bank, table, padding_mode, index=found, **shares, seed=walked["seed"])
+            parts = [
+                EquivariantLocalScore(found.bank, table, padding_mode, index=found, **shares, seed=walked["seed"])
+                for found in indexes
+            ]
+            machine = Sharded(Pooled(parts), Ranks()) if "shards" in built else parts[0]
     return machine, walked, record, sorted(set(listed))
 
 
-def _index_of_run(path: Path, bank: PatchBank, built: dict[str, Any], out: Path) -> PatchIndex:
-    """The index at `path`, if it was built as the run's was; of its patch sizes only those that it had then."""
-    index = PatchIndex.open(path, bank)
-    same = all(index.meta[name] == built.get(name) for name in OPTIONS)
-    if not same or not set(built["patch_sizes"]) <= set(index.patch_sizes):
-        raise ValueError(f"{path}: not the index that the run in {out} was made with; give its place with --index")
-    return PatchIndex(path, bank, {**index.meta, "patch_sizes": built["patch_sizes"]})
+def _indexes_of_run(path: Path, bank: PatchBank, built: dict[str, Any], out: Path) -> list[PatchIndex]:
+    """The index at `path`, or its shards, if it was built as the run's was; of its patch sizes those it had then."""
+    found = open_shards(path, bank, Ranks()) if "shards" in built else [PatchIndex.open(path, bank)]
+    for index in found:
+        same = all(index.meta[name] == built.get(name) for name in OPTIONS)
+        same = same and len(found) == built.get("shards", 1)
+        if not same or not set(built["patch_sizes"]) <= set(index.patch_sizes):
+            raise ValueError(f"{path}: not the index that the run in {out} was made with; give its place with --index")
+    return [PatchIndex(index.path, index.bank, {**index.meta, "patch_sizes": built["patch_sizes"]}) for index in found]
 
 
 def samples_of(out: Path) -> np.ndarray:

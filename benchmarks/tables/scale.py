@@ -1,0 +1,44 @@
+"""Ranks: what was measured with a few, and what that means for banks of 10^9 and 10^10 windows."""
+
+from patchscore.windows import equivariant_competition
+
+from .results import result, table
+
+WINDOWS = (10**9, 10**10)
+RANKS = (16, 64, 256)
+
+
+def ranks() -> str:
+    """Measured speedups and bytes beside what they should be."""
+    of = result("scale")
+    bank, images, eight, last = of["bank"], of["images"], of["bytes"]["8"], of["weak_scaling"][-1]
+    size = f"{of['bank_images']:,} images, k = {of['patch_size']}"
+    rows = [
+        ["images over 2 ranks of one thread", f"{images['speedup']:.2f}x", "1.9x"],
+        [f"bank over 2 ranks of one thread, exact, {size}", f"{bank['speedup']:.2f}x", "1.85x"],
+        ["largest difference of a pixel from one rank", f"{bank['largest_difference']:.1e}", "1e-6"],
+        ["bytes that a rank of 8 sends, an image and step", f"{eight['bytes a rank, mean'] / 1e3:.0f} kB", "100 kB"],
+        ["the same with effective sample sizes", f"{eight['bytes a rank, with ess'] / 1e3:.0f} kB", ""],
+        [f"weak scaling to {last['ranks']} ranks, simulated", f"{last['efficiency']:.0%}", "90%"],
+    ]
+    return table(["", "measured", "target"], rows)
+
+
+def step_cost() -> str:
+    """Seconds of an exact step of one image, from the rate of one rank and the time of messages."""
+    of = result("scale")
+    competition = equivariant_competition(32, 32, of["patch_size"], "zeros")
+    rate = competition.pairs_per_image * of["bank_images"] / of["bank"]["seconds_of_one_rank"]
+    message = of["bytes"]["2"]["seconds on the clock, mean"] / 2
+    inside = (32 - of["patch_size"] + 1) ** 2
+    rows = []
+    for windows in WINDOWS:
+        images = windows / inside
+        row = [f"{windows:.0e}", f"{images:,.0f}", f"{images * 3 * 32 * 32 / 2**30:.1f} GiB"]
+        for count in RANKS:
+            seconds = competition.pairs_per_image * images / rate / count + 2 * (count - 1) * message
+            row.append(f"{seconds:,.0f} s")
+        rows.append(row)
+    header = ["windows", "images", "bank", *(f"{count} ranks" for count in RANKS)]
+    threads = f"One thread evaluates {rate / 1e9:.2f} billion pairs a second; a message takes {1e3 * message:.1f} ms."
+    return f"{table(header, rows)}\n\n{threads}"
