@@ -37,8 +37,6 @@ COMMANDS = {
     "fused_precision": "fused_precision.py cifar10",
     "fused_compile": "compile_report.py",
     "fused_compile-triton-3.6": "compile_report.py --suffix=-triton-3.6",
-    "pruned_compile": "compile_report.py",
-    "pruned_compile-triton-3.6": "compile_report.py --suffix=-triton-3.6",
     "sliding_cuda_sass": "sass.py",
 }
 """What writes each result file: every file that there is, or should be."""
