@@ -56,6 +56,27 @@ def test_sums_are_the_references(simd, kind, k, channels):
     compare(bank, kind(k, height, width), [0.05, 0.3, 2.0])
 
 
+@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize("k", [3, 7])
+def test_images_with_rows_for_columns_have_the_sums_with_rows_for_columns(simd, k, moments):
+    """Groups along left and right edges are summed as those along upper and lower ones, bit for bit."""
+    images = smooth_images(21, 3, 13, 18)
+    sigma = torch.tensor([0.1, 1.0], dtype=torch.float64)
+    z = images[:2] + torch.randn(2, 3, 13, 18, generator=torch.Generator().manual_seed(0))
+
+    def along(z, images, locked):
+        height, width = z.shape[2:]
+        rows, cols = Axis(range(k // 2, height - k // 2), range(k // 2, height - k // 2)), Axis(range(k // 2), None)
+        if locked == "rows":
+            rows, cols = Axis(range(k // 2), None), Axis(range(k // 2, width - k // 2), range(k // 2, width - k // 2))
+        competition = Competition(k, "zeros", (Group(rows, cols),))
+        return sliding.posterior_sum(z, sigma, ps.PatchBank(images), competition, LIMIT, moments)
+
+    turned = along(z.mT.contiguous(), images.mT.contiguous(), "rows")
+    for name, x in along(z, images, "cols").fields.items():
+        assert torch.equal(x.mT, turned.fields[name]), name
+
+
 @pytest.mark.parametrize("k", [13, 15, 17, 27])
 def test_sums_are_the_references_where_the_window_is_larger_than_the_image(simd, k):
     bank = ps.PatchBank(smooth_images(19, 3, 14, 12))

@@ -534,7 +534,7 @@ static bool walk_few(const Task<Real>& t, const Panel& panel, const Run& run) {
     auto slot = [&](int row) PS_LAMBDA { return t.state + (1 + row % (K + 1)) * panel.state_row * LANES; };
     auto query = [&](int window) PS_LAMBDA { return (run.query + window) % t.height; };
     for (int x = 0; x < run.length + K - 1; ++x) {
-        if (t.interrupt->stopped(t.calling_thread)) return false;
+        if (t.interrupt->stopped_soon(t.calling_thread)) return false;
         slide_row<SQUARES, C, K, SET>(t, panel, run.query - K / 2 + x, run.window - K / 2 + x,
                                       {slot(x), nullptr, nullptr});
         const int window = x - (K - 1);
@@ -573,7 +573,7 @@ static bool walk(const Task<Real>& t, const Panel& panel, const Run& run, Meet& 
     Real* const prefix = t.state;
     auto slot = [&](int i) PS_LAMBDA { return t.state + (1 + i) * size; };
     auto query = [&](int window) PS_LAMBDA { return (run.query + window) % t.height; };
-    auto stop = [&]() PS_LAMBDA { return t.interrupt->stopped(t.calling_thread); };
+    auto stop = [&]() PS_LAMBDA { return t.interrupt->stopped_soon(t.calling_thread); };
 
     // First block, backwards: suffix sums only; rows past the last window gather in its slot.
     const int last = (windows < k ? windows : k) - 1;
@@ -674,9 +674,11 @@ static void pack_block(const Images& images, int64_t start, int count, Real* blo
             for (int l = 0; l < LANES; ++l) {
                 const Raw* image = static_cast<const Raw*>(images.data);
                 if (l < count) image += images.index(start + l) * n * pixels;
-                for (int c = 0; c < n; ++c)
-                    for (int64_t x = tile; x < end; ++x)
-                        block[(x * n + c) * LANES + l] = l < count ? value(image[c * pixels + x]) : Real(ABSENT_PIXEL);
+                for (int64_t x = tile; x < end; ++x) {
+                    const int64_t at = images.turned ? x % images.width * images.height + x / images.width : x;
+                    for (int c = 0; c < n; ++c)
+                        block[(x * n + c) * LANES + l] = l < count ? value(image[c * pixels + at]) : Real(ABSENT_PIXEL);
+                }
             }
         }
 }

@@ -126,6 +126,7 @@ struct Images {
     int channels, height, width;
     const double* value_of_byte;  // [256]
     const std::vector<Span>& pixels;
+    bool turned = false;  // height and width are those of the images with rows for columns
     int64_t index(int64_t i) const { return indices ? indices[i] : i; }
 };
 

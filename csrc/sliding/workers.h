@@ -125,8 +125,8 @@ public:
 
     void compute(int first_item, int items, int64_t start, int64_t stop) override {
         const Images& bank = the_pass().job.images;
-        const Images images = {bank.data,   bank.pixel_bytes, bank.indices,       bank.channels,
-                               bank.height, bank.width,       bank.value_of_byte, the_pass().pixels};
+        const Images images = {bank.data,  bank.pixel_bytes,   bank.indices,      bank.channels, bank.height,
+                               bank.width, bank.value_of_byte, the_pass().pixels, bank.turned};
         for (Kept& kept : competitions) {
             kept.tasks.clear();
             for (int item = 0; item < items; ++item)
@@ -255,8 +255,8 @@ public:
 
     void compute(int item, int, int64_t start, int64_t stop) override {
         const Images& bank = the_pass().job.images;
-        const Images images = {bank.data,   bank.pixel_bytes, bank.indices,       bank.channels,
-                               bank.height, bank.width,       bank.value_of_byte, the_pass().pixels};
+        const Images images = {bank.data,  bank.pixel_bytes,   bank.indices,      bank.channels, bank.height,
+                               bank.width, bank.value_of_byte, the_pass().pixels, bank.turned};
         const Task<Real> task = prepare(item);
         const Product<Real> product = {the_pass().job.product->transposed,
                                        evidence.get(),
