@@ -298,9 +298,9 @@ def _nearest(
     distance2 = torch.stack([_distance2(z, bank, competition, near[:, :, t]) for t in range(near.shape[2])], 1)
     distance2, order = distance2.sort(dim=1, stable=True)
     near = near.gather(2, order.expand(3, *order.shape))
-    if isinstance(machine, Sharded) or bank.indices is not None:
-        # A part or a selection counts its own images; the reader knows the bank's.
-        numbers = machine.numbers(label) if isinstance(machine, Sharded) else _within(machine.bank, bank)
+    if isinstance(machine, Sharded) or label is not None:
+        # A part or a class counts its own images; the reader knows the bank's.
+        numbers = machine.numbers(label) if isinstance(machine, Sharded) else _numbers(machine.bank, label)  # type: ignore[arg-type]
         near[0] = torch.where(near[0] < 0, near[0], numbers.to(z.device)[near[0].clamp(min=0)])
     return near, distance2
 
@@ -327,10 +327,10 @@ def _distance2(z: Tensor, bank: PatchBank, competition: Competition, near: Tenso
     return torch.where(known, distance2, torch.inf)
 
 
-def _within(bank: PatchBank, selection: PatchBank) -> Tensor:
-    """The number in `bank` of every image of a selection from it."""
-    assert selection.indices is not None
-    return selection.indices if bank.indices is None else torch.searchsorted(bank.indices, selection.indices)
+def _numbers(bank: PatchBank, label: int) -> Tensor:
+    """The number in `bank` of every image of a class, in the order of `bank.of_class`; `take` allows any order."""
+    assert bank.labels is not None
+    return (bank.labels == label).nonzero().flatten()
 
 
 def _narrowed(competition: Competition, place: tuple[int, int] | None) -> Competition:

@@ -76,6 +76,16 @@ def test_selections_are_told_by_the_numbers_of_the_whole_bank(bank):
     assert (nested.bank.labels[again.image[1]] == 2).all()
 
 
+def test_a_selection_in_any_order_with_repeats_is_told_by_its_own_numbers(bank):
+    shuffled = bank.take([5, 0, 3, 1, 4, 2, 5])
+    for name in (0, 1, 2):
+        members = (shuffled.labels == name).nonzero().flatten().tolist()
+        found = explain(ps.IdealScore(shuffled), shuffled.chunk(members[0], members[0] + 1), 0.3, name, len(members))
+        assert sorted(found.image[0, :, 0, 0].tolist()) == members
+        nearest = shuffled.chunk(found.image[0, 0, 0, 0].item(), found.image[0, 0, 0, 0].item() + 1)
+        torch.testing.assert_close(nearest, shuffled.chunk(members[0], members[0] + 1))
+
+
 def test_a_training_image_at_low_noise_comes_from_itself(bank):
     x = bank.chunk(4, 5)
     found = explain(ps.IdealScore(bank), x, 0.05, top=2)
