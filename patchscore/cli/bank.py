@@ -22,15 +22,15 @@ Examples:
   patchscore bank fashion-mnist --limit 1000 --out fashion.npy
   patchscore info fashion.npy
 
-The same command again continues an interrupted one.
+Repeat the command to resume after an interruption.
 """
 )
 @source_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write, such as bank.npy.")
-@click.option("--overwrite", is_flag=True, help="Take the place of files that are there.")
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @one_line_errors
 def bank(source: Source, out: Path, overwrite: bool) -> None:
-    """Write the images of SOURCE to a .npy file that need not fit in memory, with their labels beside it."""
+    """Write the images of SOURCE to a .npy file that is memory-mapped, not loaded, with their labels beside it."""
     source.check_not_around(out)
     check_writable(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -84,11 +84,11 @@ def evaluate(
     device: str,
     out: Path | None,
 ) -> None:
-    """Say how the samples of RUN relate to the training images in SOURCE: fidelity, variety, memorisation.
+    """Compare the samples of RUN with the training images in SOURCE: fidelity, diversity, memorisation.
 
     RUN is the folder of a run, or any source of images, read as SOURCE is. Prints precision, recall, density, coverage,
-    how the patches differ (sliced Wasserstein distance, in units of pixel values) and how many samples are memorised,
-    and writes them as JSON with the nearest training image of every sample.
+    the sliced Wasserstein distance between patches (in pixel values) and the fraction of memorised samples, and writes
+    them as JSON with the nearest training image of every sample.
     """
     where = device_named(device)
     if not 0 < memory_limit < 2**20:

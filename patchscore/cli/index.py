@@ -36,20 +36,20 @@ The same command again continues an interrupted build and keeps the sizes that a
     type=click.Choice(["zeros", "circular"]),
     default="zeros",
     show_default=True,
-    help="zeros indexes the windows along edges too; circular has no use for them.",
+    help="zeros also indexes windows along edges; circular does not need them.",
 )
 @click.option("--rank", type=int, help="Principal axes to keep of a window.  [default: by the spectrum]")
 @click.option("--cells", type=int, help="Cells of similar windows.  [default: 16 sqrt(windows)]")
-@click.option("--max-windows", type=int, help="Index at most so many windows a size, of images taken at random.")
+@click.option("--max-windows", type=int, help="Index at most this many windows per size, from randomly chosen images.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of training samples and the order in cells.")
 @click.option("--memory-limit", type=float, default=2.0, show_default=True, help="Working memory in GiB.")
 @click.option(
     "--shards",
     type=int,
-    help="Index so many parts of SOURCE, each in a folder below --out: `sample` takes them on any number of ranks up "
-    "to this.  [default: under torchrun one a rank]",
+    help="Divide SOURCE into this many parts and index each in its own folder below --out; `sample` opens them on as "
+    "many ranks or fewer.  [default: under torchrun one per rank, else no division]",
 )
-@click.option("--verify", is_flag=True, help="Check every file whole, once built.")
+@click.option("--verify", is_flag=True, help="Verify the checksum of every file after the build.")
 @one_line_errors
 def index(
     source: Source,
@@ -65,7 +65,7 @@ def index(
     shards: int | None,
     verify: bool,
 ) -> None:
-    """Index the windows of SOURCE, so that `sample --index` need look at a small share of them only."""
+    """Index the windows of SOURCE, so that `sample --index` evaluates only a small fraction of them."""
     if (patch_sizes is None) == (table is None):
         raise ValueError("--patch-sizes, --table: takes one of the two")
     source.check_not_around(out)

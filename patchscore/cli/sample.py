@@ -185,16 +185,17 @@ Published tables, made for 32 x 32 images: """
     type=click.Choice(FORMATS),
     default="png",
     show_default=True,
-    help="Of the samples: PNGs, in subfolders of 1,000 where -n is larger; npz shards of 1,000; or one zip, as EDM's "
-    "tools take it.",
+    help="Format of samples/: PNG files (in subfolders of 1,000 where -n is larger), .npz shards of 1,000 images, or "
+    "one zip in EDM's layout.",
 )
 @click.option(
     "--shard",
     default="images",
     show_default=True,
     metavar="images|bank|N",
-    help="Under torchrun: what is divided over ranks. images: every rank makes others, of all training images; bank: "
-    "every rank sums over a part of these; N: over N ranks each, and groups of N make different images.",
+    help="Under torchrun, what ranks divide. images: ranks make different images, each from all training images; "
+    "bank: each rank sums over a part of the training images; N: each group of N ranks divides the training images, "
+    "and groups make different images.",
 )
 @click.option("--out", type=click.Path(path_type=Path), default="out", show_default=True, help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace a run with other settings in the same folder.")
