@@ -33,6 +33,7 @@ def full(given: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str]]:
     indexes = "" if given.indexes else "--indexes, a folder with 40 GB to spare"
     fashion = "" if given.fashion_mnist else "--fashion-mnist, the folder of its four IDX files"
     no_faiss = "" if importlib.util.find_spec("faiss") else "FAISS, pip install 'patchscore[cpu]'"
+    no_photographs = no_faiss or ("" if importlib.util.find_spec("skimage") else "scikit-image, for its photographs")
     no_triton = "" if importlib.util.find_spec("triton") else "Triton, pip install 'patchscore[gpu]'"
     no_diffusers = "" if importlib.util.find_spec("diffusers") else "diffusers, pip install 'patchscore[diffusers]'"
     no_cuda = "" if shutil.which("nvcc") and shutil.which("nvdisasm") else "nvcc and nvdisasm, of the CUDA toolkit"
@@ -51,6 +52,7 @@ def full(given: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str]]:
     yield ("gaussian.py", "fashion-mnist"), ""
     yield ("gaussian.py", "cifar10", cifar), images
     yield ("guidance.py",), ""
+    yield ("nearest_cut.py",), no_photographs
     yield ("theories.py", "fashion-mnist"), ""
     shipped = "examples/fashion-mnist-resnet-zeros.safetensors"
     yield ("league.py", "fashion-mnist-resnet", shipped, "fashion-mnist"), ""

@@ -476,7 +476,8 @@ def _check_span(low: float, high: float, source: str = "images: ") -> None:
         raise ValueError(f"{source}NaN or infinite pixels")
     if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
         raise ValueError(
-            f"{source}values from {low:.4g} to {high:.4g}, floating point images take [-1, 1], and latents value_range"
+            f"{source}values from {low:.4g} to {high:.4g}, floating point images take [-1, 1], "
+            "and latents value_range (in Python)"
         )
     if low >= 0 and low < high:
         message = f"{source}values from {low:.4g} to {high:.4g} are read as [-1, 1]; if they mean [0, 1], give 2 x - 1"

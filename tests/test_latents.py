@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import MACHINES, machine_named, noisy, smooth_images
 from safetensors.torch import save_file
 
 import patchscore as ps
 from patchscore.adapters.latents import decode, encode
+from patchscore.cli import main
 
 SCALE = 7.5
 
@@ -104,6 +106,21 @@ def test_files_are_read_as_they_stand(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             ps.PatchBank.open(tmp_path / name, value_range="data")
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.pt", "a.safetensors"])
+def test_commands_refuse_latents_in_one_line(tmp_path, name):
+    values = latents(4, 4, 8, 8) + 3
+    np.save(tmp_path / "a.npy", values.numpy())
+    torch.save(values, tmp_path / "a.pt")
+    save_file({"latents": values.contiguous()}, tmp_path / "a.safetensors")
+    given = ["sample", str(tmp_path / name), "--table", "3", "--out", str(tmp_path / "out")]
+    refused = CliRunner().invoke(main, given)
+    assert refused.exit_code == 2
+    (line,) = refused.output.splitlines()
+    assert line.startswith("patchscore: error:")
+    assert line.endswith("floating point images take [-1, 1], and latents value_range (in Python)")
+    assert not (tmp_path / "out" / "samples.npy").exists()
 
 
 BAD = [

@@ -6,7 +6,8 @@ answers [B, C, H, W]: the posterior mean of circular EquivariantLocalScore. z is
 benchmark says whether it times it. `unavailable(device)` says why a peer cannot serve there, or None.
 
 A peer that takes a part of the images (uniform, screening, golddiff) has `images(z, sigma, bank, ...)`, and what an
-exact engine sums over them is its answer; `top_k` takes the nearest windows that FAISS finds.
+exact engine sums over them is its answer; `top_k` takes the nearest windows that FAISS finds, and
+`nearest_cut` the five nearest.
 """
 
 from __future__ import annotations

@@ -59,3 +59,40 @@ def classification() -> str:
         f"{100 * record['nearest_neighbour']:.1f}%:"
     )
     return f"{note}\n\n{table(header, rows)}"
+
+
+def nearest_cut() -> str:
+    record = result("nearest_cut")
+    cases: dict[tuple[str, float], list[dict]] = {}
+    for row in record["rows"]:
+        cases.setdefault((row["setting"], row["sigma"]), []).append(row)
+
+    def cell(row: dict) -> str:
+        return f"{row['rms']:.1g}" if row["rms"] < 1e-3 else f"{row['rms']:.3f}"
+
+    def timed(row: dict) -> str:
+        return f"{cell(row)} ({row['seconds']:.2g} s)"
+
+    rows = []
+    for (setting, sigma), of in cases.items():
+        exact = next(row for row in of if row["method"] == "sliding")
+        rival = [row for row in of if row["method"] == "nearest"]
+        # At equal time: as many cells as the time of the exact sums allows; where none fits, the quickest.
+        fitting = [row for row in rival if row["seconds"] <= exact["seconds"]] or [min(rival, key=_seconds)]
+        pruned = max((row for row in of if row["method"] == "pruned"), key=lambda row: row["at"])
+        drawn = next((timed(row) for row in of if row["method"] == "pruned, no index"), "")
+        cut = (min(fitting, key=_rms), min(rival, key=_rms))
+        rows.append([setting, f"{sigma:g}", *map(timed, (exact, *cut, pruned)), drawn])
+    header = ["bank", "sigma", "`sliding`: all windows", "five nearest, in that time", "five nearest, best of any time"]
+    return (
+        f"Rms error and CPU time at k = {record['k']} {measured_on(record)}:\n\n"
+        f"{table([*header, '`pruned`, 1% of the pairs', '`pruned` without an index, 25% of the images'], rows)}"
+    )
+
+
+def _seconds(row: dict) -> float:
+    return row["seconds"]
+
+
+def _rms(row: dict) -> float:
+    return row["rms"]

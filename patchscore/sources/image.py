@@ -216,7 +216,10 @@ def _array_pixels(array: np.ndarray, name: str) -> tuple[np.ndarray, Span | None
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name}: NaN or infinite pixels")
     if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
-        raise ValueError(f"{name}: values from {low:.4g} to {high:.4g}, floating point images take [-1, 1]")
+        raise ValueError(
+            f"{name}: values from {low:.4g} to {high:.4g}, floating point images take [-1, 1], "
+            "and latents value_range (in Python)"
+        )
     steps = np.rint(values * 255)
     if low >= 0 and high <= 1 and (np.abs(values * 255 - steps) < 1e-3).all():
         return steps.astype(np.uint8), Span(low, high, bool((steps % 2 == 0).any()))
