@@ -60,7 +60,8 @@ struct Case {
         request.budget = std::max(1.0, double(ids.size()) * between(0, 0.3f)), request.whole = chance(0.2f);
         request.key = state;
         request.policy = {0.75,
-                          2,
+                          10,
+                          one_of({0.0, 0.5}),
                           one_of({0.5, 7.2, 100.0}),
                           one_of({0.01, 0.1, 10.0}),
                           8,
