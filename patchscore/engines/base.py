@@ -40,7 +40,7 @@ class Engine(ABC):
     moments: bool = False
     """Whether its posterior_sum takes moments=True."""
     gradients: ClassVar[bool] = False
-    """Whether it has vjp, jvp and window_sums."""
+    """Whether it has product and window_sums."""
 
     @abstractmethod
     def runs_on(self, device: torch.device) -> bool:
@@ -89,34 +89,23 @@ class Engine(ABC):
             ValueError: `memory_limit` cannot hold the smallest piece of work.
         """
 
-    def vjp(
+    def product(
         self,
+        transposed: bool,
         z: Tensor,
         sigma: Tensor,
-        u: Tensor,
+        direction: Tensor,
         bank: PatchBank,
         competition: Competition,
         memory_limit: int,
         combine: Combine | None = None,
     ) -> Tensor:
-        """J^T u with J the Jacobian of the posterior mean at z: [B, C, H, W] as u; other arguments as above.
+        """J^T direction (transposed) or J direction, with J the Jacobian of the posterior mean at z: [B, C, H, W] as
+        `direction`; other arguments as above.
 
         Where `bank` is a part, `combine` makes the sums of the whole bank of the part's; what comes back is then the
-        part's addend of J^T u.
+        part's addend of the product.
         """
-        raise NotImplementedError(f"engine {self.name!r} takes no gradients")
-
-    def jvp(
-        self,
-        z: Tensor,
-        sigma: Tensor,
-        t: Tensor,
-        bank: PatchBank,
-        competition: Competition,
-        memory_limit: int,
-        combine: Combine | None = None,
-    ) -> Tensor:
-        """J t: [B, C, H, W] as t, or the part's addend of it, as of `vjp`."""
         raise NotImplementedError(f"engine {self.name!r} takes no gradients")
 
     def window_sums(
@@ -283,11 +272,10 @@ def serve_product(
     memory_limit: int,
     combine: Combine | None = None,
 ) -> Tensor:
-    """J^T direction (transposed) or J direction, as of `serve_second_pass` and `Engine.vjp`."""
+    """J^T direction (transposed) or J direction, as of `serve_second_pass` and `Engine.product`."""
 
     def call(engine: Engine) -> Tensor:
-        product = engine.vjp if transposed else engine.jvp
-        return product(z, sigma, direction, bank, competition, memory_limit, combine)
+        return engine.product(transposed, z, sigma, direction, bank, competition, memory_limit, combine)
 
     return serve_second_pass(engines, named, z, sigma, bank, competition, call)[0]
 

@@ -50,34 +50,23 @@ class Reference(Engine):
     ) -> PosteriorSum:
         return posterior_sum(z, sigma, bank, competition, memory_limit, moments)
 
-    def vjp(
+    def product(
         self,
+        transposed: bool,
         z: Tensor,
         sigma: Tensor,
-        u: Tensor,
+        direction: Tensor,
         bank: PatchBank,
         competition: Competition,
         memory_limit: int,
         combine: Combine | None = None,
     ) -> Tensor:
-        return vjp(z, sigma, u, bank, competition, memory_limit, combine)
+        return (vjp if transposed else jvp)(z, sigma, direction, bank, competition, memory_limit, combine)
 
     def window_sums(
         self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
     ) -> tuple[PosteriorSum, Tensor]:
         return window_sums(z, sigma, bank, competition, memory_limit)
-
-    def jvp(
-        self,
-        z: Tensor,
-        sigma: Tensor,
-        t: Tensor,
-        bank: PatchBank,
-        competition: Competition,
-        memory_limit: int,
-        combine: Combine | None = None,
-    ) -> Tensor:
-        return jvp(z, sigma, t, bank, competition, memory_limit, combine)
 
 
 def posterior_sum(
@@ -202,7 +191,7 @@ def vjp(
     memory_limit: int,
     combine: Combine | None = None,
 ) -> Tensor:
-    """`Engine.vjp`. As sum_a c_a = 0, q does not count; taken from p_a it keeps digits at low noise."""
+    """`Engine.product`, transposed. As sum_a c_a = 0, q does not count; taken from p_a it keeps digits at low noise."""
     total = posterior_sum(z, sigma, bank, competition, memory_limit)
     total = total if combine is None else combine(total)
     if competition.patch_size is None:
@@ -245,7 +234,7 @@ def jvp(
     memory_limit: int,
     combine: Combine | None = None,
 ) -> Tensor:
-    """`Engine.jvp`."""
+    """`Engine.product`."""
     total = posterior_sum(z, sigma, bank, competition, memory_limit)
     total = total if combine is None else combine(total)
     if competition.patch_size is None:

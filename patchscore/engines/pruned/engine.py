@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -155,7 +154,7 @@ class Pruned(Engine):
         if found is None:
             return None
         shape = (1, len(group.rows.queries), len(group.cols.queries))
-        return _map(found, lambda x: x.unflatten(0, shape).permute(0, 3, 1, 2))
+        return found.mapped(lambda x: x.unflatten(0, shape).permute(0, 3, 1, 2))
 
     def _scan(self, request: cpu.Request) -> PosteriorSum | None:
         """Sums [Q, 1 or C]; None where too many pixels are unlike anything in the bank."""
@@ -219,10 +218,6 @@ def _windows(z: Tensor, k: int, padding_mode: str, group: Group) -> Tensor:
 
 def _rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
-
-
-def _map(sums: PosteriorSum, change: Callable[[Tensor], Tensor]) -> PosteriorSum:
-    return PosteriorSum(**{name: change(x) for name, x in sums.fields.items()}, pairs=sums.pairs)
 
 
 def _put(total: PosteriorSum, items: list[int], group: Group, sums: PosteriorSum) -> None:

@@ -50,29 +50,18 @@ class SlidingCpu(Engine):
     ) -> PosteriorSum:
         return posterior_sum(z, sigma, bank, competition, memory_limit, moments)
 
-    def vjp(
+    def product(
         self,
+        transposed: bool,
         z: Tensor,
         sigma: Tensor,
-        u: Tensor,
+        direction: Tensor,
         bank: PatchBank,
         competition: Competition,
         memory_limit: int,
         combine: Combine | None = None,
     ) -> Tensor:
-        return product(True, z, sigma, u, bank, competition, memory_limit, combine)
-
-    def jvp(
-        self,
-        z: Tensor,
-        sigma: Tensor,
-        t: Tensor,
-        bank: PatchBank,
-        competition: Competition,
-        memory_limit: int,
-        combine: Combine | None = None,
-    ) -> Tensor:
-        return product(False, z, sigma, t, bank, competition, memory_limit, combine)
+        return product(transposed, z, sigma, direction, bank, competition, memory_limit, combine)
 
     def window_sums(
         self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
@@ -147,7 +136,7 @@ def product(
     memory_limit: int,
     combine: Combine | None = None,
 ) -> Tensor:
-    """`Engine.vjp` (transposed) or `Engine.jvp`: a second pass over the pairs, after one for weights and means.
+    """`Engine.product`: a second pass over the pairs, after one for weights and means.
 
     Raises:
         ValueError: z in float64; as of `posterior_sum`.
