@@ -72,6 +72,26 @@ bool distant_by_size(int channels, int patch_size) {
     return pixels / 2 * LOG2E > NATURAL_SHARE * DISTANT_BITS;
 }
 
+// Sums of a competition in memory of their own; it has no groups yet.
+struct OwnSums {
+    Competition competition;
+    std::vector<double> m, s, s2, sl, v, v2;
+
+    OwnSums(const Competition& like, int64_t queries, int channels)
+        : competition(like),
+          m(size_t(queries), -HUGE_VAL),
+          s(m.size()),
+          s2(m.size()),
+          sl(m.size()),
+          v(m.size() * size_t(channels)),
+          v2(v.size()) {
+        competition.groups.clear();
+        competition.m = m.data(), competition.s = s.data(), competition.s2 = s2.data(), competition.v = v.data();
+        if (like.moments()) competition.sl = sl.data(), competition.v2 = v2.data();
+    }
+    OwnSums(const OwnSums&) = delete;
+};
+
 // A problem's competitions on their way to complete sums.
 class Solver {
     const Problem& problem;
@@ -174,7 +194,7 @@ private:
     // instead of along the few of a locked one (2 to 5 times the pairs a second, 32 x 32 in colour).
     bool serve_turned(const Target& target, const std::vector<Group>& groups, bool exact) {
         const int height = problem.height, width = problem.width;
-        const int64_t pixels = int64_t(height) * width, all = problem.batch * pixels, values = all * problem.channels;
+        const int64_t pixels = int64_t(height) * width, values = problem.batch * problem.channels * pixels;
         const auto turn = [&](const auto* from, auto* to) {  // one plane
             for (int i = 0; i < height; ++i)
                 for (int j = 0; j < width; ++j) to[int64_t(j) * height + i] = from[int64_t(i) * width + j];
@@ -185,30 +205,19 @@ private:
         turned.height = width, turned.width = height, turned.z = z.data();
         Job job = this->job(exact, turned);
         job.images.turned = true;
-        std::vector<double> m(size_t(all), -HUGE_VAL), s(m.size()), s2(m.size()), sl(m.size()),
-            unsure(m.size(), HUGE_VAL), v(static_cast<size_t>(values)), v2(v.size());
-        Competition sums = target.competition;
-        sums.groups.clear();
-        for (const Group& group : groups) sums.groups.push_back({group.cols, group.rows});
-        sums.m = m.data(), sums.s = s.data(), sums.s2 = s2.data(), sums.v = v.data();
-        if (sums.moments()) sums.sl = sl.data(), sums.v2 = v2.data();
-        job.targets.push_back({sums, unsure.data()});
+        std::vector<double> unsure(size_t(problem.batch * pixels), HUGE_VAL);
+        OwnSums own(target.competition, problem.batch * pixels, problem.channels);
+        for (const Group& group : groups) own.competition.groups.push_back({group.cols, group.rows});
+        job.targets.push_back({own.competition, unsure.data()});
         if (!run_all(job)) return false;
-        const Competition& into = target.competition;
         for (const Group& group : groups)
             for (int item = 0; item < problem.batch; ++item)
                 for (int i = group.rows.q0; i < group.rows.q1; ++i)
                     for (int j = group.cols.q0; j < group.cols.q1; ++j) {
-                        const int64_t to = int64_t(i) * width + j, from = int64_t(j) * height + i;
-                        const int64_t at = item * pixels + to, of = item * pixels + from;
-                        into.m[at] = m[size_t(of)], into.s[at] = s[size_t(of)], into.s2[at] = s2[size_t(of)];
-                        if (into.moments()) into.sl[at] = sl[size_t(of)];
-                        if (target.unsure) target.unsure[at] = unsure[size_t(of)];
-                        for (int64_t c = 0, first = item * problem.channels * pixels; c < problem.channels; ++c) {
-                            into.v[first + c * pixels + to] = v[size_t(first + c * pixels + from)];
-                            if (into.moments())
-                                into.v2[first + c * pixels + to] = v2[size_t(first + c * pixels + from)];
-                        }
+                        const int64_t at = int64_t(i) * width + j, turned_at = int64_t(j) * height + i;
+                        copy_pixel(own.competition, item, turned_at, target.competition, item, at);
+                        if (target.unsure)
+                            target.unsure[item * pixels + at] = unsure[size_t(item * pixels + turned_at)];
                     }
         return true;
     }
@@ -225,8 +234,7 @@ private:
             const double nearest = std::min(distance, -competition.m[first + pixel]);
             return distance <= nearest * (1 + 2 * rounding) + NOTHING_NATS / precision && distance < HUGE_VAL;
         };
-        Competition again = competition;
-        again.groups.clear();
+        std::vector<Group> groups;
         for (const Group& group : competition.groups) {
             Group part = group;
             part.rows.q0 = part.cols.q0 = std::numeric_limits<int>::max(), part.rows.q1 = part.cols.q1 = 0;
@@ -239,29 +247,35 @@ private:
             if (part.rows.q1 == 0) continue;
             for (Axis* axis : {&part.rows, &part.cols})
                 if (axis->locked) axis->w0 = axis->q0, axis->w1 = axis->q1;
-            again.groups.push_back(part);
+            groups.push_back(part);
         }
-        if (again.groups.empty()) return true;
-        std::vector<double> m(size_t(pixels), -HUGE_VAL), s(m.size()), s2(m.size()), v(m.size() * problem.channels);
-        std::vector<double> sl(m.size()), v2(v.size());
-        again.m = m.data(), again.s = s.data(), again.s2 = s2.data(), again.v = v.data();
-        if (again.moments()) again.sl = sl.data(), again.v2 = v2.data();
+        if (groups.empty()) return true;
+        OwnSums again(competition, pixels, problem.channels);
+        again.competition.groups = groups;
         Problem one = problem;
         one.batch = 1, one.z += first * problem.channels, one.sigma += item;
-        if (!Solver(one, level, interrupt).serve({{again, nullptr}}, true)) return false;
-        for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-            if (!unsure(pixel)) continue;
-            competition.s[first + pixel] = s[size_t(pixel)], competition.s2[first + pixel] = s2[size_t(pixel)];
-            if (again.moments()) competition.sl[first + pixel] = sl[size_t(pixel)];
-            for (int c = 0; c < problem.channels; ++c) {
-                const int64_t from = c * pixels + pixel, to = first * problem.channels + from;
-                competition.v[to] = v[size_t(from)];
-                if (again.moments()) competition.v2[to] = v2[size_t(from)];
-            }
-        }
+        if (!Solver(one, level, interrupt).serve({{again.competition, nullptr}}, true)) return false;
         for (int64_t pixel = 0; pixel < pixels; ++pixel)
-            if (unsure(pixel)) competition.m[first + pixel] = m[size_t(pixel)], target.unsure[first + pixel] = HUGE_VAL;
+            if (unsure(pixel)) {
+                copy_pixel(again.competition, 0, pixel, competition, item, pixel);
+                target.unsure[first + pixel] = HUGE_VAL;
+            }
         return true;
+    }
+
+    // One pixel's sums, from item and pixel of one competition to those of another.
+    void copy_pixel(const Competition& from, int from_item, int64_t from_pixel, const Competition& to, int to_item,
+                    int64_t to_pixel) const {
+        const int64_t pixels = int64_t(problem.height) * problem.width;
+        const int64_t source = from_item * pixels + from_pixel, target = to_item * pixels + to_pixel;
+        to.m[target] = from.m[source], to.s[target] = from.s[source], to.s2[target] = from.s2[source];
+        if (to.moments()) to.sl[target] = from.sl[source];
+        for (int c = 0; c < problem.channels; ++c) {
+            const int64_t value = (int64_t(from_item) * problem.channels + c) * pixels + from_pixel;
+            const int64_t into = (int64_t(to_item) * problem.channels + c) * pixels + to_pixel;
+            to.v[into] = from.v[value];
+            if (to.moments()) to.v2[into] = from.v2[value];
+        }
     }
 
     // References become log-weights; the effective sample size s^2 / s2 stays within what so many windows can have.
