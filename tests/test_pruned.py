@@ -234,6 +234,18 @@ def test_the_engine_is_unbiased(larger, sigma):
     assert z_of_t(scores.abs().max().item(), len(s) - 1) < NormalDist().inv_cdf(1 - SURE / 2 / s.shape[1])
 
 
+def test_what_is_beyond_a_share_of_the_sum_is_trimmed():
+    """Of 16 windows evaluated each is at most a quarter of the sum, or itself; values go with their weights."""
+    s, v = torch.tensor(100.0).double(), torch.tensor([55.0, -20.0]).double()
+    heavy = [(9.0, 3.0, torch.tensor([1.0, 1.0]).double()), (70.0, 2.0, torch.tensor([0.5, -0.5]).double())]
+    trimmed = naive.trimmed(s, v, heavy, 16, POLICY)
+    # The others add up to 30, so 70 becomes 10, a quarter of 40; 9 is less than a quarter of that.
+    assert trimmed[0] == 40
+    assert trimmed[1].tolist() == [25.0, 10.0]
+    assert naive.trimmed(s, v, [(70.0, 30.0, heavy[1][2])], 16, POLICY)[0] == 60  # what was found counts
+    assert naive.trimmed(s, v, heavy, 16, UNTRIMMED)[0] == s
+
+
 def test_trimmed_weights_are_those_of_the_definition(larger, tmp_path):
     """The sums of the scan and of the definition have one distribution, trimmed as they are."""
     bank, _ = larger
@@ -252,6 +264,9 @@ def test_trimmed_weights_are_those_of_the_definition(larger, tmp_path):
     scanned = torch.stack([(x.s.log() + x.m - whole.s.log() - whole.m).exp() for x in seeds]).flatten()
     z = (by_definition.mean() - scanned.mean()) / ((by_definition.var() + scanned.var()) / 200).sqrt()
     assert abs(z.item()) < LARGEST_Z
+    means = torch.stack([x.mean for x in found]), torch.stack([x.mean[0] for x in seeds])
+    z = (means[0].mean(0) - means[1].mean(0)) / ((means[0].var(0) + means[1].var(0)) / 200).sqrt()
+    assert z.abs().max() < LARGEST_Z
     untrimmed = [
         cpu.scan(dataclasses.replace(request, key=1000 + seed), dataclasses.replace(policy, trimming=0.0)).sums
         for seed in range(200)
