@@ -105,7 +105,8 @@ class EquivariantLocalScore(ScoreMachine):
             images that are drawn and summed whole.
         tolerance: with an index, instead of a budget: the rms standard error that pixels may have; a pilot finds the
             budget for it. Without an index: how far a pixel may be from float64's where the engine `fused` serves, 1e-3
-            by default; the other exact engines are closer than that anyway.
+            by default; the other exact engines are closer than that anyway, and serve where its half-precision weights
+            cannot hold it (2^-12 min(8 sigma, 2)).
         seed: of the sample of windows; the same seed gives the same numbers.
     """
 

@@ -10,8 +10,8 @@ from conftest import machine_named, smooth_images
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import patchscore as ps
-from patchscore.engines.fused import naive
-from patchscore.engines.fused.plan import BIAS_COLUMNS, Plan, Spectrum, choose_plan, spectrum_of
+from patchscore.engines.fused import launch, naive
+from patchscore.engines.fused.plan import BIAS_COLUMNS, Plan, Spectrum, choose_plan, least_tolerance, spectrum_of
 from patchscore.engines.fused.rows import patch_rows, query_rows, stored_bytes, value_columns, working_bytes
 
 CPU = torch.device("cpu")
@@ -132,6 +132,34 @@ def test_splitting_the_leading_axes_is_taken_where_it_shortens_rows():
             assert plan.columns - plan.bias - BIAS_COLUMNS < 2 or plan.q_lo == plan.size
         assert plan.columns <= Plan(147, q_lo=147).columns
     assert any(plan.axes and 0 < plan.q_lo < 147 for plan in found.values())
+
+
+def test_rounded_weights_count_where_few_windows_share_the_weight():
+    # With one effective window, a query that is rounded may use what the weights leave of the tolerance, and no more.
+    few = decaying(27, 3.0, windows=1)
+    rounded = [t for t in (0.5e-3 * 1.1**i for i in range(30)) if not choose_plan(few, 27, 0.5, t, True, False).q_lo]
+    widest = Plan(27)
+    assert choose_plan(few, 27, 0.5, least_tolerance(0.5) * 1.01, True, False).q_lo == 27
+    assert rounded
+    assert rounded[0] > 2 * least_tolerance(0.5)
+    assert choose_plan(few, 27, 0.5, rounded[0], True, False).columns == widest.columns
+    # At the largest noise of a call values lie farthest apart.
+    one, several = (choose_plan(few, 27, 0.11, 1e-3, True, False, largest=noise) for noise in (0.11, 1.0))
+    assert one.columns <= several.columns == Plan(27, q_lo=27).columns
+
+
+def test_the_windows_of_a_group_are_those_that_compete_there():
+    bank = ps.PatchBank(smooth_images(40, 3, 12, 12))
+    machine = ps.EquivariantLocalScore(bank, 3, "zeros")
+    competition = machine.competition(3)
+    asked, choose = [], launch.choose_plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "choose_plan", lambda spectrum, *rest: asked.append(spectrum) or choose(spectrum, *rest))
+        call = launch._Call(bank.chunk(0, 1), torch.ones(1).double(), bank, competition, 0, 1e-3, False)
+        for group in competition.groups:
+            call.plan(group)
+    assert [spectrum.windows for spectrum in asked] == [40 * group.windows_per_image for group in competition.groups]
+    assert {spectrum.windows for spectrum in asked} == {40, 400, 4000}
 
 
 @pytest.mark.parametrize("plan", [Plan(75, q_lo=75), Plan(75, p_lo=75), Plan(75, q_lo=75, p_lo=75), Plan(75),

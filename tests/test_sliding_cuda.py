@@ -219,6 +219,23 @@ def test_largest_values_do_not_overflow(kernels):
             assert_same(got, reference.posterior_sum(z.double(), sigma, bank, local(29, 15, 15), LIMIT), 1e-4)
 
 
+@pytest.mark.parametrize(("dtype", "k"), [(torch.uint8, 21), (torch.float32, 5)])
+def test_squared_norms_are_exact(kernels, dtype, k):
+    # Of bright images they are beyond float32. What a whole number leaves of a norm, half a step at most, is a float32.
+    bright = 1 - 0.1 * smooth_images(3, 6, 22, 23, dtype=torch.float32).abs()
+    bright[:, :, 0, 0] = -1
+    bank = ps.PatchBank(torch.full((3, 6, 22, 23), 255, dtype=torch.uint8) if dtype == torch.uint8 else bright)
+    base = 100
+    slab = sliding_cuda._packed(bank.images, None, 3, base, 0, 3)
+    norms, fractions = sliding_cuda._norms(slab, k, 1)
+    digits = slab.quads.view(torch.int8).reshape(3, sliding_cuda._planes(bank), 2, 22, 23, 4).double()
+    p = sum(digit * base ** -float(place) for place, digit in enumerate(digits.unbind(1)))
+    squares = torch.nn.functional.pad(p.square().sum((1, 4)), (k // 2,) * 4)
+    expected = squares.unfold(1, k, 1).sum(-1).unfold(2, k, 1).sum(-1)
+    assert expected.max() > (2**24 if dtype == torch.uint8 else 2**21)
+    assert (norms + fractions.double() - expected).abs().max() <= 2**-26 + 1e-15 * expected.max()
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_selections_read_the_same_pixels(kernels, monkeypatch, dtype):
     bank = ps.PatchBank(smooth_images(24, 3, 8, 9, dtype=dtype), torch.arange(24) % 3).select(1)

@@ -474,7 +474,8 @@ __global__ void __launch_bounds__(THREADS) pack_kernel(const Pack t) {
     if (x >= plane * t.images) return;
     const int64_t image = x / plane, pixel = x % plane, from = t.indices ? t.indices[image] : image;
     const int channel_quads = (t.channels + 3) / 4, planes = t.bytes ? 1 : 3;
-    const float base = float(t.base), step = 1.f / base;
+    const float base = float(t.base);
+    const double step = 1.0 / t.base;
     double square = 0;
     for (int c4 = 0; c4 < channel_quads; ++c4) {
         unsigned packed[3] = {0, 0, 0};
@@ -495,7 +496,7 @@ __global__ void __launch_bounds__(THREADS) pack_kernel(const Pack t) {
                     rest = (rest - float(digits[d])) * base;
                 }
             }
-            const double whole = double(digits[0]) + double(step) * (double(digits[1]) + double(step) * double(digits[2]));
+            const double whole = digits[0] + step * (digits[1] + step * digits[2]);
             square += whole * whole;
             for (int d = 0; d < planes; ++d) packed[d] |= unsigned(digits[d] & 255) << (8 * (c % 4));
             if (c >= t.first_value && c < t.first_value + t.values_per_pixel)

@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ from .. import cost
 from ..autotune import Configuration, KernelError, first_that_serves
 from ..base import Engine
 from ..device import cache, cache_limit
-from .plan import Plan, Spectrum, choose_plan, spectrum_of
+from .plan import Plan, Spectrum, choose_plan, least_tolerance, spectrum_of
 from .rows import Patches, Queries, patch_rows, query_rows, stored_bytes, value_columns, working_bytes
 
 TOLERANCE = 1e-3
@@ -144,6 +144,8 @@ class Fused(Engine):
             return "whole images are one matrix product of few queries"
         if any(group.rows.locked and group.cols.locked for group in competition.groups):
             return "rows of a pixel locked on both axes serve no other pixel"
+        if self.tolerance < (least := least_tolerance(float(sigma.max()))):
+            return f"its half-precision weights hold {least:.1g} at this noise, {self.tolerance:g} is asked"
         return None
 
     def seconds(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> float | None:
@@ -232,7 +234,9 @@ class _Call:
     def plan(self, group: Group) -> Plan:
         """Rows of locked coordinates are pixels: an unfold is cheaper than a rotation for so few queries."""
         axes = not (group.rows.locked or group.cols.locked)
-        return choose_plan(self.spectrum, self.numbers, float(self.sigma.min()), self.tolerance, self.uint8, axes)
+        spectrum = self.spectrum and replace(self.spectrum, windows=len(self.bank) * group.windows_per_image)
+        least, largest = map(float, self.sigma.aminmax())
+        return choose_plan(spectrum, self.numbers, least, self.tolerance, self.uint8, axes, largest)
 
     def posterior_sum(self) -> PosteriorSum:
         total = PosteriorSum.empty(self.z.shape, self.z.device)

@@ -31,6 +31,8 @@ PILOT_ESS = 17 * 64
 NOISE_DEVIATIONS, ROUNDING_DEVIATIONS = 4.0, 3.0
 """Of the noise along the line between two windows, and of rounding: both at once are exceeded with a probability of
 e^-12.5, once in 250,000 pixels."""
+WEIGHTS_RANGE = 2 * UNIT_ROUNDOFF
+"""How far rounding to half floats moves two weights apart, relative to them."""
 SPECTRUM_IMAGES = 512
 
 
@@ -75,10 +77,22 @@ class Spectrum:
     axes: Tensor  # [d, d], a column an axis
     variances: list[float]  # descending
     square: float  # mean square of a pixel
-    windows: int
+    windows: int  # how many compete
 
 
-def choose_plan(spectrum: Spectrum | None, d: int, sigma: float, tolerance: float, uint8: bool, axes: bool) -> Plan:
+def range_of_values(sigma: float) -> float:
+    """V of `choose_plan`: how far the values of two windows that share the weight lie apart."""
+    return min(2 * NOISE_DEVIATIONS * sigma, 2.0)
+
+
+def least_tolerance(sigma: float) -> float:
+    """The error that a pixel may have by the rounding of weights alone, where two windows share the weight."""
+    return range_of_values(sigma) / 4 * WEIGHTS_RANGE
+
+
+def choose_plan(
+    spectrum: Spectrum | None, d: int, sigma: float, tolerance: float, uint8: bool, axes: bool, largest: float = 0.0
+) -> Plan:
     """The shortest rows whose denoised pixel is expected within `tolerance` of float64's, by this error model.
 
     Let a query q and a patch p be rounded (or cut) to q + e and p + f, and the bias be that of the rounded patch. The
@@ -100,7 +114,8 @@ def choose_plan(spectrum: Spectrum | None, d: int, sigma: float, tolerance: floa
     R max_i(u_i |q_i|) / sqrt(6) / sigma^2; q_i^2 is 1 + sigma^2 for a pixel and l_i + sigma^2 for an axis, l_i its
     variance. Patches rounded too add 2 sum_i(u_i^2 l_i) / (6 sigma^2) to the square of that, and a dropped axis
     2 l_i / sigma^2, the one part that takes the bank's variances for those of the pair. Let X be ROUNDING_DEVIATIONS
-    standard deviations. A covariance is at most a quarter of the product of two ranges: the mean moves by V X / 4.
+    standard deviations, and the rounding of the weights themselves, 2 u, which acts like a logit's. A covariance is at
+    most a quarter of the product of two ranges: the mean moves by V X / 4.
 
     Many windows: this is divided by sqrt(effective sample size), and the part that does not average, the derivative of
     the mean, Cov(v, p) / sigma^2, times e, is added, with posterior variances s_i = l_i sigma^2 / (l_i + sigma^2). The
@@ -117,6 +132,7 @@ def choose_plan(spectrum: Spectrum | None, d: int, sigma: float, tolerance: floa
         tolerance: of a denoised pixel.
         uint8: the bank came as uint8, whose pixels half floats hold exactly.
         axes: whether principal axes may take the place of pixels.
+        largest: noise of the call, if not all of it is `sigma`; V is taken there.
     """
     s2 = sigma * sigma
     p_lo = 0 if uint8 else d
@@ -129,12 +145,11 @@ def choose_plan(spectrum: Spectrum | None, d: int, sigma: float, tolerance: floa
 
     log_share = sum(0.5 * math.log1p(2 * v / s2) - math.log1p(v / s2) - v / (2 * v + s2) for v in variances)
     ess = max(1.0, spectrum.windows * math.exp(log_share) / 300)
-    range_of_value = min(2 * NOISE_DEVIATIONS * sigma, 2.0)
-    spread = range_of_value / math.sqrt(ess) / 4
+    spread = range_of_values(max(sigma, largest)) / math.sqrt(ess) / 4
     centre = 2 / d  # share of a pixel in an axis, at most about that
 
     def error(logit_variance: float, shift_variance: float) -> float:
-        range_of_logit = ROUNDING_DEVIATIONS * math.sqrt(2 * logit_variance / s2)
+        range_of_logit = ROUNDING_DEVIATIONS * math.sqrt(2 * logit_variance / s2) + WEIGHTS_RANGE
         return spread * range_of_logit + 4 * math.sqrt(centre * shift_variance / s2)
 
     # Pixels: patches exact or split, queries rounded or split.
