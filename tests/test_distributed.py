@@ -18,6 +18,8 @@ LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 
 """The last class has one image, which one rank has and the others have not."""
 SAME = 1e-6
 """What exact sums of several ranks may differ by from those of one process, as issue 23 promises."""
+ERRORS = 2.0**-9
+"""How much standard errors are rounded on their way, as docs/scale.md says: by 0.2% at most."""
 
 
 def whole_bank():
@@ -43,7 +45,8 @@ def check_sums():
         for product in ("vjp", "jvp"):
             expected, found = (getattr(of, product)(z, sigmas, z.flip(0), labels) for of in (alone, spread))
             # What `sliding` promises of gradients (test_sliding_gradients.py), for either of the two.
-            bound = SAME if engine == "reference" else 2e-3 * expected.abs().max().clamp(min=0.1)
+            largest = expected.abs().max()
+            bound = SAME * largest.clamp(min=1) if engine == "reference" else 2e-3 * largest.clamp(min=0.1)
             assert (found - expected).abs().max() <= bound, (name, product)
     return spread.bank.fingerprint == bank.fingerprint
 
@@ -191,7 +194,7 @@ def check_samples(folder):
                 PosteriorSum(**dict(zip(mine.fields, part, strict=True))) for part in zip(*parts, strict=True)
             )
             assert (merged.mean - estimate.mean).abs().max() <= SAME
-            assert (merged.stderr - estimate.stderr).abs().max() <= SAME
+            assert torch.allclose(estimate.stderr.double(), merged.stderr, rtol=ERRORS, atol=SAME)
             interior = (..., slice(1, -1), slice(1, -1))
             wrong, stated = (estimate.mean - exact.denoise(z, 1.0))[interior], estimate.stderr[interior]
             squares += torch.stack([wrong.square().mean(), stated.square().mean()])
@@ -231,7 +234,7 @@ def test_an_index_in_shards_gives_the_same_numbers_on_any_number_of_ranks(tmp_pa
     found = [launched(size, check_shards, str(tmp_path / "index"))[0] for size in (2, 1, 4)]
     for mean, stderr, pairs in found[1:]:
         assert np.abs(np.array(mean) - np.array(found[0][0])).max() <= SAME
-        assert np.abs(np.array(stderr) - np.array(found[0][1])).max() <= SAME
+        assert np.allclose(stderr, found[0][1], rtol=2 * ERRORS, atol=SAME)
         assert pairs == found[0][2]
     bank = ps.PatchBank(smooth_images(120, 3, 12, 12, seed=3), torch.arange(120) % 3)
     with pytest.raises(ValueError, match="in 4 shards for 5 ranks"):

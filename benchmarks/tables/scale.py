@@ -18,7 +18,14 @@ def ranks() -> str:
         [f"bank over 2 ranks of one thread, exact, {size}", f"{bank['speedup']:.2f}x", "1.85x"],
         ["largest difference of a pixel from one rank", f"{bank['largest_difference']:.1e}", "1e-6"],
         ["bytes that a rank of 8 sends, an image and step", f"{eight['bytes a rank, mean'] / 1e3:.0f} kB", "100 kB"],
-        ["the same with effective sample sizes", f"{eight['bytes a rank, with ess'] / 1e3:.0f} kB", ""],
+        *(
+            [f"the same {told}", f"{eight[f'bytes a rank, {also}'] / 1e3:.0f} kB", "100 kB"]
+            for also, told in {
+                "with ess": "with effective sample sizes",
+                "with standard errors": "of `pruned` with standard errors",
+                "vjp": "of a product with the Jacobian",
+            }.items()
+        ),
         [f"weak scaling to {last['ranks']} ranks, simulated", f"{last['efficiency']:.0%}", "90%"],
     ]
     return table(["", "measured", "target"], rows)
@@ -29,16 +36,18 @@ def step_cost() -> str:
     of = result("scale")
     competition = equivariant_competition(32, 32, of["patch_size"], "zeros")
     rate = competition.pairs_per_image * of["bank_images"] / of["bank"]["seconds_of_one_rank"]
-    message = of["bytes"]["2"]["seconds on the clock, mean"] / 2
+    exchange = of["bytes"]["2"]["seconds on the clock, mean"]
     inside = (32 - of["patch_size"] + 1) ** 2
     rows = []
     for windows in WINDOWS:
         images = windows / inside
         row = [f"{windows:.0e}", f"{images:,.0f}", f"{images * 3 * 32 * 32 / 2**30:.1f} GiB"]
         for count in RANKS:
-            seconds = competition.pairs_per_image * images / rate / count + 2 * (count - 1) * message
+            seconds = competition.pairs_per_image * images / rate / count + (count - 1) * exchange
             row.append(f"{seconds:,.0f} s")
         rows.append(row)
     header = ["windows", "images", "bank", *(f"{count} ranks" for count in RANKS)]
-    threads = f"One thread evaluates {rate / 1e9:.2f} billion pairs a second; a message takes {1e3 * message:.1f} ms."
+    threads = (
+        f"One thread evaluates {rate / 1e9:.2f} billion pairs a second; two ranks exchange in {1e3 * exchange:.1f} ms."
+    )
     return f"{table(header, rows)}\n\n{threads}"

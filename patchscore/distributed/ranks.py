@@ -102,6 +102,13 @@ class Ranks:
             dist.all_gather(found, x.contiguous(), self.group)
         return torch.stack(found)
 
+    def exchange(self, x: Tensor) -> Tensor:
+        """[size, ...] from each rank what it has for this one: row r of x [size, ...] goes to rank r."""
+        found = torch.empty_like(x, memory_format=torch.contiguous_format)
+        with self._reaching():
+            dist.all_to_all_single(found, x.contiguous(), group=self.group)
+        return found
+
     def gather(self, value: Any) -> list[Any]:
         """What every rank has, on all of them: anything that JSON holds."""
         if self.size == 1:

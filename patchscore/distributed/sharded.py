@@ -1,7 +1,7 @@
 """Sharded: a machine whose bank is spread over ranks; every rank sums over its part, and the sums meet.
 
-A posterior sum is a sum over windows, so it does not matter who holds which. With m the largest reference log-weight of
-all ranks, every rank takes its sums relative to m, and one all-reduce adds them.
+A posterior sum is a sum over windows, so it does not matter who holds which: every rank sums over its own, and wire.py
+adds what they found.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..version import __version__
 from ..windows import Competition
 from .parts import SpreadBank, owners
 from .ranks import Disagreement, Ranks, join
+from .wire import added, sum_of
 
 SAME = "all ranks of a Sharded machine take the same"
 
@@ -142,7 +143,7 @@ class Sharded(Composed):
             else:
                 own, names = _nothing(z, k, moments).with_pairs(0), []
             call = _call(label, z, sigmas, k, ess, moments)
-        return self._meet([own], call, ess, self._sampled)[0], names
+        return self._meet([own], call, ess, sampled=self._sampled)[0], names
 
     def exact_sums_of(
         self, label: int | None, z: Tensor, sigmas: Tensor, competitions: Sequence[Competition]
@@ -167,10 +168,16 @@ class Sharded(Composed):
             call = _call(label, z, sigmas, k, transposed, _digest(direction))
             exact = accumulator_dtype(z.device)
             addend = machine.product(
-                transposed, z, sigmas, direction.to(exact), bank, k, lambda sums: self._meet([sums], call)[0]
+                transposed,
+                z,
+                sigmas,
+                direction.to(exact),
+                bank,
+                k,
+                lambda sums: self._meet([sums], call, ess=False, fine=True)[0],
             )
         self.ranks.agree(call, SAME)
-        return self.ranks.sum(addend.to(exact)).to(direction.dtype)
+        return addend if self.ranks.size == 1 else sum_of(addend.to(direction.dtype), self.ranks)
 
     def heaviest(self, windows: Tensor, distance2: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest windows of all ranks, nearest first, from each rank's.
@@ -190,34 +197,16 @@ class Sharded(Composed):
         return torch.stack(places).gather(2, order.expand(3, *order.shape)).to(windows), distance2
 
     def _meet(
-        self, own: Sequence[PosteriorSum], call: dict[str, Any], ess: bool = True, sampled: bool = False
+        self, own: Sequence[PosteriorSum], call: dict[str, Any], ess: bool = True, **options: bool
     ) -> list[PosteriorSum]:
         """The sums of all ranks."""
         if self.ranks.size == 1:
             return list(own)
         self.ranks.agree(call, SAME)
-        return [_added(sums, self.ranks, ess, sampled) for sums in own]
+        return [added(sums, self.ranks, ess, **options) for sums in own]
 
     def __repr__(self) -> str:
         return f"Sharded({self.machine!r}, rank {self.ranks.rank} of {self.ranks.size})"
-
-
-def _added(own: PosteriorSum, ranks: Ranks, ess: bool, sampled: bool) -> PosteriorSum:
-    """The sums over the windows of all ranks: one all-reduce for m, one for all that is relative to it."""
-    exact = accumulator_dtype(own.m.device)
-    m = ranks.max(own.m.to(exact, copy=True))
-    fields = own.relative_to(m).fields
-    covariance = {"vv": own.v, "vs": own.v, "ss": own.s} if sampled else {}
-    if sampled and own.v2 is not None and own.sl is not None:
-        covariance |= {"qq": own.v2, "ee": own.sl}
-    fields = {**{name: torch.zeros_like(x) for name, x in covariance.items()}, **fields}
-    names = [name for name in fields if name != "m" and (ess or name not in ("s2", *covariance))]
-    counted = torch.full((1,), own.pairs or 0, dtype=exact, device=m.device)
-    flat = ranks.sum(torch.cat([*(fields[name].to(exact).flatten() for name in names), counted]))
-    parts = flat[:-1].split([fields[name].numel() for name in names])
-    total = {name: part.view_as(fields[name]) for name, part in zip(names, parts, strict=True)}
-    unknown = {name: torch.full_like(x, torch.nan) for name, x in fields.items() if name not in total and name != "m"}
-    return PosteriorSum(m=m, **total, **unknown, pairs=None if own.pairs is None else round(flat[-1].item()))
 
 
 def _nothing(z: Tensor, k: int | None, moments: bool) -> PosteriorSum:
