@@ -309,5 +309,5 @@ def _resumed(
     if len(rows) > 1:
         earlier = Calibration(earlier.sigmas, sizes, np.concatenate(rows, 1), earlier.settings)
         earlier.save(path)
-        added.remove()
+    added.remove()
     return earlier.agreement, added

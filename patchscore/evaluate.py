@@ -485,6 +485,7 @@ class _Parts:
                     self._put(name, start, *(torch.from_numpy(arrays[kind]) for kind in kinds))
                 self.unsaved = True
         self.save()
+        self.added.remove()
 
 
 def _same(name: str, before: Any, now: Any) -> bool:

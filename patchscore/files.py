@@ -14,10 +14,12 @@ import re
 import secrets
 import stat
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 LOCK = ".lock"
 """Name of the file in a folder that its writer holds locked. It is empty, and stays when the lock is released."""
@@ -68,10 +70,10 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"{folder}: {there} cannot be written")
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Removes what killed calls of `write_atomically` left in a folder; takes the folder's lock to be held."""
+def remove_temporaries(folder: Path, names: Collection[str] | None = None) -> None:
+    """Removes what killed calls of `write_atomically` left in a folder, of all or some files; takes them as locked."""
     for path in folder.iterdir():
-        if TEMPORARY.fullmatch(path.name):
+        if TEMPORARY.fullmatch(path.name) and (names is None or path.name[1:-13] in names):
             path.unlink()
 
 
@@ -133,6 +135,23 @@ def parse_json(content: bytes) -> Any:
         return json.loads(content)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def load_npy(path: Path, mapped: bool = False) -> np.ndarray:
+    """The array of a .npy file, mapped read-only or in memory; ValueError, without the path, where there is none.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        found = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # numpy parses a damaged header with Python's tokenizer, whose errors come through
+        raise ValueError(f"not a whole .npy file: {' '.join(str(error).split())}") from error
+    if not isinstance(found, np.ndarray):
+        raise ValueError("not a .npy file")
+    return found
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -332,7 +332,7 @@ def _resumed(path: str | os.PathLike[str] | None, settings: dict[str, Any]) -> t
     if len(columns) > 1:
         earlier = replace(earlier, errors=np.concatenate(columns, 1))
         earlier.save(path)
-        added.remove()
+    added.remove()
     return earlier.errors, added
 
 

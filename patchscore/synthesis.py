@@ -501,7 +501,7 @@ class _Folder:
             if differs:
                 raise ValueError(f"holds a synthesis with other {', '.join(differs)}")
             self.record = list(found["levels"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if not overwrite:
                 raise ValueError(f"{self.json}: {error}; choose another out, or overwrite") from None
             self.record = []

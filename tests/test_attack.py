@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("patchscore._native", reason="the C++ extension was not built")
 sys.path.insert(0, str(Path(__file__).parent / "attack"))
 
-from exact_engines import engines, faults, random_case
+from exact_engines import drawn, engines, faults, random_case
 
 FAILED_ONCE = (1104, 1262, 1620, 1869)
 """Seeds that found faults: errors of 1 and 0.0004 by whole images, of 0.00013 by equal windows, and NaN."""
@@ -18,7 +18,7 @@ FAILED_ONCE = (1104, 1262, 1620, 1869)
 def test_exact_engines_keep_their_promises_on_random_cases(monkeypatch, seeds):
     wrong = []
     for seed in seeds:
-        case = random_case(seed)
+        case = random_case(seed) if seeds is FAILED_ONCE else drawn(seed)
         expected = case.expected(pixels=1)
         for engine, level in engines():
             monkeypatch.setenv("PATCHSCORE_SIMD", level)

@@ -846,6 +846,30 @@ def test_an_interruption_says_how_to_go_on(photos, tmp_path, monkeypatch, error)
         assert "a file ends too early: cut" in result.stderr
 
 
+@pytest.mark.parametrize("where", ["make_context", "invoke"])
+def test_an_interruption_outside_a_command_is_told_in_the_same_words(monkeypatch, where):
+    """While options are read, or after a command's end."""
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, where, stopped)
+    result = CliRunner().invoke(main, ["info", "fashion-mnist"])
+    assert result.exit_code == 130
+    assert result.stderr == "\npatchscore: stopped; the same command goes on from what is written, or begins again\n"
+
+
+def test_words_that_click_repeats_are_printable():
+    result = CliRunner().invoke(main, ["info", "fashion-mnist", "a\x07b"])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == r"Error: Got unexpected extra argument (a\x07b)"
+
+
+def test_exit_codes_are_2_for_errors_and_0_for_help():
+    for words, code in ((["--help"], 0), (["info", "--help"], 0), (["inof"], 2), (["info"], 2), ([], 2)):
+        assert CliRunner().invoke(main, words).exit_code == code, words
+
+
 @pytest.mark.parametrize("command", ["calibrate", "compare"])
 def test_theory_folders_are_locked_too(photos, tmp_path, command):
     out = tmp_path / "out"

@@ -200,6 +200,14 @@ def test_what_is_there_is_not_overwritten_unasked(tmp_path):
         ps.PatchBank.convert(images, tmp_path / "bank.npz")
 
 
+def test_what_a_killed_call_left_of_labels_is_removed_and_nothing_else(tmp_path):
+    left = tmp_path / ".bank.labels.npy.0123abcd.tmp"
+    for path in (left, tmp_path / ".other.labels.npy.0123abcd.tmp", tmp_path / ".bank.npy.tmp"):
+        path.write_bytes(b"half")
+    ps.PatchBank.convert(folder(tmp_path / "photos"), tmp_path / "bank.npy")
+    assert sorted(p.name for p in tmp_path.glob(".*")) == [".bank.npy.tmp", ".other.labels.npy.0123abcd.tmp"]
+
+
 def test_the_command_says_what_it_wrote_and_what_stopped_it(tmp_path, monkeypatch):
     source, out = folder(tmp_path / "source"), tmp_path / "new" / "bank.npy"
 

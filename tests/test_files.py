@@ -150,23 +150,42 @@ class Written:
         return Opened()
 
 
+def saved_by(kind, path, n):
+    """Computes for n images, one a batch, and saves the progress in `path`."""
+    bank = ps.PatchBank(smooth_images(42, 1, 6, 6))
+    network, options = ps.IdealScore(bank), {"steps": 3, "batch_size": 1, "progress": False}
+    if kind == "calibrate":
+        ps.calibrate(network, bank, [1, 3], n=n, resume=path, **options)
+    elif kind == "compare":
+        ps.compare(network, {"a": network}, n=n, resume=path, **options)
+    else:
+        ps.held_out_errors(bank, [1, 3], [0.5, 1.0], images=n, resume=path, progress=False)
+
+
 @pytest.mark.parametrize("kind", ["calibrate", "compare", "held out"])
 def test_progress_is_saved_in_time_proportional_to_it(tmp_path, monkeypatch, kind):
     """Bytes written for 10, 20 and 40 images, one a batch: twice the images take twice as many."""
-    bank = ps.PatchBank(smooth_images(42, 1, 6, 6))
-    network, options = ps.IdealScore(bank), {"steps": 3, "batch_size": 1, "progress": False}
 
     def bytes_for(n):
         with monkeypatch.context() as patched:
             written, path = Written(patched), tmp_path / f"{n}.json"
-            if kind == "calibrate":
-                ps.calibrate(network, bank, [1, 3], n=n, resume=path, **options)
-            elif kind == "compare":
-                ps.compare(network, {"a": network}, n=n, resume=path, **options)
-            else:
-                ps.held_out_errors(bank, [1, 3], [0.5, 1.0], images=n, resume=path, progress=False)
+            saved_by(kind, path, n)
             assert not path.with_name(f"{n}.json.added").exists()
             return written.bytes
 
     few, more, most = (bytes_for(n) for n in (10, 20, 40))
     assert (most - more) / (more - few) == pytest.approx(2, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["calibrate", "compare", "held out"])
+def test_additions_that_the_file_has_already_are_removed(tmp_path, monkeypatch, kind):
+    """As where a kill came between writing the file whole and removing them."""
+    path = tmp_path / "a.json"
+    with monkeypatch.context() as patched:
+        patched.setattr(Additions, "remove", lambda self: None)
+        saved_by(kind, path, 3)
+    whole = path.read_bytes()
+    assert path.with_name("a.json.added").exists()
+    saved_by(kind, path, 3)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert path.read_bytes() == whole

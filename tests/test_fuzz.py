@@ -23,6 +23,12 @@ readers = load()
 SEEDS = readers.seeds()
 
 
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """What patchscore writes itself, and words to type."""
+    return readers.own_seeds(tmp_path_factory.mktemp("own"))
+
+
 @pytest.mark.parametrize("name", SEEDS)
 def test_whole_files_of_every_format_are_read(name, tmp_path):
     seed = SEEDS[name]
@@ -59,6 +65,20 @@ def test_the_command_line_says_one_line_of_damaged_files(tmp_path):
             continue
         results.append(readers.check_command(tmp_path / "input" / opened))
     assert set(results) == {"read", "refused"}
+
+
+def test_damaged_files_of_our_own_are_refused_mended_or_harmless(own, tmp_path):
+    """Also where their checksums are put right after the damage, as an attacker would."""
+    rng, others, results = random.Random(0), [b"other"], {}
+    for name, seed in own.items():
+        if seed.own.files:
+            readers.write(tmp_path / "input", seed.own.files)
+            assert readers.check(tmp_path / "input", {}, seed.own) == "read", name
+        for _ in range(3):
+            files, _ = readers.damaged_input(rng, seed, others)
+            readers.write(tmp_path / "input", files)
+            results.setdefault(name, set()).add(readers.check(tmp_path / "input", {}, seed.own))
+    assert set().union(*results.values()) == {"read", "refused"}
 
 
 def test_the_harness_keeps_what_ends_a_worker(tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noisy, smooth_images
+from safetensors.torch import load_file, save
 
 import patchscore as ps
 from patchscore import index as index_module
@@ -451,6 +452,35 @@ def test_a_place_outside_the_images_is_refused_before_it_is_used(images, copied,
     ids[5] = window
     ids.flush()
     with pytest.raises(ValueError, match=r"ids\.bin: damaged; build the index again"):
+        ps.PatchIndex.open(copied, images).at(3)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda arrays: arrays["mean"].view(-1)[3:4].fill_(torch.nan),
+        lambda arrays: arrays["value_square"].view(-1)[0:1].fill_(torch.inf),
+        lambda arrays: arrays["sizes"][:2].copy_(torch.tensor([-1, int(arrays["sizes"][:2].sum()) + 1])),
+        lambda arrays: arrays.update(sizes=torch.cat([arrays["sizes"], torch.zeros(1, dtype=torch.int64)])),
+        lambda arrays: arrays.update(axes=arrays["axes"][:-1].contiguous()),
+        lambda arrays: arrays.update(rest=arrays["rest"].double()),
+        lambda arrays: arrays.pop("radius"),
+    ],
+)
+def test_moments_that_the_engine_cannot_take_are_refused_where_no_checksum_was_read(
+    images, copied, monkeypatch, damage
+):
+    monkeypatch.setattr(index_module.storage, "VERIFIED_AT_OPEN", 0)
+    path = copied / "k03" / "cells.safetensors"
+    arrays = load_file(path)
+    length = path.stat().st_size
+    damage(arrays)
+    path.write_bytes(save(arrays))
+    if path.stat().st_size != length:
+        meta = json.loads((copied / "k03" / "meta.json").read_text())
+        meta["files"][path.name]["bytes"] = path.stat().st_size
+        index_module.storage._write(copied / "k03" / "meta.json", {n: v for n, v in meta.items() if n != "sha256"})
+    with pytest.raises(ValueError, match=r"cells\.safetensors: damaged; build the index again"):
         ps.PatchIndex.open(copied, images).at(3)
 
 

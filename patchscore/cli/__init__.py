@@ -1,5 +1,5 @@
-"""The command line: `patchscore sample`, `index`, `info`, `calibrate`, `compare`, `explain`, `evaluate`,
-`likelihood` and `bench`.
+"""The command line: `patchscore sample`, `synthesize`, `bank`, `index`, `info`, `calibrate`, `compare`, `explain`,
+`evaluate`, `likelihood` and `bench`.
 
 A thin skin: it turns words into the library's objects, prints what happened, and turns every error a user can cause
 into one line on stderr and exit code 2.
@@ -19,13 +19,14 @@ from .explain import explain
 from .index import index
 from .info import info
 from .likelihood import likelihood
+from .options import Commands
 from .sample import sample
 from .synthesize import synthesize_command
 
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="patchscore")
 def main() -> None:
     """New images from nothing but training patches: the exact score of a diffusion model that has no network."""

@@ -18,7 +18,7 @@ from ..fidelity import (
     evaluate_samples,
     inception_features,
 )
-from ..files import check_writable
+from ..files import check_writable, load_npy
 from ..runs import is_run, samples_of
 from .networks import named_function
 from .options import Source, device_named, device_option, numbers, one_line_errors, say, seconds_since, source_options
@@ -139,10 +139,10 @@ def _features(
 
 def _array(option: str, path: Path) -> np.ndarray:
     try:
-        found = np.load(path, mmap_mode="r")
-        if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu":
+        found = load_npy(path, mapped=True)
+        if found.dtype.kind not in "fiu":
             raise ValueError("holds no numbers")
-    except (ValueError, EOFError) as error:
+    except ValueError as error:
         raise ValueError(f"{option}: {path}: {error}") from None
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import io
 import os
 import signal
 import sys
@@ -65,6 +66,8 @@ def _spelled(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+STOPPED = "patchscore: stopped; the same command goes on from what is written, or begins again"
+
 IN_TEAMS = ("sample", "index")
 """The commands that several ranks work on together."""
 
@@ -109,12 +112,32 @@ def one_line_errors(command: Command) -> Command:
                     "--memory-limit"
                 ) from None
             except KeyboardInterrupt:
-                line = "patchscore: stopped; the same command goes on from what is written, or begins again"
-                if first_to_say(line):
-                    say("", line, err=True)
+                if first_to_say(STOPPED):
+                    say("", STOPPED, err=True)
                 raise click.exceptions.Exit(130) from None
 
     return wrapped
+
+
+class Commands(click.Group):
+    """Commands; Ctrl-C outside of one, while options are read or after its end, is told as it is within."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **more: Any) -> Any:
+        run: Callable[..., Any] = super().main
+        if not standalone_mode:
+            return run(*args, standalone_mode=False, **more)
+        code = 130
+        try:
+            code = run(*args, standalone_mode=False, **more) or 0
+        except click.Abort:
+            say(STOPPED, err=True)  # after click's empty line
+        except click.ClickException as error:
+            code, text = error.exit_code, io.StringIO()
+            error.show(text)
+            say(*text.getvalue().splitlines(), err=True)  # click repeats words, which may be names of files
+        except KeyboardInterrupt:
+            say("", STOPPED, err=True)
+        sys.exit(code)
 
 
 def _join_team(command: str) -> None:

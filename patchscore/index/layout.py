@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..pixels import to_values
@@ -56,18 +57,24 @@ class IndexedSize:
 
     def __init__(self, folder: Path, images: Tensor, k: int, meta: dict[str, Any]):
         self.folder, self.images, self.k, self.meta = folder, images, k, meta
-        arrays = safetensors.torch.load_file(self.folder / "cells.safetensors")
-        self.rank: int = meta["axes"]
-        self.rows, self.cols = range(*meta["rows"]), range(*meta["cols"])
+        channels, height, width = images.shape[1:]
+        self.rows, self.cols = (range(k // 2, size - k // 2) for size in (height, width))
+        arrays = _arrays(self.folder / "cells.safetensors", channels * k * k, channels)
+        self.rank: int = arrays["axes"].shape[1]
         self.axes, self.centre = arrays["axes"], arrays["centre"]
         names = ("mean", "variance", "rest", "value", "value_square")
         self.cells = Strata(arrays["sizes"], *(arrays[name] for name in names))
         self.radius = arrays["radius"].double()
         self.starts = first_windows(self.cells.size)
-        self.ids = np.memmap(self.folder / "ids.bin", np.int64, "r")
         # Large files are not checked when an index is opened, and what lies here addresses pixels.
-        windows, most = int(self.cells.size.sum()), len(images) * self.windows_per_image
-        if len(self.ids) != windows or (windows and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < most):
+        most = len(images) * self.windows_per_image
+        try:
+            self.ids = np.memmap(self.folder / "ids.bin", np.int64, "r")
+            whole = 0 <= int(self.ids.min()) <= int(self.ids.max()) < most
+        except ValueError:  # no whole numbers
+            whole = False
+        # Sizes are added up one by one: those of a damaged file may exceed what a tensor's sum holds.
+        if not whole or sum(self.cells.size.tolist()) != len(self.ids):
             raise ValueError(f"{self.folder / 'ids.bin'}: damaged; build the index again")
         rows = self.folder / "rows.bin"
         self.tiles = np.memmap(rows, np.int8, "r") if rows.stat().st_size else None
@@ -154,6 +161,31 @@ class IndexedSize:
 
     def distances(self, window: Tensor, ids: np.ndarray) -> Tensor:
         return (self.pixels(ids).double() - window).square().flatten(1).sum(1)
+
+
+def _arrays(path: Path, values: int, channels: int) -> dict[str, Tensor]:
+    """The arrays of an index, of the shapes, types and finite values that its users rely on.
+
+    Large files are not checked against their checksums when an index is opened, so this is what keeps damage out.
+
+    Raises:
+        ValueError: damaged, by its path.
+    """
+    try:
+        arrays = safetensors.torch.load_file(path)
+        cells, rank = arrays["mean"].shape
+        shapes = {"axes": (values, rank), "centre": (values,), "sizes": (cells,), "radius": (cells,), "rest": (cells,),
+                  "mean": (cells, rank), "variance": (cells, rank), "value": (cells, channels),
+                  "value_square": (cells, channels)}  # fmt: skip
+        sizes, moments = arrays["sizes"], [arrays[name] for name in shapes if name != "sizes"]
+        whole = all(arrays[name].shape == shape for name, shape in shapes.items()) and cells % SIBLINGS == 0 < rank
+        whole = whole and sizes.dtype == torch.int64 and bool((sizes >= 0).all())
+        whole = whole and all(part.dtype == torch.float32 and bool(part.isfinite().all()) for part in moments)
+    except (SafetensorError, KeyError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: damaged; build the index again")
+    return arrays
 
 
 def first_windows(sizes: Tensor) -> list[int]:

@@ -32,7 +32,8 @@ def read_meta(path: Path, bank: PatchBank) -> dict[str, Any]:
             f"{path}: index format {meta.get('format')!r}, this version reads {FORMAT}; build it again elsewhere: "
             f"patchscore index SOURCE --patch-sizes {sizes} --out {path}-{FORMAT}"
         )
-    if not {"images", "shape", "patch_sizes", *PART} <= meta.keys():
+    whole = {"images", "shape", "patch_sizes", *PART} <= meta.keys() and isinstance(meta["patch_sizes"], list)
+    if not whole or not all(isinstance(k, int) for k in meta["patch_sizes"]):
         raise ValueError(f"{path / 'meta.json'}: damaged, not the description of an index")
     if meta["bank"] != bank.fingerprint:
         raise ValueError(f"{path}: the index of another bank: {_difference(meta, bank)}")
@@ -71,14 +72,17 @@ def read_part_meta(folder: Path, meta: dict[str, Any], k: int, verify: bool) -> 
         if part.get(name) != expected:
             what = "bank" if name == "bank" else f"{name} {part.get(name)!r} instead of {expected!r}"
             raise ValueError(f"{folder}: part of an index of another {what}; build the index again")
-    files = part["files"]
-    for name, expected in files.items():
+    try:
+        files = {str(name): (int(about["bytes"]), str(about["sha256"])) for name, about in part["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(f"{folder / 'meta.json'}: damaged, not the description of an index") from None
+    for name, (length, digest) in files.items():
         found = folder / name
         size = found.stat().st_size if found.is_file() else -1
-        if size != expected["bytes"]:
-            is_now = "is missing" if size < 0 else f"has {size} bytes instead of {expected['bytes']}"
+        if size != length:
+            is_now = "is missing" if size < 0 else f"has {size} bytes instead of {length}"
             raise ValueError(f"{found}: {is_now}; build the index again")
-        if (verify or size <= VERIFIED_AT_OPEN) and sha256(found) != expected["sha256"]:
+        if (verify or size <= VERIFIED_AT_OPEN) and sha256(found) != digest:
             raise ValueError(f"{found}: was changed since it was written; build the index again")
     return part
 

@@ -14,7 +14,7 @@ from ..bank import PatchBank
 from ..denoiser import ScoreMachine
 from ..distributed import Ranks, Sharded, open_shards
 from ..explain import Walk
-from ..files import parse_json
+from ..files import load_npy, parse_json
 from ..index import OPTIONS, PatchIndex
 from ..machines import EquivariantLocalScore, IdealScore, LocalScore
 from ..memorisation import memorisation_report
@@ -126,7 +126,7 @@ def samples_of(out: Path) -> np.ndarray:
             shape = record["bank"]["shape"][:1] + list(record["settings"].get("size") or record["bank"]["shape"][1:])
             batches = Batches(out, shape)
             made = sorted(batches.made())
-            images = np.load(batches.rows.path, mmap_mode="r") if made else np.empty(0)
+            images = load_npy(batches.rows.path, mapped=True) if made else np.empty(0)
             images = images[: len(made)] if made == list(range(len(made))) else images[made]
     except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
         raise ValueError(f"{path}: not a usable run: {error}") from None

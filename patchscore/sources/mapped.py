@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import parse_json, read_record, unsealed, write_record
+from ..files import load_npy, parse_json, read_record, unsealed, write_record
 
 SAMPLES = 64
 """Blocks of a file, evenly spread, that are hashed to tell whether its content is what was remembered."""
@@ -44,10 +44,10 @@ def labels_beside(path: Path) -> tuple[np.ndarray | None, list[str] | None]:
     if path.name.endswith(".labels.npy") or not labels.is_file():
         return None, None
     try:
-        found = np.load(labels, allow_pickle=False)
-        if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind not in "iu":
+        found = load_npy(labels)
+        if found.ndim != 1 or found.dtype.kind not in "iu":
             raise ValueError("takes one integer for each image")
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{labels}: {error}") from error
     if not classes.is_file():
         return found, None

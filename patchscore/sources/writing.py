@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..files import errors_name, hold, parse_json, write_atomically
+from ..files import errors_name, hold, parse_json, remove_temporaries, write_atomically
 from .image import Prepared, Span, prepared
 from .mapped import beside
 from .opening import opened
@@ -93,7 +93,8 @@ def write(
         state = {**asked, "source": _identity(source, found)}
         partial = path.with_name(path.name + ".partial")
         with errors_name(partial), open(partial, "a+b") as file:
-            hold(file.fileno(), partial, f"out: {path} is being written by another process")
+            if hold(file.fileno(), partial, f"out: {path} is being written by another process"):
+                remove_temporaries(path.parent, [about.name for about in _about(path)])
             writer = _Writer(found, path, file, state, settings.limit, channels)
             writer.resume()
             while True:
