@@ -21,6 +21,7 @@ from .heldout import HeldOutErrors, held_out_errors
 from .index import PatchIndex
 from .likelihood import LogLikelihood, log_likelihood
 from .machines import EquivariantLocalScore, IdealScore, LocalScore
+from .mixed import MixedBank
 from .noise import Schedule, get_schedule
 from .pooled import Pooled, Symmetric
 from .posterior import PosteriorSum, merge
@@ -50,6 +51,7 @@ __all__ = [
     "IdealScore",
     "LocalScore",
     "LogLikelihood",
+    "MixedBank",
     "NetworkDenoiser",
     "PatchAverage",
     "PatchBank",

@@ -6,19 +6,17 @@ all of it and average where windows overlap (non-local means: Buades et al. 2005
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import engines
 from .bank import PatchBank
 from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Estimate, Labels, alike, check_labels, check_noisy, check_sigma
 from .machines import EquivariantLocalScore
-from .posterior import PosteriorSum
+from .mixed import MixedBank
 from .scales import ScaleTable
-from .windows import Competition
 
 
 class PatchAverage(Denoiser):
@@ -29,13 +27,13 @@ class PatchAverage(Denoiser):
     with the windows p_a and weights w_ia of `EquivariantLocalScore` at pixel i: with padding_mode="circular" every
     window inside a training image competes at every pixel, windows wrap around z, and n_j = k^2; with "zeros" windows
     near a border are tied to their place, and n_j counts those whose centre lies in the image. With k = 1 it is the
-    equivariant machine. It costs two passes over the pairs at any k.
+    equivariant machine. It costs two passes over the pairs at any k, and takes images of any size as that does.
 
     `estimate` has stderr 0, and the effective sample size of the window centred at each pixel. The value of a window is
     not its centre pixel alone, so there are no variances, and no Jacobian.
 
     Args:
-        bank: the training images.
+        bank: the training images, a PatchBank or a MixedBank (three passes).
         patch_size: k, odd; or a ScaleTable from noise level to k.
         padding_mode: "zeros" or "circular".
         engine: "auto", "reference" or "sliding".
@@ -46,9 +44,11 @@ class PatchAverage(Denoiser):
         ValueError: an argument out of its range; a circular window that does not fit in the images.
     """
 
+    any_size = True
+
     def __init__(
         self,
-        bank: PatchBank,
+        bank: PatchBank | MixedBank,
         patch_size: int | ScaleTable,
         padding_mode: str = "zeros",
         engine: str = "auto",
@@ -59,32 +59,30 @@ class PatchAverage(Denoiser):
         self.shape = bank.shape
         self.padding_mode = padding_mode
 
+    def check_size(self, size: tuple[int, int], sigmas: Sequence[float], name: str = "size") -> None:
+        self.machine.check_size(size, sigmas, name)
+
     @torch.no_grad()
     def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, *, moments: bool = False) -> Estimate:
         if moments:
             raise ValueError("moments: PatchAverage has none, as its windows count with all of their pixels")
         machine = self.machine
-        z = check_noisy(z, self.shape, who=type(self).__name__)
+        z = check_noisy(z, self.shape, any_size=True, who=type(self).__name__)
         sigmas = check_sigma(sigma, len(z))
         classes = check_labels(labels, self.bank, len(z))
         sizes = [machine.patch_size_at(level) for level in sigmas.tolist()]
         mean, ess, pairs, names = torch.empty_like(z), z.new_empty(len(z), *z.shape[2:]), 0, set()
         for (label, k), items in alike(list(zip(classes, sizes, strict=True))):
-            bank, competition = self.bank.of_class(label), machine.competition(k)
-            some, levels = z[items], sigmas[items]
-            arguments = (some, levels, bank, competition)
-            window_sums = partial(_window_sums, *arguments, machine.memory_limit)
-            (total, sums), name = engines.serve_second_pass(machine.engines, machine.engine, *arguments, window_sums)
-            assert competition.patch_size is not None
-            mean[items] = (sums / self._covering(competition.patch_size).to(sums)).to(z.device, z.dtype)
+            assert k is not None
+            total, sums, served = machine.window_sums(z[items], sigmas[items], self.bank.of_class(label), k)
+            mean[items] = (sums / self._covering(k, z.shape[2], z.shape[3]).to(sums)).to(z.device, z.dtype)
             ess[items] = total.ess[:, 0].to(z.device, z.dtype)
-            pairs += 2 * len(some) * len(bank) * competition.pairs_per_image
-            names.add(name)
+            pairs += total.pairs or 0
+            names.update(served)
         return Estimate(mean, torch.zeros_like(mean), ess, pairs, " and ".join(sorted(names)))
 
-    def _covering(self, k: int) -> Tensor:
+    def _covering(self, k: int, height: int, width: int) -> Tensor:
         """[H, W] n_j, how many windows cover a pixel."""
-        _, height, width = self.shape
         if self.padding_mode == "circular":
             return torch.full((height, width), float(k * k), dtype=torch.float64)
         ones = F.pad(torch.ones(1, 1, height, width, dtype=torch.float64), (k // 2,) * 4)
@@ -94,9 +92,3 @@ class PatchAverage(Denoiser):
         return (
             f"PatchAverage({self.bank!r}, patch_size={self.machine.patch_size!r}, padding_mode={self.padding_mode!r})"
         )
-
-
-def _window_sums(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int, engine: engines.Engine
-) -> tuple[PosteriorSum, Tensor]:
-    return engine.window_sums(z, sigma, bank, competition, memory_limit)

@@ -213,29 +213,6 @@ class PatchBank:
         sources.write(source, path, size, channels, labels, limit, skip_bad, split, image_key, label_key, overwrite)
         return cls.open(path, labels=labels, mapped=True)
 
-    @classmethod
-    def open_sizes(
-        cls,
-        source: Any,
-        channels: int | None = None,
-        labels: bool = True,
-        skip_bad: bool = False,
-        split: str | None = None,
-    ) -> list[PatchBank]:
-        """Reads images of several sizes as they are, such as a folder of photographs: a bank for each size.
-
-        The bank of most images comes first; all have the same channels and class numbers. `Pooled` makes one machine of
-        them.
-
-        Args:
-            source, channels, labels, skip_bad, split: as of `open`.
-
-        Raises:
-            ValueError, TypeError, ImportError: as of `open`.
-        """
-        read = sources.read_sizes(source, channels, labels, skip_bad, split)
-        return [cls(images, image_labels, names) for images, image_labels, names in read]
-
     def __len__(self) -> int:
         return len(self.images) if self.indices is None else len(self.indices)
 
@@ -333,27 +310,7 @@ class PatchBank:
         wanted = [label.item() if isinstance(label, (Tensor, np.generic)) else label for label in labels]
         if self.labels is None:
             raise ValueError(f"labels: got {wanted}, but this bank has no labels")
-        return [self._label_id(label) for label in wanted]
-
-    def _label_id(self, label: int | str) -> int:
-        names = self.class_names or ()
-        known = self.classes
-        if isinstance(label, str):
-            number = names.index(label) if label in names else _number(label)
-            meant = _number(label)
-            if meant != number and meant in known and number in known:
-                raise ValueError(
-                    f"labels: {label!r} is the name of class {number} and the number of another; give the number as an "
-                    f"int, or the bank other class_names"
-                )
-        elif isinstance(label, bool) or not isinstance(label, int):
-            raise TypeError(f"labels: got {label!r} of type {type(label).__name__}, takes integers or class names")
-        else:
-            number = label
-        if number not in known:
-            shown = ", ".join(f"{c} ({names[c]})" if 0 <= c < len(names) else str(c) for c in known[:20])
-            raise ValueError(f"labels: unknown label {label!r}; this bank has {shown}{' ...' if known[20:] else ''}")
-        return number
+        return [label_number(label, self.classes, self.class_names) for label in wanted]
 
     def chunk(self, start: int, stop: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
         """Images start..stop as values, in [-1, 1] or the bank's own range: [n, C, H, W] in `dtype` on `device`."""
@@ -389,6 +346,28 @@ class PatchBank:
         scale = f", values up to {self.scale:.4g}" if self.value_range is not None else ""
         mapped = ", mapped" if self.mapped else ""
         return f"PatchBank({len(self)} images, {channels} x {height} x {width}, {kind}{classes}{scale}{mapped})"
+
+
+def label_number(label: int | str, known: Sequence[int], class_names: Sequence[str] | None) -> int:
+    """A label or class name as a label number that is among the known ones; ValueError for any other."""
+    names = tuple(class_names or ())
+    if isinstance(label, str):
+        number = names.index(label) if label in names else _number(label)
+        meant = _number(label)
+        if meant != number and meant in known and number in known:
+            raise ValueError(
+                f"labels: {label!r} is the name of class {number} and the number of another; give the number as an "
+                f"int, or the bank other class_names"
+            )
+    elif isinstance(label, bool) or not isinstance(label, int):
+        raise TypeError(f"labels: got {label!r} of type {type(label).__name__}, takes integers or class names")
+    else:
+        number = label
+    if number not in known:
+        shown = ", ".join(f"{c} ({names[c]})" if 0 <= c < len(names) else str(c) for c in known[:20])
+        raise ValueError(f"labels: unknown label {label!r}; this bank has {shown}{' ...' if known[20:] else ''}")
+    assert number is not None
+    return number
 
 
 def _pass_over(bank: PatchBank, what: str) -> tqdm:
@@ -477,7 +456,7 @@ def _check_span(low: float, high: float, source: str = "images: ") -> None:
     if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
         raise ValueError(
             f"{source}values from {low:.4g} to {high:.4g}, floating point images take [-1, 1], "
-            "and latents value_range (in Python)"
+            "and latents a value_range (patchscore sample --value-range data)"
         )
     if low >= 0 and low < high:
         message = f"{source}values from {low:.4g} to {high:.4g} are read as [-1, 1]; if they mean [0, 1], give 2 x - 1"

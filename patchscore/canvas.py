@@ -102,7 +102,7 @@ def posterior_sum(
     length = bank.shape[1:]
     check_canvas((z.shape[2], z.shape[3]), length, k, padding_mode)
     sampled = not all(engine.exact for engine in available)
-    total = PosteriorSum.empty(z.shape, z.device, sampled=sampled, moments=moments)
+    total = PosteriorSum.empty(z.shape, z.device, sampled=sampled, moments=moments, span=bank.scale)
     pairs, names = 0, []
     for competition, some in calls(z, bank, k, padding_mode, memory_limit):
         crops = torch.cat([crop(z, row.start, col.start, length, padding_mode) for row, col in some])
@@ -131,8 +131,11 @@ def product(
     padding_mode: str,
     memory_limit: int,
     combine: engines.Combine | None = None,
+    whole: PosteriorSum | None = None,
 ) -> Tensor:
     """As `engines.serve_product`, for z of any height and width: J^T direction (transposed) or J direction.
+
+    Where `bank` is one of several, `whole` has the sums over all of them, and this is the bank's addend.
 
     Raises:
         ValueError: as of `check_canvas`; `memory_limit` cannot hold a crop.
@@ -147,8 +150,9 @@ def product(
         )
         # Forwards a crop's pixels move those it serves; backwards only those it serves move others.
         levels = sigma.repeat(len(some))
+        of_all = combine if whole is None else _combine(whole, bank, some)
         products = engines.serve_product(
-            available, named, transposed, crops, levels, parts, bank, competition, memory_limit, combine
+            available, named, transposed, crops, levels, parts, bank, competition, memory_limit, of_all
         )
         for (row, col), found in zip(some, products.split(len(z)), strict=True):
             if transposed:
@@ -157,6 +161,56 @@ def product(
                 place = total[:, :, span(row.queries), span(col.queries)]
                 place.copy_(found[:, :, span(row.axis.queries), span(col.axis.queries)])
     return total
+
+
+def window_sums(
+    available: Sequence[engines.Engine],
+    named: str,
+    z: Tensor,
+    sigma: Tensor,
+    bank: PatchBank,
+    k: int,
+    padding_mode: str,
+    memory_limit: int,
+    whole: PosteriorSum | None = None,
+) -> tuple[PosteriorSum, Tensor, list[str]]:
+    """As `engines.serve_window_sums`, for z of any height and width; `whole` as of `product`.
+
+    Raises:
+        ValueError: as of `check_canvas`; `memory_limit` cannot hold a crop.
+    """
+    length = bank.shape[1:]
+    check_canvas((z.shape[2], z.shape[3]), length, k, padding_mode)
+    total = PosteriorSum.empty(z.shape, z.device)
+    sums, names, pairs = torch.zeros_like(total.v), [], 0
+    for competition, some in calls(z, bank, k, padding_mode, memory_limit):
+        crops = torch.cat([crop(z, row.start, col.start, length, padding_mode) for row, col in some])
+        levels, of_all = sigma.repeat(len(some)), None if whole is None else _combine(whole, bank, some)
+        found, windows, name = engines.serve_window_sums(
+            available, named, crops, levels, bank, competition, memory_limit, of_all
+        )
+        for i, (row, col) in enumerate(some):
+            items = slice(i * len(z), (i + 1) * len(z))
+            part = found.block(items, span(row.axis.queries), span(col.axis.queries)).to(total.m.device)
+            total.add_(part, slice(None), span(row.queries), span(col.queries))
+            _add_crop(sums, windows[items].to(sums), row.start, col.start, padding_mode)
+        names.append(name)
+        pairs += 2 * len(crops) * len(bank) * competition.pairs_per_image
+    return total.with_pairs(pairs), sums, names
+
+
+def _combine(whole: PosteriorSum, bank: PatchBank, some: Sequence[tuple[Strip, Strip]]) -> engines.Combine:
+    """What makes the sums of crops over one bank those of `whole`, in units of `bank.unit`."""
+    in_unit = whole.scaled(1 / bank.scale)
+
+    def combine(own: PosteriorSum) -> PosteriorSum:
+        total, batch = PosteriorSum.empty(own.v.shape, own.m.device), len(in_unit.m)
+        for i, (row, col) in enumerate(some):
+            part = in_unit.block(slice(None), span(row.queries), span(col.queries)).to(own.m.device)
+            total.add_(part, slice(i * batch, (i + 1) * batch), span(row.axis.queries), span(col.axis.queries))
+        return total
+
+    return combine
 
 
 def calls(

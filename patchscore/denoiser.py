@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import checks, engines
 from .bank import PatchBank
+from .mixed import MixedBank
 from .posterior import PosteriorSum, accumulator_dtype
 from .scales import ScaleTable
 from .windows import Competition
@@ -166,9 +167,12 @@ class Denoiser(ABC):
 class ScoreMachine(Denoiser):
     """A denoiser that sums over a bank: checks its input, splits the batch by class and patch size, asks an engine."""
 
+    mixed_sizes = False
+    """Whether it takes a MixedBank."""
+
     def __init__(
         self,
-        bank: PatchBank,
+        bank: PatchBank | MixedBank,
         patch_size: int | ScaleTable | None,
         engine: str,
         memory_limit: int,
@@ -176,8 +180,12 @@ class ScoreMachine(Denoiser):
         tolerance: float | None = None,
     ):
         if not isinstance(bank, PatchBank):
-            raise TypeError(f"bank: got {type(bank).__name__}, takes a PatchBank")
-        self.bank = bank
+            who = type(self).__name__
+            if not isinstance(bank, MixedBank):
+                raise TypeError(f"bank: got {type(bank).__name__}, takes a PatchBank")
+            if not self.mixed_sizes:
+                raise TypeError(f"bank: got a MixedBank, {who} takes a PatchBank, whose images have one size")
+        self.bank: Any = bank
         self.shape = bank.shape
         self.patch_size = patch_size
         if engine == "pruned" and pruned is None:
@@ -433,7 +441,7 @@ def labels_per_item(labels: Labels, batch: int) -> list[int | str | None]:
     return listed
 
 
-def check_labels(labels: Labels, bank: PatchBank, batch: int) -> list[int | None]:
+def check_labels(labels: Labels, bank: PatchBank | MixedBank, batch: int) -> list[int | None]:
     """`labels_per_item` as label numbers that occur in the bank."""
     return [None if label is None else bank.label_ids([label])[0] for label in labels_per_item(labels, batch)]
 

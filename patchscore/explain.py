@@ -7,8 +7,9 @@ of all, also where the machine itself has an index and evaluates only part of th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .bank import PatchBank
 from .denoiser import Labels, ScoreMachine, alike, check_noisy, check_sigma
 from .distributed import Sharded
 from .machines import EquivariantLocalScore
+from .mixed import MixedBank
 from .nearest import SPARE, images_of, nearest_windows
 from .noise import get_schedule
 from .posterior import PosteriorSum
@@ -179,7 +181,8 @@ def explain(
     equally near, which of them are listed is arbitrary; their weights are the same.
 
     Args:
-        machine: IdealScore, LocalScore or EquivariantLocalScore.
+        machine: IdealScore, LocalScore or EquivariantLocalScore. Over a MixedBank images have the numbers they have
+            there.
         z: [B, C, H, W] noisy images z = x_0 + sigma eps, of every size that the machine takes.
         sigma: noise level.
         labels: as in `denoise`.
@@ -196,33 +199,118 @@ def explain(
     level = checks.number("sigma", sigma)
     check_sigma(level, len(z))
     top = checks.integer("top", top, at_least=1)
-    height, width = z.shape[2:]
-    place = None if pixel is None else _place(pixel, (height, width))
-    k = machine.patch_size_at(level)
+    place = None if pixel is None else _place(pixel, (z.shape[2], z.shape[3]))
+    k, bank = machine.patch_size_at(level), machine.bank
+    classes = machine.label_ids(labels, len(z))
+    if isinstance(bank, MixedBank):
+        found = _of_several(machine, bank, z, level, classes, top, k, place)
+    else:
+        found = _of_all(machine, z, level, classes, top, k, place)
+    if place is not None:
+        found = found.at(*place)
+    image, row, col = found.windows
+    return Explanation(image, row, col, found.weight, found.effective, found.mean, z, level, k)
 
-    found = torch.full((3, len(z), top, height, width), -1, device=z.device)
-    weight = z.new_zeros((len(z), top, height, width), dtype=torch.float64)
-    effective, mean = z.new_empty((len(z), height, width), dtype=torch.float64), torch.empty_like(z)
-    for label, items in alike(machine.label_ids(labels, len(z))):
+
+@dataclass(frozen=True)
+class _Found:
+    """The windows [3, B, T, H, W] with their weights, and what the weights are shares of.
+
+    weight: [B, T, H, W]; effective: [B, H, W]; mean: [B, C, H, W]; evidence: [B, H, W] ln of the sum of all weights.
+    """
+
+    windows: Tensor
+    weight: Tensor
+    effective: Tensor
+    mean: Tensor
+    evidence: Tensor
+
+    @classmethod
+    def nothing(cls, z: Tensor, top: int) -> _Found:
+        batch, _, height, width = z.shape
+        windows = torch.full((3, batch, top, height, width), -1, device=z.device)
+        weight = z.new_zeros((batch, top, height, width), dtype=torch.float64)
+        effective = z.new_zeros((batch, height, width), dtype=torch.float64)
+        return cls(windows, weight, effective, torch.zeros_like(z), torch.full_like(effective, -torch.inf))
+
+    def at(self, row: int, col: int) -> _Found:
+        """Of one pixel alone."""
+        place = (..., slice(row, row + 1), slice(col, col + 1))
+        return _Found(*(getattr(self, field.name)[place] for field in fields(self)))
+
+    def of(self, items: Any) -> _Found:
+        """Of some items, as views where `items` is a slice."""
+        rest = (self.weight, self.effective, self.mean, self.evidence)
+        return _Found(self.windows[:, items], *(part[items] for part in rest))
+
+
+def _of_all(
+    machine: ScoreMachine,
+    z: Tensor,
+    level: float,
+    classes: Sequence[int | None],
+    top: int,
+    k: int | None,
+    place: tuple[int, int] | None,
+) -> _Found:
+    """The heaviest windows of images of one size."""
+    found = _Found.nothing(z, top)
+    for label, items in alike(list(classes)):
         some = z[items]
-        n = len(some)
-        own, own_weight = found.new_full((3, n, *found.shape[2:]), -1), weight.new_zeros((n, *weight.shape[1:]))
-        own_effective, own_mean = effective.new_empty((n, height, width)), torch.empty_like(some)
+        n, own = len(some), _Found.nothing(some, top)
         for part in _parts(machine, some, k, place):
             near, weights, total = _heaviest(machine, part.z, level, label, part.competition, top)
-            ess, listed = total.ess[:, 0].double().expand(-1, *part.z.shape[2:]), slice(0, near.shape[2])
+            ess, evidence = (
+                x[:, 0].double().expand(-1, *part.z.shape[2:]) for x in (total.ess, total.m + total.s.log())
+            )
+            listed = slice(0, near.shape[2])
             for at, ((rows, cols), (to_rows, to_cols)) in enumerate(part.blocks):
                 batch = slice(at * n, (at + 1) * n)
-                own[:, :, listed, to_rows, to_cols] = near[:, batch, :, rows, cols]
-                own_weight[:, listed, to_rows, to_cols] = weights[batch, :, rows, cols]
-                own_mean[:, :, to_rows, to_cols] = total.mean[batch, :, rows, cols].to(z.dtype)
-                own_effective[:, to_rows, to_cols] = ess[batch, rows, cols]
-        found[:, items], weight[items], effective[items], mean[items] = own, own_weight, own_effective, own_mean
-    if place is not None:
-        rows, cols = slice(place[0], place[0] + 1), slice(place[1], place[1] + 1)
-        found, weight, effective, mean = (part[..., rows, cols] for part in (found, weight, effective, mean))
-    image, row, col = found
-    return Explanation(image, row, col, weight, effective, mean, z, level, k)
+                own.windows[:, :, listed, to_rows, to_cols] = near[:, batch, :, rows, cols]
+                own.weight[:, listed, to_rows, to_cols] = weights[batch, :, rows, cols]
+                own.mean[:, :, to_rows, to_cols] = total.mean[batch, :, rows, cols].to(z.dtype)
+                own.effective[:, to_rows, to_cols] = ess[batch, rows, cols]
+                own.evidence[:, to_rows, to_cols] = evidence[batch, rows, cols]
+        found.windows[:, items] = own.windows
+        for name in ("weight", "effective", "mean", "evidence"):
+            getattr(found, name)[items] = getattr(own, name)
+    return found
+
+
+def _of_several(
+    machine: ScoreMachine,
+    bank: MixedBank,
+    z: Tensor,
+    level: float,
+    classes: Sequence[int | None],
+    top: int,
+    k: int | None,
+    place: tuple[int, int] | None,
+) -> _Found:
+    """The heaviest windows of images of several sizes: those of each size, by their share of the weight of all."""
+    found = _Found.nothing(z, top)
+    for part, numbers in zip(bank.banks, bank.numbers, strict=True):
+        items = [i for i, label in enumerate(classes) if label is None or label in part.classes]
+        if not items:
+            continue
+        one = copy.copy(machine)
+        one.bank, one.shape = part, part.shape
+        new, old = _of_all(one, z[items], level, [classes[i] for i in items], top, k, place), found.of(items)
+        image = torch.where(new.windows[0] < 0, new.windows[0], numbers.to(z.device)[new.windows[0].clamp(min=0)])
+        evidence = torch.logaddexp(old.evidence, new.evidence)
+        # Pixels that nobody asked for have no weight.
+        a, b = (torch.where(each.evidence > -torch.inf, (each.evidence - evidence).exp(), 0.0) for each in (old, new))
+        squares = a.square() / old.effective.clamp(min=1) + b.square() / new.effective.clamp(min=1)
+        mean = a[:, None] * old.mean.double() + b[:, None] * new.mean.double()
+        weight = torch.cat([a[:, None] * old.weight, b[:, None] * new.weight], 1)
+        windows = torch.cat([old.windows, torch.stack([image, *new.windows[1:]])], 2)
+        # Entries without a window come last.
+        order = torch.where(windows[0] < 0, -1.0, weight).argsort(dim=1, descending=True, stable=True)[:, :top]
+        found.windows[:, items] = windows.gather(2, order.expand(3, *order.shape))
+        found.weight[items] = weight.gather(1, order)
+        found.mean[items], found.evidence[items] = mean.to(z.dtype), evidence
+        found.effective[items] = torch.where(squares > 0, 1 / squares, 0.0)
+    return found
 
 
 Block = tuple[slice, slice]

@@ -190,7 +190,8 @@ def held_out_settings(
         raise ValueError(f"padding_mode: got {padding_mode!r}, the local machine pads with zeros")
     if padding_mode == "circular" and sizes[-1] > min(height, width):
         raise ValueError(f"patch_sizes: got {sizes[-1]}, images of {height} x {width} take up to {min(height, width)}")
-    levels = sorted({checks.number("sigmas", sigma) for sigma in (SIGMAS if sigmas is None else sigmas)})
+    usual = [sigma * bank.scale for sigma in SIGMAS]
+    levels = sorted({checks.number("sigmas", sigma) for sigma in (usual if sigmas is None else sigmas)})
     if not levels or not all(0 < sigma < np.inf for sigma in levels):
         raise ValueError(f"sigmas: got {levels}, takes positive finite numbers")
     if conditional and not bank.classes:
@@ -239,7 +240,7 @@ def held_out_errors(
     Args:
         bank: the training images.
         patch_sizes: the candidates, odd; None takes 3 to the image's smaller side in steps of about 1.25.
-        sigmas: noise levels; None takes ten from 0.05 to 25.6, each twice the one before.
+        sigmas: noise levels; None takes ten from 0.05 to 25.6, each twice the one before, times the bank's scale.
         images: how many images are held out, drawn from the seed; all of them where there are fewer.
         block: side of the block of pixels that is denoised; None, or more than the image, denoises every pixel.
         padding_mode: "zeros" or "circular", as of the machine that takes the sizes.

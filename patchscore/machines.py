@@ -15,13 +15,15 @@ import math
 import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from . import canvas, checks, engines
 from .bank import PatchBank
 from .denoiser import DEFAULT_MEMORY_LIMIT, Denoiser, Estimate, Labels, ScoreMachine
 from .index import PatchIndex
-from .posterior import PosteriorSum
+from .mixed import MixedBank
+from .posterior import PosteriorSum, merge_served
 from .scales import ScaleTable
 from .windows import WHOLE_IMAGE, Competition, equivariant_competition, local_competition, widest
 
@@ -93,8 +95,11 @@ class EquivariantLocalScore(ScoreMachine):
     It denoises images of any height and width from k on, whatever the bank's: with "zeros", a pixel closer than r to a
     border competes with the windows that are as close to that border of their images. All engines serve all sizes.
 
+    Over a MixedBank it is one machine over the windows of all images; k must fit in each of them. It then takes no
+    index (pool machines with one each, `Pooled`).
+
     Args:
-        bank: the training images.
+        bank: the training images, a PatchBank or a MixedBank.
         patch_size: k, odd; or a ScaleTable from noise level to k.
         padding_mode: "zeros" or "circular", as in the network it stands for.
         engine: "auto" or an engine's name.
@@ -111,10 +116,11 @@ class EquivariantLocalScore(ScoreMachine):
     """
 
     any_size = True
+    mixed_sizes = True
 
     def __init__(
         self,
-        bank: PatchBank,
+        bank: PatchBank | MixedBank,
         patch_size: int | ScaleTable,
         padding_mode: str = "zeros",
         engine: str = "auto",
@@ -129,7 +135,8 @@ class EquivariantLocalScore(ScoreMachine):
         super().__init__(bank, _check_patch_size(patch_size), engine, memory_limit, pruned, rounding)
         self.padding_mode = checks.one_of("padding_mode", padding_mode, ("zeros", "circular"))
         used = patch_size.sizes if isinstance(patch_size, ScaleTable) else [int(patch_size)]
-        _, height, width = self.shape
+        sides = bank.sizes if isinstance(bank, MixedBank) else [self.shape[1:]]
+        height, width = (min(size[axis] for size in sides) for axis in (0, 1))
         sizes = {widest(k, height, width) for k in used}
         if index is not None and not sizes & set(index.patch_sizes):
             has, uses = (", ".join(map(str, sorted(some))) for some in (index.patch_sizes, sizes))
@@ -147,22 +154,33 @@ class EquivariantLocalScore(ScoreMachine):
 
     def check_size(self, size: tuple[int, int], sigmas: Sequence[float], name: str = "size") -> None:
         own = self.shape[1:]
-        for k in {self.patch_size_at(sigma) for sigma in sigmas if size != own}:
-            canvas.check_canvas(size, own, k or 1, self.padding_mode, name)
+        for k in {self.patch_size_at(sigma) for sigma in sigmas}:
+            for bank in _parts(self.bank):
+                if size != bank.shape[1:] or bank.shape[1:] != own:
+                    canvas.check_canvas(size, bank.shape[1:], k or 1, self.padding_mode, name)
 
     def competition(self, k: int | None) -> Competition:
         assert k is not None
         return equivariant_competition(*self.shape[1:], k, self.padding_mode)
 
     def sums(
-        self, z: Tensor, sigmas: Tensor, bank: PatchBank, k: int | None, ess: bool = True, moments: bool = False
+        self,
+        z: Tensor,
+        sigmas: Tensor,
+        bank: PatchBank | MixedBank,
+        k: int | None,
+        ess: bool = True,
+        moments: bool = False,
     ) -> tuple[PosteriorSum, list[str]]:
-        if tuple(z.shape[1:]) == self.shape:
-            return super().sums(z, sigmas, bank, k, ess, moments)
         assert k is not None
-        return canvas.posterior_sum(
-            self.engines, self.engine, z, sigmas, bank, k, self.padding_mode, self.memory_limit, ess, moments
-        )
+        found = []
+        for part in _parts(bank):
+            if tuple(z.shape[1:]) == part.shape == self.shape:
+                found.append(super().sums(z, sigmas, part, k, ess, moments))
+            else:
+                some = (self.engines, self.engine, z, sigmas, part, k, self.padding_mode, self.memory_limit)
+                found.append(canvas.posterior_sum(*some, ess, moments))
+        return found[0] if len(found) == 1 else merge_served(found)
 
     def product(
         self,
@@ -170,15 +188,47 @@ class EquivariantLocalScore(ScoreMachine):
         z: Tensor,
         sigmas: Tensor,
         direction: Tensor,
-        bank: PatchBank,
+        bank: PatchBank | MixedBank,
         k: int | None,
         combine: engines.Combine | None = None,
     ) -> Tensor:
-        if tuple(z.shape[1:]) == self.shape:
-            return super().product(transposed, z, sigmas, direction, bank, k, combine)
         assert k is not None
+        if isinstance(bank, PatchBank) and tuple(z.shape[1:]) == bank.shape == self.shape:
+            return super().product(transposed, z, sigmas, direction, bank, k, combine)
         serving, mode, memory = (self.engines, self.engine), self.padding_mode, self.memory_limit
-        return canvas.product(*serving, transposed, z, sigmas, direction, bank, k, mode, memory, combine)
+        whole = self._sums_of_several(z, sigmas, bank, k)
+        addends = [
+            canvas.product(*serving, transposed, z, sigmas, direction, part, k, mode, memory, combine, whole)
+            for part in _parts(bank)
+        ]
+        return torch.stack(addends).sum(0) if len(addends) > 1 else addends[0]
+
+    def window_sums(
+        self, z: Tensor, sigmas: Tensor, bank: PatchBank | MixedBank, k: int
+    ) -> tuple[PosteriorSum, Tensor, list[str]]:
+        """`engines.serve_window_sums` of items that share a patch size, of any height and width, with the pairs."""
+        serving, mode, memory = (self.engines, self.engine), self.padding_mode, self.memory_limit
+        if isinstance(bank, PatchBank) and tuple(z.shape[1:]) == bank.shape == self.shape:
+            competition = self.competition(k)
+            total, sums, name = engines.serve_window_sums(*serving, z, sigmas, bank, competition, memory)
+            return total.with_pairs(2 * len(z) * len(bank) * competition.pairs_per_image), sums, [name]
+        whole = self._sums_of_several(z, sigmas, bank, k)
+        found = [canvas.window_sums(*serving, z, sigmas, part, k, mode, memory, whole) for part in _parts(bank)]
+        total = found[0][0] if whole is None else whole
+        sums = torch.stack([part for _, part, _ in found]).sum(0)
+        pairs = sum(part.pairs or 0 for part, _, _ in found) + (0 if whole is None else whole.pairs or 0)
+        return total.with_pairs(pairs), sums, [name for _, _, names in found for name in names]
+
+    def _sums_of_several(self, z: Tensor, sigmas: Tensor, bank: PatchBank | MixedBank, k: int) -> PosteriorSum | None:
+        """The sums over all banks of a MixedBank, which a second pass over each of them needs."""
+        if len(_parts(bank)) == 1:
+            return None
+        return self.exactly().sums(z, sigmas, bank, k)[0]  # type: ignore[arg-type]
+
+
+def _parts(bank: PatchBank | MixedBank) -> tuple[PatchBank, ...]:
+    """The banks of one image size that a bank is made of."""
+    return bank.banks if isinstance(bank, MixedBank) else (bank,)
 
 
 def _check_patch_size(patch_size: int | ScaleTable) -> int | ScaleTable:
@@ -186,7 +236,7 @@ def _check_patch_size(patch_size: int | ScaleTable) -> int | ScaleTable:
 
 
 def _check_pruned(
-    bank: PatchBank, index: PatchIndex | None, budget: float | None, tolerance: float | None, seed: int
+    bank: PatchBank | MixedBank, index: PatchIndex | None, budget: float | None, tolerance: float | None, seed: int
 ) -> engines.Pruned | None:
     if tolerance is not None and not 0 < checks.number("tolerance", tolerance) < math.inf:
         raise ValueError(f"tolerance: got {tolerance}, takes a positive error of pixels")
@@ -195,10 +245,12 @@ def _check_pruned(
     seed = checks.integer("seed", seed, at_least=0)
     if index is None and budget is None:
         return None
-    if bank.value_range is not None:
-        raise ValueError("index, budget: take a bank of images in [-1, 1], this one has a value_range")
     if index is None:
         return engines.Pruned(None, budget, None, seed)
+    if bank.value_range is not None:
+        raise ValueError("index: takes images of bytes, and this bank has a value_range; a budget alone draws images")
+    if isinstance(bank, MixedBank):
+        raise ValueError("index: takes images of one size; pool a machine with an index for each of MixedBank.banks")
     if not isinstance(index, PatchIndex):
         raise TypeError(f"index: got {type(index).__name__}, takes a PatchIndex")
     if index.bank.fingerprint != bank.fingerprint:

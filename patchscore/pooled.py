@@ -14,7 +14,7 @@ from torch import Tensor
 from . import checks
 from .denoiser import Labels, ScoreMachine, labels_per_item
 from .machines import EquivariantLocalScore
-from .posterior import PosteriorSum, merge_all
+from .posterior import PosteriorSum, merge_served
 from .windows import Competition
 
 
@@ -35,10 +35,11 @@ class Composed(ScoreMachine):
 
 
 class Pooled(Composed):
-    """Equivariant machines whose windows all compete at every pixel, such as those of images of several sizes.
+    """Equivariant machines whose windows all compete at every pixel, such as those of several banks with indexes.
 
-        banks = PatchBank.open_sizes("photos/")  # one bank for each size of photograph
-        machine = Pooled([EquivariantLocalScore(bank, 7) for bank in banks])
+        photos = MixedBank.open("photos/")
+        indexes = [PatchIndex.build(bank, 7, f"index-{i}") for i, bank in enumerate(photos.banks)]
+        machine = Pooled([EquivariantLocalScore(i.bank, 7, index=i, budget=0.01) for i in indexes])
 
     It is what one machine over all windows would be. Pixels near a border compete with the windows as near to that
     border of every image. The classes are those of all banks.
@@ -103,7 +104,7 @@ class Pooled(Composed):
         self, label: int | None, z: Tensor, sigmas: Tensor, k: int | None, ess: bool = True, moments: bool = False
     ) -> tuple[PosteriorSum, list[str]]:
         serving = [machine for machine in self.machines if label is None or label in machine.bank.classes]
-        return _merged([machine.sums_of(label, z, sigmas, k, ess, moments) for machine in serving])
+        return merge_served([machine.sums_of(label, z, sigmas, k, ess, moments) for machine in serving])
 
     def __repr__(self) -> str:
         return f"Pooled({', '.join(map(repr, self.machines))})"
@@ -174,13 +175,7 @@ class Symmetric(Composed):
         for change, back in SYMMETRIES[self.symmetry]:
             total, names = self.machine.sums_of(label, change(z).contiguous(), sigmas, k, ess, moments)
             parts.append((total.mapped(back), names))
-        return _merged(parts)
+        return merge_served(parts)
 
     def __repr__(self) -> str:
         return f"Symmetric({self.machine!r}, {self.symmetry!r})"
-
-
-def _merged(parts: Sequence[tuple[PosteriorSum, list[str]]]) -> tuple[PosteriorSum, list[str]]:
-    total = merge_all([part for part, _ in parts])
-    pairs = sum(part.pairs or 0 for part, _ in parts)
-    return total.with_pairs(pairs), [name for _, names in parts for name in names]

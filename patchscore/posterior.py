@@ -43,6 +43,7 @@ class PosteriorSum:
         qq: [B, C, H, W] sampling variance of s times the posterior variance, to first order; None as vv, or without
             moments, and so is ee.
         ee: [B, 1, H, W] sampling variance of s times the entropy, to first order.
+        span: values lie in [-span, span]: what is known of a mean where hardly any weight was found.
     """
 
     m: Tensor
@@ -57,10 +58,16 @@ class PosteriorSum:
     sl: Tensor | None = field(default=None, kw_only=True)
     qq: Tensor | None = field(default=None, kw_only=True)
     ee: Tensor | None = field(default=None, kw_only=True)
+    span: float = field(default=1.0, kw_only=True)
 
     @classmethod
     def empty(
-        cls, shape: Sequence[int], device: torch.device | str, sampled: bool = False, moments: bool = False
+        cls,
+        shape: Sequence[int],
+        device: torch.device | str,
+        sampled: bool = False,
+        moments: bool = False,
+        span: float = 1.0,
     ) -> PosteriorSum:
         """The sum over no windows for images of `shape` [B, C, H, W], the neutral element of `merge`.
 
@@ -71,7 +78,7 @@ class PosteriorSum:
         batch, _, height, width = shape
         s = torch.zeros(batch, 1, height, width, dtype=dtype, device=device)
         v = torch.zeros(*shape, dtype=dtype, device=device)
-        total = cls(torch.full_like(s, -torch.inf), s, v, s.clone())
+        total = cls(torch.full_like(s, -torch.inf), s, v, s.clone(), span=span)
         if sampled:
             total = replace(total, vv=v.clone(), vs=v.clone(), ss=s.clone())
         if moments:
@@ -104,21 +111,22 @@ class PosteriorSum:
     def stderr(self) -> Tensor:
         """[B, C, H, W], standard error of `mean`, of a ratio to first order; zero where all windows were summed.
 
-        Pixels lie in [-1, 1], so it is at most 2: where hardly any weight was found, the first order says nothing.
+        It is at most 2 `span`: where hardly any weight was found, the first order says nothing.
         """
         if self.vv is None or self.vs is None or self.ss is None:
             return torch.zeros_like(self.v)
         mean = self.mean
         variance = (self.vv - 2 * mean * self.vs + mean**2 * self.ss).clamp(min=0) / self.s**2
-        return variance.sqrt().nan_to_num(nan=2.0).clamp(max=2.0)
+        most = 2 * self.span
+        return variance.sqrt().nan_to_num(nan=most).clamp(max=most)
 
     @property
     def variance_stderr(self) -> Tensor:
         """[B, C, H, W], standard error of `variance`, to first order; zero where all windows were summed."""
         if self.qq is None:
             return torch.zeros_like(self.v)
-        # A variance of numbers in [-1, 1] is at most 1.
-        return (self.qq.clamp(min=0).sqrt() / self.s).nan_to_num(nan=1.0).clamp(max=1.0)
+        most = self.span**2  # the largest variance of numbers in [-span, span]
+        return (self.qq.clamp(min=0).sqrt() / self.s).nan_to_num(nan=most).clamp(max=most)
 
     @property
     def entropy_stderr(self) -> Tensor:
@@ -147,7 +155,7 @@ class PosteriorSum:
         return self._with({name: x.to(device) for name, x in self.fields.items()})
 
     def _with(self, fields: dict[str, Tensor]) -> PosteriorSum:
-        return PosteriorSum(**fields, pairs=None)
+        return PosteriorSum(**fields, pairs=None, span=self.span)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> PosteriorSum:
         """The same sums with their pixels elsewhere, such as mirrored; `pairs` is kept."""
@@ -163,13 +171,13 @@ class PosteriorSum:
             # sum_a e^(l_a - m) (l_a - reference); the sum over no windows has no part in it.
             moved = torch.where(torch.isneginf(self.m), torch.zeros_like(m), self.m - reference)
             found["sl"] = (self.sl + moved * self.s) * scale
-        return PosteriorSum(m=m, **found, pairs=self.pairs)
+        return PosteriorSum(m=m, **found, pairs=self.pairs, span=self.span)
 
     def scaled(self, scale: float) -> PosteriorSum:
         """The same sums of values that are `scale` times as large."""
         powers = {"v": 1, "vv": 2, "vs": 1, "v2": 2, "qq": 4}
         times = {name: x * scale ** powers[name] for name, x in self.fields.items() if name in powers}
-        return replace(self, **times)  # type: ignore[arg-type]
+        return replace(self, **times, span=self.span * scale)  # type: ignore[arg-type]
 
     def with_pairs(self, pairs: int) -> PosteriorSum:
         """The same sums, of so many evaluated pairs."""
@@ -187,12 +195,18 @@ def merge(a: PosteriorSum, b: PosteriorSum) -> PosteriorSum:
         if len(parts) == 2 or (parts and name in SAMPLING):
             total[name] = reduce(torch.add, parts)
     pairs = None if a.pairs is None or b.pairs is None else a.pairs + b.pairs
-    return PosteriorSum(m=m, **total, pairs=pairs)
+    return PosteriorSum(m=m, **total, pairs=pairs, span=max(a.span, b.span))
 
 
 def merge_all(parts: Iterable[PosteriorSum]) -> PosteriorSum:
     """`merge` over one or more parts, from the left."""
     return reduce(merge, parts)
+
+
+def merge_served(parts: Sequence[tuple[PosteriorSum, list[str]]]) -> tuple[PosteriorSum, list[str]]:
+    """`merge_all` of sums with the names of the engines that took them; pairs that nobody counted are none."""
+    total = merge_all([part for part, _ in parts])
+    return total.with_pairs(sum(part.pairs or 0 for part, _ in parts)), [name for _, names in parts for name in names]
 
 
 def accumulator_dtype(device: torch.device | str) -> torch.dtype:

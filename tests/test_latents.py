@@ -5,7 +5,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import MACHINES, machine_named, noisy, smooth_images
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import patchscore as ps
 from patchscore.adapters.latents import decode, encode
@@ -119,12 +120,85 @@ def test_commands_refuse_latents_in_one_line(tmp_path, name):
     assert refused.exit_code == 2
     (line,) = refused.output.splitlines()
     assert line.startswith("patchscore: error:")
-    assert line.endswith("floating point images take [-1, 1], and latents value_range (in Python)")
+    takes = "floating point images take [-1, 1], and latents a value_range (patchscore sample --value-range data)"
+    assert line.endswith(takes)
     assert not (tmp_path / "out" / "samples.npy").exists()
 
 
+def sampled(tmp_path, *options):
+    given = ["sample", tmp_path / "a.safetensors", "--table", "3", "--steps", "10", "--out", tmp_path / "out", *options]
+    return CliRunner().invoke(main, list(map(str, given)))
+
+
+@pytest.mark.parametrize("value_range", ["data", "-20,20"])
+def test_the_command_samples_latents_as_python_does_and_goes_on(tmp_path, value_range):
+    """In the data's own units, in one file of float32 and in shards; a larger -n adds to what is there."""
+    values = latents(6, 4, 8, 8) + 3
+    save_file({"latents": values.contiguous()}, tmp_path / "a.safetensors")
+    for count in (2, 3):
+        done = sampled(tmp_path, "--value-range", value_range, "-n", count)
+        assert done.exit_code == 0, done.output
+    assert "made 1 image" in done.output
+    given = value_range if value_range == "data" else (-20.0, 20.0)
+    bank = ps.PatchBank(values, value_range=given)
+    expected = ps.sample(ps.EquivariantLocalScore(bank, 3), 3, steps=10, progress=False)
+    made = np.load(tmp_path / "out" / "samples.npy")
+    assert expected.abs().max() > 3
+    assert np.abs(made - expected.numpy()).max() < 1e-4
+    assert np.array_equal(load_file(tmp_path / "out" / "samples" / "000000.safetensors")["images"].numpy(), made)
+    assert not list((tmp_path / "out").rglob("*.png"))
+    other = sampled(tmp_path, "--value-range", "-30,30")
+    assert "holds a run over other training images" in other.output
+    for command, words in (("explain", "which are not drawn here"), ("info", "4 x 8 x 8")):
+        told = CliRunner().invoke(main, [command, str(tmp_path / "out")])
+        assert words in told.output.splitlines()[-1 if command == "explain" else 1]
+    save_file({"a": torch.zeros(2, 1, 8, 8)}, tmp_path / "b.safetensors")
+    told = CliRunner().invoke(main, ["evaluate", str(tmp_path / "out"), "fashion-mnist", "--limit", "2"])
+    assert "a run of latents; takes pictures of them" in told.output
+
+
+def test_the_command_draws_latents_that_it_can_decode(tmp_path, monkeypatch):
+    save_file({"latents": latents(6, 4, 8, 8).contiguous()}, tmp_path / "a.safetensors")
+    (tmp_path / "decoders.py").write_text(
+        "import torch\n"
+        "def twice(x):\n    return torch.nn.functional.interpolate(x[:, :3] / 8, scale_factor=2)\n"
+        "def wide(x):\n    return x\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    done = sampled(tmp_path, "--value-range", "data", "-n", 2, "--decode", "decoders:twice")
+    assert done.exit_code == 0, done.output
+    pictures = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "out" / "samples").iterdir())]
+    made = torch.from_numpy(np.load(tmp_path / "out" / "samples.npy"))
+    shown = ((made[:, :3] / 8).clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    assert [picture.shape for picture in pictures] == [(16, 16, 3)] * 2
+    assert np.array_equal(pictures[1][::2, ::2], shown[1])
+    assert {"grid.png", "trajectory.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert "asked for" in sampled(tmp_path, "--value-range", "data", "--decode", "decoders:wide").output
+    for options, message in (
+        (["--decode", "decoders:twice"], "--decode: got decoders:twice, takes latents, --value-range"),
+        (["--value-range", "wide"], "--value-range: got 'wide', takes data or LOW,HIGH such as -4,4"),
+        (["--value-range", "-1,1"], "images: values from"),
+        (["--value-range", "data", "--format", "png"], "--format: got png, with --value-range takes safetensors; with"),
+        (["--value-range", "data", "--decode", "decoders:none"], "--decode: decoders:none: module"),
+        (["--value-range", "data", "--decode", "decoders:wide", "--overwrite"], "--decode: decoders:wide gives [6, 4"),
+        (["--value-range", "data", "--limit", "2"], "limit: got 2, with a value_range images stay as they are"),
+        (["--value-range", "data", "--table", "cifar10-resnet-zeros"], "--table: cifar10-resnet-zeros is for pixels"),
+    ):
+        refused = sampled(tmp_path, "-n", 6, *options)
+        assert refused.exit_code == 2
+        assert message in refused.output.splitlines()[-1]
+
+
+def test_sizes_are_fitted_at_levels_in_units_of_the_data(tmp_path):
+    values = latents(6, 4, 8, 8)
+    bank, unit = ps.PatchBank(values, value_range="data"), ps.PatchBank(values / values.abs().max())
+    found, expected = (ps.held_out_errors(some, [3, 5], images=3, progress=False) for some in (bank, unit))
+    assert found.sigmas == pytest.approx([sigma * bank.scale for sigma in expected.sigmas])
+    assert np.allclose(found.errors, bank.scale**2 * expected.errors, rtol=1e-4)
+
+
 BAD = [
-    ({"images": latents()}, ValueError, r"floating point images take \[-1, 1\], and latents value_range"),
+    ({"images": latents()}, ValueError, r"floating point images take \[-1, 1\], and latents a value_range"),
     ({"images": latents() * float("nan"), "value_range": "data"}, ValueError, "images: NaN or infinite values"),
     ({"images": latents(), "value_range": (-1, 1)}, ValueError, "images: values from .* outside value_range"),
     ({"images": latents(), "value_range": "wide"}, ValueError, 'value_range: got .wide., takes None, "data" or'),
@@ -147,11 +221,49 @@ def test_options_that_would_change_values_are_refused(tmp_path):
         ps.PatchBank.open(tmp_path / "a.png", value_range="data")
 
 
-def test_sampled_sums_are_refused_as_their_errors_are_bounded_for_pixels():
+@pytest.mark.parametrize("channels", [8, 16])
+@pytest.mark.parametrize("size", [(12, 10), (15, 18)])
+def test_a_sample_of_latents_states_its_error_in_their_units(channels, size):
+    """Without an index, of any number of channels: the numbers of the bank in [-1, 1], times the scale."""
+    values = latents(60, channels)
+    bank, unit = ps.PatchBank(values, value_range="data"), ps.PatchBank(values / values.abs().max())
+    sampled, in_unit = (ps.EquivariantLocalScore(some, 3, budget=0.3) for some in (bank, unit))
+    z = bank.scale * noisy(unit, 1.0, dtype=torch.float32)
+    z = torch.nn.functional.interpolate(z, size=size)
+    found, expected = sampled.estimate(z, bank.scale), in_unit.estimate(z / bank.scale, 1.0)
+    assert "pruned" in found.engine
+    assert torch.allclose(found.mean, bank.scale * expected.mean, atol=1e-4 * bank.scale)
+    assert torch.allclose(found.stderr, bank.scale * expected.stderr, atol=1e-3 * bank.scale)
+    exact = ps.EquivariantLocalScore(bank, 3, engine="sliding").denoise(z, bank.scale)
+    assert 0 < (found.mean - exact).square().mean().sqrt() < 3 * found.stderr.square().mean().sqrt()
+
+
+def test_what_little_weight_was_found_says_is_bounded_by_the_values():
+    """Where no weight was found a mean may be off by the whole span of the values, in their own units."""
+    nothing = ps.PosteriorSum.empty((1, 1, 2, 2), "cpu", sampled=True, moments=True).scaled(SCALE)
+    assert (nothing.stderr == 2 * SCALE).all()
+    assert (nothing.variance_stderr == SCALE**2).all()
+    assert (ps.merge(nothing, nothing).stderr == 2 * SCALE).all()
+
+
+def test_an_index_of_latents_is_refused_as_it_compares_bytes(tmp_path):
     bank = ps.PatchBank(latents(), value_range="data")
-    for machine in (ps.LocalScore, ps.EquivariantLocalScore):
-        with pytest.raises(ValueError, match=r"index, budget: take a bank of images in \[-1, 1\]"):
-            machine(bank, 3, budget=0.1)
+    with pytest.raises(ValueError, match="index: takes images of bytes, and this bank has a value_range; a budget"):
+        ps.EquivariantLocalScore(bank, 3, index=object(), budget=0.1)
+
+
+@pytest.mark.parametrize("engine", ["reference", "sliding"])
+@pytest.mark.parametrize("size", [(12, 10), (15, 18)])
+def test_products_and_averages_are_in_the_same_units(engine, size):
+    """A Jacobian has no unit; averages of windows have the data's."""
+    values = latents(5, 8)
+    bank, unit = ps.PatchBank(values, value_range="data"), ps.PatchBank(values / values.abs().max())
+    z, t = (torch.randn(2, 8, *size, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    for name in ("jvp", "vjp"):
+        a, b = (getattr(ps.EquivariantLocalScore(some, 3, engine=engine), name) for some in (bank, unit))
+        assert torch.allclose(a(bank.scale * z, bank.scale, t), b(z, 1.0, t), atol=1e-4)
+    a, b = (ps.PatchAverage(some, 3, engine=engine) for some in (bank, unit))
+    assert torch.allclose(a.denoise(bank.scale * z, bank.scale), bank.scale * b.denoise(z, 1.0), atol=1e-4 * SCALE)
 
 
 # Autoencoders.

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "patchscore"
 LAYERS = (
     {"checks", "files", "native", "version", "windows", "posterior", "pixels", "processes"},
     {"noise", "sources"},
-    {"bank"},
+    {"bank", "mixed"},
     {"index"},
     {"engines"},
     {"canvas", "heldout"},

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import MACHINES, machine_named, noisy, smooth_images
-from PIL import Image
 from test_canvas import canvas, distance2, meets
 
 import patchscore as ps
@@ -97,23 +96,6 @@ def test_turned_images_that_are_not_square_compete_as_they_stand():
     eight = ps.Symmetric(ps.Pooled([*half.machines]), "all").estimate(z, 0.3)
     assert torch.allclose(ps.Symmetric(machine, "all").denoise(z, 0.3), eight.mean, atol=1e-9)
     assert whole.estimate(z, 0.3).pairs * 4 == eight.pairs
-
-
-def test_a_folder_of_photographs_as_they_are(tmp_path):
-    for i, (height, width) in enumerate([(10, 12), (12, 10), (10, 12)]):
-        folder = tmp_path / "photos" / "ab"[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(smooth_images(1, 3, height, width, seed=i)[0].numpy().transpose(1, 2, 0)).save(
-            folder / f"{i}.png"
-        )
-    Image.fromarray(smooth_images(1, 1, 9, 9)[0, 0].numpy()).save(tmp_path / "photos" / "a" / "gray.png")
-    banks = ps.PatchBank.open_sizes(tmp_path / "photos")
-    assert [bank.shape for bank in banks] == [(3, 10, 12), (3, 9, 9), (3, 12, 10)]
-    assert [bank.labels.tolist() for bank in banks] == [[0, 0], [0], [1]]
-    assert all(bank.class_names == ("a", "b") for bank in banks)
-    assert torch.equal(banks[2].images[0], smooth_images(1, 3, 12, 10, seed=1)[0])
-    machine = ps.Pooled([ps.EquivariantLocalScore(bank, 5) for bank in banks])
-    assert ps.sample(machine, 1, 10, size=(16, 16), labels="b", progress=False).isfinite().all()
 
 
 BANK = ps.PatchBank(smooth_images(2, 1, 9, 8))

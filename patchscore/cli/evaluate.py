@@ -19,7 +19,7 @@ from ..fidelity import (
     inception_features,
 )
 from ..files import check_writable, load_npy
-from ..runs import is_run, samples_of
+from ..runs import is_run, samples_have_range, samples_of
 from .networks import named_function
 from .options import Source, device_named, device_option, numbers, one_line_errors, say, seconds_since, source_options
 
@@ -101,6 +101,8 @@ def evaluate(
     check_writable(out.parent)
     chosen = _features(features, weights, sample_features, reference_features, where)
     bank = source.open()
+    if of_run and samples_have_range(Path(run)):
+        raise ValueError(f"{run}: a run of latents; takes pictures of them, {Path(run) / 'samples'} of --decode")
     made: Any = samples_of(Path(run)) if of_run else source.at(run).open()
     say(f"{len(made)} samples from {run}", f"{bank!r} from {source.source}")
     start = time.perf_counter()

@@ -17,6 +17,7 @@ from ..draw.mosaic import mosaic, mosaic_rows
 from ..draw.pages import explanation_page
 from ..explain import Walk, explain_samples
 from ..files import locked, write_atomically
+from ..mixed import MixedBank
 from ..noise import get_schedule
 from ..runs import reopen, report_memorisation, warn_of_others
 from .options import (
@@ -90,6 +91,9 @@ def _explain(
     device: str,
 ) -> None:
     machine, settings, record, made = reopen(out, source, index)
+    if machine.bank.value_range is not None or isinstance(machine.bank, MixedBank):
+        what = "images of several sizes" if machine.bank.value_range is None else "latents"
+        raise ValueError(f"{out}: made of {what}, which are not drawn here; patchscore.explain takes them in Python")
     if settings["size"] is not None:
         size = " x ".join(map(str, settings["size"]))
         raise ValueError(f"{out}: images of {size} are not drawn here; patchscore.explain explains them in Python")

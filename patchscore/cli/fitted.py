@@ -15,6 +15,7 @@ import torch
 
 from ..bank import PatchBank
 from ..heldout import HeldOutErrors, held_out_errors, held_out_settings
+from ..mixed import MixedBank
 from ..runs.folder import ERRORS, TABLE, read_run
 from ..scales import PUBLISHED, ScaleTable
 from .options import Computing, Source, named_table, say
@@ -24,6 +25,9 @@ WINDOWS = 10**6
 bank it takes images at random, which makes the sizes a little smaller."""
 FEWEST = 100
 """Images that it takes at least, however large they are."""
+
+MIDDLE = 64
+"""Height and width, at most, of the middle of images of several sizes that a fit reads; usual patches are smaller."""
 
 DATA = {"fashionmnist": 1, "mnist": 1, "cifar10": 3, "celeba": 3}
 """Data sets that tables were published for, the longer of two names first, with their channels."""
@@ -46,7 +50,7 @@ def published_for(source: str, shape: tuple[int, int, int], padding_mode: str) -
 def patch_sizes(
     table: str,
     source: Source,
-    bank: PatchBank,
+    bank: PatchBank | MixedBank,
     padding_mode: str,
     machine: str,
     conditional: bool,
@@ -71,8 +75,11 @@ def patch_sizes(
         The table, and the errors that it was fitted to, for `keep`; None where nothing was fitted.
     """
     if table != "auto":
+        if bank.value_range is not None and table in PUBLISHED:
+            raise ValueError(f"--table: {table} is for pixels in [-1, 1], --value-range takes a patch size or a file")
         return named_table(table), None
-    published = published_for(source.source, bank.shape, padding_mode)
+    as_published = isinstance(bank, PatchBank) and bank.value_range is None
+    published = published_for(source.source, bank.shape, padding_mode) if as_published else None
     if published is not None:
         return published, None
     before = ScaleTable.published(
@@ -80,12 +87,15 @@ def patch_sizes(
         if bank.shape[0] == 1
         else f"cifar10-resnet-{padding_mode}"
     )
-    if _made_with(out, before.name):
+    if as_published and _made_with(out, before.name):
         return before, None
     if len(bank) == 1:
+        if bank.scale != 1:
+            before = ScaleTable([sigma * bank.scale for sigma in before.sigmas], before.sizes, before.name)
         say(f"patch sizes {before.name}: of one image none can be held out to fit them; --table takes others")
         return before, None
-    some = _some(bank)
+    # Of images of several sizes a fit reads the middle.
+    some = _some(bank if isinstance(bank, PatchBank) else bank.cropped(MIDDLE))
     conditional = conditional and bool((some.labels.unique(return_counts=True)[1] > 1).any())  # type: ignore[union-attr]
     if candidates is not None and padding_mode == "circular":
         candidates = [k for k in candidates if k <= min(bank.shape[1:])] or None

@@ -38,6 +38,8 @@ def info(source: Source, device: str) -> None:
         say(*(f"{name:<13}{words}" for name, words in described_run(folder)))
         if not any(path.exists() for path in (folder / "samples", folder / "samples.zip")):
             return  # nothing yet, or of release 0.1.0, whose samples lie among pictures
+        if any((folder / "samples").glob("*.safetensors")):
+            return  # samples.npy has the same, and latents are no pictures
         say("")
     bank = source.open()
     image_channels, height, width = bank.shape

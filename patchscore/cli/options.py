@@ -32,6 +32,7 @@ from ..distributed import Disagreement, RankError, Sharded, first_to_say, join, 
 from ..draw import charts
 from ..files import write_atomically
 from ..machines import EquivariantLocalScore
+from ..mixed import MixedBank, open_bank
 from ..noise import SCHEDULES
 from ..sampling import DEFAULT_BATCH, SAMPLER_NAMES
 from ..scales import PUBLISHED, ScaleTable
@@ -180,7 +181,8 @@ def taking(kind: type, *options: Option) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def wrapped(*args: Any, **kwargs: Any) -> None:
-            values = {field.name: kwargs.pop(field.name) for field in dataclasses.fields(kind)}
+            names = [field.name for field in dataclasses.fields(kind) if field.name in kwargs]
+            values = {name: kwargs.pop(name) for name in names}
             command(*args, **{kind.__name__.lower(): kind(**values)}, **kwargs)
 
         taken: Command = wrapped
@@ -206,11 +208,20 @@ class Source:
     split: str | None
     image_key: str | None
     label_key: str | None
+    value_range: str | None = None
 
     def open(self) -> PatchBank:
-        options = dataclasses.asdict(self)
-        options["channels"] = None if self.channels is None else int(self.channels)
-        return PatchBank.open(**options)
+        return PatchBank.open(**self.reading)
+
+    def open_any(self) -> PatchBank | MixedBank:
+        """`open`, with images of several sizes as they are where there is no --size."""
+        return open_bank(**self.reading)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What `PatchBank.open` takes."""
+        channels = None if self.channels is None else int(self.channels)
+        return {**dataclasses.asdict(self), "channels": channels, "value_range": range_named(self.value_range)}
 
     def at(self, source: str) -> Source:
         """Another source, read as this one is."""
@@ -232,6 +243,13 @@ source_options = taking(
     click.option("--split", help="The part to read of a source that comes in parts, such as train."),
     click.option("--image-key", help="The images' name in a source that holds several things."),
     click.option("--label-key", help="Likewise the labels'."),
+)
+
+VALUE_RANGE = click.option(
+    "--value-range",
+    metavar="data|LOW,HIGH",
+    help="SOURCE is a .npy, .pt or .safetensors file of floating point [N, C, H, W], such as latents, with any finite "
+    "values, or those from LOW to HIGH. Noise levels are in the same units.",
 )
 
 
@@ -327,7 +345,7 @@ def named_table(table: str) -> ScaleTable:
     raise ValueError(f"--table: got {table!r}, takes a patch size, a file, or one of {', '.join(PUBLISHED)}")
 
 
-def labels_named(labels: str, bank: PatchBank) -> list[int] | None:
+def labels_named(labels: str, bank: PatchBank | MixedBank) -> list[int] | None:
     """none, all, one class name, or several between commas; a name that has a comma itself goes in double quotes."""
     if labels == "none":
         return None
@@ -347,6 +365,17 @@ def numbers(option: str, text: str, takes: str) -> list[int]:
     if not all(part.isdecimal() and len(part) < 10 for part in parts):
         raise ValueError(f"{option}: got {text!r}, takes {takes}")
     return [int(part) for part in parts]
+
+
+def range_named(text: str | None) -> str | tuple[float, float] | None:
+    """data, or LOW,HIGH, as `PatchBank` takes it; the bank says which numbers make a range."""
+    if text is None or text == "data":
+        return text
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise ValueError(f"--value-range: got {text!r}, takes data or LOW,HIGH such as -4,4") from None
+    return low, high
 
 
 def size_named(option: str, text: str) -> tuple[int, int]:

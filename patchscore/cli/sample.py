@@ -13,6 +13,7 @@ import click
 import torch
 
 from .. import checks, distributed, engines
+from ..adapters.latents import decode as decoded
 from ..bank import PatchBank
 from ..denoiser import ScoreMachine
 from ..distributed import Sharded, Team, first_to_say
@@ -20,12 +21,15 @@ from ..files import check_writable
 from ..heldout import HeldOutErrors
 from ..index import OPTIONS, PatchIndex
 from ..machines import EquivariantLocalScore, IdealScore, LocalScore
+from ..mixed import MixedBank
 from ..noise import get_schedule
 from ..pooled import Pooled
-from ..runs import BLOCK_IMAGES, FORMATS, MOST_IMAGES, Run
+from ..runs import BLOCK_IMAGES, FORMATS, MOST_IMAGES, Run, Shown
 from ..scales import PUBLISHED, ScaleTable
 from .fitted import keep, patch_sizes
+from .networks import named_function
 from .options import (
+    VALUE_RANGE,
     Computing,
     Source,
     Walk,
@@ -33,6 +37,7 @@ from .options import (
     described,
     labels_named,
     one_line_errors,
+    range_named,
     say,
     size_named,
     source_options,
@@ -70,7 +75,13 @@ class Which:
             raise ValueError(f"--table: got {self.table}, the ideal machine has no patch size")
 
     def sizes(
-        self, source: Source, bank: PatchBank, index: PatchIndex | None, labels: str, computing: Computing, out: Path
+        self,
+        source: Source,
+        bank: PatchBank | MixedBank,
+        index: PatchIndex | None,
+        labels: str,
+        computing: Computing,
+        out: Path,
     ) -> tuple[ScaleTable | None, HeldOutErrors | None]:
         """The patch sizes, and what they were fitted to; None and None where the machine has none."""
         if self.machine == "ideal":
@@ -81,9 +92,9 @@ class Which:
         return patch_sizes(self.table, source, bank, self.padding_mode, machine, conditional, indexed, computing, out)
 
     def build(
-        self, bank: PatchBank, sizes: ScaleTable | None, index: PatchIndex | None, seed: int, computing: Computing
+        self, bank: Any, sizes: ScaleTable | None, index: PatchIndex | None, seed: int, computing: Computing
     ) -> ScoreMachine:
-        """The machine."""
+        """The machine, over a PatchBank or, as els alone takes it, a MixedBank."""
         pruned: dict[str, Any] = {}
         if index or self.tolerance:
             pruned = {"index": index, "budget": self.budget, "tolerance": self.tolerance, "seed": seed}
@@ -157,7 +168,8 @@ Examples:
   patchscore sample cifar.npz --machine els --padding-mode circular --sampler heun
   patchscore sample photos/ --size 48 --table 7 --labels cats,dogs --seed 3
   patchscore sample cifar.npz --index cifar.index --budget 0.01
-  patchscore sample photos/ --size 32 --table 5 --size-out 48x80
+  patchscore sample photos/ --table 5 --size-out 48x80
+  patchscore sample latents.safetensors --value-range data --schedule flow
 
 The same command again continues an interrupted run, and a larger -n adds to a finished one.
 
@@ -183,11 +195,17 @@ Published tables, made for 32 x 32 images: """
     "--format",
     "form",
     type=click.Choice(FORMATS),
-    default="png",
-    show_default=True,
-    help="Format of samples/: PNG files (in subfolders of 1,000 where -n is larger), .npz shards of 1,000 images, or "
-    "one zip in EDM's layout.",
+    help="Format of samples/: PNG files (in subfolders of 1,000 where -n is larger), .npz shards of 1,000 images, one "
+    "zip in EDM's layout, or .safetensors shards of 1,000 images in float32. [default: png; safetensors with "
+    "--value-range and no --decode]",
 )
+@click.option(
+    "--decode",
+    metavar="MODULE:FUNCTION",
+    help="With --value-range: what makes pictures [B, 1 or 3, H, W] in [-1, 1] of samples [B, C, H, W], as PNGs; a "
+    "function, or an AutoencoderKL of diffusers.",
+)
+@VALUE_RANGE
 @click.option(
     "--shard",
     default="images",
@@ -207,7 +225,8 @@ def sample(
     walk: Walk,
     computing: Computing,
     size_out: str | None,
-    form: str,
+    form: str | None,
+    decode: str | None,
     shard: str,
     out: Path,
     overwrite: bool,
@@ -215,10 +234,12 @@ def sample(
     """Make new images from the training images in SOURCE.
 
     SOURCE is a folder of images (class subfolders become labels), a .npy, .npz or IDX file, or fashion-mnist (built
-    in). The output folder gets samples/ with one PNG an image (or what --format says), samples.npy with the same as
-    float32, grid.png of the first hundred, trajectory.png, batches.jsonl (labels, hashes, nearest training images) and
-    run.json (all settings).
+    in). Images of several sizes are taken as they are (els), without --size. The output folder gets samples/ with one
+    PNG an image (or what --format says), samples.npy with the same as float32, grid.png of the first hundred,
+    trajectory.png, batches.jsonl (labels, hashes, nearest training images) and run.json (all settings). Of latents
+    (--value-range) pictures are drawn where --decode says how.
     """
+    form, shown = _written(source, form, decode)
     checks.integer("-n", count, at_least=1, at_most=MOST_IMAGES)
     walk.check()
     get_schedule(walk.schedule, walk.steps)
@@ -229,7 +250,9 @@ def sample(
     check_writable(out)
 
     team = _team(shard)
-    bank = source.open()
+    bank: Any = source.open_any()
+    if isinstance(bank, MixedBank):
+        _check_mixed(which, bank, team)
     shards = _index_of(which, bank, team)
     index = shards[0] if shards else None
     labels = labels_named(walk.labels, bank)
@@ -242,8 +265,8 @@ def sample(
         machine = Sharded(over_part, team.bank)
     else:
         machine = which.build(bank, fitted, index, walk.seed, computing)
-    if size is not None:
-        machine.check_size(size, get_schedule(walk.schedule, walk.steps).ratios[:-1].tolist(), "--size-out")
+    levels = get_schedule(walk.schedule, walk.steps).ratios[:-1].tolist()
+    machine.check_size(size or bank.shape[1:], levels, "--table" if size is None else "--size-out")
     sizes = machine.patch_size if isinstance(machine.patch_size, ScaleTable) else None
     settings = {
         "steps": walk.steps,
@@ -259,9 +282,9 @@ def sample(
         say(f"not in the index, so summed exactly: patch sizes {', '.join(map(str, lacking))}")
         warnings.filterwarnings("ignore", message=".*the index has patch sizes")
 
-    of_machine = _of_machine(which, machine, sizes, index)
+    of_machine = {**_of_machine(which, machine, sizes, index), "decode": decode}
     noted = {**_noted(source, which, walk, computing, device), "ranks": team.ranks.size, "shard": shard}
-    with Run(out, machine, settings, of_machine, noted, overwrite, form, count > BLOCK_IMAGES, team) as run:
+    with Run(out, machine, settings, of_machine, noted, overwrite, form, count > BLOCK_IMAGES, team, shown) as run:
         if team.first and fitted is not None and errors is not None:
             keep(out, fitted, errors)
         start = time.perf_counter()
@@ -278,7 +301,48 @@ def sample(
         seconds = time.perf_counter() - start
     added = f"made {_images(count - kept)} in {seconds:.1f} s" if kept < count else "nothing left to make"
     there = f", {kept} were there" if kept else ""
-    say(f"{added}{there}: see {run.folder.samples.place} and {out / 'grid.png'}")
+    drawn = f" and {out / 'grid.png'}" if source.value_range is None or decode else ""
+    say(f"{added}{there}: see {run.folder.samples.place}{drawn}")
+
+
+def _written(source: Source, form: str | None, decode: str | None) -> tuple[str, Shown | None]:
+    """The format of the samples, and what makes pictures of latents."""
+    if source.value_range is None:
+        if decode is not None:
+            raise ValueError(f"--decode: got {decode}, takes latents, --value-range")
+        return form or "png", None
+    takes = ("png", "safetensors") if decode is not None else ("safetensors",)
+    form = form or takes[0]
+    if form not in takes:
+        also = "" if decode is not None else "; with --decode also png"
+        raise ValueError(f"--format: got {form}, with --value-range takes {' or '.join(takes)}{also}")
+    if decode is None:
+        return form, None
+    autoencoder = named_function("--decode", decode, "module:function")
+
+    def shown(latents: torch.Tensor) -> torch.Tensor:
+        images = decoded(autoencoder, latents)
+        if images.ndim != 4 or len(images) != len(latents) or images.shape[1] not in (1, 3):
+            raise ValueError(f"--decode: {decode} gives {list(images.shape)}, takes [{len(latents)}, 1 or 3, H, W]")
+        return images
+
+    return form, shown
+
+
+def _check_mixed(which: Which, bank: MixedBank, team: Team) -> None:
+    """ValueError for what takes images of one size alone."""
+    sizes, asks = f"{source_sizes(bank)}", "takes images of one size, which --size makes of them"
+    for option, given in (("--machine", which.machine != "els"), ("--index", which.index_path is not None)):
+        if given:
+            raise ValueError(f"{option}: the images have {sizes}; it {asks}")
+    if team.bank.size > 1:
+        raise ValueError(f"--shard: the images have {sizes}; the bank {asks}")
+
+
+def source_sizes(bank: MixedBank) -> str:
+    """How many sizes the images of a bank have, with two of them."""
+    shown = " and ".join(f"{height} x {width}" for height, width in bank.sizes[:2])
+    return f"{len(bank.sizes)} sizes, such as {shown}"
 
 
 def _index_of(which: Which, bank: PatchBank, team: Team) -> list[PatchIndex]:
@@ -308,7 +372,7 @@ def _shared_sizes(
     team: Team,
     which: Which,
     source: Source,
-    bank: PatchBank,
+    bank: PatchBank | MixedBank,
     index: PatchIndex | None,
     labels: str,
     computing: Computing,
@@ -349,6 +413,7 @@ def _noted(source: Source, which: Which, walk: Walk, computing: Computing, devic
     """What run.json tells beside that: where things were, which may change without changing an image."""
     return {
         **dataclasses.asdict(source),
+        "value_range": range_named(source.value_range),
         "batch_size": walk.batch_size,
         "engine": computing.engine,
         "index": which.index_path and str(which.index_path),

@@ -238,6 +238,8 @@ def _leaves(machine: ScoreMachine) -> list[ScoreMachine]:
             f"machine: got {type(machine).__name__}, takes IdealScore, LocalScore, EquivariantLocalScore, or Pooled or "
             "Symmetric of these"
         )
+    if not isinstance(machine.bank, PatchBank):
+        raise TypeError(f"machine: is over a {type(machine.bank).__name__}, takes one over a PatchBank")
     return [machine]
 
 

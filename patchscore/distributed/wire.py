@@ -47,7 +47,8 @@ def added(own: PosteriorSum, ranks: Ranks, ess: bool = True, sampled: bool = Fal
     found = ranks.exchange(rows.expand(ranks.size, *rows.shape)).flatten(0, 1)[: batch * height * width]
     total = _of_images(back.unpacked(found), full)
     unknown = {name: torch.full_like(x, torch.nan) for name, x in full.fields.items() if name not in total.fields}
-    return replace(total, **unknown, pairs=None if own.pairs is None else int(evaluated))
+    counted = None if own.pairs is None else int(evaluated)
+    return replace(total, **unknown, pairs=counted, span=own.span)  # type: ignore[arg-type]
 
 
 def sum_of(x: Tensor, ranks: Ranks) -> Tensor:

@@ -12,7 +12,7 @@ from .base import (
     serve,
     serve_each,
     serve_product,
-    serve_second_pass,
+    serve_window_sums,
 )
 from .fused.launch import Fused
 from .pruned.engine import Pruned
@@ -52,5 +52,5 @@ __all__ = [
     "serve",
     "serve_each",
     "serve_product",
-    "serve_second_pass",
+    "serve_window_sums",
 ]

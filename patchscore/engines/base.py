@@ -109,11 +109,18 @@ class Engine(ABC):
         raise NotImplementedError(f"engine {self.name!r} takes no gradients")
 
     def window_sums(
-        self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        combine: Combine | None = None,
     ) -> tuple[PosteriorSum, Tensor]:
         """The posterior sums, and [B, C, H, W] the sum of the posterior-mean windows that cover a pixel, in float64.
 
-        The competition is by windows.
+        The competition is by windows. Where `bank` is a part, `combine` makes the sums of the whole bank of the part's;
+        what comes back is then the whole's sums, and the part's addend of the windows.
         """
         raise NotImplementedError(f"engine {self.name!r} takes no gradients")
 
@@ -226,10 +233,57 @@ def serve(
     return _joined(parts, z, bank), names
 
 
+def serve_product(
+    engines: Sequence[Engine],
+    named: str,
+    transposed: bool,
+    z: Tensor,
+    sigma: Tensor,
+    direction: Tensor,
+    bank: PatchBank,
+    competition: Competition,
+    memory_limit: int,
+    combine: Combine | None = None,
+) -> Tensor:
+    """J^T direction (transposed) or J direction, as of `Engine.product`; `combine` has sums of `bank.unit`.
+
+    Raises:
+        ValueError: the bank's mapped file changed, before the call or meanwhile.
+        RuntimeError: with PATCHSCORE_STRICT=1, an engine that would have served cannot.
+    """
+    # A Jacobian has no unit.
+    z, sigma, unit = z / bank.scale, sigma / bank.scale, bank.unit
+
+    def call(engine: Engine) -> Tensor:
+        return engine.product(transposed, z, sigma, direction, unit, competition, memory_limit, combine)
+
+    return _second_pass(engines, named, z, sigma, unit, competition, call)[0]
+
+
+def serve_window_sums(
+    engines: Sequence[Engine],
+    named: str,
+    z: Tensor,
+    sigma: Tensor,
+    bank: PatchBank,
+    competition: Competition,
+    memory_limit: int,
+    combine: Combine | None = None,
+) -> tuple[PosteriorSum, Tensor, str]:
+    """`Engine.window_sums`, and the name of the engine; `combine` has sums of `bank.unit`. Errors as above."""
+    z, sigma, unit = z / bank.scale, sigma / bank.scale, bank.unit
+
+    def call(engine: Engine) -> tuple[PosteriorSum, Tensor]:
+        return engine.window_sums(z, sigma, unit, competition, memory_limit, combine)
+
+    (total, sums), name = _second_pass(engines, named, z, sigma, unit, competition, call)
+    return total.scaled(bank.scale), sums * bank.scale, name
+
+
 Found = TypeVar("Found")
 
 
-def serve_second_pass(
+def _second_pass(
     engines: Sequence[Engine],
     named: str,
     z: Tensor,
@@ -238,12 +292,7 @@ def serve_second_pass(
     competition: Competition,
     call: Callable[[Engine], Found],
 ) -> tuple[Found, str]:
-    """What `call` has of the first engine that takes gradients of the whole competition, and its name.
-
-    Raises:
-        ValueError: the bank's mapped file changed, before the call or meanwhile.
-        RuntimeError: with PATCHSCORE_STRICT=1, an engine that would have served cannot.
-    """
+    """What `call` has of the first engine that takes gradients of the whole competition, and its name."""
     bank.check_unchanged()
     for engine, reason, worth_a_warning in candidates(engines, named, z.device, z.dtype, "gradients"):
         if reason is not None:
@@ -258,26 +307,6 @@ def serve_second_pass(
             bank.check_unchanged()
             return found, engine.name
     raise AssertionError("engine reference always serves")
-
-
-def serve_product(
-    engines: Sequence[Engine],
-    named: str,
-    transposed: bool,
-    z: Tensor,
-    sigma: Tensor,
-    direction: Tensor,
-    bank: PatchBank,
-    competition: Competition,
-    memory_limit: int,
-    combine: Combine | None = None,
-) -> Tensor:
-    """J^T direction (transposed) or J direction, as of `serve_second_pass` and `Engine.product`."""
-
-    def call(engine: Engine) -> Tensor:
-        return engine.product(transposed, z, sigma, direction, bank, competition, memory_limit, combine)
-
-    return serve_second_pass(engines, named, z, sigma, bank, competition, call)[0]
 
 
 Asked = tuple[Engine, str | None, bool]

@@ -64,9 +64,15 @@ class Reference(Engine):
         return (vjp if transposed else jvp)(z, sigma, direction, bank, competition, memory_limit, combine)
 
     def window_sums(
-        self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        combine: Combine | None = None,
     ) -> tuple[PosteriorSum, Tensor]:
-        return window_sums(z, sigma, bank, competition, memory_limit)
+        return window_sums(z, sigma, bank, competition, memory_limit, combine)
 
 
 def posterior_sum(
@@ -211,10 +217,16 @@ def vjp(
 
 
 def window_sums(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+    z: Tensor,
+    sigma: Tensor,
+    bank: PatchBank,
+    competition: Competition,
+    memory_limit: int,
+    combine: Combine | None = None,
 ) -> tuple[PosteriorSum, Tensor]:
     """`Engine.window_sums`: the transpose of cutting windows, of every query's posterior-mean window."""
     total, k = posterior_sum(z, sigma, bank, competition, memory_limit), competition.patch_size
+    total = total if combine is None else combine(total)
     assert k is not None
     padded = F.pad(torch.zeros_like(total.v), (k // 2,) * 4)
     for group in competition.groups:

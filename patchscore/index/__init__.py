@@ -89,10 +89,13 @@ class PatchIndex:
 
         Raises:
             ImportError: faiss is missing.
+            TypeError: not a PatchBank.
             ValueError: a size that is even or does not fit, a folder that holds something else, or another bank's
                 index, or one that another process is building; a `memory_limit` that cannot hold the cells.
             OSError: the disk is full or not writable; nothing half-built is left.
         """
+        if not isinstance(bank, PatchBank):
+            raise TypeError(f"bank: got {type(bank).__name__}, takes a PatchBank")
         faiss()
         _, height, width = bank.shape
         given = [patch_sizes] if isinstance(patch_sizes, int) else list(patch_sizes)

@@ -2,8 +2,8 @@
 
 from .batches import MOST_IMAGES
 from .folder import RunFolder
-from .formats import BLOCK_IMAGES, FORMATS
-from .reopen import described_run, is_run, reopen, report_memorisation, samples_of, warn_of_others
+from .formats import BLOCK_IMAGES, FORMATS, Shown
+from .reopen import described_run, is_run, reopen, report_memorisation, samples_have_range, samples_of, warn_of_others
 from .run import Run
 
 __all__ = [
@@ -12,10 +12,12 @@ __all__ = [
     "MOST_IMAGES",
     "Run",
     "RunFolder",
+    "Shown",
     "described_run",
     "is_run",
     "reopen",
     "report_memorisation",
+    "samples_have_range",
     "samples_of",
     "warn_of_others",
 ]

@@ -4,7 +4,8 @@
     batches.jsonl   a line a batch, appended once its images are there: their labels, hashes and nearest training images
     samples.npy     the images as float32 [n, C, H, W]; row i is image i
     samples/        the same in 8 bits for other tools: PNGs, 000000.png and so on, in subfolders of a thousand where
-                    there are more; or shards, 000000.npz; or, instead of the folder, samples.zip
+                    there are more; or shards, 000000.npz; or, instead of the folder, samples.zip. In float32, as
+                    latents take it: shards, 000000.safetensors
     trajectory.npz  the noisy and the denoised images of the first few, at every step
     held-out.json, table.json   where the patch sizes were fitted to the training images: the errors, and the table
     grid.png, trajectory.png; and what `explain` writes: explain.html, mosaic.png (mosaic-000000.png), memorisation.png;
@@ -34,7 +35,7 @@ from .. import checks
 from ..draw.images import png
 from ..files import TEMPORARY, check_header, header, locked, read_record, sealed, unsealed, write_atomically
 from .batches import Batches
-from .formats import FORMATS, Labels, remove_empty, sample_files, samples_as
+from .formats import FORMATS, Labels, Shown, remove_empty, sample_files, samples_as
 
 FORMAT = "patchscore-run"
 VERSION = 2
@@ -73,16 +74,24 @@ class RunFolder:
     Args:
         path: the folder.
         shape: (C, H, W) of its images.
-        form: the format of the files of samples: "png", "npz" or "zip".
+        form: the format of the files of samples: "png", "npz", "zip" or "safetensors".
         subfolders: whether PNGs are in subfolders of a thousand.
+        shown: what makes PNGs of samples that are no pictures.
     """
 
-    def __init__(self, path: Path, shape: Sequence[int], form: str = "png", subfolders: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        shape: Sequence[int],
+        form: str = "png",
+        subfolders: bool = False,
+        shown: Shown | None = None,
+    ):
         self.path = path
         self.shape = tuple(shape)
         self.batches = Batches(path, shape)
         self.rows = self.batches.rows
-        self.samples = samples_as(form, path, subfolders)
+        self.samples = samples_as(form, path, subfolders, shown)
 
     @contextmanager
     def open(self) -> Iterator[None]:

@@ -11,10 +11,11 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import torch
 
 from ..draw.images import png, to_pils, to_uint8
@@ -26,11 +27,14 @@ BLOCK_IMAGES = 1000
 """Images in a subfolder or a shard."""
 
 SAMPLE = re.compile(r"\d{6}\.png")
-SHARD = re.compile(r"\d{6}\.npz")
+SHARD = re.compile(r"\d{6}\.(npz|safetensors)")
 SUBFOLDER = re.compile(r"\d{3}000")
 LABELS = "dataset.json"
 
 Labels = Sequence[int | str | None] | None
+
+Shown = Callable[[torch.Tensor], torch.Tensor]
+"""Samples [B, C, H, W] as pictures in [-1, 1], such as decoded latents."""
 
 
 def place_of(image: int) -> str:
@@ -45,8 +49,9 @@ def labels_json(count: int, labels: Labels) -> bytes:
     return json.dumps({"labels": pairs}).encode()
 
 
-def _pngs(rows: np.ndarray, **options: int) -> list[bytes]:
-    return [png(image, **options) for image in to_pils(torch.from_numpy(np.array(rows)))]
+def _pngs(rows: np.ndarray, shown: Shown | None = None, **options: int) -> list[bytes]:
+    images = torch.from_numpy(np.array(rows))
+    return [png(image, **options) for image in to_pils(images if shown is None else shown(images))]
 
 
 class PngFiles:
@@ -55,13 +60,15 @@ class PngFiles:
     Args:
         out: the run's folder.
         subfolders: whether there are any: a folder of many thousand files is slow.
+        shown: what makes pictures of the samples, where they are none themselves.
     """
 
     name = "png"
 
-    def __init__(self, out: Path, subfolders: bool = False):
+    def __init__(self, out: Path, subfolders: bool = False, shown: Shown | None = None):
         self.place = out / "samples"
         self.subfolders = subfolders
+        self.shown = shown
 
     def path(self, image: int) -> Path:
         return self.place / (place_of(image) if self.subfolders else f"{image:06d}.png")
@@ -83,7 +90,7 @@ class PngFiles:
         `alone` says whether this process holds the folder's lock; only it writes what holds several images.
         """
         entries = []
-        for image, content in zip(images, _pngs(rows), strict=True):
+        for image, content in zip(images, _pngs(rows, self.shown), strict=True):
             path = self.path(image)
             if self.subfolders:
                 path.parent.mkdir(exist_ok=True)
@@ -102,10 +109,11 @@ class PngFiles:
         return -(-(int(np.prod(shape)) + 200) // block) * block
 
 
-class NpzShards:
-    """A thousand images a file, samples/001000.npz: arr_0 uint8 [n, H, W, C] and, with labels, arr_1 int64 [n]."""
+class Shards:
+    """A thousand images a file."""
 
-    name = "npz"
+    name: str
+    value_bytes: int
 
     def __init__(self, out: Path):
         self.place = out / "samples"
@@ -120,26 +128,50 @@ class NpzShards:
         return True  # `pack` compares with the rows
 
     def save(self, images: range, rows: np.ndarray, alone: bool) -> list[dict[str, str]]:
-        return [{"file": f"{self.place.name}/{image - image % BLOCK_IMAGES:06d}.npz"} for image in images]
+        return [{"file": f"{self.place.name}/{image - image % BLOCK_IMAGES:06d}.{self.name}"} for image in images]
 
     def pack(self, rows: Rows, labels: Labels, count: int, last: bool) -> None:
         while count - self.packed >= (1 if last else BLOCK_IMAGES):
             images = range(self.packed, min(self.packed + BLOCK_IMAGES, count))
-            arrays = [to_uint8(torch.from_numpy(rows.read_range(images).copy()))]
             listed = labels_in_turn(labels, images)
-            if listed is not None:
-                arrays.append(np.array(listed, dtype=np.int64))
-            content = io.BytesIO()
-            np.savez(content, *arrays)
-            path = self.place / f"{images.start:06d}.npz"
-            if not (path.is_file() and path.read_bytes() == content.getvalue()):
-                write_atomically(path, content.getvalue())
+            content = self.packed_as(rows.read_range(images), None if listed is None else np.array(listed, np.int64))
+            path = self.place / f"{images.start:06d}.{self.name}"
+            if not (path.is_file() and path.read_bytes() == content):
+                write_atomically(path, content)
             if len(images) < BLOCK_IMAGES:
                 break
             self.packed = images.stop
 
+    def packed_as(self, rows: np.ndarray, labels: np.ndarray | None) -> bytes:
+        """The file of some images, float32 [n, C, H, W], and their labels, int64 [n]."""
+        raise NotImplementedError
+
     def bytes_per_image(self, shape: Sequence[int], block: int) -> int:
-        return int(np.prod(shape)) + 16
+        return self.value_bytes * int(np.prod(shape)) + 16
+
+
+class NpzShards(Shards):
+    """samples/001000.npz: arr_0 uint8 [n, H, W, C] and, with labels, arr_1 int64 [n]."""
+
+    name = "npz"
+    value_bytes = 1
+
+    def packed_as(self, rows: np.ndarray, labels: np.ndarray | None) -> bytes:
+        arrays = [to_uint8(torch.from_numpy(rows.copy())), *([] if labels is None else [labels])]
+        content = io.BytesIO()
+        np.savez(content, *arrays)
+        return content.getvalue()
+
+
+class SafetensorsShards(Shards):
+    """samples/001000.safetensors: images float32 [n, C, H, W], as they are, and, with labels, labels int64 [n]."""
+
+    name = "safetensors"
+    value_bytes = 4
+
+    def packed_as(self, rows: np.ndarray, labels: np.ndarray | None) -> bytes:
+        arrays = {"images": np.array(rows, np.float32), **({} if labels is None else {"labels": labels})}
+        return safetensors.numpy.save(arrays)
 
 
 class ZipArchive:
@@ -272,14 +304,18 @@ def _ending(entries: int, size: int, start: int) -> bytes:
     return large + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, *counts, min(size, _FULL), min(start, _FULL), 0)
 
 
-Samples = PngFiles | NpzShards | ZipArchive
+Samples = PngFiles | Shards | ZipArchive
 
-FORMATS = ("png", "npz", "zip")
+FORMATS = ("png", "npz", "zip", "safetensors")
 
 
-def samples_as(form: str, out: Path, subfolders: bool) -> Samples:
+def samples_as(form: str, out: Path, subfolders: bool, shown: Shown | None = None) -> Samples:
     """The writer of a format."""
-    return PngFiles(out, subfolders) if form == "png" else NpzShards(out) if form == "npz" else ZipArchive(out)
+    if form == "png":
+        return PngFiles(out, subfolders, shown)
+    if form == "zip":
+        return ZipArchive(out)
+    return NpzShards(out) if form == "npz" else SafetensorsShards(out)
 
 
 def sample_files(out: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from ..files import load_npy, parse_json
 from ..index import OPTIONS, PatchIndex
 from ..machines import EquivariantLocalScore, IdealScore, LocalScore
 from ..memorisation import memorisation_report
+from ..mixed import open_bank
 from ..pooled import Pooled
 from ..scales import ScaleTable
 from .batches import Batches
@@ -52,6 +53,8 @@ def reopen(
         settings, noted, made = record["settings"], record["noted"], record["bank"]
         reading = {"size": noted["size"], "limit": noted["limit"], "skip_bad": noted["skip_bad"]}
         reading |= {name: noted.get(name) for name in ("split", "image_key", "label_key")}  # 0.1.0 had none
+        ranged = noted.get("value_range")
+        reading["value_range"] = tuple(ranged) if isinstance(ranged, list) else ranged
         reading["channels"] = None if noted["channels"] is None else int(noted["channels"])
         walked = {name: settings[name] for name in ("steps", "schedule", "sampler", "labels", "seed")}
         walked["size"] = settings.get("size")  # not in runs of before, whose images are as large as the bank's
@@ -67,7 +70,7 @@ def reopen(
             listed = [entry["image"] for batch in RunFolder(out, shape).batches for entry in batch["images"]]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: not a usable run: {error}") from None
-    bank = PatchBank.open(where, **reading)
+    bank: Any = open_bank(where, **reading)
     if bank.fingerprint != fingerprint:
         raise ValueError(f"{where}: not the training images of the run in {out}; give their place with --source")
     if index is not None and built is None:
@@ -133,6 +136,11 @@ def samples_of(out: Path) -> np.ndarray:
     if not len(images):
         raise ValueError(f"{out}: the run has no images yet")
     return images
+
+
+def samples_have_range(out: Path) -> bool:
+    """Whether the samples of a run are no pixels in [-1, 1] but of a bank with a value_range, such as latents."""
+    return read_run(out / "run.json").get("noted", {}).get("value_range") is not None
 
 
 def is_run(out: Path) -> bool:

@@ -18,12 +18,14 @@ from .. import checks
 from ..denoiser import ScoreMachine
 from ..distributed import Sharded, Team
 from ..draw import images as pictures
+from ..mixed import MixedBank
 from ..nearest import Nearness, nearest_images
 from ..noise import get_schedule
 from ..sampling import Step, labels_in_turn, sample
 from ..version import __version__
 from .batches import MOST_IMAGES
 from .folder import FLAT_VERSION, SINGLE_PNGS, RunFolder, files_of, new_record
+from .formats import Shown
 
 SHOWN = 6
 """Images whose trajectories are kept and drawn."""
@@ -43,10 +45,12 @@ class Run:
         described: the machine's settings, which decide the images too; both are in `run.json` and must match.
         noted: what else `run.json` should tell, such as where the images came from.
         overwrite: start afresh where the folder holds another run.
-        form: the format of the files of samples: "png", "npz" or "zip".
+        form: the format of the files of samples: "png", "npz", "zip" or "safetensors".
         subfolders: whether a run that begins puts PNGs into subfolders of a thousand.
         team: the ranks that make the images together, in one folder that all of them see; None: this process alone.
             Every rank makes a Run of the same arguments, and calls the same methods.
+        shown: what makes pictures in [-1, 1] of samples [B, C, H, W] that are none, such as latents. Without it a bank
+            with a value_range gets no pictures, and its `form` is "safetensors".
 
     Raises (on entering):
         ValueError: the folder holds another run, a run.json that is not one, or somebody else's files by our names;
@@ -67,11 +71,14 @@ class Run:
         form: str = "png",
         subfolders: bool = False,
         team: Team | None = None,
+        shown: Shown | None = None,
     ):
         self.team = team or Team()
+        self.ranged = machine.bank.value_range is not None
+        self.shown = shown
         channels, *own = machine.shape
         self.shape = (channels, *(settings.get("size") or own))
-        self.folder = RunFolder(out, self.shape, form, subfolders and form == "png")
+        self.folder = RunFolder(out, self.shape, form, subfolders and form == "png", shown)
         self.machine = machine
         self.settings = settings
         self.overwrite = overwrite
@@ -103,7 +110,7 @@ class Run:
             made, self.record["samples"] = self.team.share([sorted(self.made), self.record["samples"]])
             if not self.team.first:
                 self.made = set(made)
-                self.folder = RunFolder(self.folder.path, self.shape, **files_of(self.record))
+                self.folder = RunFolder(self.folder.path, self.shape, **files_of(self.record), shown=self.shown)
                 self.trajectories = _Trajectories({}, self.shape)
             self._opened = opened.pop_all()
         return self
@@ -135,7 +142,7 @@ class Run:
                 self.record["memorisation"] = earlier["memorisation"]
             # Runs that began small, or before there were subfolders, stay as they are.
             self.record["samples"] = earlier.get("samples", SINGLE_PNGS)
-            self.folder = RunFolder(self.folder.path, self.shape, **files_of(self.record))
+            self.folder = RunFolder(self.folder.path, self.shape, **files_of(self.record), shown=self.shown)
         made = self.folder.begin(self.record)
         self.trajectories = _Trajectories(self.folder.trajectories(), self.shape)
         self.made = {image for image in made if image >= SHOWN or image in self.trajectories.x}
@@ -200,6 +207,8 @@ class Run:
         x: dict[int, list[np.ndarray]] = {image: [] for image in kept}
         x0: dict[int, list[np.ndarray]] = {image: [] for image in kept}
         final = None
+        # Of pixels three digits; of other values as many as they have.
+        kept_as = np.float32 if self.ranged else np.float16
 
         def on_step(step: Step) -> None:
             nonlocal start, final
@@ -208,8 +217,8 @@ class Run:
             start = now
             for image in kept:
                 at = image - images.start
-                x[image].append(step.x[at].cpu().numpy().astype(np.float16))
-                x0[image].append(step.x0[at].cpu().numpy().astype(np.float16))
+                x[image].append(step.x[at].cpu().numpy().astype(kept_as))
+                x0[image].append(step.x0[at].cpu().numpy().astype(kept_as))
             # Every sampler ends on sigma = 0, where the image is what was denoised last.
             final = step.x0
             made = self.team.made(len(images))
@@ -226,7 +235,7 @@ class Run:
             **self.settings,
         )
         assert final is not None
-        final = final.clamp(-1, 1).to("cpu", torch.float32)
+        final = (final if self.ranged else final.clamp(-1, 1)).to("cpu", torch.float32)
         nearest = self._nearest(final)
         if not self.team.leads:
             return
@@ -252,8 +261,8 @@ class Run:
         self.folder.pack(self.settings["labels"], self._whole, last)
 
     def _nearest(self, final: torch.Tensor) -> Nearness | None:
-        """The training images nearest to some samples; those of another size have none."""
-        if self.shape != self.machine.shape:
+        """The training images nearest to some samples; those of another size have none, nor where sizes are mixed."""
+        if self.shape != self.machine.shape or isinstance(self.machine.bank, MixedBank):
             return None
         part = self.machine.held(None)
         assert part is not None
@@ -276,18 +285,19 @@ class Run:
         self.folder.save_batch(images, final.numpy(), entries, served, self.team.part)
 
     def _draw(self) -> None:
+        if self.ranged and self.shown is None:
+            return
+        shown = self.shown or (lambda images: images)
         rows = [row for image in sorted(self.made)[:GRID] if (row := self.folder.rows.read(image)) is not None]
-        self.folder.save_picture("grid.png", pictures.grid(torch.from_numpy(np.stack(rows))))
+        self.folder.save_picture("grid.png", pictures.grid(shown(torch.from_numpy(np.stack(rows)))))
         arrays = self.trajectories.arrays()
         if arrays:
             ratios = get_schedule(self.settings["schedule"], self.settings["steps"]).ratios[:-1].tolist()
-            picture = pictures.trajectories(
-                torch.from_numpy(arrays["x"]).float(),
-                torch.from_numpy(arrays["x0"]).float(),
-                ratios,
-                [self.machine.patch_size_at(sigma) for sigma in ratios],
-                zoom=max(1, round(84 / self.shape[-1])),
+            x, x0 = (
+                torch.stack([shown(steps) for steps in torch.from_numpy(arrays[name]).float()]) for name in ("x", "x0")
             )
+            sizes = [self.machine.patch_size_at(sigma) for sigma in ratios]
+            picture = pictures.trajectories(x, x0, ratios, sizes, zoom=max(1, round(84 / x.shape[-1])))
             self.folder.save_picture("trajectory.png", picture)
 
 

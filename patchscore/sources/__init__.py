@@ -5,7 +5,7 @@ from __future__ import annotations
 from .image import MOST_PIXELS
 from .mapped import Mapped
 from .opening import BUILT_IN
-from .reading import Images, memory_of_machine, read, read_mapped, read_sizes
+from .reading import Images, MixedSizes, memory_of_machine, read, read_mapped, read_sizes
 from .source import IMAGE_KEYS, LABEL_KEYS, Source, UnreadableImage
 from .tensors import read_values
 from .writing import write
@@ -17,6 +17,7 @@ __all__ = [
     "MOST_PIXELS",
     "Images",
     "Mapped",
+    "MixedSizes",
     "Source",
     "UnreadableImage",
     "memory_of_machine",

@@ -218,7 +218,7 @@ def _array_pixels(array: np.ndarray, name: str) -> tuple[np.ndarray, Span | None
     if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
         raise ValueError(
             f"{name}: values from {low:.4g} to {high:.4g}, floating point images take [-1, 1], "
-            "and latents value_range (in Python)"
+            "and latents a value_range (patchscore sample --value-range data)"
         )
     steps = np.rint(values * 255)
     if low >= 0 and high <= 1 and (np.abs(values * 255 - steps) < 1e-3).all():

@@ -358,6 +358,10 @@ def _mappable(source: Any, size: tuple[int, int] | None, channels: int | None) -
 # All images: one array.
 
 
+class MixedSizes(ValueError):
+    """Images of several sizes, where one size is asked for."""
+
+
 class _Collected:
     """Images of one shape, collected in one array as they come."""
 
@@ -411,7 +415,7 @@ class _Collected:
 def check_same_size(here: tuple[int, ...], name: str, there: tuple[int, ...], first_name: str) -> None:
     """ValueError where an image [C, H, W] does not go with the first one: gray and RGB do."""
     if here[1:] != there[1:]:
-        raise ValueError(
+        raise MixedSizes(
             f"mixed image sizes: {first_name} is {there[1]} x {there[2]} (height x width), {name} is {here[1]} x "
             f"{here[2]}; pass size (on the command line --size) to bring all to one"
         )
@@ -445,19 +449,26 @@ def read_range(source: str, span: Span | None, dtype: np.dtype) -> None:
 
 @printable_errors
 def read_sizes(
-    source: Any, channels: int | None = None, labels: bool = True, skip_bad: bool = False, split: str | None = None
-) -> list[Images]:
-    """As `read`, for images of several sizes as they are: for each size, the largest number of images first.
+    source: Any,
+    channels: int | None = None,
+    labels: bool = True,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    split: str | None = None,
+    image_key: str | None = None,
+    label_key: str | None = None,
+) -> list[tuple[Images, np.ndarray]]:
+    """As `read`, for images of several sizes as they are: for each size its images, and their places among all.
 
-    Channels and class numbers are the same for all.
+    The size of most images comes first. Channels and class numbers are the same for all.
     """
-    _check_channels(channels)
-    most, bad = memory_of_machine(), 0
+    asked = checked_reading(None, channels, limit, None, split, image_key, label_key)
+    most, bad = asked.most, 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        found = opened(source, Wanted(labels, None, split, None, None, most))
+        found = opened(source, Wanted(labels, asked.limit, split, image_key, label_key, most))
         images: list[tuple[int, Prepared]] = []
-        for i in range(found.count):
+        for i in fair_share(np.arange(found.count), found.labels, asked.limit).tolist():
             try:
                 image, label = found.item(i)
                 images.append((i, prepared(image, found.item_name(i), label, None, channels)))
@@ -471,13 +482,11 @@ def read_sizes(
         warnings.warn(printable(f"{found.name}: left out {bad} images that cannot be read"), stacklevel=4)
     most_channels = max(image.pixels.shape[0] for _, image in images)
     given = [image.label for _, image in images]
-    numbers, names = None, None
-    if labels and None not in given:
-        numbers, names = _numbers_of(given, [i for i, _ in images], found)
+    numbers, names = numbered(found, given, [i for i, _ in images]) if labels else (None, None)
     by_size: dict[tuple[int, ...], list[int]] = {}
     for at, (_, image) in enumerate(images):
         by_size.setdefault(image.pixels.shape[1:], []).append(at)
-    read_ones: list[Images] = []
+    read_ones: list[tuple[Images, np.ndarray]] = []
     for members in sorted(by_size.values(), key=len, reverse=True):
         collected = _Collected(found.name, len(members), most)
         for at in members:
@@ -486,5 +495,5 @@ def read_sizes(
         array = collected.finish()
         if array.shape[1] == 1 and most_channels == 3:
             array = np.repeat(array, 3, axis=1)
-        read_ones.append((array, None if numbers is None else numbers[members], names))
+        read_ones.append(((array, None if numbers is None else numbers[members], names), np.array(members)))
     return read_ones

@@ -109,7 +109,7 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
         simd=os.environ.get("PATCHSCORE_SIMD", ""),
     )  # fmt: skip
     sums = {name: x if x.ndim == 2 else x[:, None] for name, x in out.items()}
-    return Scanned(PosteriorSum(**sums, pairs=int(pairs.sum())), fits.bool())
+    return Scanned(PosteriorSum(**sums, span=1.0, pairs=int(pairs.sum())), fits.bool())
 
 
 def table(strata: Strata, sigma: float, dims: int) -> Tensor:

@@ -43,7 +43,7 @@ def posterior_sum(
         found = [exact([item], competition.groups, subset(bank, order[g:drawn:groups])) for g in range(groups)]
         parts.append(combine(found, drawn, len(bank), pixel_moments(bank, order[:drawn])))
     fields = {name: torch.cat([part.fields[name] for part in parts]) for name in parts[0].fields}
-    return PosteriorSum(**fields, pairs=len(keys) * drawn * competition.pairs_per_image)
+    return PosteriorSum(**fields, span=1.0, pairs=len(keys) * drawn * competition.pairs_per_image)
 
 
 def subset(bank: PatchBank, members: Tensor) -> PatchBank:

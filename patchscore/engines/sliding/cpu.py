@@ -64,10 +64,17 @@ class SlidingCpu(Engine):
         return product(transposed, z, sigma, direction, bank, competition, memory_limit, combine)
 
     def window_sums(
-        self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        combine: Combine | None = None,
     ) -> tuple[PosteriorSum, Tensor]:
         _check_float32(z)
         total = posterior_sum(z, sigma, bank, competition, memory_limit)
+        total = total if combine is None else combine(total)
         nothing = torch.zeros(z.shape, dtype=torch.float32)
         return total, _second_pass(True, True, z, sigma, nothing, bank, competition, total, memory_limit)
 
