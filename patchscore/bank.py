@@ -146,7 +146,7 @@ class PatchBank:
             image_key, label_key: the names of images and labels in a source that holds several things.
             memory_limit: most bytes that the images may take once read; None: the memory of this machine.
             value_range: as of `PatchBank`, for an array or a .npy, .pt or .safetensors file [N, C, H, W]: values
-                and axes stay what they are, and of the other arguments only `image_key` is taken.
+                and axes stay what they are, and of the other arguments `image_key` and `limit` are taken.
             mapped: True leaves the images in their .npy file (uint8 or float32 [N, C, H, W], not converted), which is
                 mapped: pages are read on demand, shared with other processes, and never copied. None does so by itself
                 where they would take more than a quarter of the memory; False reads them.
@@ -162,10 +162,12 @@ class PatchBank:
         if value_range is not None:
             if mapped:
                 raise ValueError("mapped: images of a value_range are held in memory, divided by their scale")
-            given = {"size": size, "channels": channels, "limit": limit, "split": split, "label_key": label_key}
+            given = {"size": size, "channels": channels, "split": split, "label_key": label_key}
             if named := [name for name, value in given.items() if value is not None]:
                 raise ValueError(f"{named[0]}: got {given[named[0]]!r}, with a value_range images stay as they are")
-            return cls(sources.read_values(source, image_key), value_range=value_range)
+            values = sources.read_values(source, image_key)
+            most = len(values) if limit is None else checks.integer("limit", limit, at_least=1)
+            return cls(values[:most], value_range=value_range)
         if mapped is not False:
             found = sources.read_mapped(
                 source, size, channels, labels, limit, split, image_key, label_key, memory_limit, mapped

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import smooth_images
 from PIL import Image
+from safetensors.torch import save_file
 
 import patchscore as ps
 from patchscore.cli import main
@@ -122,6 +124,9 @@ def test_patchscore_commands_run(few_images):
     (few_images / "more").symlink_to(few_images / "photos")
     (few_images / "held-out").mkdir()
     Image.fromarray(smooth_images(1, 1, 28, 28, seed=1)[0, 0].numpy()).save(few_images / "held-out" / "0.png")
+    latents = smooth_images(6, 4, 12, 12, dtype=torch.float32)
+    save_file({"latents": 5 * latents.contiguous()}, few_images / "latents.safetensors")
+    (few_images / "autoencoder.py").write_text("def decode(latents):\n    return latents[:, :3] / 5\n")
     (few_images / "mymodels.py").write_text(
         "import patchscore as ps\n\n\ndef denoiser(bank):\n    return ps.GaussianScore(bank)\n"
     )

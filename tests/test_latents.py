@@ -100,6 +100,7 @@ def test_files_are_read_as_they_stand(tmp_path):
         assert torch.allclose(bank.chunk(0, 5), values)
     bank = ps.PatchBank.open(tmp_path / "two.safetensors", value_range="data", image_key="latents")
     assert len(bank) == 5
+    assert len(ps.PatchBank.open(tmp_path / "a.npy", value_range="data", limit=2)) == 2
     torch.save({"a": object}, tmp_path / "code.pt")
     for name, message in (
         ("two.safetensors", "holds latents, other; image_key"),
@@ -181,7 +182,7 @@ def test_the_command_draws_latents_that_it_can_decode(tmp_path, monkeypatch):
         (["--value-range", "data", "--format", "png"], "--format: got png, with --value-range takes safetensors; with"),
         (["--value-range", "data", "--decode", "decoders:none"], "--decode: decoders:none: module"),
         (["--value-range", "data", "--decode", "decoders:wide", "--overwrite"], "--decode: decoders:wide gives [6, 4"),
-        (["--value-range", "data", "--limit", "2"], "limit: got 2, with a value_range images stay as they are"),
+        (["--value-range", "data", "--size", "2"], "size: got 2, with a value_range images stay as they are"),
         (["--value-range", "data", "--table", "cifar10-resnet-zeros"], "--table: cifar10-resnet-zeros is for pixels"),
     ):
         refused = sampled(tmp_path, "-n", 6, *options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -35,8 +34,7 @@ def bank(source: Source, out: Path, overwrite: bool) -> None:
     check_writable(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    options = dataclasses.asdict(source)
-    options["channels"] = None if source.channels is None else int(source.channels)
+    options = {name: value for name, value in source.reading.items() if name != "value_range"}
     try:
         written = PatchBank.convert(**options, out=out, overwrite=overwrite)
     except KeyboardInterrupt:
