@@ -48,7 +48,7 @@ def added(own: PosteriorSum, ranks: Ranks, ess: bool = True, sampled: bool = Fal
     total = _of_images(back.unpacked(found), full)
     unknown = {name: torch.full_like(x, torch.nan) for name, x in full.fields.items() if name not in total.fields}
     counted = None if own.pairs is None else int(evaluated)
-    return replace(total, **unknown, pairs=counted, span=own.span)  # type: ignore[arg-type]
+    return replace(total, **unknown, pairs=counted, span=own.span)
 
 
 def sum_of(x: Tensor, ranks: Ranks) -> Tensor:
