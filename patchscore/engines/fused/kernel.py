@@ -139,7 +139,7 @@ def posterior_kernel(
             b_sums += tl.dot(b_w.to(tl.float16), b_v)
             p_t += BP * K
             p_u += BP * NV
-        missed = tl.max(tl.max(tl.where(o_v[None, :] == ONES, b_sums, 0.0), 1), 0) == float("inf")
+        missed = tl.max(tl.where(o_v[None, :] == ONES, b_sums, 0.0)) == float("inf")
 
     if missed:
         b_m = tl.full([BQ], LEAST, tl.float32)
