@@ -2,7 +2,8 @@
 
 patchscore._native is the C++ engines; patchscore._sliding_cuda the CUDA kernels, a plain library that Python loads by
 ctypes, so that nothing of it depends on torch or on the CUDA runtime torch brings. PATCHSCORE_CUDA=0 leaves it out,
-PATCHSCORE_CUDA=1 makes its absence an error. All other metadata is in pyproject.toml.
+PATCHSCORE_CUDA=1 makes its absence an error; PATCHSCORE_NATIVE=0 leaves the C++ engines out. All other metadata is in
+pyproject.toml.
 """
 
 import os
@@ -58,10 +59,13 @@ if wanted not in ("", "0", "1"):
 if forced and nvcc is None:
     raise SystemExit("PATCHSCORE_CUDA=1, but there is no nvcc on the path or in CUDA_HOME")
 
-extensions = []
 try:
     from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+except ImportError:
+    Pybind11Extension = None
 
+extensions = []
+if Pybind11Extension is not None and os.environ.get("PATCHSCORE_NATIVE") != "0":
     # One file at a time, or as many as the variable says; 0: as there are cores.
     ParallelCompile("NPY_NUM_BUILD_JOBS", default=1).install()
     extensions.append(
@@ -75,8 +79,6 @@ try:
             optional=True,
         )
     )
-except ImportError:
-    pass
 if nvcc and wanted != "0":
     extensions.append(
         Extension(

@@ -12,7 +12,7 @@
 # steps that would begin later are skipped. docs/gpu.md says how to rent, run, and what to send back.
 #
 # OUT      where results go (out-gpu): steps.tsv, log.txt, gpu-<device>.json, profile.txt
-# WHEELS   a folder of wheels for packages that the machine lacks, such as faiss-cpu (.wheels)
+# WHEELS   a folder of wheels for packages that the machine lacks, such as pykeops (.wheels)
 # IMAGES   a folder or tar of training images (smooth random ones without)
 # PYTHON   the interpreter that has torch (python3)
 set -u
@@ -25,7 +25,7 @@ IMAGES=${IMAGES:-}
 plan() {
     cat <<'STEPS'
 machine           12  40  -                 machine
-build             45 110  -                 build
+build             25  80  -                 build kernels
 smoke-fused       12  20  machine           smoke fused
 smoke-split        9  20  machine           smoke fused-split
 smoke-exact        9  20  machine           smoke fused-exact
@@ -34,17 +34,19 @@ smoke-circular     7  20  build             smoke sliding-circular
 smoke-zeros        7  20  build             smoke sliding-zeros
 smoke-local        7  20  build             smoke sliding-local
 smoke-floats       7  20  build             smoke sliding-floats
+smoke-moments      7  20  build             smoke sliding-moments
 smoke-whole        7  20  build             smoke whole-images
-tests-fused       35  70  smoke-fused       tests fused
-tests-sliding     35  70  smoke-circular    tests sliding
+tests-fused       50 110  smoke-fused       tests fused
+tests-sliding     45  90  smoke-circular    tests sliding
 synccheck-sliding 12  30  smoke-circular    sanitize synccheck sliding-circular
 memcheck-sliding  15  35  smoke-zeros       sanitize memcheck sliding-zeros
 racecheck-sliding 15  35  smoke-circular    sanitize racecheck sliding-circular
 memcheck-fused    20  40  smoke-exact       sanitize memcheck fused-exact
 bench-fused       80 110  smoke-fused       bench ceilings peers batches graph
 bench-sliding     30  50  smoke-circular    bench sliding
-samples           25  50  smoke-fused       bench samples
+samples           40  80  smoke-fused       bench samples
 profile           25  45  smoke-fused       profile fused sliding-circular
+build-native      45 110  -                 build native
 STEPS
 }
 
@@ -69,7 +71,8 @@ done
 machine() {
     nvidia-smi || true
     if ls "$WHEELS"/*.whl >/dev/null 2>&1; then
-        $PYTHON -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$SITE" "$WHEELS"/*.whl || return 1
+        $PYTHON -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$SITE" "$WHEELS"/*.whl ||
+            echo "no wheel was installed"
     fi
     $PYTHON - <<'PYTHON'
 import importlib.metadata as metadata, os, sys
@@ -88,26 +91,25 @@ elif os.environ["DRY"] == "":
 PYTHON
 }
 
-# Without pyproject.toml, whose licence line old setuptools refuse, and so without metadata: only the extensions.
+# The kernels, or the C++ engines, which a dry run takes for both. Without pyproject.toml, whose licence line old
+# setuptools refuse, and so without metadata: only the extensions.
 build() {
-    local suffix
+    local name=_sliding_cuda cuda=1 native=0 suffix stage=$SITE/stage
+    if [ "$1" = native ] || [ -n "$DRY" ]; then name=_native cuda=0 native=1; fi
     suffix=$($PYTHON -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))') || return 1
-    if [ -f "patchscore/_native$suffix" ] && { [ -n "$DRY" ] || [ -f "patchscore/_sliding_cuda$suffix" ]; }; then
-        echo "already built"
-        return
-    fi
-    local stage=$SITE/stage
+    if [ -f "patchscore/$name$suffix" ]; then echo "already built"; return; fi
     mkdir -p "$stage" && ln -sfn "$ROOT/patchscore" "$ROOT/csrc" "$ROOT/setup.py" "$stage" || return 1
-    (cd "$stage" && time PATCHSCORE_CUDA=${DRY:+0} NPY_NUM_BUILD_JOBS=0 $PYTHON setup.py -q build_ext --inplace -j 2)
+    (cd "$stage" && time PATCHSCORE_CUDA=$cuda PATCHSCORE_NATIVE=$native NPY_NUM_BUILD_JOBS=0 \
+        $PYTHON setup.py -q build_ext --inplace)
     # An extension that does not compile is left out without an error.
-    ls -l "patchscore/_native$suffix" && { [ -n "$DRY" ] || ls -l "patchscore/_sliding_cuda$suffix"; }
+    ls -l "patchscore/$name$suffix"
 }
 
 smoke() { $PYTHON benchmarks/gpu_smoke.py "$1" $DRY; }
 
-# Tests that all skip themselves are no pass.
+# Tests that all skip themselves are no pass. The name of a test that hangs is the last in the log.
 tests() {
-    $PYTHON -m pytest -m gpu -p no:cacheprovider -rs tests/test_*"$1"*.py | tee "$OUT/tests.log"
+    $PYTHON -m pytest -v -m gpu -p no:cacheprovider -rs --durations 5 tests/test_*"$1"*.py | tee "$OUT/tests.log"
     local code=${PIPESTATUS[0]}
     grep -qE '[0-9]+ passed' "$OUT/tests.log" || [ -n "$DRY" ] || { echo "no GPU test ran"; code=1; }
     rm -f "$OUT/tests.log"
@@ -119,8 +121,9 @@ sanitize() {
     compute-sanitizer --tool "$1" --error-exitcode 9 $PYTHON benchmarks/gpu_smoke.py "$2"
 }
 
+# Begins nothing in the last quarter of its limit, so that what is done is shown.
 bench() {
-    $PYTHON benchmarks/gpu.py --quick $DRY ${IMAGES:+--images "$IMAGES"} --only "$@"
+    $PYTHON benchmarks/gpu.py --quick $DRY --seconds $((SECONDS_HERE * 3 / 4)) ${IMAGES:+--images "$IMAGES"} --only "$@"
 }
 
 profile() {
@@ -183,7 +186,7 @@ while read -r name estimate limit needs command; do
     [ -n "$DRY" ] && limit=600
     [ "$left" -lt "$limit" ] && [ -z "$DRY" ] && limit=$left
     start=$SECONDS
-    timeout -k 5 "$limit" bash -c "$command" >"$OUT/step.log" 2>&1 </dev/null
+    SECONDS_HERE=$limit timeout -k 5 "$limit" bash -c "$command" >"$OUT/step.log" 2>&1 </dev/null
     code=$?
     { echo "=== $name: $command"; tail -c 400000 "$OUT/step.log"; } >>"$OUT/log.txt"
     case $code in

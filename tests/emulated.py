@@ -58,6 +58,7 @@ def load(path, source=cuda.load):
     """The library at `path`; its launches are refused where their registers would not fit."""
     library = source(str(path))
     library.emulation_reset.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
+    library.emulation_blocks.restype = ctypes.c_uint64
     library.emulation_registers.argtypes = [ctypes.c_char_p, ctypes.c_int]
     library.emulation_buffers.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
     for kernel, count in registers().items():

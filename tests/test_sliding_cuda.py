@@ -118,13 +118,13 @@ def test_moments_of_whole_images_are_the_references(kernels, dtype):
     compare_moments(bank.select(1), WHOLE_IMAGE, [0.5])
 
 
-def compare_moments(bank, competition, sigma, limit=LIMIT):
-    z, sigma = noisy_batch(bank, sigma)
+def compare_moments(bank, competition, sigma, limit=LIMIT, device="cpu"):
+    z, sigma = noisy_batch(bank, sigma, device)
     (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [competition], limit, moments=True)
     (plain,) = sliding_cuda.posterior_sums(z, sigma, bank, [competition], LIMIT)
     torch.testing.assert_close(got.mean, plain.mean, rtol=0, atol=1e-6)
     expected = reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT, moments=True)
-    assert_same_moments(got, expected, z, sigma, around_z=True)
+    assert_same_moments(got, expected, z, sigma.to(z.device), around_z=True)
 
 
 @pytest.mark.skipif(not EVERYTHING, reason="minutes: make emulate")
@@ -320,9 +320,13 @@ def test_a_refused_kernel_is_named(kernels, monkeypatch):
 
 
 def raises_with_the_kernels_name(device):
-    task = sliding_cuda._Windows(planes=1, values_per_pixel=9)  # no query rows in a strip, no groups in a chunk
-    with pytest.raises(RuntimeError, match="windows_kernel"):
-        sliding_cuda._run("patchscore_windows", task, device)
+    # No query rows in a strip, no groups in a chunk, no images: each would divide by zero or start no block.
+    for missing in ("strip", "groups_per_chunk", "images"):
+        sizes = {"strip": 1, "groups_per_chunk": 1, "images": 1, missing: 0}
+        task = sliding_cuda._Windows(planes=1, values_per_pixel=3, items=1, height=4, width=4, patch_size=3, **sizes)
+        task.rows = task.cols = sliding_cuda._Axis(0, 4, 0, 4, 0)
+        with pytest.raises(RuntimeError, match=r"windows_kernel.*\(cudaErrorInvalid"):
+            sliding_cuda._run("patchscore_windows", task, device)
     for name, task in (
         ("pack", sliding_cuda._Pack()),
         ("norms", sliding_cuda._Norms()),
@@ -408,9 +412,14 @@ def test_grids_of_large_images_are_within_cudas_limits(kernels, k, channels, hei
     )  # fmt: skip
     (group,) = kind(k, height, width).groups
     task.rows, task.cols = sliding_cuda._axis(group.rows), sliding_cuda._axis(group.cols)
+    columns = 16 if group.cols.locked else len(group.cols.centres)
+    chunks = -(-2 * -(-columns // sliding_cuda.TILE) // sliding_cuda.TILES)
     for piece in sliding_cuda._pieces(task, group.rows, torch.device("cpu")):
         task.rows = sliding_cuda._axis(piece)
         sliding_cuda._run("patchscore_windows", task, torch.device("cpu"))
+        # And no block is left out.
+        tiles = -(-len(piece.queries) // task.strip) * -(-len(group.cols.queries) // 16)
+        assert kernels.library.emulation_blocks() == 3 * chunks * tiles
     # Images of many values, which no vector load serves.
     values = channels * height * width - 1
     task = sliding_cuda._Average(images=300, values=values, groups=8, bytes=True)
@@ -707,6 +716,17 @@ def test_gpu_extreme_noise_is_held(kind):
     (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [kind(7, 32, 32)], LIMIT)
     expected = reference.posterior_sum(z.double(), sigma, bank, kind(7, 32, 32), LIMIT)
     assert (got.mean - expected.mean).abs().max() < 1e-3
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", [circular, broken, local, None])
+@pytest.mark.parametrize(("channels", "height", "width"), [(3, 32, 32), (1, 28, 28), (5, 20, 23)])
+def test_gpu_moments_are_the_references(kind, channels, height, width):
+    for dtype in (torch.uint8, torch.float32):
+        bank = ps.PatchBank(smooth_images(100, channels, height, width, dtype=dtype))
+        lowest = 0.15 if kind is circular else 0.02  # as in the emulation's test
+        compare_moments(bank, kind(5, height, width) if kind else WHOLE_IMAGE, [lowest, 0.3, 2.0], device="cuda")
 
 
 @gpu

@@ -44,6 +44,7 @@ constexpr int REGISTERS = 1 << 16, REGISTER_UNIT = 256;  // of a multiprocessor;
 struct Machine {
     int devices = 1, shared_optin = 227 << 10;
     bool only_checks = false;           // launches are checked, kernels do not run
+    uint64_t blocks = 0;                // of the last launch that was accepted
     uint64_t seed = 0;                  // 0: warps, lanes and blocks in order; 1: in reverse; others: at random
     std::map<std::string, int> registers;
 } machine;
@@ -450,6 +451,7 @@ cudaError_t launch(Body body, const void* kernel, const void* task, dim3 grid, d
         if (warp * int((count + 31) / 32) > REGISTERS)
             return refused(cudaErrorLaunchOutOfResources, name, "a block takes more registers than there are");
     }
+    machine.blocks = uint64_t(grid.x) * grid.y * grid.z;
     if (machine.only_checks) return cudaSuccess;
     if (!fibers) {
         fibers = new Fiber[MOST_THREADS];
@@ -522,6 +524,8 @@ void emulation_reset(int devices, int shared_optin, uint64_t seed, int only_chec
 }
 
 int emulation_last_error() { return emulation::last_error; }
+
+uint64_t emulation_blocks() { return machine.blocks; }
 
 void emulation_registers(const char* kernel, int registers) { machine.registers[kernel] = registers; }
 

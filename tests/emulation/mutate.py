@@ -124,7 +124,9 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("only the first device allows shared memory", KERNELS, "allowed.count({kernel, device})", "!allowed.empty()"),
     ("an error stays for the next call", KERNELS, "cudaGetErrorName(error));\n    cudaGetLastError();", "cudaGetErrorName(error));"),
     ("a strip of no rows divides by zero", KERNELS, "(task->strip < 1 || task->groups_per_chunk < 1 ||", "("),
-    ("chunks beyond a grid's y", KERNELS, "dim3(unsigned(blocks), 1, unsigned(items)), dim3(THREADS)",
+    ("many blocks in a grid's y", KERNELS, "dim3(unsigned(blocks), 1, unsigned(items)), dim3(THREADS)",
+     "dim3(blocks > 65535 ? 1 : unsigned(blocks), blocks > 65535 ? unsigned(blocks) : 1, unsigned(items)), dim3(THREADS)"),
+    ("blocks beyond 65,536 left out", KERNELS, "dim3(unsigned(blocks), 1, unsigned(items)), dim3(THREADS)",
      "dim3(unsigned(blocks) > 65536 ? 65536 : unsigned(blocks), unsigned(blocks) > 65536 ? unsigned(blocks) / 65536 : 1, unsigned(items)), dim3(THREADS)"),
     ("too much shared memory is asked for", HOST, "ctypes.byref(task)) > limit:", "ctypes.byref(task)) > 2 * limit:"),
     # Host code.
