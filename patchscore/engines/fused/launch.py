@@ -207,29 +207,20 @@ class _Call:
     tolerance: float
     ess: bool
     k: int = field(init=False)
+    uint8: bool = field(init=False)
+    numbers: int = field(init=False)  # in a window
     unit: float = field(init=False)
     spectrum: Spectrum | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.k = self.competition.patch_size or 0
+        self.uint8 = self.bank.images.dtype == torch.uint8
+        self.numbers = self.z.shape[1] * self.k * self.k
         # Bytes become multiples of 1/256, which half floats hold.
         self.unit = 127.5 / 128 if self.uint8 else 1.0
         free = any(not (group.rows.locked or group.cols.locked) for group in self.competition.groups)
         few = self.numbers <= LARGEST_SPECTRUM
         self.spectrum = spectrum_of(self.bank, self.k, self.z.device) if free and few else None
-
-    @property
-    def uint8(self) -> bool:
-        return self.bank.images.dtype == torch.uint8
-
-    @property
-    def channels(self) -> int:
-        return self.z.shape[1]
-
-    @property
-    def numbers(self) -> int:
-        """In a window."""
-        return self.channels * self.k * self.k
 
     def plan(self, group: Group) -> Plan:
         """Rows of locked coordinates are pixels: an unfold is cheaper than a rotation for so few queries."""
@@ -243,7 +234,7 @@ class _Call:
         for group in self.competition.groups:
             plan = self.plan(group)
             # A query's row and its sums of every split take far less than a patch row's share of the limit.
-            per_item = group.pixels * (8 * self.numbers + 4 * plan.columns + 64 * value_columns(self.channels))
+            per_item = group.pixels * (8 * self.numbers + 4 * plan.columns + 64 * value_columns(self.z.shape[1]))
             room = _Room(min(len(self.z), max(1, self.memory_limit // 4 // per_item)), self.memory_limit)
             first = 0
             while first < len(self.z):
@@ -272,11 +263,10 @@ class _Call:
 
     def _sums(self, group: Group, plan: Plan, some: slice, room: _Room) -> PosteriorSum:
         z, sigma = self.z[some], _levels(self.sigma[some], self.z.device)
+        channels = z.shape[1]
         queries = query_rows(z, sigma, self.competition, group, plan, self.spectrum, self.unit)
-        parts = [
-            launch(queries, patches, plan, self.channels, self.ess) for patches in self._all_patches(group, plan, room)
-        ]
-        m, s, v, s2 = (rows_as_pixels(x, len(z), group) for x in merged(parts, queries, self.channels, self.unit))
+        parts = [launch(queries, patches, plan, channels, self.ess) for patches in self._all_patches(group, plan, room)]
+        m, s, v, s2 = (rows_as_pixels(x, len(z), group) for x in merged(parts, queries, channels, self.unit))
         return PosteriorSum(m, s, v, s2)
 
     def _all_patches(self, group: Group, plan: Plan, room: _Room) -> Iterator[Patches]:
