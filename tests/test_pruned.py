@@ -236,14 +236,15 @@ def test_the_engine_is_unbiased(larger, sigma):
 
 def test_what_is_beyond_a_share_of_the_sum_is_trimmed():
     """Of 16 windows evaluated each is at most a quarter of the sum, or itself; values go with their weights."""
-    s, v = torch.tensor(100.0).double(), torch.tensor([55.0, -20.0]).double()
+    s, v, s2 = torch.tensor(100.0).double(), torch.tensor([55.0, -20.0]).double(), torch.tensor(500.0).double()
     heavy = [(9.0, 3.0, torch.tensor([1.0, 1.0]).double()), (70.0, 2.0, torch.tensor([0.5, -0.5]).double())]
-    trimmed = naive.trimmed(s, v, heavy, 16, POLICY)
+    trimmed = naive.trimmed(s, v, s2, heavy, 16, POLICY)
     # The others add up to 30, so 70 becomes 10, a quarter of 40; 9 is less than a quarter of that.
     assert trimmed[0] == 40
     assert trimmed[1].tolist() == [25.0, 10.0]
-    assert naive.trimmed(s, v, [(70.0, 30.0, heavy[1][2])], 16, POLICY)[0] == 60  # what was found counts
-    assert naive.trimmed(s, v, heavy, 16, UNTRIMMED)[0] == s
+    assert trimmed[2] == 380  # a window of weight 2 stands for 5 like it, no longer for 35
+    assert naive.trimmed(s, v, s2, [(70.0, 30.0, heavy[1][2])], 16, POLICY)[0] == 60  # what was found counts
+    assert naive.trimmed(s, v, s2, heavy, 16, UNTRIMMED)[0] == s
 
 
 def test_trimmed_weights_are_those_of_the_definition(larger, tmp_path):
@@ -290,6 +291,17 @@ def test_trimming_lowers_the_error_where_few_windows_decide(larger):
     assert error[POLICY] < error[UNTRIMMED]
     # What 20 draws of unbiased estimates leave is 1 / sqrt(20) of an error; the bias is a part of what is stated.
     assert bias[POLICY] < 1
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.2, 0.5])
+def test_a_trimmed_weight_leaves_an_effective_sample_size_of_one_or_more(larger, sigma):
+    bank, index = larger
+    z = noisy(bank, sigma, dtype=torch.float32)
+    request, _ = request_of(pruned(bank, index, budget=0.005), z[0], sigma)
+    for known in (0, POLICY.known):
+        policy = dataclasses.replace(POLICY, known=known)
+        found = [cpu.scan(dataclasses.replace(request, key=seed), policy).sums for seed in range(10)]
+        assert min(x.ess.min() for x in found) >= 1 - 1e-6
 
 
 @pytest.mark.parametrize("k", [3, 9])

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "../common/simd.h"
@@ -40,6 +41,7 @@ struct Known {
     int32_t count = 0;
     int32_t t[MOST_KNOWN];  // dot - 2^shift |p|^2
     int64_t id[MOST_KNOWN];
+    int8_t sweep[MOST_KNOWN];  // of neighbours' proposals in which it was found, 0 before them
 
     bool holds(int64_t window) const {
         for (int i = 0; i < count; ++i)
@@ -47,14 +49,19 @@ struct Known {
         return false;
     }
 
-    void take(int32_t value, int64_t window, int most) {
+    void offer(int32_t value, int64_t window, int since, int most) {
+        if (count == most && value < least) return;
         int at = count;
         while (at > 0 && (value > t[at - 1] || (value == t[at - 1] && window < id[at - 1]))) --at;
         if (at >= most) return;
         count = std::min(count + 1, most);
-        for (int i = count - 1; i > at; --i) t[i] = t[i - 1], id[i] = id[i - 1];
-        t[at] = value, id[at] = window;
+        for (int i = count - 1; i > at; --i) t[i] = t[i - 1], id[i] = id[i - 1], sweep[i] = sweep[i - 1];
+        t[at] = value, id[at] = window, sweep[at] = int8_t(since);
         least = t[count - 1];
+    }
+
+    void offer(const Known& others, int most) {
+        for (int i = 0; i < others.count; ++i) offer(others.t[i], others.id[i], 0, most);
     }
 };
 
@@ -66,8 +73,10 @@ struct Level {
     decltype(&plain::moments) moments;
     decltype(&plain::measures) measures;
     decltype(&plain::windows_at) windows_at;
+    decltype(&plain::pack) pack;
     decltype(&plain::facts_of) facts_of;
     decltype(&plain::compare_tile) compare_tile;
+    decltype(&plain::compare_window) compare_window;
     decltype(&plain::scan_tiles) scan_tiles;
 };
 
@@ -84,8 +93,10 @@ F as(G g) {
      name::moments,                                           \
      name::measures,                                          \
      name::windows_at,                                        \
+     name::pack,                                              \
      as<decltype(&plain::facts_of)>(&name::facts_of),         \
      as<decltype(&plain::compare_tile)>(&name::compare_tile), \
+     name::compare_window,                                    \
      as<decltype(&plain::scan_tiles)>(&name::scan_tiles)}
 
 const Level LEVELS[] = {
@@ -108,21 +119,6 @@ double uniform(uint64_t key, uint64_t number) { return double(mixed(key ^ mixed(
 
 int64_t tiles_of(int64_t windows) { return (windows + TILE - 1) / TILE; }
 
-void pack_tile(const Images& images, const int64_t* ids, int count, int8_t* out) {
-    const int k = images.patch_size;
-    const int64_t plane = int64_t(images.height) * images.width, cols = images.cols(), per_image = images.rows() * cols;
-    std::memset(out, 0, size_t(images.tile_bytes()));
-    for (int l = 0; l < count; ++l) {
-        const int64_t image = ids[l] / per_image, at = ids[l] % per_image;
-        const uint8_t* from = images.pixels + image * images.channels * plane + at / cols * images.width + at % cols;
-        int d = 0;
-        for (int c = 0; c < images.channels; ++c, from += plane)
-            for (int y = 0; y < k; ++y)
-                for (int x = 0; x < k; ++x, ++d)
-                    out[(d / 2 * TILE + l) * 2 + d % 2] = int8_t(from[y * images.width + x] ^ 0x80);
-    }
-}
-
 // The heaviest window of a visit to a part of a stratum: its weight, expanded and as it is; mean values of the visit.
 struct Heavy {
     double expanded, weight, mean[MOST_CHANNELS];
@@ -136,6 +132,7 @@ struct Sums {
     int64_t windows = 0;
     int32_t largest = INT32_MIN;
     int heavies = 0;
+    Known found;           // windows heavier than the lightest that was known
     Heavy heavy[TRIMMED];  // the largest, in descending order
 
     void take(const Heavy& found) {
@@ -159,10 +156,11 @@ class Scan {
     std::vector<float> child_size, parent_size, parent_competing;  // parents padded to whole groups of LANES
     std::vector<std::vector<ScanVisit>> planned;
     std::vector<Known> known;
-    std::vector<std::vector<int32_t>> pilots;  // cells of each query that hold heavy windows
-    std::vector<double> budget;                // windows of each query
+    std::vector<std::vector<ScanVisit>> pilots;  // cells of each query that hold heavy windows
+    std::vector<double> budget;                  // windows of each query
     std::vector<int32_t> refs;
     std::vector<double> expected;  // log2 of the expected sum
+    std::vector<double> sampled;   // and of that of the strata that are not evaluated whole
     std::vector<double> model;     // [queries, 1 + 2 channels] expected variance, about 2^ref
     std::vector<double> model_ref;
 
@@ -183,6 +181,7 @@ public:
           budget(size_t(request.queries), request.budget),
           refs(size_t(request.queries)),
           expected(size_t(request.queries)),
+          sampled(size_t(request.queries)),
           model(size_t(request.queries) * (1 + 2 * size_t(channels))),
           model_ref(size_t(request.queries)) {
         for (int64_t c = 0; c < request.cells; ++c) {
@@ -222,13 +221,15 @@ public:
 
 private:
     // Windows to draw; the rest of a budget goes to the windows that are known.
-    double sampled(int q) const { return (1 - request.policy.pilot) * budget[size_t(q)]; }
+    double drawn(int q) const { return (1 - request.policy.pilot) * budget[size_t(q)]; }
 
     bool is_whole(int q) const { return request.whole || budget[size_t(q)] > request.largest_budget; }
 
     const int8_t* tile_at(int64_t cell, int64_t tile, int8_t* scratch) const {
         if (request.tiles) return request.tiles + (tile_start[size_t(cell)] + tile) * request.images.tile_bytes();
-        pack_tile(request.images, ids_of(cell, tile), windows_in(cell, tile), scratch);
+        thread_local std::vector<uint8_t> rows;
+        rows.resize(size_t(request.images.tile_bytes()));
+        level.pack(request.images, ids_of(cell, tile), windows_in(cell, tile), rows.data(), scratch);
         return scratch;
     }
 
@@ -300,7 +301,7 @@ private:
             const float ref = largest(first, parent_competing.data(), padded);
             level.measures(first, second, parent_size.data(), parent_competing.data(), padded, ref, x.expected.data(),
                            x.g1.data(), x.g2.data());
-            x.scale[size_t(i)] = solve(parent_size.data(), x.g1.data(), x.g2.data(), padded, sampled(queries[i]), 1);
+            x.scale[size_t(i)] = solve(parent_size.data(), x.g1.data(), x.g2.data(), padded, drawn(queries[i]), 1);
             const float from = float(request.policy.opened_from * TILE) / x.scale[size_t(i)];
             x.cells[size_t(i)].clear(), x.opened[size_t(i)].clear();
             for (int64_t p = 0; p < request.parents.count; ++p)
@@ -345,11 +346,11 @@ private:
         const float ref = largest(x.first.data(), x.competing.data(), count);
         level.measures(x.first.data(), x.second.data(), x.size.data(), x.competing.data(), count, ref,
                        x.expected.data(), x.g1.data(), x.g2.data());
-        const float kappa = solve(x.size.data(), x.g1.data(), x.g2.data(), count, sampled(q), x.scale[size_t(i)]);
+        const float kappa = solve(x.size.data(), x.g1.data(), x.g2.data(), count, drawn(q), x.scale[size_t(i)]);
 
         // Visits, and the variance to expect: strata in their order, so that systematic sampling spreads over it.
         std::vector<ScanVisit>& visits = planned[size_t(q)];
-        double total = 0, climb = uniform(key, mixed(uint64_t(q)) | 1ull << 63), next = std::ceil(climb);
+        double total = 0, rest = 0, climb = uniform(key, mixed(uint64_t(q)) | 1ull << 63), next = std::ceil(climb);
         double* variance = &model[size_t(q) * (1 + 2 * size_t(channels))];
         std::fill(variance, variance + 1 + 2 * channels, 0.0);
         int32_t best[PILOT_CELLS];
@@ -371,12 +372,14 @@ private:
             const double wanted =
                 std::min(n, std::max(kappa * g1, std::min(double(kappa) * x.g2[size_t(h)], double(TILE))));
             double a = 0;  // expected variance of the stratum's sum
+            bool whole = false;
             if (!is_parent && wanted > 0.999 * TILE) {
                 const int64_t tiles = tiles_of(request.sizes[cell]);
                 const int64_t taken = wanted >= request.policy.certain_from * n || tiles <= 2
                                           ? tiles
                                           : std::min(tiles, std::max<int64_t>(2, tiles_of(int64_t(std::ceil(wanted)))));
                 visits.push_back({q, int32_t(cell), int32_t(start_of(cell, tiles)), int32_t(taken), 0, 0});
+                whole = taken == tiles;
                 const double f = double(taken) / double(tiles);
                 a = g1 * g1 * (1 - f) / (double(taken) * TILE);
             } else {
@@ -395,6 +398,7 @@ private:
                 a = (n * expect * n * expect + g1 * g1 / TILE) * std::max(0.0, 1 - hits) / hits;
                 a = std::max(a, g1 * g1 / wanted * (1 - std::min(1.0, wanted / n)));
             }
+            if (!whole) rest += n * expect;
             if (a > 1e-6 * variance[0]) {  // what is left out adds up to less than a hundredth
                 const Strata& of = is_parent ? request.parents : request.children;
                 const int64_t at = (is_parent ? p : cell) * channels;
@@ -407,7 +411,14 @@ private:
         }
         model_ref[size_t(q)] = ref;
         expected[size_t(q)] = ref + std::log2(std::max(total, 1e-300));
-        pilots[size_t(q)].assign(best, best + bests);
+        sampled[size_t(q)] = ref + std::log2(std::max(rest, 1e-300));
+        int64_t left = std::max<int64_t>(1, int64_t(request.policy.pilot * budget[size_t(q)] / TILE));
+        pilots[size_t(q)].clear();
+        for (int i = 0; i < bests && left > 0; ++i) {
+            const int64_t tiles = std::min(left, tiles_of(request.sizes[best[i]]));
+            pilots[size_t(q)].push_back({q, best[i], 0, int32_t(tiles), 0, 0});
+            left -= tiles;
+        }
     }
 
     ScanVisit hit(int q, int64_t parent, int64_t cell, int64_t tile, float units) const {
@@ -455,33 +466,45 @@ private:
     bool find_heavy() {
         const int most = request.policy.known;
         if (most == 0) return true;
-        pool.each(request.queries, [&](int64_t q, int) {
-            std::vector<int8_t> scratch(size_t(request.images.tile_bytes()));
-            const int64_t share = std::max<int64_t>(1, int64_t(request.policy.pilot * budget[size_t(q)] / TILE));
-            int64_t seen = 0;
-            for (const int32_t cell : pilots[size_t(q)])
-                for (int64_t tile = 0; tile < tiles_of(request.sizes[cell]) && seen < share; ++tile, ++seen) {
-                    const int8_t* bytes = tile_at(cell, tile, scratch.data());
-                    TileFacts facts;
-                    int32_t t[TILE];
-                    level.facts_of(bytes, request, ids_of(cell, tile), windows_in(cell, tile), facts);
-                    level.compare_tile(request, int(q), bytes, facts, t);
-                    for (int l = 0; l < TILE; ++l)
-                        if (t[l] != INT32_MIN && (known[size_t(q)].count < most || t[l] > known[size_t(q)].least))
-                            known[size_t(q)].take(t[l], facts.ids[l], most);
+        std::vector<int> all(size_t(request.queries));
+        std::iota(all.begin(), all.end(), 0);
+        std::vector<std::vector<Known>> parts(PARTS, std::vector<Known>(size_t(request.queries)));
+        const auto look = [&](int64_t part, int64_t c, Cell& cell, ScanVisit* some, int64_t count) {
+            for (int64_t at = 0; at < count; at += 4) {
+                const int many = int(std::min<int64_t>(4, count - at));
+                int32_t tiles = 0;
+                for (int i = 0; i < many; ++i) tiles = std::max(tiles, some[at + i].tiles);
+                for (int32_t tile = 0; tile < tiles; ++tile) {
+                    int32_t t[4][TILE];
+                    prepare(cell, c, tile);
+                    level.compare_tile(request, some + at, many, cell.tiles[size_t(tile)], cell.facts[size_t(tile)], t);
+                    for (int i = 0; i < many; ++i) {
+                        Known& own = parts[size_t(part)][size_t(some[at + i].query)];
+                        for (int l = 0; l < TILE && tile < some[at + i].tiles; ++l)
+                            if (t[i][l] != INT32_MIN) own.offer(t[i][l], cell.facts[size_t(tile)].ids[l], 0, most);
+                    }
                 }
-            request.pairs[q] += seen * TILE;
-        });
-        if (interrupt.stopped(true)) return false;
+            }
+        };
+        if (!each_cell(all, pilots, look)) return false;
+        for (int q = 0; q < request.queries; ++q) {
+            for (const ScanVisit& visit : pilots[size_t(q)]) request.pairs[q] += int64_t(visit.tiles) * TILE;
+            for (const std::vector<Known>& part : parts) known[size_t(q)].offer(part[size_t(q)], most);
+        }
         const int width = request.columns, height = width ? request.queries / width : 0;
-        for (int sweep = 0; width && sweep < SWEEPS; ++sweep) {
+        for (int sweep = 1; width && sweep <= SWEEPS; ++sweep) {
             const std::vector<Known> before = known;
             pool.each(height, [&](int64_t y, int) {
+                std::vector<uint8_t> bytes(size_t(request.images.values()));
                 for (int x = 0; x < width; ++x) {
-                    if (y > 0) propose(int(y) * width + x, before[size_t((y - 1) * width + x)], 1, 0);
-                    if (y + 1 < height) propose(int(y) * width + x, before[size_t((y + 1) * width + x)], -1, 0);
-                    if (x > 0) propose(int(y) * width + x, before[size_t(y * width + x - 1)], 0, 1);
-                    if (x + 1 < width) propose(int(y) * width + x, before[size_t(y * width + x + 1)], 0, -1);
+                    if (y > 0)
+                        propose(int(y) * width + x, before[size_t((y - 1) * width + x)], 1, 0, sweep, bytes.data());
+                    if (y + 1 < height)
+                        propose(int(y) * width + x, before[size_t((y + 1) * width + x)], -1, 0, sweep, bytes.data());
+                    if (x > 0)
+                        propose(int(y) * width + x, before[size_t(y * width + x - 1)], 0, 1, sweep, bytes.data());
+                    if (x + 1 < width)
+                        propose(int(y) * width + x, before[size_t(y * width + x + 1)], 0, -1, sweep, bytes.data());
                 }
             });
             if (interrupt.stopped(true)) return false;
@@ -489,34 +512,19 @@ private:
         return true;
     }
 
-    void propose(int q, const Known& neighbour, int down, int right) {
+    // What a neighbour has known for longer it has proposed before.
+    void propose(int q, const Known& neighbour, int down, int right, int sweep, uint8_t* bytes) {
         const Images& images = request.images;
         const int64_t cols = images.cols(), per_image = images.rows() * cols;
         Known& own = known[size_t(q)];
         for (int i = 0; i < neighbour.count; ++i) {
-            const int64_t image = neighbour.id[i] / per_image, at = neighbour.id[i] % per_image;
+            if (neighbour.sweep[i] != sweep - 1) continue;
+            const int64_t at = neighbour.id[i] % per_image;
             const int64_t row = at / cols + down, col = at % cols + right, id = neighbour.id[i] + down * cols + right;
             if (row < 0 || col < 0 || row >= images.rows() || col >= cols || own.holds(id)) continue;
-            const int32_t t = compare(q, image, row, col);
+            own.offer(level.compare_window(request, q, id, bytes), id, sweep, request.policy.known);
             ++request.pairs[q];
-            if (own.count < request.policy.known || t > own.least) own.take(t, id, request.policy.known);
         }
-    }
-
-    int32_t compare(int q, int64_t image, int64_t row, int64_t col) const {
-        const Images& images = request.images;
-        const int k = images.patch_size;
-        const int64_t plane = int64_t(images.height) * images.width;
-        const uint8_t* from = images.pixels + image * channels * plane + row * images.width + col;
-        const int16_t* digits = request.digits + int64_t(q) * 2 * images.pairs();
-        int32_t dot = 0, norm = 0;
-        for (int c = 0; c < channels; ++c, from += plane)
-            for (int y = 0; y < k; ++y, digits += k)
-                for (int x = 0; x < k; ++x) {
-                    const int32_t byte = int32_t(from[y * images.width + x]) - 128;
-                    dot += digits[x] * byte, norm += byte * byte;
-                }
-        return dot - (norm << request.shift[q]);
     }
 
     // Where sums are accumulated about: the heaviest window known, or one of a few that are visited.
@@ -526,10 +534,10 @@ private:
         for (const ScanVisit& visit : planned[size_t(q)]) {
             const int8_t* bytes = tile_at(visit.cell, visit.first, scratch.data());
             TileFacts facts;
-            int32_t t[TILE];
+            int32_t t[1][TILE];
             level.facts_of(bytes, request, ids_of(visit.cell, visit.first), windows_in(visit.cell, visit.first), facts);
-            level.compare_tile(request, q, bytes, facts, t);
-            const int32_t found = *std::max_element(t, t + TILE);
+            level.compare_tile(request, &visit, 1, bytes, facts, t);
+            const int32_t found = *std::max_element(t[0], t[0] + TILE);
             if (found != INT32_MIN) return found;
         }
         return 0;
@@ -549,8 +557,10 @@ private:
                 const bool far = off > 50 || (off < -50 && sum.largest != INT32_MIN && !known[size_t(q)].count);
                 if (far && round < 3)
                     refs[size_t(q)] = sum.largest, again.push_back(q);
-                else if (request.pairs[q] += sum.windows, !finish(q, sum))
+                else if (request.pairs[q] += sum.windows, !finish(q, sum)) {
                     unknown.push_back(q);
+                    known[size_t(q)].offer(sum.found, request.policy.known);
+                }
             }
             left = again;
         }
@@ -558,51 +568,38 @@ private:
     }
 
     bool scan(const std::vector<int>& queries, std::vector<Sums>& total) {
-        // Visits by cell.
-        std::vector<int64_t> begin(size_t(request.cells) + 1);
         for (int q : queries)
-            for (const ScanVisit& visit : planned[size_t(q)]) ++begin[size_t(visit.cell) + 1];
-        for (size_t c = 0; c < size_t(request.cells); ++c) begin[c + 1] += begin[c];
-        std::vector<ScanVisit> visits(size_t(begin.back()));
-        {
-            std::vector<int64_t> at(begin.begin(), begin.end() - 1);
-            for (int q : queries)
-                for (ScanVisit visit : planned[size_t(q)]) {
-                    visit.ref = refs[size_t(q)];
-                    visits[size_t(at[size_t(visit.cell)]++)] = visit;
-                }
-        }
-        std::vector<std::vector<Sums>> parts(PARTS);
-        std::vector<int64_t> edges(PARTS + 1, request.cells);
-        edges[0] = 0;
-        for (int part = 1; part < PARTS; ++part)
-            edges[size_t(part)] =
-                std::lower_bound(begin.begin(), begin.end() - 1, begin.back() / PARTS * part) - begin.begin();
-        pool.each(PARTS, [&](int64_t part, int) {
-            parts[size_t(part)].resize(size_t(request.queries));
-            Cell cell;
-            for (int64_t c = edges[size_t(part)], ahead = c; c < edges[size_t(part) + 1]; ++c) {
-                // What the cell after next needs first is fetched from memory meanwhile.
-                for (ahead = std::max(ahead, c + 1); ahead < edges[size_t(part) + 1]; ++ahead)
-                    if (begin[size_t(ahead)] < begin[size_t(ahead) + 1]) break;
-                if (request.tiles && ahead < edges[size_t(part) + 1]) {
-                    const ScanVisit& next = visits[size_t(begin[size_t(ahead)])];
-                    const int8_t* bytes =
-                        request.tiles + (tile_start[size_t(ahead)] + next.first) * request.images.tile_bytes();
-                    for (int64_t at = 0; at < 2 * request.images.tile_bytes(); at += 64) __builtin_prefetch(bytes + at);
-                }
-                if (begin[size_t(c)] < begin[size_t(c) + 1])
-                    scan_cell(c, &visits[size_t(begin[size_t(c)])], begin[size_t(c) + 1] - begin[size_t(c)], cell,
-                              parts[size_t(part)]);
+            for (ScanVisit& visit : planned[size_t(q)]) visit.ref = refs[size_t(q)];
+        std::vector<std::vector<Sums>> parts(PARTS, std::vector<Sums>(size_t(request.queries)));
+        const auto scan_cell = [&](int64_t part, int64_t c, Cell& cell, ScanVisit* visits, int64_t count) {
+            // Four queries with the same first tile go together, those with the most tiles first.
+            std::sort(visits, visits + count, [](const ScanVisit& a, const ScanVisit& b) {
+                return a.first != b.first ? a.first < b.first
+                                          : (a.tiles != b.tiles ? a.tiles > b.tiles : a.query < b.query);
+            });
+            const int64_t tiles = tiles_of(request.sizes[c]);
+            for (int64_t at = 0; at < count;) {
+                int many = 1;
+                while (many < 4 && at + many < count && visits[at + many].first == visits[at].first) ++many;
+                for (int t = 0; t < visits[at].tiles; ++t) prepare(cell, c, (visits[at].first + t) % tiles);
+                Visited found[4];
+                Known* heavier[4];
+                for (int i = 0; i < many; ++i) heavier[i] = &parts[size_t(part)][size_t(visits[at + i].query)].found;
+                level.scan_tiles(request, cell.tiles.data(), cell.facts.data(), int(tiles), visits + at, many,
+                                 known.data(), heavier, found);
+                for (int i = 0; i < many; ++i)
+                    enter(visits[at + i], found[i], tiles, c, parts[size_t(part)][size_t(visits[at + i].query)]);
+                at += many;
             }
-        });
-        if (interrupt.stopped(true)) return false;
+        };
+        if (!each_cell(queries, planned, scan_cell)) return false;
         total = std::move(parts[0]);
         for (int part = 1; part < PARTS; ++part)
             for (int q : queries) add(total[size_t(q)], parts[size_t(part)][size_t(q)]);
         return true;
     }
 
+    // The tiles of the cell that is looked at, and what they hold besides bytes; ready once they were asked for.
     struct Cell {
         std::vector<int8_t> bytes;
         std::vector<const int8_t*> tiles;
@@ -610,34 +607,69 @@ private:
         std::vector<uint8_t> ready;
     };
 
-    void scan_cell(int64_t c, ScanVisit* visits, int64_t count, Cell& cell, std::vector<Sums>& sums) const {
-        const int64_t tiles = tiles_of(request.sizes[c]), tile_bytes = request.images.tile_bytes();
-        cell.tiles.resize(size_t(tiles)), cell.ready.assign(size_t(tiles), 0);
-        if (cell.facts.size() < size_t(tiles)) cell.facts.resize(size_t(tiles));
-        if (!request.tiles && cell.bytes.size() < size_t(tiles * tile_bytes))
-            cell.bytes.resize(size_t(tiles * tile_bytes));
-        // Four queries with the same first tile go together, those with the most tiles first.
-        std::sort(visits, visits + count, [](const ScanVisit& a, const ScanVisit& b) {
-            return a.first != b.first ? a.first < b.first : a.tiles != b.tiles ? a.tiles > b.tiles : a.query < b.query;
-        });
-        for (int64_t at = 0; at < count;) {
-            int many = 1;
-            while (many < 4 && at + many < count && visits[at + many].first == visits[at].first) ++many;
-            for (int t = 0; t < visits[at].tiles; ++t) {
-                const int64_t tile = (visits[at].first + t) % tiles;
-                if (cell.ready[size_t(tile)]) continue;
-                cell.ready[size_t(tile)] = 1;
-                cell.tiles[size_t(tile)] = tile_at(c, tile, cell.bytes.data() + tile * tile_bytes);
-                level.facts_of(cell.tiles[size_t(tile)], request, ids_of(c, tile), windows_in(c, tile),
-                               cell.facts[size_t(tile)]);
-            }
-            Visited found[4];
-            level.scan_tiles(request, cell.tiles.data(), cell.facts.data(), int(tiles), visits + at, many, known.data(),
-                             found);
-            for (int i = 0; i < many; ++i)
-                enter(visits[at + i], found[i], tiles, c, sums[size_t(visits[at + i].query)]);
-            at += many;
+    void prepare(Cell& cell, int64_t c, int64_t tile) const {
+        if (cell.ready[size_t(tile)]) return;
+        cell.ready[size_t(tile)] = 1;
+        if (!request.tiles && tile + 1 < tiles_of(request.sizes[c])) fetch(c, tile + 1);
+        cell.tiles[size_t(tile)] = tile_at(c, tile, cell.bytes.data() + tile * request.images.tile_bytes());
+        level.facts_of(cell.tiles[size_t(tile)], request, ids_of(c, tile), windows_in(c, tile),
+                       cell.facts[size_t(tile)]);
+    }
+
+    // Has what a tile is made of brought from memory.
+    void fetch(int64_t c, int64_t tile) const {
+        const Images& images = request.images;
+        const auto lines = [](const void* from, int64_t bytes) {
+            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at);
+        };
+        if (request.tiles)
+            return lines(request.tiles + (tile_start[size_t(c)] + tile) * images.tile_bytes(), 2 * images.tile_bytes());
+        const int64_t plane = int64_t(images.height) * images.width, per_image = int64_t(images.rows()) * images.cols();
+        const int64_t* ids = ids_of(c, tile);
+        for (int l = 0; l < windows_in(c, tile); ++l) {
+            const int64_t image = ids[l] / per_image, row = ids[l] % per_image / images.cols();
+            for (int ch = 0; ch < channels; ++ch)
+                lines(images.pixels + (image * channels + ch) * plane + row * images.width,
+                      int64_t(images.patch_size) * images.width);
         }
+    }
+
+    // Calls look(part, c, cell, visits, count) for each cell that is visited, in PARTS runs of cells; false if stopped.
+    template <typename Look>
+    bool each_cell(const std::vector<int>& queries, const std::vector<std::vector<ScanVisit>>& wanted,
+                   const Look& look) {
+        std::vector<int64_t> begin(size_t(request.cells) + 1);
+        for (int q : queries)
+            for (const ScanVisit& visit : wanted[size_t(q)]) ++begin[size_t(visit.cell) + 1];
+        for (size_t c = 0; c < size_t(request.cells); ++c) begin[c + 1] += begin[c];
+        std::vector<ScanVisit> visits(size_t(begin.back()));
+        std::vector<int64_t> at(begin.begin(), begin.end() - 1), edges(PARTS + 1, request.cells);
+        for (int q : queries)
+            for (const ScanVisit& visit : wanted[size_t(q)]) visits[size_t(at[size_t(visit.cell)]++)] = visit;
+        edges[0] = 0;
+        for (int part = 1; part < PARTS; ++part)
+            edges[size_t(part)] =
+                std::lower_bound(begin.begin(), begin.end() - 1, begin.back() / PARTS * part) - begin.begin();
+        const int64_t tile_bytes = request.images.tile_bytes();
+        pool.each(PARTS, [&](int64_t part, int) {
+            Cell cell;
+            const int64_t end = edges[size_t(part) + 1];
+            for (int64_t c = edges[size_t(part)], ahead = c; c < end; ++c) {
+                // What the next cell needs first is fetched from memory meanwhile.
+                for (ahead = std::max(ahead, c + 1); ahead < end; ++ahead)
+                    if (begin[size_t(ahead)] < begin[size_t(ahead) + 1]) break;
+                if (ahead < end) fetch(ahead, visits[size_t(begin[size_t(ahead)])].first);
+                const int64_t count = begin[size_t(c) + 1] - begin[size_t(c)];
+                if (count == 0) continue;
+                const size_t tiles = size_t(tiles_of(request.sizes[c]));
+                cell.ready.assign(tiles, 0);
+                if (cell.tiles.size() < tiles) cell.tiles.resize(tiles), cell.facts.resize(tiles);
+                if (!request.tiles && cell.bytes.size() < tiles * size_t(tile_bytes))
+                    cell.bytes.resize(tiles * size_t(tile_bytes));
+                look(part, c, cell, &visits[size_t(begin[size_t(c)])], count);
+            }
+        });
+        return !interrupt.stopped(true);
     }
 
     // Adds a visit's windows to its query: Horvitz-Thompson totals, and their variance.
@@ -686,6 +718,7 @@ private:
         to.y += from.y, to.yy += from.yy, to.y4 += from.y4, to.windows += from.windows;
         to.largest = std::max(to.largest, from.largest);
         for (int i = 0; i < from.heavies; ++i) to.take(from.heavy[i]);
+        to.found.offer(from.found, MOST_KNOWN);
         for (int c = 0; c < channels; ++c) {
             to.v[c] += from.v[c], to.vs[c] += from.vs[c], to.vv[c] += from.vv[c];
             to.yv[c] += from.yv[c], to.yyv[c] += from.yyv[c], to.yvv[c] += from.yvv[c];
@@ -715,7 +748,7 @@ private:
             const Heavy& heavy = sum.heavy[i];
             const double most = std::max(heavy.weight, share / (1 - share) * (s - heavy.expanded));
             const double cut = std::max(0.0, heavy.expanded - most);
-            s -= cut;
+            s -= cut, s2 -= cut * heavy.weight;
             for (int c = 0; c < C; ++c) v[c] -= cut * heavy.mean[c];
         }
         request.m[q] = m * std::log(2.0), request.s[q] = s, request.s2[q] = s2;
@@ -755,7 +788,9 @@ private:
             request.fits[q] = 1;
             return true;
         }
-        const double misfit = std::abs(expected[size_t(q)] - m - std::log2(std::max(s, 1e-300)));
+        // More is expected of what was sampled than was found altogether, or more was sampled than was expected.
+        const auto log_sum = [&](double sum) { return m + std::log2(std::max(sum, 1e-300)); };
+        const double misfit = std::max(sampled[size_t(q)] - log_sum(s), log_sum(sum.s) - expected[size_t(q)]);
         const bool fits =
             s > 0 && misfit <= request.policy.misfit && largest <= request.policy.unknown * request.policy.unknown;
         request.fits[q] = fits;
@@ -779,12 +814,14 @@ void pruned_pack(const Images& images, const int64_t* ids, const int64_t* sizes,
         windows[size_t(c) + 1] = windows[size_t(c)] + sizes[c];
         starts[size_t(c) + 1] = starts[size_t(c)] + tiles_of(sizes[c]);
     }
+    const Level& level = choose_level(LEVELS, "");
     Interrupt interrupt;
     ThreadPool pool(std::max(1, threads), interrupt);
     pool.each(cells, [&](int64_t c, int) {
+        std::vector<uint8_t> rows(size_t(images.tile_bytes()));
         for (int64_t t = 0; t < tiles_of(sizes[c]); ++t)
-            pack_tile(images, ids + windows[size_t(c)] + t * TILE, int(std::min<int64_t>(TILE, sizes[c] - t * TILE)),
-                      tiles + (starts[size_t(c)] + t) * images.tile_bytes());
+            level.pack(images, ids + windows[size_t(c)] + t * TILE, int(std::min<int64_t>(TILE, sizes[c] - t * TILE)),
+                       rows.data(), tiles + (starts[size_t(c)] + t) * images.tile_bytes());
     });
 }
 

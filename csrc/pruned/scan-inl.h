@@ -142,6 +142,75 @@ static void facts_of(const int8_t* tile, const Request& request, const int64_t* 
     }
 }
 
+// The bytes of a window, row by row.
+template <int SIDE>
+PS_INLINE void copy_window(const Images& images, int64_t id, uint8_t* to) {
+    const int side = SIDE > 0 ? SIDE : images.patch_size;
+    const int64_t cols = images.cols(), per_image = images.rows() * cols, plane = int64_t(images.height) * images.width;
+    const int64_t image = id / per_image, at = id % per_image;
+    const uint8_t* from = images.pixels + image * images.channels * plane + at / cols * images.width + at % cols;
+    for (int c = 0; c < images.channels; ++c, from += plane)
+        for (int y = 0; y < side; ++y, to += side) __builtin_memcpy(to, from + y * images.width, size_t(side));
+}
+
+PS_INLINE void copy_window(const Images& images, int64_t id, uint8_t* to) {
+    switch (images.patch_size) {
+        case 3:
+            return copy_window<3>(images, id, to);
+        case 5:
+            return copy_window<5>(images, id, to);
+        case 7:
+            return copy_window<7>(images, id, to);
+        case 9:
+            return copy_window<9>(images, id, to);
+        case 11:
+            return copy_window<11>(images, id, to);
+        case 13:
+            return copy_window<13>(images, id, to);
+        case 15:
+            return copy_window<15>(images, id, to);
+        case 17:
+            return copy_window<17>(images, id, to);
+        default:
+            return copy_window<0>(images, id, to);
+    }
+}
+
+// Gathers up to TILE windows from their images into a tile. `rows` has room for as many bytes as a tile.
+static void pack(const Images& images, const int64_t* ids, int count, uint8_t* rows, int8_t* out) {
+    const int pairs = images.pairs(), values = images.values(), stride = 2 * pairs;
+    for (int l = 0; l < TILE; ++l) {
+        uint8_t* to = rows + l * stride;
+        to[stride - 1] = 0x80;  // where the number of values is odd
+        if (l >= count)
+            std::memset(to, 0x80, size_t(values));
+        else
+            copy_window(images, ids[l], to);
+    }
+    int d = 0;
+#if PS_LEVEL >= 256
+    const __m128i middle = _mm_set1_epi8(int8_t(0x80));
+    for (; d + TILE <= pairs; d += TILE) {  // transposes TILE x TILE pairs
+        __m128i x[TILE], y[TILE];
+        for (int l = 0; l < TILE; ++l) x[l] = _mm_loadu_si128((const __m128i*)(rows + l * stride + 2 * d));
+        for (int l = 0; l < TILE / 2; ++l) {
+            y[2 * l] = _mm_unpacklo_epi16(x[l], x[l + 4]), y[2 * l + 1] = _mm_unpackhi_epi16(x[l], x[l + 4]);
+        }
+        for (int l = 0; l < TILE / 2; ++l) {
+            x[2 * l] = _mm_unpacklo_epi16(y[l], y[l + 4]), x[2 * l + 1] = _mm_unpackhi_epi16(y[l], y[l + 4]);
+        }
+        for (int l = 0; l < TILE / 2; ++l) {
+            y[2 * l] = _mm_unpacklo_epi16(x[l], x[l + 4]), y[2 * l + 1] = _mm_unpackhi_epi16(x[l], x[l + 4]);
+        }
+        for (int l = 0; l < TILE; ++l)
+            _mm_storeu_si128((__m128i*)(out + (d + l) * 2 * TILE), _mm_xor_si128(y[l], middle));
+    }
+#endif
+    for (; d < pairs; ++d)
+        for (int l = 0; l < TILE; ++l)
+            for (int i = 0; i < 2; ++i) out[(d * TILE + l) * 2 + i] = int8_t(rows[l * stride + 2 * d + i] ^ 0x80);
+}
+
 // Dot products of QUERIES queries with TILES tiles of windows.
 // Not inlined: what the caller holds would push the sums out of the registers.
 template <int QUERIES, int TILES>
@@ -177,15 +246,64 @@ __attribute__((noinline)) static void dots(const int8_t* const* tiles, int pairs
 #endif
 }
 
-// dot - 2^shift |p|^2 of one query with a tile; INT32_MIN where no window competes.
-static void compare_tile(const Request& request, int query, const int8_t* tile, const TileFacts& facts, int32_t* out) {
+// Dot products of the queries of up to 4 visits with one tile or two.
+PS_INLINE void dots_of(const int8_t* const* tiles, int count, int pairs, const int16_t* const* digits, int many,
+                       i8 (*out)[4]) {
+    if (count == 2) {
+        if (many == 1)
+            dots<1, 2>(tiles, pairs, digits, out);
+        else if (many == 2)
+            dots<2, 2>(tiles, pairs, digits, out);
+        else
+            dots<4, 2>(tiles, pairs, digits, out);
+    } else {
+        if (many == 1)
+            dots<1, 1>(tiles, pairs, digits, out);
+        else if (many == 2)
+            dots<2, 1>(tiles, pairs, digits, out);
+        else
+            dots<4, 1>(tiles, pairs, digits, out);
+    }
+}
+
+// dot - 2^shift |p|^2 of up to 4 queries with a tile; INT32_MIN where no window competes.
+static void compare_tile(const Request& request, const ScanVisit* visits, int many, const int8_t* tile,
+                         const TileFacts& facts, int32_t (*out)[TILE]) {
     const int pairs = request.images.pairs();
-    const int16_t* digits[1] = {request.digits + int64_t(query) * 2 * pairs};
+    const int16_t* digits[4];
+    for (int i = 0; i < 4; ++i) digits[i] = request.digits + int64_t(visits[i < many ? i : 0].query) * 2 * pairs;
     i8 dot[1][4];
-    dots<1, 1>(&tile, pairs, digits, dot);
-    const i8 t = dot[0][0] - (facts.norm << request.shift[query]);
-    const i8 seen = facts.present ? t : i8{} + INT32_MIN;
-    for (int l = 0; l < TILE; ++l) out[l] = seen[l];
+    dots_of(&tile, 1, pairs, digits, many, dot);
+    for (int i = 0; i < many; ++i) {
+        const i8 t = dot[0][i] - (facts.norm << request.shift[visits[i].query]);
+        const i8 seen = facts.present ? t : i8{} + INT32_MIN;
+        for (int l = 0; l < TILE; ++l) out[i][l] = seen[l];
+    }
+}
+
+// The same of one query with a window in its image. `bytes` has room for it.
+static int32_t compare_window(const Request& request, int query, int64_t id, uint8_t* bytes) {
+    const int pairs = request.images.pairs(), values = request.images.values();
+    const int16_t* digits = request.digits + int64_t(query) * 2 * pairs;
+    copy_window(request.images, id, bytes);
+    int32_t dot = 0, norm = 0;
+    int d = 0;
+#if PS_LEVEL >= 256
+    __m256i dots = _mm256_setzero_si256(), norms = dots;
+    for (; d + 16 <= values; d += 16) {
+        const __m128i centred =
+            _mm_xor_si128(_mm_loadu_si128((const __m128i*)(bytes + d)), _mm_set1_epi8(int8_t(0x80)));
+        const __m256i p = _mm256_cvtepi8_epi16(centred);
+        dots = _mm256_add_epi32(dots, _mm256_madd_epi16(p, _mm256_loadu_si256((const __m256i*)(digits + d))));
+        norms = _mm256_add_epi32(norms, _mm256_madd_epi16(p, p));
+    }
+    for (int l = 0; l < TILE; ++l) dot += ((i8)dots)[l], norm += ((i8)norms)[l];
+#endif
+    for (; d < values; ++d) {
+        const int32_t byte = int32_t(bytes[d]) - 128;
+        dot += digits[d] * byte, norm += byte * byte;
+    }
+    return dot - (norm << request.shift[query]);
 }
 
 // Lane sums of a visit: w, w^2, then w v, w^2 v, w^2 v^2 of each channel.
@@ -195,13 +313,18 @@ struct Lanes {
 };
 
 PS_INLINE void weigh(i8 dot, const TileFacts& facts, int shift, int32_t ref, float bits, const Known& known,
-                     int channels, Lanes& sums) {
+                     int channels, Lanes& sums, Known& found) {
     const i8 t = dot - (facts.norm << shift);
     i8 present = facts.present;
     const i8 heavy = present & (t >= known.least);
     if (__builtin_expect(any_of(heavy), 0))
         for (int l = 0; l < TILE; ++l)
-            if (heavy[l] && known.holds(facts.ids[l])) present[l] = 0;
+            if (heavy[l]) {
+                if (known.holds(facts.ids[l]))
+                    present[l] = 0;
+                else
+                    found.offer(t[l], facts.ids[l], 0, MOST_KNOWN);
+            }
     const i8 seen = present ? t : i8{} + INT32_MIN;
     sums.largest = seen > sums.largest ? seen : sums.largest;
     v8 x = __builtin_convertvector(t - ref, v8) * bits;
@@ -228,7 +351,7 @@ PS_INLINE float sum_of(v8 x) {
 // Sums of up to 4 visits over their tiles; tile t of a visit is tiles[(first + t) % count]. All start at the same tile,
 // the first has the most. out: w, w^2, then w v, w^2 v, w^2 v^2 of each channel.
 static void scan_tiles(const Request& request, const int8_t* const* tiles, const TileFacts* facts, int count,
-                       const ScanVisit* visits, int many, const Known* known, Visited* out) {
+                       const ScanVisit* visits, int many, const Known* known, Known* const* found, Visited* out) {
     const int pairs = request.images.pairs(), channels = request.images.channels, all = many;
     const int16_t* digits[4];
     Lanes sums[4];
@@ -247,27 +370,13 @@ static void scan_tiles(const Request& request, const int8_t* const* tiles, const
             of[j] = tiles[at], about[j] = &facts[at];
         }
         i8 dot[2][4];
-        if (both == 2) {
-            if (many == 1)
-                dots<1, 2>(of, pairs, digits, dot);
-            else if (many == 2)
-                dots<2, 2>(of, pairs, digits, dot);
-            else
-                dots<4, 2>(of, pairs, digits, dot);
-        } else {
-            if (many == 1)
-                dots<1, 1>(of, pairs, digits, dot);
-            else if (many == 2)
-                dots<2, 1>(of, pairs, digits, dot);
-            else
-                dots<4, 1>(of, pairs, digits, dot);
-        }
+        dots_of(of, both, pairs, digits, many, dot);
         for (int i = 0; i < many; ++i) {
             const ScanVisit& visit = visits[i];
             const float bits = float(request.bits[visit.query]);
             for (int j = 0; j < both; ++j)
                 weigh(dot[j][i], *about[j], request.shift[visit.query], visit.ref, bits, known[visit.query], channels,
-                      sums[i]);
+                      sums[i], *found[i]);
         }
         t += both;
     }

@@ -112,10 +112,10 @@ def allocation(size: Tensor, sure: Tensor, chance: Tensor, budget: float) -> Ten
 
 
 def trimmed(
-    s: Tensor, v: Tensor, heavy: Sequence[tuple[float, float, Tensor]], evaluated: int, policy: Policy
-) -> tuple[Tensor, Tensor]:
-    """The sums, in which no expanded weight is more than a share of the sum: biased, with less mean squared error where
-    few windows have most of the weight (Ionides 2008).
+    s: Tensor, v: Tensor, s2: Tensor, heavy: Sequence[tuple[float, float, Tensor]], evaluated: int, policy: Policy
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of w, w v and w^2, in which no expanded weight is more than a share of the first: biased, with less mean
+    squared error where few windows have most of the weight (Ionides 2008).
 
     Args:
         heavy: of the heaviest window of each sampled stratum the weight, expanded and as it is, and the mean values [C]
@@ -126,8 +126,8 @@ def trimmed(
     for expanded, weight, mean in sorted(heavy, key=lambda x: -x[0])[:TRIMMED]:
         if share < 1:
             cut = max(0.0, expanded - max(weight, share / (1 - share) * (s.item() - expanded)))
-            s, v = s - cut, v - cut * mean
-    return s, v
+            s, v, s2 = s - cut, v - cut * mean, s2 - cut * weight
+    return s, v, s2
 
 
 def estimate(
@@ -207,7 +207,7 @@ def estimate(
     # Where the sample holds more weight than was expected, so does its variance: the coefficient of variation stays.
     expected *= max(1.0, s.item() / (size * log_moments[0].exp()).sum().item()) ** 2
     s, v, s2 = s + surely[0].sum(), v + surely[0] @ surely[1], s2 + surely[0].square().sum()
-    s, v = trimmed(s, v, heavy, evaluated, policy)
+    s, v, s2 = trimmed(s, v, s2, heavy, evaluated, policy)
     foreseen = expected[0, 0], expected[1], expected[2]
     if Sums(s, v, s2, *observed).stderr.square().sum() >= Sums(s, v, s2, *foreseen).stderr.square().sum():
         return Sums(s, v, s2, *observed)
