@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from .draw.images import png, to_pil
 from .explain import explain
 from .index import PatchIndex
 from .machines import EquivariantLocalScore
+from .mixed import MixedBank, open_bank
 from .noise import karras
 from .pooled import SYMMETRIES, Symmetric
 from .sampling import SAMPLERS, image_generator
@@ -118,11 +119,11 @@ def synthesize(
     """An image of any size whose patches, at every scale, are those of the exemplars.
 
     Args:
-        source: a PatchBank of exemplars, one exemplar [C, h, w] (uint8, or floats in [-1, 1]), or whatever
-            `PatchBank.open` takes, such as the path of a photograph.
+        source: a PatchBank or MixedBank of exemplars, one exemplar [C, h, w] (uint8, or floats in [-1, 1]), or whatever
+            `PatchBank.open` takes, such as the path of a photograph, or of a folder of some in several sizes.
         size: (height, width) of the image.
-        levels: scales of the pyramid, each half as large as the one below; by default as many as leave the coarsest
-            exemplar, and the canvas there, two patch sizes high and wide.
+        levels: scales of the pyramid, each half as large as the one below; by default as many as leave the smallest of
+            the coarsest exemplars, and the canvas there, two patch sizes high and wide.
         patch_size: k, odd; or one for each level, coarsest first.
         steps: denoising steps of a level; or one number for each.
         strength: noise level at which a level begins, in units of pixels: the lower, the more of the coarser level's
@@ -168,6 +169,8 @@ def synthesize(
             raise ValueError("symmetry, tolerance: got both, and an index has no mirrored windows")
         if source_map:
             raise ValueError("symmetry, source_map: got both, and a map cannot tell which windows are mirrored")
+    if tolerance is not None and isinstance(bank, MixedBank):
+        raise ValueError("tolerance: takes exemplars of one size, as an index does")
     device = checks.device(device)
     if tolerance is not None and not 0 < checks.number("tolerance", tolerance) < math.inf:
         raise ValueError(f"tolerance: got {tolerance}, takes a positive rms error or None")
@@ -208,7 +211,7 @@ def synthesize(
                     callback(made)
         origin = _origin(done[-1], bank, serving, tile, memory_limit, device) if source_map else None
         if folder is not None:
-            folder.finish(done, origin, own=bank.shape[1:])
+            folder.finish(done, origin, _sides(bank, max))
     return Synthesis(done[-1].image, tuple(done), origin)
 
 
@@ -217,18 +220,18 @@ def synthesize(
 
 @dataclass(frozen=True)
 class _Planned:
-    """What a level is to do. sigmas: without the clean end. exemplar, canvas: (height, width)."""
+    """What a level is to do. sigmas: without the clean end. part: of a side of the exemplars; canvas: its sides."""
 
     index: int
     of: int
-    exemplar: tuple[int, int]
+    part: int
     canvas: tuple[int, int]
     patch_size: int
     sigmas: tuple[float, ...]
 
 
 def _plan(
-    bank: PatchBank,
+    bank: Bank,
     size: tuple[int, int],
     levels: int | None,
     patch_size: int | Sequence[int],
@@ -244,7 +247,7 @@ def _plan(
     except (TypeError, ValueError):
         raise TypeError(f"size: got {size!r}, takes (height, width)") from None
     canvas = checks.integer("size", height, at_least=1), checks.integer("size", width, at_least=1)
-    own = bank.shape[1:]
+    own = _sides(bank, min)
     listed = [patch_size] if isinstance(patch_size, int) else list(patch_size)
     largest = max(checks.odd("patch_size", k) for k in listed)
     if levels is None:
@@ -266,7 +269,7 @@ def _plan(
     plan = []
     for index, (k, count, begin) in enumerate(zip(sizes, counts, begins, strict=True)):
         part = 2 ** (levels - 1 - index)
-        there, here = ((max(1, round(a / part)), max(1, round(b / part))) for a, b in (own, canvas))
+        there, here = _scaled(own, part), _scaled(canvas, part)
         for name, sides in (("the exemplar", there), ("the canvas", here)):
             if k > min(sides):
                 raise ValueError(
@@ -277,7 +280,7 @@ def _plan(
             raise ValueError(f"strength, sigma_max: got {begin}, takes numbers above sigma_min = {sigma_min}")
         # One step denoises at the level where it begins.
         sigmas = karras(count, sigma_min, begin).sigmas[:-1].tolist() if count > 1 else [begin]
-        plan.append(_Planned(index, levels, there, here, k, tuple(sigmas)))
+        plan.append(_Planned(index, levels, part, here, k, tuple(sigmas)))
     return plan
 
 
@@ -291,25 +294,45 @@ def _each(name: str, value: Any, levels: int) -> list[Any]:
 
 # What is given.
 
+Bank = PatchBank | MixedBank
 
-def _bank(source: Any, value_range: str | tuple[float, float] | None = None) -> PatchBank:
-    if isinstance(source, PatchBank):
+
+def _bank(source: Any, value_range: str | tuple[float, float] | None = None) -> Bank:
+    if isinstance(source, (PatchBank, MixedBank)):
         return source
     if isinstance(source, (np.ndarray, Tensor)) and source.ndim == 3:
         return PatchBank(source[None], value_range=value_range)
-    return PatchBank.open(source, value_range=value_range)
+    return open_bank(source, value_range=value_range)
 
 
-def _layout(start: Any, bank: PatchBank) -> Tensor | None:
+def _sides(bank: Bank, extreme: Callable[[Iterable[int]], int]) -> tuple[int, int]:
+    """The least or largest height and width of the exemplars."""
+    sizes = bank.sizes if isinstance(bank, MixedBank) else [bank.shape[1:]]
+    return extreme(size[0] for size in sizes), extreme(size[1] for size in sizes)
+
+
+def _scaled(size: tuple[int, int], part: int) -> tuple[int, int]:
+    """(height, width) where each is so many times smaller."""
+    return max(1, round(size[0] / part)), max(1, round(size[1] / part))
+
+
+def _exemplars(bank: Bank) -> list[Tensor]:
+    """[C, h, w] float32 each."""
+    if isinstance(bank, MixedBank):
+        return [bank.image(number).cpu() for number in range(len(bank))]
+    return list(bank.chunk(0, len(bank)).cpu())
+
+
+def _layout(start: Any, bank: Bank) -> Tensor | None:
     """[C, h, w] float32 to begin with."""
     if start is None:
         return None
     if isinstance(start, str) and start == "source":
-        return bank.chunk(0, 1)[0].cpu()
+        return _exemplars(bank)[0]
     opened = _bank(start, bank.value_range)
     if opened.shape[0] != bank.shape[0]:
         raise ValueError(f"start: has {opened.shape[0]} channels, the exemplars have {bank.shape[0]}")
-    return opened.chunk(0, 1)[0].cpu()
+    return _exemplars(opened)[0]
 
 
 def _map(name: str, value: Any, dtype: torch.dtype) -> Tensor | None:
@@ -321,7 +344,7 @@ def _map(name: str, value: Any, dtype: torch.dtype) -> Tensor | None:
     return found.to("cpu", dtype)
 
 
-def _labels(labels: Any, bank: PatchBank) -> int | Tensor | None:
+def _labels(labels: Any, bank: Bank) -> int | Tensor | None:
     """A label of the bank, a map of them, or None."""
     if labels is None:
         return None
@@ -341,17 +364,25 @@ def _digest(value: Any) -> Any:
 class _Pyramid:
     """The exemplars at every scale, in their own range."""
 
-    def __init__(self, bank: PatchBank):
+    def __init__(self, bank: Bank):
         self.bank = bank
-        values = bank.chunk(0, len(bank))
-        self.low, self.high = values.min().item(), values.max().item()
+        self.images = _exemplars(bank)
+        self.low, self.high = (
+            extreme(getattr(image, extreme.__name__)().item() for image in self.images) for extreme in (min, max)
+        )
 
-    def at(self, size: tuple[int, int]) -> PatchBank:
-        if size == tuple(self.bank.shape[1:]):
+    def at(self, part: int) -> Bank:
+        """The exemplars, each so many times smaller."""
+        if part == 1:
             return self.bank
-        images = self.shrunk(self.bank.chunk(0, len(self.bank)).cpu(), size)
+        images = [self.shrunk(image[None], _scaled((image.shape[1], image.shape[2]), part))[0] for image in self.images]
         with_names = self.bank.class_names if self.bank.labels is not None else None
-        return PatchBank(images, self.bank.labels, with_names, self.bank.value_range)
+        options = (self.bank.labels, with_names, self.bank.value_range)
+        return (
+            MixedBank(images, *options)
+            if isinstance(self.bank, MixedBank)
+            else PatchBank(torch.stack(images), *options)
+        )
 
     def shrunk(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """[N, C, *size] by a bicubic filter as wide as the scale asks for, without its overshoot."""
@@ -379,7 +410,7 @@ def _level(
     device: torch.device,
     bar: tqdm,
 ) -> SynthesisLevel:
-    began, bank = time.perf_counter(), scaled.at(level.exemplar)
+    began, bank = time.perf_counter(), scaled.at(level.part)
     padding_mode = "circular" if tile else "zeros"
     generator = image_generator(seed, level.index)
     shape = (1, bank.shape[0], *level.canvas)
@@ -399,6 +430,7 @@ def _level(
     with TemporaryDirectory() if tolerance is not None else nullcontext() as folder:
         index = None
         if tolerance is not None:
+            assert isinstance(bank, PatchBank)
             path = Path(str(folder)) / "index"
             index = PatchIndex.build(bank, level.patch_size, path, padding_mode, progress=False)
         machine: ScoreMachine = EquivariantLocalScore(
@@ -435,7 +467,7 @@ def _level(
 
 def _origin(
     level: SynthesisLevel,
-    bank: PatchBank,
+    bank: Bank,
     serving: int | Tensor | None,
     tile: bool,
     memory_limit: int,
@@ -543,6 +575,7 @@ class _Folder:
         self.write()
 
     def finish(self, levels: list[SynthesisLevel], origin: Tensor | None, own: tuple[int, int]) -> None:
+        """Writes the image, and the map of its sources, exemplars of at most `own` high and wide."""
         files.write_atomically(self.path / "image.npy", _npy(levels[-1].image))
         files.write_atomically(self.path / "image.png", png(to_pil(levels[-1].image)))
         if origin is not None:

@@ -103,6 +103,22 @@ def test_labels_say_which_exemplars_serve_where():
     )
 
 
+def test_exemplars_of_several_sizes_serve_together(tmp_path):
+    """Each keeps its own scale, and the map of sources names them by their numbers."""
+    dark, light = np.full((1, 16, 20), 20, np.uint8), np.full((1, 22, 14), 230, np.uint8)
+    bank = ps.MixedBank([dark, light], [4, 9])
+    painted = np.repeat([[4, 9]], 2, 0)
+    made = ps.synthesize(bank, (20, 24), labels=painted, levels=2, source_map=True, out=tmp_path, **QUICK)
+    assert torch.allclose(made.image[:, :, :12], torch.tensor(20 / 127.5 - 1), atol=1e-5)
+    assert torch.allclose(made.image[:, :, 12:], torch.tensor(230 / 127.5 - 1), atol=1e-5)
+    assert (made.source[0, :, :12] == 0).all()
+    assert (made.source[0, :, 12:] == 1).all()
+    again = ps.synthesize(bank, (20, 24), labels=painted, levels=2, start="source", **QUICK)
+    assert again.image.shape == (1, 20, 24)
+    with pytest.raises(ValueError, match="tolerance: takes exemplars of one size, as an index does"):
+        ps.synthesize(bank, (20, 24), tolerance=0.1, **QUICK)
+
+
 def test_a_symmetry_lets_mirrored_exemplars_serve():
     """Of an exemplar that is dark left and light right, only its mirror has light left of dark."""
     ramp = torch.linspace(-1, 1, 24).expand(1, 24, 24)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..bank import PatchBank
 from ..files import check_writable
+from ..mixed import MixedBank, open_bank
 from ..pooled import SYMMETRIES
 from ..sampling import SAMPLERS
 from ..synthesis import SynthesisLevel, synthesize
@@ -92,12 +93,12 @@ def synthesize_command(
 ) -> None:
     """Make an image of any size whose patches, at every scale, are those of SOURCE.
 
-    SOURCE is an image file, or whatever else holds exemplars of one size (class subfolders become labels). The output
+    SOURCE is an image file, or whatever else holds exemplars (class subfolders become labels). The output
     folder gets image.png, image.npy (float32), a picture and an array of every level, and synthesis.json.
     """
     wanted = size_named("--size", size)
     check_writable(out)
-    bank = PatchBank.open(source, channels=None if channels is None else int(channels))
+    bank = open_bank(source, channels=None if channels is None else int(channels))
     say(f"{bank!r} from {source}")
 
     def done(level: SynthesisLevel) -> None:
@@ -145,7 +146,7 @@ def _gray(path: Path) -> np.ndarray:
         return np.asarray(image if image.mode in ("L", "P") else image.convert("L")).copy()
 
 
-def _labels(labels: str | None, bank: PatchBank) -> Any:
+def _labels(labels: str | None, bank: PatchBank | MixedBank) -> Any:
     """A label, or the map in a file of that name."""
     if labels is None or not Path(labels).is_file():
         return labels
