@@ -16,11 +16,13 @@ here, part = Path(__file__).parent, float(sys.argv[2]) if len(sys.argv) > 2 else
 
 
 def size(height, width):
-    return max(16, round(height * part / 8) * 8), max(16, round(width * part / 8) * 8)
+    return max(40, round(height * part / 8) * 8), max(40, round(width * part / 8) * 8)
 
 
 gravel, rocket = (ps.PatchBank.open(here / name) for name in ("gravel.png", "rocket.png"))
-tile = ps.synthesize(gravel, size(96, 96), tile=True, steps=8).image
+# Patches as wide as several stones keep them apart.
+coarse_to_fine = {"levels": 2, "patch_size": [19, 13], "steps": [14, 6], "strength": 0.2}
+tile = ps.synthesize(gravel, size(96, 96), tile=True, **coarse_to_fine).image
 landscape = ps.synthesize(rocket, size(96, 192), steps=8).image
 wide = ps.synthesize(rocket, size(72, 192), start="source", steps=8).image
 

@@ -247,6 +247,18 @@ def test_what_little_weight_was_found_says_is_bounded_by_the_values():
     assert (ps.merge(nothing, nothing).stderr == 2 * SCALE).all()
 
 
+@pytest.mark.parametrize("channels", [8, 16])
+def test_an_index_of_more_than_four_channels_is_left_to_exact_sums_with_a_warning(channels, tmp_path):
+    pytest.importorskip("faiss", reason="FAISS cannot be imported")
+    bank = ps.PatchBank(smooth_images(20, channels, 18, 18))
+    index = ps.PatchIndex.build(bank, 3, tmp_path / "index", progress=False)
+    z = noisy(bank, 1.0, dtype=torch.float32)
+    with pytest.warns(RuntimeWarning, match=f"'pruned' cannot serve: it takes up to 4 channels, not {channels}; the"):
+        found = ps.EquivariantLocalScore(bank, 3, index=index, budget=0.1).estimate(z, 1.0)
+    assert found.engine == "sliding"
+    assert (found.mean == ps.EquivariantLocalScore(bank, 3, engine="sliding").denoise(z, 1.0)).all()
+
+
 def test_an_index_of_latents_is_refused_as_it_compares_bytes(tmp_path):
     bank = ps.PatchBank(latents(), value_range="data")
     with pytest.raises(ValueError, match="index: takes images of bytes, and this bank has a value_range; a budget"):
