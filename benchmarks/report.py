@@ -37,6 +37,7 @@ COMMANDS = {
     "classification": "classification.py t10k-images-idx3-ubyte.gz t10k-labels-idx1-ubyte.gz",
     "fused_precision": "fused_precision.py cifar10",
     "fused_compile": "compile_report.py",
+    "fused_compile-before": "compile_report.py --suffix=-before",
     "fused_compile-triton-3.6": "compile_report.py --suffix=-triton-3.6",
     "sliding_cuda_sass": "sass.py",
 }
@@ -112,6 +113,7 @@ BLOCKS = (
     pruned.pruned_samples,
     gpu.fused_compiled,
     gpu.fused_everywhere,
+    gpu.fused_before,
     gpu.fused_precision,
     gpu.fused_columns,
 )

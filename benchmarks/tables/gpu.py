@@ -85,8 +85,10 @@ def _everywhere(report: str) -> str:
     rows = []
     for name in (f"{report}-triton-3.6", report):
         record = result(name)
-        for capability, kind in ((90, "wgmma"), (80, "mma")):
+        for capability, kind in ((100, "tcgen05"), (90, "wgmma"), (80, "mma")):
             found = [row for row in record["rows"] if row["capability"] == capability]
+            if not found:
+                continue
             cells = [record["triton"], f"sm_{capability}", str(len(found))]
             cells += [f"{min(r['registers'] for r in found)} to {max(r['registers'] for r in found)}"]
             cells += [str(max(r["spilled_bytes"] for r in found))]
@@ -104,6 +106,27 @@ def _everywhere(report: str) -> str:
         "matrix instructions",
     ]
     return table(header, rows)
+
+
+def fused_before() -> str:
+    """The first configuration of each plan, with a running maximum and with a fixed reference."""
+    before, after = result("fused_compile-before"), result("fused_compile-triton-3.6")
+    rows = []
+    for old in before["rows"]:
+        new = next(row for row in after["rows"] if row["capability"] == 90 and row["plan"] == old["plan"])
+        if any(row[0] == old["plan"] for row in rows):
+            continue
+        cells = [f"{of['tile']}, {of['warps']}w" for of in (old, new)]
+        cells = [old["plan"], str(old["columns"]), cells[0] if cells[0] == cells[1] else " -> ".join(cells)]
+        for key, unit in (("per_pair", 1), ("registers", 1), ("shared_bytes", 1024), ("programs", 1)):
+            cells.append(" -> ".join(f"{of[key] / unit:.3g}" for of in (old, new)))
+        cells.append(" -> ".join(f"{of['l2_bytes_per_pair']:.2f}" for of in (old, new)))
+        rows.append(cells)
+    header = ["plan", "K", "tile", "instr / pair", "registers", "KiB shared", "programs", "bytes / pair from L2"]
+    return (
+        f"Triton {after['triton']}, sm_90, before ({before['commit']}) and after ({after['commit']}):\n\n"
+        f"{table(header, rows)}"
+    )
 
 
 def fused_precision() -> str:
