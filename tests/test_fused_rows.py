@@ -13,6 +13,7 @@ import patchscore as ps
 from patchscore.engines.fused import launch, naive
 from patchscore.engines.fused.plan import BIAS_COLUMNS, Plan, Spectrum, choose_plan, least_tolerance, spectrum_of
 from patchscore.engines.fused.rows import patch_rows, query_rows, stored_bytes, value_columns, working_bytes
+from patchscore.engines.sliding import cuda
 
 CPU = torch.device("cpu")
 UNIT = 127.5 / 128
@@ -156,10 +157,22 @@ def test_the_windows_of_a_group_are_those_that_compete_there():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "choose_plan", lambda spectrum, *rest: asked.append(spectrum) or choose(spectrum, *rest))
         call = launch._Call(bank.chunk(0, 1), torch.ones(1).double(), bank, competition, 0, 1e-3, False)
-        for group in competition.groups:
-            call.plan(group)
-    assert [spectrum.windows for spectrum in asked] == [40 * group.windows_per_image for group in competition.groups]
-    assert {spectrum.windows for spectrum in asked} == {40, 400, 4000}
+        plans = [call.plan(group) for group in competition.groups if group.rows.locked or group.cols.locked]
+        call.plan(next(group for group in competition.groups if not (group.rows.locked or group.cols.locked)))
+    assert len(set(plans)) == 1
+    # Of locked coordinates as many as corners have, so that edges and corners have one plan.
+    assert sorted(spectrum.windows for spectrum in asked) == [40] * 8 + [4000]
+
+
+def test_a_graph_that_records_gives_corners_to_fused(monkeypatch):
+    # `sliding` reads the range of the pixels, which no graph can hold.
+    bank = ps.PatchBank(smooth_images(4, 3, 8, 8))
+    asked = bank.chunk(0, 1), torch.ones(1).double(), bank, ps.EquivariantLocalScore(bank, 3, "zeros").competition(3)
+    assert "both axes" in (launch.Fused().lacks(*asked) or "")
+    monkeypatch.setattr(launch, "recording", lambda: True)
+    monkeypatch.setattr(cuda.resident, "recording", lambda: True)
+    assert launch.Fused().lacks(*asked) is None
+    assert "CUDA graph" in (cuda.SlidingCuda().lacks(*asked) or "")
 
 
 @pytest.mark.parametrize("plan", [Plan(75, q_lo=75), Plan(75, p_lo=75), Plan(75, q_lo=75, p_lo=75), Plan(75),

@@ -25,7 +25,7 @@ from ...windows import Competition, Group, rows_as_pixels, span
 from .. import cost
 from ..autotune import Configuration, KernelError, first_that_serves
 from ..base import Engine
-from ..device import cache, cache_limit
+from ..device import cache, cache_limit, recording
 from .plan import Plan, Spectrum, choose_plan, least_tolerance, spectrum_of
 from .rows import Patches, Queries, patch_rows, query_rows, stored_bytes, value_columns, working_bytes
 
@@ -142,7 +142,8 @@ class Fused(Engine):
     def lacks(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> str | None:
         if competition.patch_size is None:
             return "whole images are one matrix product of few queries"
-        if any(group.rows.locked and group.cols.locked for group in competition.groups):
+        corners = any(group.rows.locked and group.cols.locked for group in competition.groups)
+        if corners and not recording():  # the next engine reads from the device, which no CUDA graph can hold
             return "rows of a pixel locked on both axes serve no other pixel"
         if self.tolerance < (least := least_tolerance(float(sigma.max()))):
             return f"its half-precision weights hold {least:.1g} at this noise, {self.tolerance:g} is asked"
@@ -223,9 +224,12 @@ class _Call:
         self.spectrum = spectrum_of(self.bank, self.k, self.z.device) if free and few else None
 
     def plan(self, group: Group) -> Plan:
-        """Rows of locked coordinates are pixels: an unfold is cheaper than a rotation for so few queries."""
+        """Rows of locked coordinates are pixels: an unfold is cheaper than a rotation for so few queries. One window an
+        image counts there, so that edges and corners have one plan: a CUDA graph that takes corners finds it compiled.
+        """
         axes = not (group.rows.locked or group.cols.locked)
-        spectrum = self.spectrum and replace(self.spectrum, windows=len(self.bank) * group.windows_per_image)
+        windows = len(self.bank) * (group.windows_per_image if axes else 1)
+        spectrum = self.spectrum and replace(self.spectrum, windows=windows)
         least, largest = map(float, self.sigma.aminmax())
         return choose_plan(spectrum, self.numbers, least, self.tolerance, self.uint8, axes, largest)
 

@@ -135,6 +135,8 @@ class SlidingCuda(Engine):
         return unavailable()
 
     def lacks(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> str | None:
+        if resident.recording():
+            return "it reads the range of the pixels, which a CUDA graph cannot hold"
         if serves(bank, competition, z.device):
             return None
         return "its shared memory or its integers are too small for these patches"
