@@ -64,6 +64,7 @@ def full(given: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str]]:
     yield ("sass.py",), no_cuda
     yield ("pruned_cpu.py", *train, *where), images or indexes or no_faiss
     sixty = str(idx / "train-images-idx3-ubyte.gz")
+    yield ("many_samples.py", sixty), fashion or no_faiss
     inputs = ("--cifar10", cifar, "--fashion-mnist", sixty, *where)
     yield ("end_to_end.py", *inputs), images or fashion or indexes or no_faiss
 

@@ -49,15 +49,16 @@ def memory(process: int) -> tuple[int, int]:
 
 
 class Listed:
-    """How many images a run's folder lists as made; reads what was added since."""
+    """The numbers of the images that a run's folder lists as made; reads what was added since."""
 
     def __init__(self, out: Path):
         self.out = out
-        self.read: dict[Path, tuple[int, int]] = {}
+        self.read: dict[Path, int] = {}
+        self.made: set[int] = set()
 
     def count(self) -> int:
         for path in self.out.rglob("batches.jsonl"):
-            start, images = self.read.get(path, (0, 0))
+            start = self.read.get(path, 0)
             try:
                 with open(path, "rb") as file:
                     file.seek(start)
@@ -65,10 +66,9 @@ class Listed:
             except OSError:  # a part that was merged
                 continue
             whole = added[: added.rfind(b"\n") + 1]
-            images += sum(len(json.loads(line)["images"]) for line in whole.splitlines())
-            self.read[path] = start + len(whole), images
-        # What a finished launch merged stands in the folder's own file, and parts are gone.
-        return sum(images for path, (_, images) in self.read.items() if path.exists())
+            self.made |= {image["image"] for line in whole.splitlines() for image in json.loads(line)["images"]}
+            self.read[path] = start + len(whole)
+        return len(self.made)
 
 
 def watched(words: list[str], out: Path, curve: list[dict[str, Any]], interrupt_at: int | None) -> int:
@@ -136,8 +136,9 @@ def main() -> None:
     first = next(row for row in curve if row["images"] >= given.n // 50)
     peak = max(row["own"] for row in curve)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shown = {index: "few.index", given.source: Path(given.source).name}
     found = {
-        "command": " ".join("few.index" if word == index else word for word in words),
+        "command": " ".join(shown.get(word, word) for word in words),
         "images": given.n,
         "interrupted_at": interrupted_at,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,

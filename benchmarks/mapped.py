@@ -132,11 +132,18 @@ def child(options: argparse.Namespace) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     bank = ps.PatchBank.open(options.child, mapped=True)
-    start, cpu = time.perf_counter(), time.process_time()
+    start, cpu, before = time.perf_counter(), time.process_time(), read_from_disk()
     found = STEPS[options.steps](bank, options)
     taken = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    taken["read_gib"] = (read_from_disk() - before) / GIB
     peak[0] = max(peak[0], status("RssAnon"))
     print(json.dumps({**found, **taken, "threads": torch.get_num_threads(), "peak_anonymous_gib": peak[0] / GIB}))
+
+
+def read_from_disk() -> int:
+    """Bytes that this process had read, pages of mapped files included."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"])
 
 
 def status(name: str) -> int:

@@ -7,10 +7,10 @@ whole window. Engines serve crops as they serve images, and so any engine serves
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ def _free(queries: range, interior: range) -> Iterator[Strip]:
     """Strips of nearly equal lengths, each small enough to lie in the interior of a crop with the windows around it."""
     count = -(-len(queries) // len(interior))
     cuts = [queries.start + len(queries) * i // count for i in range(count + 1)]
-    for first, end in pairwise(cuts):
+    for first, end in itertools.pairwise(cuts):
         at = range(interior.start, interior.start + end - first)
         yield Strip(range(first, end), first - interior.start, Axis(at, interior))
 
@@ -104,16 +104,18 @@ def posterior_sum(
     sampled = not all(engine.exact for engine in available)
     total = PosteriorSum.empty(z.shape, z.device, sampled=sampled, moments=moments, span=bank.scale)
     pairs, names = 0, []
-    for competition, some in calls(z, bank, k, padding_mode, memory_limit):
+    pieces = bank.pieces() if z.device.type == "cpu" and not sampled else [bank]
+    cuts = list(calls(z, bank, k, padding_mode, memory_limit))
+    for images, (competition, some) in itertools.product(pieces, cuts):
         crops = torch.cat([crop(z, row.start, col.start, length, padding_mode) for row, col in some])
         sums, served = engines.serve(
-            available, named, crops, sigma.repeat(len(some)), bank, competition, memory_limit, ess, moments
+            available, named, crops, sigma.repeat(len(some)), images, competition, memory_limit, ess, moments
         )
         for i, (row, col) in enumerate(some):
             block = span(row.axis.queries), span(col.axis.queries)
             part = sums.block(slice(i * len(z), (i + 1) * len(z)), *block).to(total.m.device)
             total.add_(part, slice(None), span(row.queries), span(col.queries))
-        every = len(crops) * len(bank) * competition.pairs_per_image
+        every = len(crops) * len(images) * competition.pairs_per_image
         pairs += every if sums.pairs is None else sums.pairs
         names += served
     return total.with_pairs(pairs), names

@@ -9,6 +9,7 @@ from conftest import MACHINES, machine_named, noisy, smooth_images
 from launched import launched, raised
 
 import patchscore as ps
+from patchscore import theories
 from patchscore.adapters.k_diffusion import PatchScoreDenoiser
 from patchscore.distributed import Ranks, SpreadBank, build_shards, join, open_shards
 from patchscore.distributed.parts import owners
@@ -323,8 +324,28 @@ def test_one_process_is_one_rank():
 
 
 def test_what_is_no_machine_over_a_part_is_refused(bank):
-    with pytest.raises(TypeError, match="machine: got GaussianScore, takes IdealScore, LocalScore"):
-        ps.Sharded(ps.GaussianScore(bank))
+    machine = ps.LocalScore(bank, 3)
+    measured = ps.conditioned.downsampling(2)
+    zeros = torch.zeros(1, *measured(torch.zeros(1, *bank.shape)).shape[1:])
+    for other in (
+        3,
+        bank,
+        ps.GaussianScore(bank),
+        ps.PatchAverage(bank, 3),
+        theories.SmoothedScore(bank, 0.1),
+        theories.GoldenSubset(bank),
+        theories.NearestScore(bank),
+        theories.PcaLocality(bank),
+        theories.PatchComposition(bank, 3),
+        ps.Guided(machine, machine, 2.0),
+        ps.Switch([(1.0, machine), (9.0, machine)]),
+        ps.Conditioned(machine, measured, zeros, 0.1),
+        ps.Differentiable(machine),
+        ps.Sharded(machine),
+    ):
+        match = f"^machine: got {type(other).__name__}, takes IdealScore, LocalScore, EquivariantLocalScore, or [^\n]*$"
+        with pytest.raises(TypeError, match=match):
+            ps.Sharded(other)
     with pytest.raises(TypeError, match="bank: got int"):
         ps.shard(3)
     with pytest.raises(ValueError, match="bank: 20 images for 21 ranks"):

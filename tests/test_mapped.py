@@ -11,6 +11,7 @@ import torch
 from conftest import smooth_images
 
 import patchscore as ps
+from patchscore.engines.sliding import cpu as sliding_cpu
 from patchscore.index import build
 from patchscore.sources import mapped, reading
 
@@ -292,3 +293,39 @@ def test_a_build_takes_as_many_threads_as_memory_has_room_for(tmp_path):
     builder.memory_limit = needed - 1
     with pytest.raises(ValueError, match=r"pass more, or fewer cells"):
         builder.affordable_threads(5)
+
+
+@pytest.mark.skipif(sliding_cpu.missing is not None, reason="the native module is missing")
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+@pytest.mark.parametrize("size", [(9, 8), (17, 14)])
+@pytest.mark.parametrize("label", [None, 1])
+def test_a_step_is_done_with_some_images_before_it_reads_others(file, monkeypatch, padding_mode, size, label):
+    bank = ps.PatchBank.open(file, mapped=True)
+    machine = ps.EquivariantLocalScore(bank, 5, padding_mode, engine="sliding")
+    z = torch.randn(2, bank.shape[0], *size, generator=torch.Generator().manual_seed(0))
+    expected = machine.estimate(z, 0.7, label, moments=True)
+    monkeypatch.setattr("patchscore.bank.PIECE_BYTES", 7 * bank.images[0].nbytes)
+    visited, serve = [], sliding_cpu._sums_of_piece
+
+    def visit(z, sigma, bank, *rest):
+        visited.append(bank.indices.min().item())
+        return serve(z, sigma, bank, *rest)
+
+    monkeypatch.setattr(sliding_cpu, "_sums_of_piece", visit)
+    found = machine.estimate(z, 0.7, label, moments=True)
+    assert visited == sorted(visited)
+    assert len(set(visited)) == -(-len(bank.of_class(label)) // 7) > 1
+    assert found.pairs == expected.pairs
+    for name in ("mean", "ess", "variance", "entropy"):
+        assert torch.allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="the map of this process's memory is Linux's")
+def test_an_index_of_images_that_lie_together_holds_none_of_them(file, tmp_path):
+    pytest.importorskip("faiss", reason="FAISS cannot be imported")
+    bank = ps.PatchBank.open(file, mapped=True)
+    for number, (images, copied) in enumerate([(range(40), False), (range(3, 31), False), ([3, 5, 6, 7], True)]):
+        part = bank.take(images)
+        index = ps.PatchIndex.build(part, 3, tmp_path / f"{number}.index", cells=16, progress=False)
+        assert torch.equal(index.images, bank.images[list(images)])
+        assert is_file_backed(index.images, file) != copied

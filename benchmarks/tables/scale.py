@@ -31,6 +31,24 @@ def ranks() -> str:
     return table(["", "measured", "target"], rows)
 
 
+def many_samples() -> str:
+    """The memory of a long run, from the rank that had most."""
+    of = result("many_samples")
+    mib = {name: f"{of[name] / 2**20:.0f} MiB" for name in ("own_bytes_early", "own_bytes_at_most", "rss_at_most")}
+    rows = [
+        [
+            "images made, by two ranks until interrupted, then by one process",
+            f"{of['interrupted_at']:,} + {of['images'] - of['interrupted_at']:,}",
+            "",
+        ],
+        ["memory of its own after the first fiftieth", mib["own_bytes_early"], ""],
+        ["memory of its own, at most", mib["own_bytes_at_most"], "1 GiB beyond the bank"],
+        ["resident with pages of files, at most", mib["rss_at_most"], ""],
+        ["processor seconds, of all ranks", f"{of['cpu_seconds']:.0f} s", ""],
+    ]
+    return f"`{of['command']}`:\n\n{table(['', 'measured', 'target'], rows)}"
+
+
 def step_cost() -> str:
     """Seconds of an exact step of one image, from the rate of one rank and the time of messages."""
     of = result("scale")

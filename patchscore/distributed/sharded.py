@@ -236,7 +236,7 @@ def _leaves(machine: ScoreMachine) -> list[ScoreMachine]:
     if not isinstance(machine, (IdealScore, LocalScore, EquivariantLocalScore)):
         raise TypeError(
             f"machine: got {type(machine).__name__}, takes IdealScore, LocalScore, EquivariantLocalScore, or Pooled or "
-            "Symmetric of these"
+            "Symmetric of these; others go around a Sharded machine or take the whole bank on every rank"
         )
     if not isinstance(machine.bank, PatchBank):
         raise TypeError(f"machine: is over a {type(machine.bank).__name__}, takes one over a PatchBank")

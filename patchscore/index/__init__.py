@@ -51,7 +51,7 @@ class PatchIndex:
     @cached_property
     def images(self) -> Tensor:
         """[N, C, H, W] the bank's images as stored, in its order."""
-        return self.bank.images if self.bank.indices is None else self.bank.images[self.bank.indices]
+        return self.bank.block
 
     def __repr__(self) -> str:
         sizes = ", ".join(map(str, self.patch_sizes))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...bank import PatchBank
 from ...native import missing, native
-from ...posterior import PosteriorSum
+from ...posterior import PosteriorSum, merge_all
 from ...windows import Axis, Competition
 from ..base import Combine, Engine
 from ..whole import whole_product
@@ -110,6 +110,19 @@ def posterior_sums(
     sums; otherwise a few passes do. The numbers are those of separate calls.
     """
     assert native is not None, "unavailable() says when this engine cannot serve"
+    found = [_sums_of_piece(z, sigma, piece, competitions, memory_limit, moments) for piece in bank.pieces()]
+    return [merge_all(parts) for parts in zip(*found, strict=True)]
+
+
+def _sums_of_piece(
+    z: Tensor,
+    sigma: Tensor,
+    bank: PatchBank,
+    competitions: Sequence[Competition],
+    memory_limit: int,
+    moments: bool,
+) -> list[PosteriorSum]:
+    assert native is not None
     totals = [_empty(z, competition, moments) for competition in competitions]
     native.sliding(
         z=z.detach().to("cpu", torch.float32).contiguous().numpy(),
