@@ -221,6 +221,9 @@ def test_the_command_takes_a_folder_of_several_sizes(tmp_path):
     assert fitted.exit_code == 0, fitted.output
     assert "fitted to these images (3 images held out of 3" in fitted.output
     assert np.load(tmp_path / "out" / "samples.npy").shape == (1, 1, 13, 20)
+    # What is made may be smaller than what patches were fitted to.
+    small = run("--overwrite", "--size-out", "5x20")
+    assert small.exit_code == 0, small.output
     for options, message in (
         (
             ["--machine", "ls"],

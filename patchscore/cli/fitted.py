@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..bank import PatchBank
-from ..heldout import HeldOutErrors, held_out_errors, held_out_settings
+from ..heldout import HeldOutErrors, candidate_sizes, held_out_errors, held_out_settings
 from ..mixed import MixedBank
 from ..runs.folder import ERRORS, TABLE, read_run
 from ..scales import PUBLISHED, ScaleTable
@@ -57,6 +57,7 @@ def patch_sizes(
     candidates: Sequence[int] | None,
     computing: Computing,
     out: Path,
+    made: tuple[int, int] | None = None,
 ) -> tuple[ScaleTable, HeldOutErrors | None]:
     """The table that `--table` names; for "auto" a published one that belongs to the source, else one fitted to it.
 
@@ -70,6 +71,8 @@ def patch_sizes(
         computing: where a fit is computed.
         out: the folder that the command writes: an earlier fit of the same settings is taken from there, from a folder
             beside it, and, for runs of releases that did not fit, the table of the run.
+        made: (height, width) of the images to make, where they are not as large as the training images: a fit takes
+            patches that fit in them.
 
     Returns:
         The table, and the errors that it was fitted to, for `keep`; None where nothing was fitted.
@@ -80,7 +83,7 @@ def patch_sizes(
         return named_table(table), None
     as_published = isinstance(bank, PatchBank) and bank.value_range is None
     published = published_for(source.source, bank.shape, padding_mode) if as_published else None
-    if published is not None:
+    if published is not None and max(published.sizes) <= min(made or (max(published.sizes),)):
         return published, None
     before = ScaleTable.published(
         ("fashionmnist-resnet-zeros" if padding_mode == "zeros" else "mnist-resnet-circular")
@@ -97,6 +100,9 @@ def patch_sizes(
     # Of images of several sizes a fit reads the middle.
     some = _some(bank if isinstance(bank, PatchBank) else bank.cropped(MIDDLE))
     conditional = conditional and bool((some.labels.unique(return_counts=True)[1] > 1).any())  # type: ignore[union-attr]
+    if made is not None and min(made) < min(some.shape[1:]):
+        given = candidate_sizes(*some.shape[1:]) if candidates is None else candidates
+        candidates = [k for k in given if k <= min(made)] or [1]
     if candidates is not None and padding_mode == "circular":
         candidates = [k for k in candidates if k <= min(bank.shape[1:])] or None
     options = {"padding_mode": padding_mode, "machine": machine, "conditional": conditional}

@@ -82,14 +82,16 @@ class Which:
         labels: str,
         computing: Computing,
         out: Path,
+        made: tuple[int, int] | None = None,
     ) -> tuple[ScaleTable | None, HeldOutErrors | None]:
-        """The patch sizes, and what they were fitted to; None and None where the machine has none."""
+        """The patch sizes, for images of size `made`, and what they were fitted to; None where the machine has none."""
         if self.machine == "ideal":
             return None, None
         machine = "local" if self.machine == "ls" else "els"
         indexed = None if index is None else index.patch_sizes
         conditional = labels != "none"
-        return patch_sizes(self.table, source, bank, self.padding_mode, machine, conditional, indexed, computing, out)
+        which = (self.padding_mode, machine, conditional, indexed)
+        return patch_sizes(self.table, source, bank, *which, computing, out, made)
 
     def build(
         self, bank: Any, sizes: ScaleTable | None, index: PatchIndex | None, seed: int, computing: Computing
@@ -256,7 +258,7 @@ def sample(
     shards = _index_of(which, bank, team)
     index = shards[0] if shards else None
     labels = labels_named(walk.labels, bank)
-    fitted, errors = _shared_sizes(team, which, source, bank, index, walk.labels, computing, out)
+    fitted, errors = _shared_sizes(team, which, source, bank, index, walk.labels, computing, out, size)
     if index is not None and index.bank is not bank:
         parts = [which.build(shard.bank, fitted, shard, walk.seed, computing) for shard in shards]
         machine: ScoreMachine = Sharded(Pooled(parts), team.bank)  # type: ignore[arg-type]
@@ -377,12 +379,13 @@ def _shared_sizes(
     labels: str,
     computing: Computing,
     out: Path,
+    made: tuple[int, int] | None,
 ) -> tuple[ScaleTable | None, HeldOutErrors | None]:
     """`Which.sizes`, found on the first rank and taken over by the others."""
     found: tuple[ScaleTable | None, HeldOutErrors | None] = (None, None)
     with team.ranks.failing_together():
         if team.first:
-            found = which.sizes(source, bank, index, labels, computing, out)
+            found = which.sizes(source, bank, index, labels, computing, out, made)
     team.ranks.agree({}, "")
     table, errors = found
     told = team.share(table and [table.sigmas, table.sizes, table.name])

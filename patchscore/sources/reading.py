@@ -417,7 +417,7 @@ def check_same_size(here: tuple[int, ...], name: str, there: tuple[int, ...], fi
     if here[1:] != there[1:]:
         raise MixedSizes(
             f"mixed image sizes: {first_name} is {there[1]} x {there[2]} (height x width), {name} is {here[1]} x "
-            f"{here[2]}; pass size (on the command line --size) to bring all to one"
+            f"{here[2]}; pass size (on the command line --size) to bring all to one, or take them as a MixedBank"
         )
     if here[0] != there[0] and {here[0], there[0]} != {1, 3}:
         raise ValueError(f"mixed channels: {first_name} has {there[0]}, {name} has {here[0]}")
