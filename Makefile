@@ -9,6 +9,7 @@
 # make sanitize    the C++ engines under sanitizers
 # make emulate     the CUDA kernels under an emulator stricter than a GPU: more shapes and orders than in make test
 # make fuzz   damaged files of every format to everything that reads files, for FUZZ_SECONDS=60
+# make fuzz-engines  any bytes to the C++ engines, for FUZZ_SECONDS=60, where clang has libFuzzer
 # make faults      commands killed, starved and given changed files: KILLS=50 times each, then all is as if nothing was
 # make gpu-check   the tests that need a GPU
 # make gpu-quick   on a bare machine with a GPU: build, tests, sanitizers and benchmarks in ten minutes, in out-gpu/
@@ -23,7 +24,7 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/* csrc/*/*)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: demo test lint format docs site bench triton-check sanitize emulate fuzz faults gpu-check gpu-quick sdist wheel wheel-test clean
+.PHONY: demo test lint format docs site bench triton-check sanitize emulate fuzz fuzz-engines faults gpu-check gpu-quick sdist wheel wheel-test clean
 
 # Without a compiler the engine in plain torch serves; fewer training images keep that within minutes too.
 demo: $(VENV)/.installed
@@ -80,6 +81,9 @@ FUZZ := $(BIN)/python tests/fuzz/readers.py --seconds $$(( $(FUZZ_SECONDS) / 2 )
 fuzz: $(VENV)/.installed-test
 	$(FUZZ) $(FUZZ_SEED)
 	$(FUZZ) $$(( $(FUZZ_SEED) + 1000000 )) $$($(BIN)/python -c 'import atheris' 2>/dev/null && echo --atheris)
+
+fuzz-engines:
+	tests/fuzz/engines.sh $(FUZZ_SECONDS)
 
 KILLS := 50
 faults: $(VENV)/.installed-test

@@ -286,7 +286,9 @@ def load_network(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any]]
         _check_sizes(config, weights)
         network = architecture(**config)
         network.load_state_dict(weights)
-    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a usable network: no whole .safetensors file ({error})") from None
+    except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path}: not a usable network: {' '.join(str(error).split())[:300]}") from None
     if not all(torch.isfinite(weight).all() for weight in weights.values()):
         raise ValueError(f"{path}: not a usable network: NaN or infinite weights")

@@ -373,7 +373,7 @@ def test_a_large_bank_is_fitted_on_a_part(photos, tmp_path, monkeypatch):
     ("more", "message"),
     [
         (["--table", "imagenet"], "--table: got 'imagenet'"),
-        (["--table", "4"], "sizes: got 4"),
+        (["--table", "4"], "--table: got 4, takes an odd integer"),
         (["--table", "13", "--padding-mode", "circular"], "patch_size: 13 does not fit"),
         (["--labels", "cow"], "labels: unknown label 'cow'; this bank has 0 (cat), 1 (dog)"),
         (["--steps", "1"], "steps: got 1"),

@@ -375,7 +375,7 @@ def test_evaluate_takes_any_source_and_given_features(run, tmp_path, monkeypatch
     [
         (["--features", "nothing"], "--features: got 'nothing', takes pixels, inception or module:function"),
         (["--features", "nowhere:f"], "--features: nowhere:f: No module named 'nowhere'"),
-        (["--sample-features", "a.npy"], "take each other"),
+        (["--sample-features", "a.npy"], "--sample-features: takes --reference-features beside it"),
         (["--weights", "w"], "--weights: takes --features inception"),
         (["--patch-sizes", "x"], "--patch-sizes: got 'x'"),
         (["--memory-limit", "0"], "--memory-limit: got 0"),

@@ -151,10 +151,11 @@ def test_a_checkpoint_brings_its_padding(data):
     ("words", "message"),
     [
         (["calibrate", "bank.npz", "nowhere"], "module:function"),
+        (["calibrate", "bank.npz", "os:getcwd"], "NETWORK: os:getcwd cannot be called with a bank"),
         (["calibrate", "bank.npz", "no_such_module:f"], "no_such_module"),
         (["calibrate", "bank.npz", "entrypoint_of_test:nothing"], "nothing"),
         (["compare", "bank.npz", "entrypoint_of_test:wrong"], "takes one that returns a denoiser"),
-        (["compare", "bank.npz", "bank.npz"], "not a usable network"),
+        (["compare", "bank.npz", "bank.npz"], "not a usable network: no whole .safetensors file"),
         (["compare", "absent.npz", "net.safetensors"], "absent.npz"),
         (["calibrate", "bank.npz", "net.safetensors", "--patch-sizes", "3,x"], "--patch-sizes"),
         (["calibrate", "bank.npz", "net.safetensors", "--patch-sizes", "4"], "patch_sizes: got 4"),

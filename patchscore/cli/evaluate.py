@@ -94,7 +94,10 @@ def evaluate(
     if not 0 < memory_limit < 2**20:
         raise ValueError(f"--memory-limit: got {memory_limit:g}, takes a positive number of GiB")
     if (sample_features is None) != (reference_features is None):
-        raise ValueError("--sample-features, --reference-features: take each other")
+        given, missing = "--sample-features", "--reference-features"
+        if sample_features is None:
+            given, missing = missing, given
+        raise ValueError(f"{given}: takes {missing} beside it")
     sizes = numbers("--patch-sizes", patch_sizes, "numbers with commas between them") if patch_sizes else []
     of_run = is_run(Path(run))
     out = out or (Path(run) if of_run else Path()) / "evaluation.json"

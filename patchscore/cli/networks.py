@@ -137,7 +137,12 @@ def _entry_point(network: str, bank: PatchBank) -> Denoiser:
     """What module:function makes of the bank."""
     takes = "a file that examples/train_cnn.py wrote, a TorchScript file, diffusers:PATH or module:function"
     build = named_function("NETWORK", network, takes)
-    denoiser = build(bank)
+    try:
+        denoiser = build(bank)
+    except TypeError as error:
+        if error.__traceback__ and error.__traceback__.tb_next:  # from within it, with a place of its own
+            raise
+        raise TypeError(f"NETWORK: {network} cannot be called with a bank: {error}") from None
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"NETWORK: {network} returned {type(denoiser).__name__}, takes one that returns a denoiser")
     return denoiser

@@ -339,7 +339,7 @@ def named_table(table: str) -> ScaleTable:
     if table in PUBLISHED:
         return ScaleTable.published(table)
     if table.isdecimal() and len(table) < 10:
-        return ScaleTable.constant(int(table))
+        return ScaleTable.constant(checks.odd("--table", int(table)))
     if Path(table).is_file():
         return ScaleTable.load(table)
     raise ValueError(f"--table: got {table!r}, takes a patch size, a file, or one of {', '.join(PUBLISHED)}")

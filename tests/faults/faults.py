@@ -198,10 +198,12 @@ class Report:
         print(f"{sum(self.counts.values())} faults, {len(self.wrong)} wrong")
 
 
-def faults(kills: int, rounds: int, seed: int, quick: bool) -> Report:
-    """Every fault on every command, `kills` times for signals and `rounds` times for the others."""
+def faults(kills: int, rounds: int, seed: int, quick: bool, only: list[str] | None = None) -> Report:
+    """Every fault on every command, or on some, `kills` times for signals and `rounds` times for the others."""
     rng, report = random.Random(seed), Report()
     for case in make_cases(quick):
+        if only and case.name not in only:
+            continue
         prepare(FOLDER, case)
         start = time.perf_counter()
         first = forked(case.words)
@@ -377,10 +379,11 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=20, help="times each other fault, each command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="smaller runs")
+    parser.add_argument("--only", nargs="*", help="commands, by name")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         os.chdir(work)
-        found = faults(options.kills, options.rounds, options.seed, options.quick)
+        found = faults(options.kills, options.rounds, options.seed, options.quick, options.only)
         os.chdir("/")
     found.show()
     sys.exit(bool(found.wrong))
