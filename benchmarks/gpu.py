@@ -462,6 +462,34 @@ def streamed(bench: Bench, bank: ps.PatchBank) -> None:
     resident.RESIDENT_SHARE = share
 
 
+def warps_specialised(bench: Bench, bank: ps.PatchBank) -> None:
+    """`fused` beside a prototype of its loop with specialised warps, at high noise, circular padding."""
+    if bench.device.type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        bench.skip("specialised: it is for sm_90")
+        return
+    import specialised
+
+    # The noise where 64 columns are enough.
+    call = Call(first_images(bank, 5_000), 5, 10.0, noisy(bank, 10.0, BATCH, bench.device))
+
+    def prototype(of: Call) -> Callable[[], torch.Tensor]:
+        return specialised.prepare(of.bank, of.k, of.sigma, of.z, of.machine("reference").competition(of.k))
+
+    small = call.few()
+    error = (prototype(small)() - small.exact()).abs().nan_to_num(torch.inf).max().item()
+    if error > fused.TOLERANCE:
+        raise Wrong(f"the prototype is off by {error:.3g}")
+    errors = {"fused": call.error("fused"), "prototype": error}
+    works = {"fused": call.work("fused"), "prototype": prototype(call)}
+    of_plan = {
+        "fused": described(call, bench.device),
+        "prototype": {"columns": 64} | derived(cost.fused(64), cost.SPECIALISED, bench.device),
+    }
+    for name, times in bench.interleaved(works).items():
+        about = call.about() | of_plan[name]
+        bench.add(engine=name, **about, error=errors[name], **rated(times, call.pairs, BATCH))
+
+
 def golddiff_of(call: Call, engine: str) -> Callable[[], torch.Tensor]:
     """The images that GoldDiff chooses for each noisy image, summed by an exact engine."""
     everything = call.bank.chunk(0, len(call.bank), device=call.z.device)
@@ -537,7 +565,7 @@ def images_of(path: Path | None, options: argparse.Namespace) -> torch.Tensor:
 
 SECTIONS = (
     "ceilings", "peers", "banks", "batches", "graph", "samples", "golddiff", "steps", "sliding",
-    "several sizes", "whole images", "streamed",
+    "several sizes", "whole images", "streamed", "specialised",
 )  # fmt: skip
 
 
@@ -589,6 +617,7 @@ def main() -> None:
         bench.section("several sizes", several_sizes, bank)
         bench.section("whole images", whole_images, bank)
         bench.section("streamed", streamed, bank)
+    bench.section("specialised", warps_specialised, bank)
     bench.flush()
     bench.sensors.close()
     print(tables.gpu_table(bench.content["rows"]))

@@ -260,6 +260,24 @@ def test_rates_of_engines_whose_tests_are_red_are_withheld(gpu, tmp_path):
     assert "2.000" in gemm
 
 
+@needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes for Linux")
+def test_the_prototype_of_specialised_warps_compiles_without_spills(gpu):
+    program = (
+        "import compile_report, specialised\n"
+        "used, sass = compile_report.resources(specialised.compiled(64))\n"
+        "assert used['spilled_bytes'] == 0 and used['wgmma'] > 0, used\n"
+        "assert used['shared_bytes'] <= compile_report.SHARED_LIMIT[90], used\n"
+        "assert 'USETMAXREG' in sass and 'UTMALDG' in sass  # warps of different registers, bulk copies\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT / "benchmarks", env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_clock_and_power_are_medians_of_the_span(gpu):
     import sensors
 
