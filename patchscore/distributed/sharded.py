@@ -260,6 +260,9 @@ def _with_bank(leaf: ScoreMachine, bank: PatchBank) -> ScoreMachine:
 
 def _with_own_draws(leaf: ScoreMachine, ranks: Ranks) -> ScoreMachine:
     """Samples of different parts are independent, so that their variances add, and the same whoever has the part."""
+    part = leaf.bank.part
+    if part is not None:
+        return leaf if part.of == 1 else leaf.redrawn(part.rank)
     return leaf if ranks.size == 1 else leaf.redrawn(ranks.rank)
 
 
