@@ -741,6 +741,20 @@ def test_python_dash_m_is_the_command():
     assert done.stdout == f"patchscore, version {ps.__version__}\n"
 
 
+def test_nothing_is_imported_from_the_current_folder(tmp_path):
+    """A script elsewhere calls `main`, as the one that pip installs does."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "patchscore").write_text("from patchscore.cli import main\nmain()\n")
+    (tmp_path / "photos").mkdir()
+    for module in ("tqdm", "faiss", "matplotlib", "pyarrow", "lmdb", "scipy", "pillow_heif", "safetensors", "triton"):
+        (tmp_path / "photos" / f"{module}.py").write_text("raise SystemExit('imported from the current folder')\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    words = [sys.executable, "../bin/patchscore", "info", "fashion-mnist", "--limit", "3"]
+    done = subprocess.run(words, cwd=tmp_path / "photos", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "PatchBank(3 images" in done.stdout
+
+
 HOSTILE = "cat\x1b[2J\x1b]0;owned\x07\r\nengines on mars\u202e\x9b"
 
 
