@@ -26,6 +26,7 @@ from .noise import Schedule, get_schedule
 from .pooled import Pooled, Symmetric
 from .posterior import PosteriorSum, merge
 from .receptive import ReceptiveFields, receptive_fields, sensitivity
+from .replicates import Replicated, replicated
 from .sampling import Step, sample
 from .scales import ScaleTable
 from .synthesis import Synthesis, SynthesisLevel, synthesize
@@ -60,6 +61,7 @@ __all__ = [
     "PosteriorSum",
     "RankError",
     "ReceptiveFields",
+    "Replicated",
     "ScaleTable",
     "Schedule",
     "Sharded",
@@ -82,6 +84,7 @@ __all__ = [
     "log_likelihood",
     "merge",
     "receptive_fields",
+    "replicated",
     "sample",
     "sensitivity",
     "shard",

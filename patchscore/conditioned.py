@@ -10,6 +10,7 @@ differ in what they take for Cov in either place.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .denoiser import Denoiser, Estimate, Labels, check_noisy, check_sigma
+from .denoiser import Denoiser, Estimate, Labels, ScoreMachine, check_noisy, check_sigma
 
 Operator = Callable[[Tensor], Tensor]
 """A linear map of images [B, C, H, W] to [B, ...], in torch operations, so that autograd knows its transpose."""
@@ -92,6 +93,11 @@ class Conditioned(Denoiser):
         self.shape = denoiser.shape
         self.bank = getattr(denoiser, "bank", None)
         _check_operator(operator, measurement, self.shape)
+
+    def with_machines(self, change: Callable[[ScoreMachine], ScoreMachine]) -> Conditioned:
+        same = copy.copy(self)
+        same.denoiser = self.denoiser.with_machines(change)
+        return self if same.denoiser is self.denoiser else same
 
     @torch.no_grad()
     def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, *, moments: bool = False) -> Estimate:

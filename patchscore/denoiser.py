@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -142,6 +142,18 @@ class Denoiser(ABC):
 
     def redrawn(self, draw: int) -> Denoiser:
         """The same denoiser with random draws of its own for each number `draw`; itself where it draws nothing."""
+        return self.with_machines(lambda machine: machine.redrawn(draw))
+
+    def within(self, tolerance: float) -> Denoiser:
+        """The same denoiser, whose pixels have an rms standard error of at most `tolerance`; itself where it is exact.
+
+        Raises:
+            ValueError: a machine samples and has no index, so nothing tells how much to sample.
+        """
+        return self.with_machines(lambda machine: machine.within(tolerance))
+
+    def with_machines(self, change: Callable[[ScoreMachine], ScoreMachine]) -> Denoiser:
+        """The same denoiser with each machine that it asks changed; itself where none is."""
         return self
 
     def graph(self) -> torch.autograd.grad_mode.set_grad_enabled:
@@ -336,8 +348,23 @@ class ScoreMachine(Denoiser):
     def redrawn(self, draw: int) -> ScoreMachine:
         if self.pruned is None:
             return self
+        return self._sampling(seed=int(np.random.SeedSequence([self.pruned.seed, draw]).generate_state(1)[0]))
+
+    def within(self, tolerance: float) -> ScoreMachine:
+        if self.pruned is None:
+            return self
+        if self.pruned.index is None:
+            raise ValueError("tolerance: takes a machine with an index, or one that sums over all windows")
+        return self._sampling(budget=None, tolerance=tolerance)
+
+    def with_machines(self, change: Callable[[ScoreMachine], ScoreMachine]) -> ScoreMachine:
+        return change(self)
+
+    def _sampling(self, **options: float | None) -> ScoreMachine:
+        """The same machine, with other options of its engine `pruned`."""
+        assert self.pruned is not None
         same, pruned = copy.copy(self), copy.copy(self.pruned)
-        pruned.seed = int(np.random.SeedSequence([pruned.seed, draw]).generate_state(1)[0])
+        vars(pruned).update(options)
         same.pruned = pruned
         same.engines = tuple(pruned if engine is self.pruned else engine for engine in self.engines)
         return same

@@ -6,13 +6,13 @@ the sums themselves is recorded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser, Estimate, Labels
+from .denoiser import Denoiser, Estimate, Labels, ScoreMachine
 
 
 class Differentiable(Denoiser):
@@ -55,8 +55,8 @@ class Differentiable(Denoiser):
         denoised: Tensor = _Denoise.apply(z, sigma, labels, self.denoiser)
         return denoised
 
-    def redrawn(self, draw: int) -> Differentiable:
-        denoiser = self.denoiser.redrawn(draw)
+    def with_machines(self, change: Callable[[ScoreMachine], ScoreMachine]) -> Differentiable:
+        denoiser = self.denoiser.with_machines(change)
         return self if denoiser is self.denoiser else Differentiable(denoiser)
 
     def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, *, moments: bool = False) -> Estimate:

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .denoiser import Denoiser, Estimate, Labels, check_direction, check_noisy, check_sigma, labels_per_item
+from .denoiser import (
+    Denoiser,
+    Estimate,
+    Labels,
+    ScoreMachine,
+    check_direction,
+    check_noisy,
+    check_sigma,
+    labels_per_item,
+)
 
 
 class Guided(Denoiser):
@@ -51,9 +60,13 @@ class Guided(Denoiser):
         self.any_size = cond.any_size and uncond.any_size
         self.bank = getattr(cond, "bank", None)
 
-    def redrawn(self, draw: int) -> Guided:
-        cond, uncond = self.cond.redrawn(draw), self.uncond.redrawn(draw)
+    def with_machines(self, change: Callable[[ScoreMachine], ScoreMachine]) -> Guided:
+        cond, uncond = self.cond.with_machines(change), self.uncond.with_machines(change)
         return self if cond is self.cond and uncond is self.uncond else Guided(cond, uncond, self.scale)
+
+    def within(self, tolerance: float) -> Guided:
+        share = tolerance / (abs(self.scale) + abs(1 - self.scale))  # errors add up as stderr says
+        return self.with_machines(lambda machine: machine.within(share))
 
     def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
         return self._extend(self.cond.denoise(z, sigma, labels), self.uncond.denoise(z, sigma))
@@ -117,8 +130,8 @@ class Switch(Denoiser):
         self.any_size = all(denoiser.any_size for _, denoiser in self.parts)
         self.bank = getattr(first, "bank", None)
 
-    def redrawn(self, draw: int) -> Switch:
-        parts = [(limit, denoiser.redrawn(draw)) for limit, denoiser in self.parts]
+    def with_machines(self, change: Callable[[ScoreMachine], ScoreMachine]) -> Switch:
+        parts = [(limit, denoiser.with_machines(change)) for limit, denoiser in self.parts]
         same = all(new is old for (_, new), (_, old) in zip(parts, self.parts, strict=True))
         return self if same else Switch(parts)
 

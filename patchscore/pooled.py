@@ -83,7 +83,12 @@ class Pooled(Composed):
         return found
 
     def redrawn(self, draw: int) -> Pooled:
-        machines = [machine.redrawn(draw) for machine in self.machines]
+        return self._of([machine.redrawn(draw) for machine in self.machines])
+
+    def within(self, tolerance: float) -> Pooled:
+        return self._of([machine.within(tolerance) for machine in self.machines])
+
+    def _of(self, machines: Sequence[ScoreMachine]) -> Pooled:
         same = all(new is old for new, old in zip(machines, self.machines, strict=True))
         return self if same else Pooled(machines)  # type: ignore[arg-type]
 

@@ -146,6 +146,7 @@ def sample(
     callback: Callable[[Step], None] | None = None,
     progress: bool = True,
     size: tuple[int, int] | None = None,
+    tolerance: float | None = None,
 ) -> Tensor:
     """Samples images from noise.
 
@@ -177,6 +178,9 @@ def sample(
         progress: show a bar on stderr once it has taken two seconds.
         size: (height, width) of the images; None makes them as large as the denoiser's own, and some denoisers
             (`Denoiser.any_size`) take every other.
+        tolerance: for machines with an index, instead of their own budget or tolerance: the rms by which an image may
+            differ from what exact sums make of the same noise. Every step may contribute as much (`step_tolerances`).
+            Where noise is high, the path to an image may split, and a small error then decides for another image.
 
     Returns:
         [n, C, H, W] on `device`, in [-1, 1]; not clamped where the denoiser's bank has a value_range.
@@ -197,6 +201,7 @@ def sample(
     shape = _check_size(size, denoiser, levels)
     if shape != tuple(denoiser.shape) and not (sigma_max is None and gaussian_until is None):
         raise ValueError("sigma_max, gaussian_until: take images of the bank's size, as the Gaussian is of such")
+    asked = _within(denoiser, levels.ratios.tolist(), sampler, tolerance)
     images = range(first, first + n)
     listed = labels_in_turn(labels, images)
     device = checks.device(device)
@@ -208,7 +213,19 @@ def sample(
             batch_labels = None if listed is None else listed[start : start + batch_size]
             done.append(
                 _sample_batch(
-                    denoiser, shape, batch, levels, begin, sampler, batch_labels, seed, device, dtype, callback, bar
+                    asked,
+                    denoiser,
+                    shape,
+                    batch,
+                    levels,
+                    begin,
+                    sampler,
+                    batch_labels,
+                    seed,
+                    device,
+                    dtype,
+                    callback,
+                    bar,
                 )
             )
     return torch.cat(done)
@@ -231,7 +248,42 @@ def _check_size(size: tuple[int, int] | None, denoiser: Denoiser, levels: Schedu
     return own[0], *wanted
 
 
+def step_tolerances(ratios: Sequence[float], sampler: str, tolerance: float) -> list[float]:
+    """What the denoised image of each level may be off by, for the last image to be off by `tolerance` (both rms).
+
+    A step adds a multiple of its denoised image to z, 1 - s with s = sigma' / sigma for Euler's method, half of that
+    and half of the step before for Heun's, 1 - s^2 for ancestral steps. Steps draw independently, so squares add up, to
+    equal parts here; what an earlier step left is taken to be neither amplified nor damped by those after it.
+    """
+    shares = []
+    for i, (sigma, sigma_next) in enumerate(pairwise(ratios)):
+        step = sigma_next / sigma
+        if sampler in ("ddpm", "ddpm-optimal"):
+            shares.append(1 - step**2)
+        elif sampler == "heun":
+            before = (ratios[i - 1] - sigma) / sigma if i else 0.0
+            shares.append((1 - step if sigma_next == 0 else (1 - step) / 2) + before / 2)
+        else:
+            shares.append(1 - step)
+    return [tolerance / len(shares) ** 0.5 / share for share in shares]
+
+
+def _within(
+    denoiser: Denoiser, ratios: list[float], sampler: str, tolerance: float | None
+) -> Callable[[float], Denoiser]:
+    """The denoiser to ask at a level."""
+    if tolerance is None:
+        return lambda sigma: denoiser
+    if not 0 < checks.number("tolerance", tolerance) < math.inf:
+        raise ValueError(f"tolerance: got {tolerance}, takes a positive error of pixels")
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(f"tolerance: {type(denoiser).__name__} says nothing of errors, takes a Denoiser")
+    given = zip(ratios, step_tolerances(ratios, sampler, tolerance), strict=False)
+    return {sigma: denoiser.within(of_step) for sigma, of_step in given}.__getitem__
+
+
 def _sample_batch(
+    asked: Callable[[float], Denoiser],
     denoiser: Denoiser,
     shape: tuple[int, ...],
     images: range,
@@ -254,10 +306,10 @@ def _sample_batch(
         return torch.stack(drawn).to(device, dtype)
 
     def denoise(z: Tensor, sigma: float) -> Tensor:
-        return denoiser.denoise(z, sigma, labels)
+        return asked(sigma).denoise(z, sigma, labels)
 
     def posterior(z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        found = denoiser.estimate(z, sigma, labels, moments=True)
+        found = asked(sigma).estimate(z, sigma, labels, moments=True)
         assert found.variance is not None
         return found.mean, found.variance
 

@@ -16,7 +16,7 @@ LAYERS = (
     {"denoiser"},
     {"machines", "pooled"},
     {"distributed"},
-    {"gaussian", "aggregate", "conditioned", "gradients", "guidance", "networks", "nearest", "receptive"},
+    {"gaussian", "aggregate", "conditioned", "gradients", "guidance", "networks", "nearest", "receptive", "replicates"},
     {"theories"},
     {"adapters", "sampling"},
     {"classification", "calibrate", "evaluate", "explain", "fidelity", "likelihood"},

@@ -277,6 +277,32 @@ def test_trimmed_weights_are_those_of_the_definition(larger, tmp_path):
     assert any(a > b + 1e-3 for a, b in zip(*logs, strict=True))
 
 
+def test_whole_images_are_drawn_where_weights_are_flat(tmp_path, monkeypatch):
+    """With an index too; pixels of the interior are covered, and so is a tolerance, without a look at any cell."""
+    bank = bank_of(1, count=400, height=11, width=11)
+    index = ps.PatchIndex.build(bank, 3, tmp_path / "i", progress=False)
+    sigma, draws = 10.0, 12
+    z = noisy(bank, sigma, 1, dtype=torch.float32)
+    scans = []
+    monkeypatch.setattr(cpu, "scan", lambda request, policy: scans.append(request))
+    truth = exact(bank).denoise(z, sigma)
+    seeds = [pruned(bank, index, budget=0.01, seed=seed).estimate(z, sigma) for seed in range(draws)]
+    assert not scans
+    assert all(found.pairs < exact(bank).estimate(z, sigma).pairs / 2 for found in seeds)
+    inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))
+    # Pixels of one draw err together: a draw counts once, by its mean.
+    away = torch.stack([(found.mean - truth)[inner].mean() for found in seeds])
+    largest = torch.stack([found.stderr[inner].amax() for found in seeds])
+    assert proportion_at_least(int((away.abs() <= 2 * largest).sum()), draws, 0.95)
+    assert away.abs().max() > 0
+    for tolerance in (0.05, 0.02):
+        found = pruned(bank, index, tolerance=tolerance).estimate(z, sigma)
+        assert rms(found.stderr[inner]) <= tolerance
+    assert not scans
+    assert pruned(bank, index, budget=0.01).estimate(z, 0.5).engine == "pruned and sliding"
+    assert scans
+
+
 def test_trimming_lowers_the_error_where_few_windows_decide(larger):
     bank, index = larger
     z = noisy(bank, 0.5, dtype=torch.float32)

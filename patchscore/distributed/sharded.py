@@ -103,6 +103,12 @@ class Sharded(Composed):
         same.machine = self.machine.redrawn(draw)
         return same
 
+    def within(self, tolerance: float) -> Sharded:
+        # The mean over all ranks is a weighted mean of theirs, and so is off by no more than they are.
+        same = copy.copy(self)
+        same.machine = self.machine.within(tolerance)
+        return same
+
     def check_size(self, size: tuple[int, int], sigmas: Sequence[float], name: str = "size") -> None:
         self.machine.check_size(size, sigmas, name)
 

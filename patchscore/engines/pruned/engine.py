@@ -1,7 +1,8 @@
 """Engine `pruned`: posterior sums from a sample of the windows, with the standard error of the sample.
 
 Two designs. With an index, the strata are its cells: a stratified sample of windows, allocated by the weights that the
-cells' moments let expect. Without one, whole training images are drawn and summed exactly. What a sample cannot know,
+cells' moments let expect. Without one, and where weights are nearly uniform, whole training images are drawn and summed
+exactly. What a sample cannot know,
 pixels unlike anything in the bank, is evaluated whole. naive.py is the definition, policy.py holds the constants.
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +85,8 @@ class Pruned(Engine):
             return "whole images are not in an index"
         if competition.patch_size not in self.index.patch_sizes:
             return f"the index has patch sizes {self.index.patch_sizes}, not {competition.patch_size}"
-        if any(group.rows.locked or group.cols.locked for group in competition.groups):
+        locked = any(group.rows.locked or group.cols.locked for group in competition.groups)
+        if locked and float(sigma.min()) < self.policy.flat_from:
             return "windows along edges compete with few others"
         if (self.budget or 0) >= self.policy.exact_budget and self._sampled_images() == len(self.index.bank):
             return f"from a budget of {self.policy.exact_budget} on exact sums are as fast"
@@ -113,13 +117,27 @@ class Pruned(Engine):
                 cpu.draw_key(self.seed, competition.patch_size or 0, float(sigma[item]), z32[item])
                 for item in range(len(z))
             ]
-            return images.posterior_sum(exact, keys, bank, competition, self.budget, self.policy)
+            parts = [
+                images.drawn(
+                    partial(exact, [item], competition.groups), key, bank, competition, self.budget, self.policy
+                )
+                for item, key in enumerate(keys)
+            ]
+            fields = {name: torch.cat([part.fields[name] for part in parts]) for name in parts[0].fields}
+            joined = dataclasses.replace(parts[0], **fields)  # type: ignore[arg-type]
+            return joined.with_pairs(sum(part.pairs or 0 for part in parts))
         total = PosteriorSum.empty(z.shape, "cpu", sampled=True)
         pairs = 0
         for group in competition.groups:
             left: list[int] = []
             for item in range(len(z)):
-                found = self._image(z32[item], float(sigma[item]), bank, competition, group)
+                found = self._drawn_images(
+                    partial(exact, [item], (group,)), z32[item], float(sigma[item]), bank, competition.only((group,))
+                )
+                if found is not None:
+                    found = found.block(slice(None), span(group.rows.queries), span(group.cols.queries))
+                elif not group.rows.locked and not group.cols.locked:
+                    found = self._image(z32[item], float(sigma[item]), bank, competition, group)
                 if found is None:
                     left.append(item)
                     continue
@@ -130,6 +148,34 @@ class Pruned(Engine):
                 pairs += len(left) * len(bank) * group.pixels * group.windows_per_image
                 _put(total, left, group, sums.block(slice(None), span(group.rows.queries), span(group.cols.queries)))
         return total.with_pairs(pairs)
+
+    def _drawn_images(
+        self, exact: Callable[[PatchBank], PosteriorSum], z: Tensor, sigma: float, bank: PatchBank, of: Competition
+    ) -> PosteriorSum | None:
+        """The sums of one noisy image from whole training images, where weights are so flat that these serve better."""
+        policy, count = self.policy, len(bank)
+        if (
+            sigma < policy.flat_from
+            or count < policy.pilot_images / policy.exact_budget
+            or self._sampled_images() < count
+        ):
+            return None
+        key = cpu.draw_key(self.seed, of.patch_size or 0, sigma, z)
+        pilot = images.drawn(exact, key, bank, of, policy.pilot_images / count, policy)
+        (group,) = of.groups
+        own = pilot.block(slice(None), span(group.rows.queries), span(group.cols.queries))
+        if own.ess.median().item() < policy.flat * count * group.windows_per_image:
+            return None
+        share = policy.image_pairs * (self.budget or 0)
+        if self.tolerance is not None:
+            # The squared error falls as (1 - share) / share.
+            odds = (
+                policy.pilot_images / (count - policy.pilot_images) * (_rms(own.stderr) / (0.8 * self.tolerance)) ** 2
+            )
+            share = odds / (1 + odds)
+        if share > policy.exact_share:
+            return None
+        return images.drawn(exact, key, bank, of, max(share, policy.pilot_images / count), policy)
 
     def _image(
         self, z: Tensor, sigma: float, bank: PatchBank, competition: Competition, group: Group

@@ -21,29 +21,26 @@ from ...windows import Competition
 from .policy import Policy
 
 
-def posterior_sum(
-    exact: Callable[..., PosteriorSum],
-    keys: Sequence[int],
+def drawn(
+    exact: Callable[[PatchBank], PosteriorSum],
+    key: int,
     bank: PatchBank,
     competition: Competition,
-    budget: float,
+    share: float,
     policy: Policy,
 ) -> PosteriorSum:
-    """Sums over a share of the images, drawn anew for each item of a batch.
+    """Sums over a share of the images.
 
     Args:
-        exact: exact(items, groups, bank) sums exactly over a bank.
-        keys: of each item's draws.
+        exact: sums exactly over a bank.
+        key: of the draws.
     """
-    drawn = round(budget * len(bank))
-    groups = min(policy.image_groups, drawn)
-    parts = []
-    for item, key in enumerate(keys):
-        order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(key >> 1))
-        found = [exact([item], competition.groups, subset(bank, order[g:drawn:groups])) for g in range(groups)]
-        parts.append(combine(found, drawn, len(bank), pixel_moments(bank, order[:drawn])))
-    fields = {name: torch.cat([part.fields[name] for part in parts]) for name in parts[0].fields}
-    return PosteriorSum(**fields, span=1.0, pairs=len(keys) * drawn * competition.pairs_per_image)
+    count = round(share * len(bank))
+    groups = min(policy.image_groups, count)
+    order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(key >> 1))
+    found = [exact(subset(bank, order[group:count:groups])) for group in range(groups)]
+    total = combine(found, count, len(bank), pixel_moments(bank, order[:count]))
+    return total.with_pairs(count * competition.pairs_per_image)
 
 
 def subset(bank: PatchBank, members: Tensor) -> PatchBank:
