@@ -2,8 +2,8 @@
 // scans of an index whose moments and stored bytes are anything, as a damaged file of an index may hold them.
 //
 // Whatever Python checks before the call holds here too (bindings.cpp, engines/pruned/cpu.py). Under AddressSanitizer
-// and UBSan; sums of sliding must be finite. tests/fuzz/engines.sh builds this for libFuzzer; without it (STANDALONE)
-// the file has a main that draws bytes, or reads the files that it is given.
+// and UBSan; sums of sliding must be finite. tests/fuzz/engines.sh builds this for libFuzzer; for tests/sanitize/run.sh
+// (STANDALONE) the file has a main that draws bytes, or reads the files that it is given.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -14,6 +14,8 @@ build -c -o "$out/sliding.o" "$here/../../csrc/sliding/sliding.cpp"
 build -c -o "$out/pruned.o" "$here/../../csrc/pruned/pruned.cpp"
 build -o "$out/sliding" "$here/sliding.cpp" "$out/sliding.o"
 build -o "$out/pruned" "$here/pruned.cpp" "$out/pruned.o" "$out/sliding.o"
+build -DSTANDALONE -o "$out/engines" "$here/../fuzz/engines.cpp" "$out/pruned.o" "$out/sliding.o"
 "$out/common"
 "$out/sliding"
 "$out/pruned"
+"$out/engines" 3000
