@@ -128,10 +128,12 @@ def test_patchscore_commands_run(few_images):
     save_file({"latents": 5 * latents.contiguous()}, few_images / "latents.safetensors")
     (few_images / "autoencoder.py").write_text("def decode(latents):\n    return latents[:, :3] / 5\n")
     (few_images / "mymodels.py").write_text(
-        "import patchscore as ps\n\n\ndef denoiser(bank):\n    return ps.GaussianScore(bank)\n"
+        "import patchscore as ps\n\n\ndef denoiser(bank):\n    return ps.GaussianScore(bank)\n\n\n"
+        "def features(images):\n    return images.flatten(1)[:, ::50]\n"
     )
-    # What tells of files that were moved is only held against the options there are, below.
-    wanted = [words for words in wanted if not any(word.startswith("moved/") for word in words)]
+    # What takes files that were moved, a network's weights or its features is only held against the options, below.
+    elsewhere = ("moved/", "inception", "--sample-features")
+    wanted = [words for words in wanted if not any(word.startswith(elsewhere) for word in words)]
     for number, words in enumerate(sorted(wanted, key=order)):
         cheaper = list(CHEAPER.get(words[0], []))
         # Each in a folder of its own, but for the run that others go on from, which has the images that they name.

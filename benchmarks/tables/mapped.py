@@ -17,8 +17,8 @@ def mapped() -> str:
         limit = f"{row['limit_gib']:g} GiB ({row['limited_by']})"
         pairs = f"{row['pairs']:.3g}" if "pairs" in row else ""
         peak = f"{row['peak_anonymous_gib']:.2f} GiB"
-        rows.append(
-            [f"{row['gib']:g} GiB", limit, STEPS[row["step"]].format(**row), pairs, peak, f"{row['cpu_seconds']:.0f} s"]
-        )
-    header = ["file", "process limited to", "step", "pairs", "peak of its own memory", "CPU time"]
+        read = f"{row['read_gib']:.1f} GiB" if "read_gib" in row else ""
+        step = STEPS[row["step"]].format(**row)
+        rows.append([f"{row['gib']:g} GiB", limit, step, pairs, peak, f"{row['cpu_seconds']:.0f} s", read])
+    header = ["file", "process limited to", "step", "pairs", "peak of its own memory", "CPU time", "read from disk"]
     return f"`benchmarks/mapped.py` {measured_on(record)}:\n\n{table(header, rows)}"

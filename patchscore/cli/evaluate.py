@@ -30,8 +30,8 @@ from .options import Source, device_named, device_option, numbers, one_line_erro
 Examples:
   patchscore evaluate out/ fashion-mnist
   patchscore evaluate photos/ more/ --size 32 --patch-sizes 3,5,11 --out photos.json
-  patchscore evaluate moved/out fashion-mnist --features inception
-  patchscore evaluate moved/out fashion-mnist --features mymodels:features
+  patchscore evaluate out/ fashion-mnist --features inception
+  patchscore evaluate out/ fashion-mnist --features mymodels:features
 """
 )
 @click.argument("run")
@@ -66,7 +66,9 @@ Examples:
 )
 @device_option()
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="JSON file to write.  [default: evaluation.json, in RUN's folder]"
+    "--out",
+    type=click.Path(path_type=Path),
+    help="JSON file to write.  [default: evaluation.json in RUN's folder, or in the current one where RUN is no run]",
 )
 @one_line_errors
 def evaluate(
