@@ -140,7 +140,11 @@ def samples_of(out: Path) -> np.ndarray:
 
 def samples_have_range(out: Path) -> bool:
     """Whether the samples of a run are no pixels in [-1, 1] but of a bank with a value_range, such as latents."""
-    return read_run(out / "run.json").get("noted", {}).get("value_range") is not None
+    path = out / "run.json"
+    try:
+        return read_run(path).get("noted", {}).get("value_range") is not None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a usable run: {error}") from None
 
 
 def is_run(out: Path) -> bool:
