@@ -106,9 +106,9 @@ def evaluate(
     check_writable(out.parent)
     chosen = _features(features, weights, sample_features, reference_features, where)
     bank = source.open()
+    made: Any = samples_of(Path(run)) if of_run else source.at(run).open()
     if of_run and samples_have_range(Path(run)):
         raise ValueError(f"{run}: a run of latents; takes pictures of them, {Path(run) / 'samples'} of --decode")
-    made: Any = samples_of(Path(run)) if of_run else source.at(run).open()
     say(f"{len(made)} samples from {run}", f"{bank!r} from {source.source}")
     start = time.perf_counter()
     found = evaluate_samples(
