@@ -110,7 +110,7 @@ smoke() { $PYTHON benchmarks/gpu_smoke.py "$1" $DRY; }
 
 # Tests that all skip themselves are no pass. The name of a test that hangs is the last in the log.
 tests() {
-    $PYTHON -m pytest -v -m gpu -p no:cacheprovider -rs --durations 5 tests/test_*"$1"*.py | tee "$OUT/tests.log"
+    $PYTHON -m pytest -vv -m gpu -p no:cacheprovider -rs --durations 5 tests/test_*"$1"*.py | tee "$OUT/tests.log"
     local code=${PIPESTATUS[0]}
     grep -qE '[0-9]+ passed' "$OUT/tests.log" || [ -n "$DRY" ] || { echo "no GPU test ran"; code=1; }
     rm -f "$OUT/tests.log"
