@@ -1,9 +1,10 @@
 """Ranks: images and a bank over two of them, bytes on the wire at eight, and weak scaling simulated to 64.
 
 Ranks are processes of one thread on this machine. Speedups are ratios of processor seconds (of one rank, and of the
-busiest of two, with all that it does to talk), as other work on the machine changes times on the clock; those stand
-beside. Bytes are those that the loopback device counted while eight ranks took steps. The simulation replays processor
-seconds of a step and message times measured here for R ranks. Writes benchmarks/results/scale.json.
+busiest of two, with all that it does to talk), the least of several turns each, as other work on the machine adds to
+them, and more to times on the clock; those stand beside. Bytes are those that the loopback device counted while eight
+ranks took steps. The simulation replays processor seconds of a step and times of an exchange measured here. Writes
+benchmarks/results/scale.json.
 
     python benchmarks/scale.py --images cifar.npz                 (under 5 minutes)
     unshare -n python benchmarks/scale.py --images cifar.npz      (bytes of others on the loopback device do not count)
@@ -34,6 +35,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["patchscore", "record"])
 K, SIGMA = 7, 0.99
 RANKS = (1, 2, 4, 8)
+CLOCK = "seconds on the clock, mean"
 
 
 def main() -> None:
@@ -149,30 +151,30 @@ def _loopback() -> int:
 
 
 def _speedup(turns: list[list[list[dict[str, float]]]]) -> dict[str, Any]:
-    """Medians over turns of one rank's seconds over those of the busiest of two."""
-    of = {name: [one[0][name] / max(rank[name] for rank in two) for one, two in turns] for name in ("cpu", "clock")}
-    seconds = [rank["cpu"] for _, two in turns for rank in two]
+    """One rank's least seconds over the least of the busiest of two; on the clock, the median over turns."""
+    one, two = [one[0]["cpu"] for one, _ in turns], [max(rank["cpu"] for rank in two) for _, two in turns]
+    clock = statistics.median(one[0]["clock"] / max(rank["clock"] for rank in two) for one, two in turns)
     return {
-        "speedup": statistics.median(of["cpu"]),
-        "speedup_of_turns": of["cpu"],
-        "speedup_on_the_clock": statistics.median(of["clock"]),
-        "seconds_of_one_rank": statistics.median(one[0]["cpu"] for one, _ in turns),
-        "seconds_of_ranks": seconds,
+        "speedup": min(one) / min(two),
+        "speedup_of_turns": [alone / busiest for alone, busiest in zip(one, two, strict=True)],
+        "speedup_on_the_clock": clock,
+        "seconds_of_one_rank": min(one),
+        "seconds_of_ranks": [rank["cpu"] for _, two in turns for rank in two],
     }
 
 
 def weak_scaling(seconds: list[float], exchanges: dict[int, dict[str, float]]) -> list[dict[str, float]]:
     """Efficiency of R ranks that hold as many images each as one did, by replaying what was measured.
 
-    A step takes as long as the slowest of R draws from the processor seconds of a rank, and the exchange. R ranks send
-    R - 1 times the messages of two, and this takes them to be R - 1 times as long, as if none were under way together.
+    A step takes as long as the slowest of R draws from the processor seconds of a rank, and the exchange, whose time
+    grows in a line with the number of the other ranks: least squares through what was measured.
     """
     generator = np.random.default_rng(0)
-    one_other = exchanges[2]["seconds on the clock, mean"]
+    more, start = np.polyfit(*zip(*((count - 1, of[CLOCK]) for count, of in exchanges.items()), strict=True), 1)
     rows = []
     for ranks in (1, 2, 4, 8, 16, 32, 64):
         compute = generator.choice(seconds, (1000, ranks))
-        talk = (ranks - 1) * one_other
+        talk = float(start + more * (ranks - 1)) if ranks > 1 else 0.0
         step = compute.max(1) + talk
         rows.append({"ranks": ranks, "efficiency": float(compute.mean() / step.mean()), "seconds_of_exchange": talk})
     return rows
