@@ -68,5 +68,6 @@ def step_cost() -> str:
             row.append(f"{seconds:,.0f} s")
         rows.append(row)
     header = ["windows", "images", "bank", *(f"{count} ranks" for count in RANKS)]
-    threads = f"One thread evaluates {rate / 1e9:.2f} billion pairs a second; an exchange takes {1e3 * more:.1f} ms for each other rank."
+    pairs, exchange = f"{rate / 1e9:.2f} billion pairs a second", f"{1e3 * more:.1f} ms for each other rank"
+    threads = f"One thread evaluates {pairs}; an exchange takes {exchange}."
     return f"{table(header, rows)}\n\n{threads}"
