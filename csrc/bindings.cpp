@@ -168,10 +168,10 @@ void sliding_product(bool transposed, bool averaging, const py::buffer& z, const
     if (!finished) throw py::error_already_set();
 }
 
-patchscore::Images bytes_of(const py::buffer& images, int patch_size, std::list<py::buffer_info>& held) {
+patchscore::ByteImages bytes_of(const py::buffer& images, int patch_size, std::list<py::buffer_info>& held) {
     const py::buffer_info& info = held.emplace_back(images.request());
     if (info.ndim != 4) throw py::value_error("images: got shape " + shape_text(info.shape) + ", takes [N, C, H, W]");
-    patchscore::Images found{};
+    patchscore::ByteImages found{};
     found.pixels = data_of<uint8_t>("images", info, info.shape, false);
     found.count = info.shape[0], found.channels = size_of("images", info.shape[1]);
     found.height = size_of("images", info.shape[2]), found.width = size_of("images", info.shape[3]);
@@ -184,7 +184,7 @@ patchscore::Images bytes_of(const py::buffer& images, int patch_size, std::list<
 }
 
 // Sizes of cells, which with the ids of their windows must fit the images: [cells], [sum].
-int64_t check_ids(const patchscore::Images& images, const int64_t* sizes, int64_t cells, const int64_t* ids,
+int64_t check_ids(const patchscore::ByteImages& images, const int64_t* sizes, int64_t cells, const int64_t* ids,
                   int64_t count, bool each) {
     int64_t total = 0, tiles = 0;
     for (int64_t c = 0; c < cells; ++c) {
@@ -202,7 +202,7 @@ int64_t check_ids(const patchscore::Images& images, const int64_t* sizes, int64_
 void pruned_pack(const py::buffer& images, const py::buffer& ids, const py::buffer& sizes, int patch_size,
                  const py::buffer& tiles, int threads) {
     std::list<py::buffer_info> held;
-    const patchscore::Images source = bytes_of(images, patch_size, held);
+    const patchscore::ByteImages source = bytes_of(images, patch_size, held);
     const py::buffer_info &ids_info = held.emplace_back(ids.request()),
                           &sizes_info = held.emplace_back(sizes.request());
     if (ids_info.ndim != 1 || sizes_info.ndim != 1) throw py::value_error("ids, sizes: take one dimension");

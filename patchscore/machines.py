@@ -105,7 +105,8 @@ class EquivariantLocalScore(ScoreMachine):
         engine: "auto" or an engine's name.
         memory_limit: bytes of working memory beyond the bank.
         index: a PatchIndex of `bank`. With `budget` or `tolerance` the engine `pruned` then evaluates a part of the
-            windows and says how wrong it may be (`Estimate.stderr`); sizes it lacks are served exactly.
+            windows and says how wrong it may be (`Estimate.stderr`); sizes it lacks are served exactly, and with
+            engine="auto" and a budget also what exact sums are expected to be faster for.
         budget: the share of (pixel, window) pairs to evaluate, in (0, 1], such as 0.01; without an index, of training
             images that are drawn and summed whole.
         tolerance: with an index, instead of a budget: the rms standard error that pixels may have; a pilot finds the

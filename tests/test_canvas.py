@@ -148,7 +148,7 @@ def test_memory_does_not_change_the_numbers():
 def test_an_index_serves_a_canvas_within_its_stated_error(tmp_path):
     bank = ps.PatchBank(smooth_images(200, 1, 12, 12))
     index = ps.PatchIndex.build(bank, 5, tmp_path / "index", progress=False)
-    sampled = ps.EquivariantLocalScore(bank, 5, index=index, budget=0.1)
+    sampled = ps.EquivariantLocalScore(bank, 5, engine="pruned", index=index, budget=0.1)
     z = canvas(1, (20, 27), dtype=torch.float32)
     found, exact = sampled.estimate(z, 1.0), ps.EquivariantLocalScore(bank, 5).denoise(z, 1.0)
     assert "pruned" in found.engine

@@ -183,7 +183,7 @@ def check_samples(folder):
     for name, options in designs.items():
         squares = torch.zeros(2)
         for seed in range(DRAWS):
-            machine = ps.Sharded(ps.EquivariantLocalScore(own, 3, seed=seed, **options))
+            machine = ps.Sharded(ps.EquivariantLocalScore(own, 3, engine="pruned", seed=seed, **options))
             z = noisy(bank, 1.0, seed=seed, dtype=torch.float32)
             estimate = machine.estimate(z, 1.0)
             assert "pruned" in estimate.engine
@@ -219,7 +219,7 @@ def check_shards(folder):
         build_shards(bank, 3, folder, 4, cells=64, progress=False)
     ranks.agree({}, "")
     indexes = open_shards(folder, bank)
-    machines = [ps.EquivariantLocalScore(index.bank, 3, index=index, budget=0.05) for index in indexes]
+    machines = [ps.EquivariantLocalScore(index.bank, 3, engine="pruned", index=index, budget=0.05) for index in indexes]
     machine = ps.Sharded(ps.Pooled(machines))
     assert len(indexes) == 4 // ranks.size
     z = noisy(bank, 1.0, batch=2, dtype=torch.float32)

@@ -254,7 +254,7 @@ def test_an_index_of_more_than_four_channels_is_left_to_exact_sums_with_a_warnin
     index = ps.PatchIndex.build(bank, 3, tmp_path / "index", progress=False)
     z = noisy(bank, 1.0, dtype=torch.float32)
     with pytest.warns(RuntimeWarning, match=f"'pruned' cannot serve: it takes up to 4 channels, not {channels}; the"):
-        found = ps.EquivariantLocalScore(bank, 3, index=index, budget=0.1).estimate(z, 1.0)
+        found = ps.EquivariantLocalScore(bank, 3, engine="pruned", index=index, budget=0.1).estimate(z, 1.0)
     assert found.engine == "sliding"
     assert (found.mean == ps.EquivariantLocalScore(bank, 3, engine="sliding").denoise(z, 1.0)).all()
 

@@ -159,7 +159,7 @@ def test_banks_with_indexes_pool(tmp_path):
     machines = []
     for i, part in enumerate(bank.banks):
         index = ps.PatchIndex.build(part, 5, tmp_path / str(i), progress=False)
-        machines.append(ps.EquivariantLocalScore(part, 5, index=index, budget=0.1))
+        machines.append(ps.EquivariantLocalScore(part, 5, engine="pruned", index=index, budget=0.1))
     z = canvas(1, (16, 18), dtype=torch.float32)
     found, exact = ps.Pooled(machines).estimate(z, 1.0), ps.EquivariantLocalScore(bank, 5).denoise(z, 1.0)
     assert "pruned" in found.engine

@@ -252,7 +252,7 @@ def test_an_index_leaves_moments_to_an_exact_engine(bank, tmp_path, monkeypatch)
     pytest.importorskip("faiss")
     monkeypatch.setattr(base, "_warned", set())
     index = ps.PatchIndex.build(bank, [3], tmp_path / "index", progress=False)
-    machine = ps.EquivariantLocalScore(bank, 3, index=index, budget=0.1)
+    machine = ps.EquivariantLocalScore(bank, 3, engine="pruned", index=index, budget=0.1)
     with pytest.warns(RuntimeWarning, match="it takes no moments"):
         found = machine.estimate(noisy(bank, 0.5, dtype=torch.float32), 0.5, moments=True)
     assert found.engine == "sliding"

@@ -303,6 +303,29 @@ def test_whole_images_are_drawn_where_weights_are_flat(tmp_path, monkeypatch):
     assert scans
 
 
+def test_auto_takes_exact_sums_where_they_are_faster(larger, tmp_path):
+    """Of few windows, for large budgets; a machine that names its engine gets it."""
+    bank, index = larger
+    z = noisy(bank, 0.5, dtype=torch.float32)
+    machine = ps.EquivariantLocalScore(bank, 3, index=index, budget=0.01)
+    found = machine.estimate(z, 0.5)
+    assert found.engine == "sliding"
+    assert torch.equal(found.mean, exact(bank).denoise(z, 0.5))
+    assert "pruned" in pruned(bank, index, budget=0.01).estimate(z, 0.5).engine
+    (group,) = (g for g in machine.competition(3).groups if not g.rows.locked and not g.cols.locked)
+    alone = machine.competition(3).only((group,))
+    sliding = next(engine for engine in machine.engines if engine.name == "sliding" and engine.runs_on(z.device))
+
+    def seconds(engine, count):
+        # Of a bank of so many images: only its length is asked for.
+        return engine.seconds(z, torch.ones(1), range(count), alone)
+
+    sampling = engine.Pruned(index, 0.001, None, 0)
+    assert seconds(sampling, 100) > seconds(sliding, 100)
+    assert seconds(sampling, 100_000) < seconds(sliding, 100_000)
+    assert engine.Pruned(index, None, 0.1, 0).seconds(z, torch.ones(1), bank, alone) is None
+
+
 def test_trimming_lowers_the_error_where_few_windows_decide(larger):
     bank, index = larger
     z = noisy(bank, 0.5, dtype=torch.float32)
@@ -537,8 +560,8 @@ import sys, numpy as np, torch, patchscore as ps
 held = np.load(sys.argv[1])
 bank = ps.PatchBank(held["images"], held["labels"])
 index = ps.PatchIndex.open(sys.argv[2], bank)
-x0 = ps.EquivariantLocalScore(bank, 3, index=index, budget=0.05, seed=5).denoise(torch.from_numpy(held["z"]), 1.0)
-np.save(sys.argv[3], x0.numpy())
+machine = ps.EquivariantLocalScore(bank, 3, engine="pruned", index=index, budget=0.05, seed=5)
+np.save(sys.argv[3], machine.denoise(torch.from_numpy(held["z"]), 1.0).numpy())
 """
     where = [str(tmp_path / "in.npz"), str(index.path), str(tmp_path / "out.npy")]
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}

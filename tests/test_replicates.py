@@ -100,7 +100,7 @@ def test_a_tolerance_of_samples_is_kept_and_saves_pairs(bank, tmp_path):
     index = ps.PatchIndex.build(bank, 3, tmp_path / "i", progress=False)
     options = {"n": 2, "steps": 10, "progress": False}
     exact = ps.sample(ps.EquivariantLocalScore(bank, 3), **options)
-    machine = ps.EquivariantLocalScore(bank, 3, index=index, budget=0.01)
+    machine = ps.EquivariantLocalScore(bank, 3, engine="pruned", index=index, budget=0.01)
     for tolerance in (0.1, 0.01):
         off = (ps.sample(machine, tolerance=tolerance, **options) - exact).square().mean((1, 2, 3)).sqrt()
         assert off.max() <= tolerance
@@ -117,7 +117,7 @@ def test_tolerances_are_checked(bank):
 def test_guidance_divides_a_tolerance(bank, tmp_path):
     pytest.importorskip("faiss")
     index = ps.PatchIndex.build(bank, 3, tmp_path / "i", progress=False)
-    machine = ps.EquivariantLocalScore(bank, 3, index=index, budget=0.01)
+    machine = ps.EquivariantLocalScore(bank, 3, engine="pruned", index=index, budget=0.01)
     guided = ps.Guided(machine, machine, 2.0).within(0.3)
     assert guided.cond.pruned.tolerance == pytest.approx(0.1)
     assert machine.pruned.tolerance is None

@@ -514,7 +514,7 @@ private:
 
     // What a neighbour has known for longer it has proposed before.
     void propose(int q, const Known& neighbour, int down, int right, int sweep, uint8_t* bytes) {
-        const Images& images = request.images;
+        const ByteImages& images = request.images;
         const int64_t cols = images.cols(), per_image = images.rows() * cols;
         Known& own = known[size_t(q)];
         for (int i = 0; i < neighbour.count; ++i) {
@@ -611,14 +611,15 @@ private:
         if (cell.ready[size_t(tile)]) return;
         cell.ready[size_t(tile)] = 1;
         if (!request.tiles && tile + 1 < tiles_of(request.sizes[c])) fetch(c, tile + 1);
-        cell.tiles[size_t(tile)] = tile_at(c, tile, cell.bytes.data() + tile * request.images.tile_bytes());
+        int8_t* room = request.tiles ? nullptr : cell.bytes.data() + tile * request.images.tile_bytes();
+        cell.tiles[size_t(tile)] = tile_at(c, tile, room);
         level.facts_of(cell.tiles[size_t(tile)], request, ids_of(c, tile), windows_in(c, tile),
                        cell.facts[size_t(tile)]);
     }
 
     // Has what a tile is made of brought from memory.
     void fetch(int64_t c, int64_t tile) const {
-        const Images& images = request.images;
+        const ByteImages& images = request.images;
         const auto lines = [](const void* from, int64_t bytes) {
             for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at);
         };
@@ -731,7 +732,7 @@ private:
         const double m = request.bits[q] * refs[size_t(q)] - request.base[q];  // log2 of the reference weight
         double s = sum.s, s2 = sum.s2, v[MOST_CHANNELS];
         std::copy(sum.v, sum.v + C, v);
-        const Images& images = request.images;
+        const ByteImages& images = request.images;
         for (int i = 0; i < known[size_t(q)].count; ++i) {
             const double w = std::exp2((double(known[size_t(q)].t[i]) - refs[size_t(q)]) * request.bits[q]);
             const int64_t cols = images.cols(), per_image = images.rows() * cols,
@@ -807,7 +808,7 @@ bool pruned_scan(const Request& request, int threads, const std::string& simd, P
     return Scan(request, choose_level(LEVELS, simd), pool, interrupt)();
 }
 
-void pruned_pack(const Images& images, const int64_t* ids, const int64_t* sizes, int64_t cells, int8_t* tiles,
+void pruned_pack(const ByteImages& images, const int64_t* ids, const int64_t* sizes, int64_t cells, int8_t* tiles,
                  int threads) {
     std::vector<int64_t> windows(size_t(cells) + 1), starts(size_t(cells) + 1);
     for (int64_t c = 0; c < cells; ++c) {

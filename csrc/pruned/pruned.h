@@ -37,7 +37,7 @@ struct Strata {
     const float *value, *value_square;  // [count, channels] means over the stratum's windows
 };
 
-struct Images {
+struct ByteImages {
     const uint8_t* pixels;  // [count, channels, height, width]
     int64_t count;
     int channels, height, width, patch_size;
@@ -50,7 +50,7 @@ struct Images {
 
 // Queries of one noisy image at one noise level.
 struct Request {
-    Images images;
+    ByteImages images;
     int64_t cells;  // whole parents of LANES
     int rank;
     const int64_t* sizes;    // [cells] stored windows
@@ -83,7 +83,7 @@ struct Request {
 bool pruned_scan(const Request& request, int threads, const std::string& simd, Poll poll);
 
 // The tiles of some windows, cell by cell: sizes [cells], ids [sum of sizes].
-void pruned_pack(const Images& images, const int64_t* ids, const int64_t* sizes, int64_t cells, int8_t* tiles,
+void pruned_pack(const ByteImages& images, const int64_t* ids, const int64_t* sizes, int64_t cells, int8_t* tiles,
                  int threads);
 
 }  // namespace patchscore

@@ -115,7 +115,7 @@ struct TileFacts {
 };
 
 static void facts_of(const int8_t* tile, const Request& request, const int64_t* ids, int count, TileFacts& facts) {
-    const Images& images = request.images;
+    const ByteImages& images = request.images;
     i8 norm{};
 #if PS_LEVEL >= 256
     __m256i sum = _mm256_setzero_si256();
@@ -144,7 +144,7 @@ static void facts_of(const int8_t* tile, const Request& request, const int64_t* 
 
 // The bytes of a window, row by row.
 template <int SIDE>
-PS_INLINE void copy_window(const Images& images, int64_t id, uint8_t* to) {
+PS_INLINE void copy_window(const ByteImages& images, int64_t id, uint8_t* to) {
     const int side = SIDE > 0 ? SIDE : images.patch_size;
     const int64_t cols = images.cols(), per_image = images.rows() * cols, plane = int64_t(images.height) * images.width;
     const int64_t image = id / per_image, at = id % per_image;
@@ -153,7 +153,7 @@ PS_INLINE void copy_window(const Images& images, int64_t id, uint8_t* to) {
         for (int y = 0; y < side; ++y, to += side) __builtin_memcpy(to, from + y * images.width, size_t(side));
 }
 
-PS_INLINE void copy_window(const Images& images, int64_t id, uint8_t* to) {
+PS_INLINE void copy_window(const ByteImages& images, int64_t id, uint8_t* to) {
     switch (images.patch_size) {
         case 3:
             return copy_window<3>(images, id, to);
@@ -177,7 +177,7 @@ PS_INLINE void copy_window(const Images& images, int64_t id, uint8_t* to) {
 }
 
 // Gathers up to TILE windows from their images into a tile. `rows` has room for as many bytes as a tile.
-static void pack(const Images& images, const int64_t* ids, int count, uint8_t* rows, int8_t* out) {
+static void pack(const ByteImages& images, const int64_t* ids, int count, uint8_t* rows, int8_t* out) {
     const int pairs = images.pairs(), values = images.values(), stride = 2 * pairs;
     for (int l = 0; l < TILE; ++l) {
         uint8_t* to = rows + l * stride;

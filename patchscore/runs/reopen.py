@@ -96,7 +96,9 @@ def reopen(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # sizes that the index lacks were told of when it ran
             parts = [
-                EquivariantLocalScore(found.bank, table, padding_mode, index=found, **shares, seed=walked["seed"])
+                EquivariantLocalScore(
+                    found.bank, table, padding_mode, engine, index=found, **shares, seed=walked["seed"]
+                )
                 for found in indexes
             ]
             machine = Sharded(Pooled(parts), Ranks()) if "shards" in built else parts[0]

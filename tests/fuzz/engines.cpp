@@ -167,7 +167,7 @@ void sliding(Bytes& in) {
 
 void pruned(Bytes& in) {
     patchscore::Request request{};
-    patchscore::Images& images = request.images;
+    patchscore::ByteImages& images = request.images;
     images.channels = in.between(1, patchscore::MOST_CHANNELS), images.patch_size = 2 * in.between(0, 4) + 1;
     images.height = images.patch_size + in.between(0, 5), images.width = images.patch_size + in.between(0, 5);
     images.count = in.between(1, 6);

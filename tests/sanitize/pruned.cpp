@@ -44,7 +44,7 @@ struct Case {
     std::vector<double> bits, base;
 
     Case(int channels, int k, int rank) : channels(channels), k(k), rank(rank) {
-        patchscore::Images& images = request.images;
+        patchscore::ByteImages& images = request.images;
         images.channels = channels, images.patch_size = k, images.count = 1 + below(12);
         images.height = k + below(9), images.width = k + below(9);
         pixels.resize(size_t(images.count * channels * images.height * images.width));
@@ -72,7 +72,7 @@ struct Case {
     }
 
     void deal() {
-        const patchscore::Images& images = request.images;
+        const patchscore::ByteImages& images = request.images;
         std::vector<std::vector<int64_t>> cells(size_t(request.cells));
         const int64_t windows = images.count * images.rows() * images.cols();
         const int used = 1 + below(int(request.cells));  // the others are empty
@@ -124,7 +124,7 @@ struct Case {
     }
 
     void query() {
-        const patchscore::Images& images = request.images;
+        const patchscore::ByteImages& images = request.images;
         const int columns = 1 + below(6);
         queries = columns * (1 + below(6));
         request.queries = queries, request.columns = chance(0.8f) ? columns : 0;

@@ -94,6 +94,16 @@ class Pruned(Engine):
             return f"below sigma = {self.policy.sharpest} a query cannot be rounded to parts of a byte"
         return None
 
+    def seconds(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> float | None:
+        if self.index is None or self.budget is None or competition.patch_size is None:
+            return None
+        (group,) = competition.groups
+        part, policy = self.index.at(competition.patch_size), self.policy
+        window = policy.window_seconds if part.tiles is not None else policy.gathered_seconds
+        drawn = self.budget * len(bank) * group.windows_per_image
+        pixel = policy.pixel_seconds + policy.cell_seconds * len(part.cells.size) + window * drawn
+        return len(z) * group.pixels * pixel
+
     def posterior_sum(
         self,
         z: Tensor,

@@ -59,6 +59,15 @@ class Policy:
     """Budget from which the exact engine serves: a window compared byte by byte costs two to five times what a sliding
     sum takes for it."""
 
+    pixel_seconds: float = 1.3e-4
+    cell_seconds: float = 7.5e-9
+    window_seconds: float = 1e-8
+    gathered_seconds: float = 5e-8
+    """Seconds of one thread: of a pixel, for each cell of the index, and for each window of the budget, where the index
+    holds its bytes and where they are gathered from images. Least squares by eye over k = 3, 7, 11, budgets of 0.03 to
+    5%, and 300 to 20,000 CIFAR-10 images (docs/notes/pruned.md), within a factor of 1.5. With the time of exact sums
+    they decide which of the two serves when the engine is "auto"."""
+
     pilot_pixels: int = 64
     """Pixels by which a budget is found for a tolerance."""
 
