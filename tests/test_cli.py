@@ -709,7 +709,8 @@ def test_sample_refuses_a_missing_or_foreign_index_in_one_line(photos, tmp_path)
         ("--index", tmp_path / "none", "--budget", 0.1): "no index here",
         ("--index", tmp_path / "i", "--budget", 0.1): "another bank: it has 12 images, this bank 11; --limit",
         ("--index", tmp_path / "i"): "--index: takes one of --budget and --tolerance",
-        ("--budget", 0.1): "--budget: takes an --index",
+        ("--machine", "ideal", "--budget", 0.1): "--budget: got one, the ideal machine",
+        ("--budget", 2): "budget: got 2",
         ("--tolerance", 0.1, "--device", "cpu"): "--tolerance: takes an --index",
         ("--engine", "pruned"): '"pruned" takes a budget',
     }

@@ -303,6 +303,21 @@ def test_a_run_with_an_index_is_walked_with_it_and_explained_by_all_windows(samp
     assert "those of all windows" not in run("explain", sampled / "out", "--levels", 1).output
 
 
+@pytest.mark.parametrize("machine", ["els", "ls"])
+def test_a_run_over_a_share_of_the_images_is_walked_over_the_same_ones(sampled, tmp_path, machine):
+    out, options = tmp_path / "out", ["--table", 3, "-n", 1, "--steps", 4, "--seed", 2, "--machine", machine]
+    assert run("sample", sampled / "bank.npz", *options, "--out", tmp_path / "exact").exit_code == 0
+    result = run("sample", sampled / "bank.npz", *options, "--budget", 0.5, "--out", out)
+    assert result.exit_code == 0, result.output
+    drawn, exact = (np.load(folder / "samples.npy") for folder in (out, tmp_path / "exact"))
+    assert np.abs(drawn - exact).max() > 0.01
+    assert "over a share of the images, budget 0.5" in run("info", out).output
+    result = run("explain", out)
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.output  # so it came out as it had
+    assert "looked at a share of the windows (budget 0.5)" in result.output
+
+
 def test_an_index_that_moved_is_told_and_can_be_given(sampled, indexed):
     out = indexed / "out"
     (indexed / "i").rename(indexed / "elsewhere")

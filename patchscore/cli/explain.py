@@ -156,7 +156,7 @@ def _explain(
 def _of_all_windows(machine: ScoreMachine, record: dict[str, Any], walks: list[Walk]) -> str:
     """What to say of a run that looked at a share of the windows, through an index; nothing of any other."""
     made = record["settings"]
-    if not made.get("index") or record["noted"]["engine"] in engines.NAMES:
+    if not (made.get("index") or made.get("budget")) or record["noted"]["engine"] in engines.NAMES:
         return ""
     least = f"budget {made['budget']:g}" if made.get("budget") else f"tolerance {made['tolerance']:g}"
     if machine.pruned is None:
@@ -164,9 +164,10 @@ def _of_all_windows(machine: ScoreMachine, record: dict[str, Any], walks: list[W
             f"The run was made with an index ({least}), but here without it: noise, weights and denoised images are "
             "those of all windows."
         )
+    through = ", through an index" if made.get("index") else ""
     apart = max(step for walk in walks for step in walk.apart)
     return (
-        f"The run looked at a share of the windows, through an index ({least}). Its own noise is shown; weights and "
+        f"The run looked at a share of the windows{through} ({least}). Its own noise is shown; weights and "
         f"denoised images are those of all windows. What the run made of that noise is off by up to {apart:.2g} rms."
     )
 

@@ -59,8 +59,8 @@ class Which:
 
     def check(self, computing: Computing) -> None:
         """ValueError for combinations that mean nothing."""
-        if self.index_path is None and self.budget is not None:
-            raise ValueError("--budget: takes an --index; `patchscore index` makes one")
+        if self.machine == "ideal" and self.budget is not None:
+            raise ValueError("--budget: got one, the ideal machine sums over all images")
         best = engines.chosen(engines.EXACT, "auto", torch.device(computing.where), torch.float32)
         rounds = self.machine == "els" and best.name == "fused"
         if self.index_path is None and self.tolerance is not None and not rounds:
@@ -99,12 +99,14 @@ class Which:
         """The machine, over a PatchBank or, as els alone takes it, a MixedBank."""
         pruned: dict[str, Any] = {}
         if index or self.tolerance:
-            pruned = {"index": index, "budget": self.budget, "tolerance": self.tolerance, "seed": seed}
+            pruned = {"index": index, "tolerance": self.tolerance}
+        if self.budget or pruned:
+            pruned |= {"budget": self.budget, "seed": seed}
         engine, memory = computing.engine, computing.bytes
         if sizes is None:
             return IdealScore(bank, engine, memory)
         if self.machine == "ls":
-            return LocalScore(bank, sizes, engine, memory)
+            return LocalScore(bank, sizes, engine, memory, **pruned)
         return EquivariantLocalScore(bank, sizes, self.padding_mode, engine, memory, **pruned)
 
 
@@ -143,7 +145,9 @@ which_options = taking(
         help="An index that `patchscore index` made of SOURCE: a share of the windows is looked at, not all.",
     ),
     click.option(
-        "--budget", type=float, help="With --index: the share of (pixel, window) pairs to evaluate, say 0.01."
+        "--budget",
+        type=float,
+        help="Share of (pixel, window) pairs to evaluate, say 0.01; without --index, of training images to sum over.",
     ),
     click.option(
         "--tolerance",

@@ -79,11 +79,13 @@ def reopen(
     if kind == "ideal":
         machine = IdealScore(bank)
     elif kind == "ls":
-        machine = LocalScore(bank, table)
+        drawn = None if engine in engines.NAMES else shares["budget"]
+        machine = LocalScore(bank, table, budget=drawn, seed=walked["seed"])
     elif built is None or engine in engines.NAMES:  # one that was named comes before the index
-        machine = EquivariantLocalScore(
-            bank, table, padding_mode, tolerance=shares["tolerance"] if built is None else None
-        )
+        own: dict[str, Any] = {} if built else {"tolerance": shares["tolerance"]}
+        if built is None and engine not in engines.NAMES:
+            own |= {"budget": shares["budget"], "seed": walked["seed"]}
+        machine = EquivariantLocalScore(bank, table, padding_mode, **own)
     elif index is None and not Path(indexed).exists():
         warnings.warn(
             f"{indexed}: the index that the run in {out} was made with is not there (--index tells where it is now): "
@@ -185,6 +187,8 @@ def described_run(out: Path) -> list[tuple[str, str]]:
         if settings.get("index"):
             least = "budget" if settings.get("budget") else "tolerance"
             index = f", through an index, {least} {settings[least]:g}"
+        elif settings.get("budget"):
+            index = f", over a share of the images, budget {settings['budget']:g}"
         return [
             ("run", f"{count:,} images in {place}, made by patchscore {record['versions']['patchscore']}"),
             ("from", f"{bank['images']:,} images, {shape}, of {noted['source']}; fingerprint {bank['fingerprint']}"),
