@@ -85,8 +85,7 @@ class Pruned(Engine):
             return "whole images are not in an index"
         if competition.patch_size not in self.index.patch_sizes:
             return f"the index has patch sizes {self.index.patch_sizes}, not {competition.patch_size}"
-        locked = any(group.rows.locked or group.cols.locked for group in competition.groups)
-        if locked and float(sigma.min()) < self.policy.flat_from:
+        if any(group.rows.locked or group.cols.locked for group in competition.groups):
             return "windows along edges compete with few others"
         if (self.budget or 0) >= self.policy.exact_budget and self._sampled_images() == len(self.index.bank):
             return f"from a budget of {self.policy.exact_budget} on exact sums are as fast"
@@ -146,7 +145,7 @@ class Pruned(Engine):
                 )
                 if found is not None:
                     found = found.block(slice(None), span(group.rows.queries), span(group.cols.queries))
-                elif not group.rows.locked and not group.cols.locked:
+                else:
                     found = self._image(z32[item], float(sigma[item]), bank, competition, group)
                 if found is None:
                     left.append(item)
