@@ -58,7 +58,7 @@ def case(number: int, banks, held_out: torch.Tensor) -> dict[str, object]:
     label = draw.choice((None, None, *bank.classes))
     z = noisy(kind, bank, held_out, sigma, draw)
     exact = ps.EquivariantLocalScore(bank, k, mode, engine="sliding").denoise(z, sigma, label)
-    machine = ps.EquivariantLocalScore(bank, k, mode, index=index, budget=budget, seed=number)
+    machine = ps.EquivariantLocalScore(bank, k, mode, engine="pruned", index=index, budget=budget, seed=number)
     found = machine.estimate(z, sigma, label)
     error, stderr = (found.mean - exact).abs(), found.stderr
     return {
