@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .denoiser import Denoiser, Estimate, Labels, ScoreMachine, check_noisy, check_sigma
+from .denoiser import Denoiser, Estimate, Labels, check_noisy, check_sigma
 
 Operator = Callable[[Tensor], Tensor]
 """A linear map of images [B, C, H, W] to [B, ...], in torch operations, so that autograd knows its transpose."""
@@ -94,9 +94,9 @@ class Conditioned(Denoiser):
         self.bank = getattr(denoiser, "bank", None)
         _check_operator(operator, measurement, self.shape)
 
-    def with_machines(self, change: Callable[[ScoreMachine], ScoreMachine]) -> Conditioned:
+    def with_parts(self, change: Callable[[Denoiser], Denoiser]) -> Conditioned:
         same = copy.copy(self)
-        same.denoiser = self.denoiser.with_machines(change)
+        same.denoiser = change(self.denoiser)
         return self if same.denoiser is self.denoiser else same
 
     @torch.no_grad()

@@ -142,7 +142,7 @@ class Denoiser(ABC):
 
     def redrawn(self, draw: int) -> Denoiser:
         """The same denoiser with random draws of its own for each number `draw`; itself where it draws nothing."""
-        return self.with_machines(lambda machine: machine.redrawn(draw))
+        return self.with_parts(lambda part: part.redrawn(draw))
 
     def within(self, tolerance: float) -> Denoiser:
         """The same denoiser, whose pixels have an rms standard error of at most `tolerance`; itself where it is exact.
@@ -150,10 +150,10 @@ class Denoiser(ABC):
         Raises:
             ValueError: a machine samples and has no index, so nothing tells how much to sample.
         """
-        return self.with_machines(lambda machine: machine.within(tolerance))
+        return self.with_parts(lambda part: part.within(tolerance))
 
-    def with_machines(self, change: Callable[[ScoreMachine], ScoreMachine]) -> Denoiser:
-        """The same denoiser with each machine that it asks changed; itself where none is."""
+    def with_parts(self, change: Callable[[Denoiser], Denoiser]) -> Denoiser:
+        """The same denoiser with each denoiser that it asks changed; itself where none is."""
         return self
 
     def graph(self) -> torch.autograd.grad_mode.set_grad_enabled:
@@ -356,9 +356,6 @@ class ScoreMachine(Denoiser):
         if self.pruned.index is None:
             raise ValueError("tolerance: takes a machine with an index, or one that sums over all windows")
         return self._sampling(budget=None, tolerance=tolerance)
-
-    def with_machines(self, change: Callable[[ScoreMachine], ScoreMachine]) -> ScoreMachine:
-        return change(self)
 
     def _sampling(self, **options: float | None) -> ScoreMachine:
         """The same machine, with other options of its engine `pruned`."""

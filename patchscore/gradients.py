@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser, Estimate, Labels, ScoreMachine
+from .denoiser import Denoiser, Estimate, Labels
 
 
 class Differentiable(Denoiser):
@@ -55,8 +55,8 @@ class Differentiable(Denoiser):
         denoised: Tensor = _Denoise.apply(z, sigma, labels, self.denoiser)
         return denoised
 
-    def with_machines(self, change: Callable[[ScoreMachine], ScoreMachine]) -> Differentiable:
-        denoiser = self.denoiser.with_machines(change)
+    def with_parts(self, change: Callable[[Denoiser], Denoiser]) -> Differentiable:
+        denoiser = change(self.denoiser)
         return self if denoiser is self.denoiser else Differentiable(denoiser)
 
     def estimate(self, z: Tensor, sigma: float | Tensor, labels: Labels = None, *, moments: bool = False) -> Estimate:

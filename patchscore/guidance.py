@@ -17,7 +17,6 @@ from .denoiser import (
     Denoiser,
     Estimate,
     Labels,
-    ScoreMachine,
     check_direction,
     check_noisy,
     check_sigma,
@@ -60,13 +59,13 @@ class Guided(Denoiser):
         self.any_size = cond.any_size and uncond.any_size
         self.bank = getattr(cond, "bank", None)
 
-    def with_machines(self, change: Callable[[ScoreMachine], ScoreMachine]) -> Guided:
-        cond, uncond = self.cond.with_machines(change), self.uncond.with_machines(change)
+    def with_parts(self, change: Callable[[Denoiser], Denoiser]) -> Guided:
+        cond, uncond = change(self.cond), change(self.uncond)
         return self if cond is self.cond and uncond is self.uncond else Guided(cond, uncond, self.scale)
 
     def within(self, tolerance: float) -> Guided:
         share = tolerance / (abs(self.scale) + abs(1 - self.scale))  # errors add up as stderr says
-        return self.with_machines(lambda machine: machine.within(share))
+        return self.with_parts(lambda part: part.within(share))
 
     def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
         return self._extend(self.cond.denoise(z, sigma, labels), self.uncond.denoise(z, sigma))
@@ -130,8 +129,8 @@ class Switch(Denoiser):
         self.any_size = all(denoiser.any_size for _, denoiser in self.parts)
         self.bank = getattr(first, "bank", None)
 
-    def with_machines(self, change: Callable[[ScoreMachine], ScoreMachine]) -> Switch:
-        parts = [(limit, denoiser.with_machines(change)) for limit, denoiser in self.parts]
+    def with_parts(self, change: Callable[[Denoiser], Denoiser]) -> Switch:
+        parts = [(limit, change(denoiser)) for limit, denoiser in self.parts]
         same = all(new is old for (_, new), (_, old) in zip(parts, self.parts, strict=True))
         return self if same else Switch(parts)
 

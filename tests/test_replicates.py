@@ -118,6 +118,10 @@ def test_guidance_divides_a_tolerance(bank, tmp_path):
     pytest.importorskip("faiss")
     index = ps.PatchIndex.build(bank, 3, tmp_path / "i", progress=False)
     machine = ps.EquivariantLocalScore(bank, 3, engine="pruned", index=index, budget=0.01)
-    guided = ps.Guided(machine, machine, 2.0).within(0.3)
-    assert guided.cond.pruned.tolerance == pytest.approx(0.1)
+    guided = ps.Guided(machine, machine, 2.0)
+    assert guided.within(0.3).cond.pruned.tolerance == pytest.approx(0.1)
+    # Whatever asks it, and whatever it asks.
+    (_, part), *_ = ps.Switch([(1.0, guided), (9.0, machine)]).within(0.3).parts
+    assert part.cond.pruned.tolerance == pytest.approx(0.1)
+    assert ps.Guided(guided, machine, -1.0).within(0.9).cond.cond.pruned.tolerance == pytest.approx(0.1)
     assert machine.pruned.tolerance is None

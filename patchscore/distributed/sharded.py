@@ -99,14 +99,15 @@ class Sharded(Composed):
     def redrawn(self, draw: int) -> Sharded:
         if not self._sampled:
             return self
-        same = copy.copy(self)
-        same.machine = self.machine.redrawn(draw)
-        return same
+        return self._asking(self.machine.redrawn(draw))
 
     def within(self, tolerance: float) -> Sharded:
         # The mean over all ranks is a weighted mean of theirs, and so is off by no more than they are.
+        return self._asking(self.machine.within(tolerance))
+
+    def _asking(self, machine: ScoreMachine) -> Sharded:
         same = copy.copy(self)
-        same.machine = self.machine.within(tolerance)
+        same.machine = machine
         return same
 
     def check_size(self, size: tuple[int, int], sigmas: Sequence[float], name: str = "size") -> None:

@@ -120,12 +120,12 @@ class Pruned(Engine):
             some = competition.only(groups)
             return self.exactly.posterior_sum(z32[items], sigma[items], bank, some, memory_limit, moments=moments)
 
+        keys = [
+            cpu.draw_key(self.seed, competition.patch_size or 0, float(sigma[item]), z32[item])
+            for item in range(len(z))
+        ]
         if self.index is None:
             assert self.budget is not None
-            keys = [
-                cpu.draw_key(self.seed, competition.patch_size or 0, float(sigma[item]), z32[item])
-                for item in range(len(z))
-            ]
             parts = [
                 images.drawn(
                     partial(exact, [item], competition.groups), key, bank, competition, self.budget, self.policy
@@ -140,13 +140,12 @@ class Pruned(Engine):
         for group in competition.groups:
             left: list[int] = []
             for item in range(len(z)):
-                found = self._drawn_images(
-                    partial(exact, [item], (group,)), z32[item], float(sigma[item]), bank, competition.only((group,))
-                )
+                level, only = float(sigma[item]), competition.only((group,))
+                found = self._drawn_images(partial(exact, [item], (group,)), keys[item], level, bank, only)
                 if found is not None:
                     found = found.block(slice(None), span(group.rows.queries), span(group.cols.queries))
                 else:
-                    found = self._image(z32[item], float(sigma[item]), bank, competition, group)
+                    found = self._image(z32[item], keys[item], level, bank, competition, group)
                 if found is None:
                     left.append(item)
                     continue
@@ -159,7 +158,7 @@ class Pruned(Engine):
         return total.with_pairs(pairs)
 
     def _drawn_images(
-        self, exact: Callable[[PatchBank], PosteriorSum], z: Tensor, sigma: float, bank: PatchBank, of: Competition
+        self, exact: Callable[[PatchBank], PosteriorSum], key: int, sigma: float, bank: PatchBank, of: Competition
     ) -> PosteriorSum | None:
         """The sums of one noisy image from whole training images, where weights are so flat that these serve better."""
         policy, count = self.policy, len(bank)
@@ -169,7 +168,6 @@ class Pruned(Engine):
             or self._sampled_images() < count
         ):
             return None
-        key = cpu.draw_key(self.seed, of.patch_size or 0, sigma, z)
         pilot = images.drawn(exact, key, bank, of, policy.pilot_images / count, policy)
         (group,) = of.groups
         own = pilot.block(slice(None), span(group.rows.queries), span(group.cols.queries))
@@ -187,7 +185,7 @@ class Pruned(Engine):
         return images.drawn(exact, key, bank, of, max(share, policy.pilot_images / count), policy)
 
     def _image(
-        self, z: Tensor, sigma: float, bank: PatchBank, competition: Competition, group: Group
+        self, z: Tensor, key: int, sigma: float, bank: PatchBank, competition: Competition, group: Group
     ) -> PosteriorSum | None:
         """The sums of one image's pixels [1, 1 or C, rows, cols]; None leaves them to the exact engine."""
         assert self.index is not None
@@ -202,7 +200,7 @@ class Pruned(Engine):
             allowed,
             competing * part.windows_per_image,
             self.budget,
-            cpu.draw_key(self.seed, part.k, sigma, z),
+            key,
             len(group.cols.queries),
         )
         found = self._scan(request) if self.tolerance is None else self._within(request)

@@ -64,8 +64,8 @@ class Policy:
     window_seconds: float = 1e-8
     gathered_seconds: float = 5e-8
     """Seconds of one thread: of a pixel, for each cell of the index, and for each window of the budget, where the index
-    holds its bytes and where they are gathered from images. Least squares by eye over k = 3, 7, 11, budgets of 0.03 to
-    5%, and 300 to 20,000 CIFAR-10 images (docs/notes/pruned.md), within a factor of 1.5. With the time of exact sums
+    holds its bytes and where they are gathered from images. Read off what k = 3, 7, 11, budgets of 0.03 to 5%, and
+    300 to 20,000 CIFAR-10 images took (docs/notes/pruned.md), within a factor of 1.5. With the time of exact sums
     they decide which of the two serves when the engine is "auto"."""
 
     pilot_pixels: int = 64
