@@ -233,6 +233,29 @@ def test_training_repeats_itself_and_resumes_where_it_was(train, tmp_path):
         train(parted, "--lr", 0.1)
 
 
+def test_the_mean_with_the_least_validation_loss_is_kept(train, tmp_path):
+    others = tmp_path / "others.npz"
+    # What is learnt of smooth images is soon wrong of a chessboard.
+    board = np.indices((8, 8)).sum(0) % 2 * 255
+    np.savez(others, images=np.broadcast_to(board, (6, 1, 8, 8)).astype(np.uint8), labels=np.arange(6) % 2)
+    words = ("--validation", others, "--validate-every", 20, "--lr", 0.03)
+    _, notes = train(tmp_path / "best.safetensors", *words, "--keep", 80, 160, 240, 320)
+    assert notes["images_seen"] < 400
+    for images in (80, 160, 240, 320):
+        of = load_network(tmp_path / f"best.{images}.safetensors")[1]
+        assert of["validation_loss"] >= notes["validation_loss"]
+        assert (of["validation_loss"] == notes["validation_loss"]) == (images == notes["images_seen"])
+    # A validation draws nothing from the training's stream, and an interrupted one keeps its best.
+    assert train(tmp_path / "parted.safetensors", *words, "--stop-after", 85) is None
+    again, of = train(tmp_path / "parted.safetensors", *words)
+    best, _ = load_network(tmp_path / "best.safetensors")
+    assert of["images_seen"] == notes["images_seen"]
+    for name, weight in best.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name])
+    with pytest.raises(SystemExit, match="12 of its 12 images are trained on"):
+        train(tmp_path / "own.safetensors", "--validation", tmp_path / "bank.npz")
+
+
 def test_a_unet_with_attention_is_trained_and_resumed(train, tmp_path):
     words = ("--network", "UNet", "--attention", "--images", 40)
     network, _ = train(tmp_path / "whole.safetensors", *words)
