@@ -86,12 +86,13 @@ class PatchBank:
         self._classes: tuple[int, ...] | None = None
         self._fingerprint: str | None = None
         self._selections: dict[tuple[int, ...], PatchBank] = {}
+        self._wrapped: tuple[int, PatchBank] | None = None
         self._unit: PatchBank | None = None
         self.part: Part | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A mapped bank as its path; what is derived is derived again."""
-        derived = ("_classes", "_selections", "_unit", *(["images", "_fingerprint"] if self._file else []))
+        derived = ("_classes", "_selections", "_wrapped", "_unit", *(["images", "_fingerprint"] if self._file else []))
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -307,6 +308,27 @@ class PatchBank:
         selection.indices = members if self.indices is None else self.indices[members]
         selection._forget_derived()
         return selection
+
+    def wrapped(self, margin: int) -> PatchBank:
+        """The same images [N, C, H + 2 margin, W + 2 margin], continued beyond every border from the opposite one.
+
+        A copy in memory; the last one made is kept.
+
+        Raises:
+            TypeError: a margin that is no integer.
+            ValueError: one that is negative or larger than an image.
+        """
+        checks.integer("margin", margin, at_least=0)
+        if margin > min(self.shape[1:]):
+            raise ValueError(f"margin: got {margin}, takes at most the smaller side of images, {min(self.shape[1:])}")
+        if self._wrapped is None or self._wrapped[0] != margin:
+            self.check_unchanged()
+            block, rows, cols = self.block, *(torch.arange(-margin, n + margin) % n for n in self.shape[1:])
+            wrapped = copy.copy(self)
+            wrapped.images, wrapped.indices, wrapped._file = block[:, :, rows][..., cols].contiguous(), None, None
+            wrapped._forget_derived()
+            self._wrapped = margin, wrapped
+        return self._wrapped[1]
 
     def pieces(self) -> Iterator[PatchBank]:
         """All images, PIECE_BYTES of them at a time, sharing this bank's memory."""

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from .machines import EquivariantLocalScore, LocalScore
 from .noise import Schedule, get_schedule
 from .sampling import DEFAULT_BATCH, Step, labels_in_turn, sample
 from .scales import ScaleTable
+from .theories import WrappedScore
 
 FORMAT = "patchscore-calibration"
 VERSION = 2
@@ -36,6 +37,7 @@ UNSEALED = 1
 """Of release 0.1.0, which wrote no hash."""
 
 METRICS = ("cosine", "l2")
+MACHINES = ("els", "local", "wrapped")
 SUMMARIES = ("median", "mode")
 PATCH_SIZES = (3, 5, 7, 9, 11, 13, 15, 17, 19, 21)
 
@@ -138,7 +140,7 @@ def calibrate(
         n: number of trajectories.
         padding_mode: "zeros" or "circular", as in the network.
         metric: "cosine" similarity of the two scores, as published, or "l2", their distance.
-        machine: "els", or "local" for windows at the same position only.
+        machine: "els"; "local" for windows at the same position only; or "wrapped" for `theories.WrappedScore`.
         sampler: as in `sample`, and so are `schedule`, `steps`, `labels`, `seed`, `first`, `batch_size`, `device` and
             `progress`.
         engine: of the machines, and so is `memory_limit`.
@@ -161,10 +163,10 @@ def calibrate(
     n = checks.integer("n", n, at_least=1)
     batch_size = checks.integer("batch_size", batch_size, at_least=1)
     checks.one_of("metric", metric, METRICS)
-    checks.one_of("machine", machine, ("els", "local"))
-    machines: list[ScoreMachine] = [_machine(machine, bank, k, padding_mode, engine, memory_limit) for k in sizes]
+    checks.one_of("machine", machine, MACHINES)
+    machines: list[Denoiser] = [_machine(machine, bank, k, padding_mode, engine, memory_limit) for k in sizes]
     if bank.part is not None:
-        machines = [Sharded(one) for one in machines]
+        machines = [Sharded(cast(ScoreMachine, one)) for one in machines]
         bank = bank.part.whole
     levels = get_schedule(schedule, steps)
     listed = labels_in_turn(labels, range(first, first + n))
@@ -226,14 +228,17 @@ def calibrate(
     return found
 
 
-def denoised_by_each(machines: Sequence[ScoreMachine], z: Tensor, sigma: float, labels: Labels) -> list[Tensor]:
+def denoised_by_each(machines: Sequence[Denoiser], z: Tensor, sigma: float, labels: Labels) -> list[Tensor]:
     """z denoised by each of several machines over one bank, in a single pass over the bank where the engine has one."""
-    bank = machines[0].bank
+    summing = [machine for machine in machines if isinstance(machine, ScoreMachine)]
+    if len(summing) < len(machines):
+        return [machine.denoise(z, sigma, labels) for machine in machines]
+    bank = summing[0].bank
     means = [torch.empty_like(z) for _ in machines]
     sigmas = torch.full((len(z),), sigma, dtype=torch.float64)
-    competitions = [machine.competition(machine.patch_size_at(sigma)) for machine in machines]
+    competitions = [machine.competition(machine.patch_size_at(sigma)) for machine in summing]
     for label, items in alike(check_labels(labels, bank, len(z))):
-        totals = machines[0].exact_sums_of(label, z[items], sigmas[items], competitions)
+        totals = summing[0].exact_sums_of(label, z[items], sigmas[items], competitions)
         for mean, total in zip(means, totals, strict=True):
             mean[items] = total.mean.to(z.dtype)
     return means
@@ -249,9 +254,13 @@ def _agreement(metric: str, a: Tensor, b: Tensor) -> Tensor:
 
 def _machine(
     machine: str, bank: PatchBank, k: int, padding_mode: str, engine: str, memory_limit: int
-) -> LocalScore | EquivariantLocalScore:
+) -> LocalScore | EquivariantLocalScore | WrappedScore:
     if machine == "els":
         return EquivariantLocalScore(bank, k, padding_mode, engine, memory_limit)
+    if machine == "wrapped":
+        if padding_mode != "circular":
+            raise ValueError(f"padding_mode: got {padding_mode!r}, the wrapped machine takes circular")
+        return WrappedScore(bank, k, engine, memory_limit)
     if padding_mode != "zeros":
         raise ValueError(f"padding_mode: got {padding_mode!r}, the local machine pads with zeros")
     return LocalScore(bank, k, engine, memory_limit)

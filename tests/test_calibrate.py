@@ -36,6 +36,16 @@ def test_a_local_machine_too(bank, table):
     assert found.table() == table
 
 
+def test_a_wrapped_machine_too(bank, table):
+    network = ps.theories.WrappedScore(bank, table)
+    options = {"steps": 8, "n": 2, "padding_mode": "circular", "machine": "wrapped", "progress": False}
+    found = ps.calibrate(network, bank, [3, 5, 7, 9], **options)
+    assert found.table() == table
+    assert found.settings["machine"] == "wrapped"
+    with pytest.raises(ValueError, match="padding_mode: got 'zeros', the wrapped machine takes circular"):
+        ps.calibrate(network, bank, [3], **{**options, "padding_mode": "zeros"})
+
+
 def test_median_and_mode_of_known_choices():
     sizes = (3, 5, 7)
     choices = torch.tensor([[0, 0, 1, 2], [2, 2, 1, 0], [0, 2, 2, 2]])

@@ -15,6 +15,7 @@ from patchscore.theories import (
     PatchComposition,
     PcaLocality,
     SmoothedScore,
+    WrappedScore,
     masks_of_heat,
     pspc_sizes,
 )
@@ -104,11 +105,31 @@ def squares(height, width, k):
     return [[(a + u, b + v) for u in range(k) for v in range(k)] for a, b in corners]
 
 
+def plain_wrapped(z, sigma, x, k):
+    """Every window of every image, on a torus."""
+    _, height, width = z.shape
+    offsets = [(u, v) for u in range(-(k // 2), k // 2 + 1) for v in range(-(k // 2), k // 2 + 1)]
+    places = [(i, j) for i in range(height) for j in range(width)]
+
+    def window(image, i, j):
+        return np.array([image[:, (i + u) % height, (j + v) % width] for u, v in offsets])
+
+    windows = np.array([window(image, i, j) for image in x for i, j in places])
+    centres = np.array([image[:, i, j] for image in x for i, j in places])
+    found = np.empty_like(z)
+    for i, j in places:
+        distances = ((windows - window(z, i, j)) ** 2).sum((1, 2))
+        found[:, i, j] = softmax(-distances / (2 * sigma**2)) @ centres
+    return found
+
+
 NOISE = torch.randn(3, 2, 6, 5, generator=torch.Generator().manual_seed(7))
 MASKS = torch.rand(9, 6, 5, generator=torch.Generator().manual_seed(8)) < 0.4
 MASKS[0, ~MASKS.any(0)] = True
 
 EXACT = {
+    "wrapped": (WrappedScore, lambda z, s, x: plain_wrapped(z, s, x, 3), {"patch_size": 3}),
+    "wrapped, nearly the whole image": (WrappedScore, lambda z, s, x: plain_wrapped(z, s, x, 5), {"patch_size": 5}),
     "nearest": (NearestScore, plain_nearest, {}),
     "nearest of z": (NearestScore, plain_nearest, {"scaling": "exploding"}),
     "smoothed": (
@@ -167,7 +188,8 @@ def test_a_theory_is_its_definition_for_every_item(small, name, dtype):
         expected = plain(z[i].double().numpy(), sigmas[i].item(), x, **given)
         assert np.abs(estimate.mean[i].double().numpy() - expected).max() < TOLERANCE
         assert estimate.ess[i].min() > 0
-        assert estimate.ess[i].max() <= len(x) * (2 if options.get("flip") else 1) + 1e-6
+        windows = 30 if theory is WrappedScore else 2 if options.get("flip") else 1
+        assert estimate.ess[i].max() <= len(x) * windows * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -181,6 +203,25 @@ def test_an_item_does_not_depend_on_its_batch(small, name):
     # Nor on how the bank is cut to fit the memory.
     tight = theory(small, **options, memory_limit=2**20)
     torch.testing.assert_close(tight.denoise(z, sigmas), together, atol=1e-9, rtol=0)
+
+
+def test_the_wrapped_score_knows_no_border(small):
+    """It moves with its input, does not mind where the training images begin, and has moments."""
+    machine, z = WrappedScore(small, 5), noisy(small, 0.5, 2)
+    shift = ((2, 3), (2, 3))
+    found = machine.estimate(z, 0.5, moments=True)
+    torch.testing.assert_close(machine.denoise(z.roll(*shift), 0.5), found.mean.roll(*shift))
+    rolled = WrappedScore(ps.PatchBank(small.images.roll(*shift)), 5).estimate(z, 0.5, moments=True)
+    torch.testing.assert_close(rolled.mean, found.mean)
+    torch.testing.assert_close(rolled.variance, found.variance)
+    # With one pixel there is no border to wrap around.
+    alone = ps.EquivariantLocalScore(small, 1, "circular").denoise(z, 0.5)
+    torch.testing.assert_close(WrappedScore(small, 1).denoise(z, 0.5), alone)
+    table = ps.ScaleTable([0.1, 2.0], [1, 5])
+    by_level = WrappedScore(small, table).denoise(z, torch.tensor([0.1, 2.0]))
+    for i, (sigma, k) in enumerate(((0.1, 1), (2.0, 5))):
+        torch.testing.assert_close(by_level[i : i + 1], WrappedScore(small, k).denoise(z[i : i + 1], sigma))
+    assert small.wrapped(2).shape == (2, 10, 9)
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.7, 6.0])
@@ -321,6 +362,11 @@ def test_theories_sample_like_any_denoiser(small):
         (lambda bank: PatchComposition(bank, masks=MASKS.float()), TypeError, "masks: takes a boolean"),
         (lambda bank: PatchComposition(bank, masks=MASKS[:, :3]), ValueError, "masks: got shape"),
         (lambda bank: PatchComposition(bank, masks=MASKS & False), ValueError, "masks: got shape"),
+        (lambda bank: WrappedScore(bank, 4), ValueError, "patch_size: got 4"),
+        (lambda bank: WrappedScore(bank, 7), ValueError, "patch_size: 7 does not fit"),
+        (lambda bank: WrappedScore(3, 3), TypeError, "bank: got int"),
+        (lambda bank: bank.wrapped(6), ValueError, "margin: got 6"),
+        (lambda bank: bank.wrapped(-1), ValueError, "margin: got -1"),
         (lambda bank: GaussianScore(bank, ddof=2), ValueError, "ddof: got 2"),
         (lambda bank: masks_of_heat(torch.zeros(1, 2, 2), 0.5), ValueError, "heat: got shape"),
         (lambda bank: masks_of_heat(torch.ones(1, 2, 2), 0), ValueError, "threshold: got 0"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from ..bank import PatchBank
-from ..calibrate import METRICS, PATCH_SIZES, SUMMARIES
+from ..calibrate import MACHINES, METRICS, PATCH_SIZES, SUMMARIES
 from ..calibrate import calibrate as run_calibration
 from ..denoiser import Labels
 from ..draw import charts
@@ -59,6 +59,14 @@ The same command again continues an interrupted calibration, and a larger -n add
     "a network up to the image's side.",
 )
 @click.option("--metric", type=click.Choice(METRICS), default="cosine", show_default=True, help="How scores agree.")
+@click.option(
+    "--machine",
+    type=click.Choice(MACHINES),
+    default="els",
+    show_default=True,
+    help="Whose patch sizes: windows from everywhere; from the same place; or, of a circular network, from everywhere "
+    "in images that wrap.",
+)
 @click.option("--summary", type=click.Choice(SUMMARIES), default="median", show_default=True, help="Of the choices.")
 @click.option(
     "--held-out",
@@ -86,6 +94,7 @@ def calibrate(
     first: int,
     patch_sizes: str,
     metric: str,
+    machine: str,
     summary: str,
     held_out: str | None,
     block: int,
@@ -110,7 +119,7 @@ def calibrate(
     if network is None:
         if calling != Calling():
             raise ValueError(NO_CALLING)
-        _fit(source, bank, padding_mode, walk, computing, count, patch_sizes, held_out, block, monotone, out)
+        _fit(source, bank, padding_mode, walk, computing, count, patch_sizes, machine, held_out, block, monotone, out)
         return
     denoiser, padding_mode = opened_network(network, bank, padding_mode, calling)
     sizes = _patch_sizes(patch_sizes) or [k for k in PATCH_SIZES if k <= min(bank.shape[1:])] or [1]
@@ -127,6 +136,7 @@ def calibrate(
             count,
             padding_mode,
             metric=metric,
+            machine=machine,
             sampler=walk.sampler,
             labels=labels,
             seed=walk.seed,
@@ -151,6 +161,7 @@ def _fit(
     computing: Computing,
     count: int,
     patch_sizes: str,
+    machine: str,
     held_out: str | None,
     block: int,
     monotone: bool,
@@ -174,6 +185,7 @@ def _fit(
             images=count,
             block=block or None,
             padding_mode="zeros" if padding_mode == "auto" else padding_mode,
+            machine=machine,
             conditional=walk.labels == "all",
             held_out=others,
             seed=walk.seed,

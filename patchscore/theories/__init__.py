@@ -10,6 +10,7 @@ from .golden import GoldenSubset
 from .nearest import NearestScore
 from .pca import PcaLocality
 from .smoothed import SmoothedScore
+from .wrapped import WrappedScore
 
 __all__ = [
     "GaussianScore",
@@ -18,6 +19,7 @@ __all__ = [
     "PatchComposition",
     "PcaLocality",
     "SmoothedScore",
+    "WrappedScore",
     "masks_of_heat",
     "pspc_sizes",
 ]
