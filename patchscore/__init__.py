@@ -1,4 +1,4 @@
-"""patchscore: the score of a diffusion model that has no network, from nothing but training patches."""
+"""patchscore: the score of a diffusion model, computed from training patches instead of by a network."""
 
 from . import processes
 from . import theories as theories

@@ -26,8 +26,8 @@ class PatchAverage(Denoiser):
 
     with the windows p_a and weights w_ia of `EquivariantLocalScore` at pixel i: with padding_mode="circular" every
     window inside a training image competes at every pixel, windows wrap around z, and n_j = k^2; with "zeros" windows
-    near a border are tied to their place, and n_j counts those whose centre lies in the image. With k = 1 it is the
-    equivariant machine. It costs two passes over the pairs at any k, and takes images of any size as that does.
+    near a border keep their position, and n_j counts those whose centre lies in the image. With k = 1 it is the
+    equivariant machine. It costs two passes over the pairs at any k, and, like that machine, takes images of any size.
 
     `estimate` has stderr 0, and the effective sample size of the window centred at each pixel. The value of a window is
     not its centre pixel alone, so there are no variances, and no Jacobian.

@@ -1,6 +1,6 @@
 """PatchBank: the training images that a score machine sums over.
 
-Images stay as they came, uint8 or float32, in one block of memory or in a mapped file. A selection (the images of some
+Images keep their type, uint8 or float32, in one block of memory or in a mapped file. A selection (the images of some
 classes) is a list of indices into the same block, so class-conditional scores copy nothing.
 """
 
@@ -33,7 +33,7 @@ the page cache. Fewer take longer: a piece of 1 MiB a few percent."""
 
 @dataclass(frozen=True)
 class Part:
-    """Of which bank a bank is the part of one rank, and of how many ranks."""
+    """The whole bank that one rank holds a part of, and the number of ranks."""
 
     whole: PatchBank
     rank: int
@@ -57,7 +57,7 @@ class PatchBank:
         part: where `shard` made it, of which bank and for which rank; else None.
 
     Raises:
-        TypeError: images or labels of a type or dtype that is not taken.
+        TypeError: images or labels of the wrong type or dtype.
         ValueError: an empty bank, a wrong shape, NaN or infinite pixels, pixels outside [-1, 1] or `value_range`, or a
             number of labels other than N.
     """
@@ -145,12 +145,12 @@ class PatchBank:
                 bilinear filter; None keeps the images' own size.
             channels: 1 or 3 converts to gray or RGB; None keeps the source's own (RGB for folders with any colour).
             labels: whether to read labels where the source has them.
-            limit: at most so many images; with labels, as equal a share of every class as there is.
-            skip_bad: leave out images that cannot be read, with one warning that counts them.
+            limit: the largest number of images; with labels, as equally from all classes as possible.
+            skip_bad: skip images that cannot be read; one warning counts them.
             split: which part of a source that comes in parts, such as "train"; a folder with train/ and val/ above its
                 classes needs it.
             image_key, label_key: the names of images and labels in a source that holds several things.
-            memory_limit: most bytes that the images may take once read; None: the memory of this machine.
+            memory_limit: the largest size of the images in bytes, once read; None: the memory of this machine.
             value_range: as of `PatchBank`, for an array or a .npy, .pt or .safetensors file [N, C, H, W]: values
                 and axes stay what they are, and of the other arguments `image_key` and `limit` are taken.
             mapped: True leaves the images in their .npy file (uint8 or float32 [N, C, H, W], not converted), which is
@@ -160,7 +160,7 @@ class PatchBank:
         Raises:
             ValueError: nothing to read, an unreadable file (named by its path), mixed image sizes without `size`, parts
                 without `split`, more than `memory_limit`, or with `mapped` a source that cannot be mapped.
-            TypeError: a source of a kind that is not taken.
+            TypeError: a source of an unsupported type.
             ImportError: parquet, Arrow or HEIC without the package that reads it; names the extra to install.
         """
         if not (mapped is None or isinstance(mapped, bool)):
@@ -202,11 +202,11 @@ class PatchBank:
         label_key: str | None = None,
         overwrite: bool = False,
     ) -> PatchBank:
-        """Writes the images of any source to a .npy file, of which neither need fit in memory, and maps it.
+        """Writes the images of any source to a .npy file and maps it; neither has to fit in memory.
 
-        The bank is that of `open` with the same arguments, to the fingerprint. Labels and class names lie beside it, in
-        `bank.labels.npy` and `bank.classes.json`. Images are decoded by several threads. An interrupted call leaves
-        `bank.npy.partial` and `bank.npy.progress`, and the same call goes on from there.
+        The bank equals that of `open` with the same arguments, and has the same fingerprint. Labels and class names lie
+        beside it, in `bank.labels.npy` and `bank.classes.json`. Images are decoded by several threads. An interrupted
+        call leaves `bank.npy.partial` and `bank.npy.progress`, and the same call resumes from them.
 
         Args:
             source, size, channels, labels, limit, skip_bad, split, image_key, label_key: as of `open`.
@@ -238,9 +238,9 @@ class PatchBank:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over dtype, shape, pixels and labels, as hex: the same for the same content, wherever it is from.
+        """sha256 over dtype, shape, pixels and labels, as hex: equal for equal content, whatever its source.
 
-        That of a mapped file is remembered beside it (docs/data.md).
+        For a mapped file it is cached in a file beside it (docs/data.md).
         """
         if self._fingerprint is None:
             if self._file is None or self.indices is not None:

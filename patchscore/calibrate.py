@@ -148,8 +148,8 @@ def calibrate(
             and its end, batches are appended to a file beside it, whose name ends in .added.
 
     Raises:
-        ValueError: an argument outside what is listed; a file of another calibration, named by its path.
-        TypeError: an argument of a type that is not taken.
+        ValueError: an argument out of its range; a file of another calibration, named by its path.
+        TypeError: an argument of the wrong type.
     """
     if not isinstance(network, Denoiser):
         raise TypeError(f"network: got {type(network).__name__}, takes a denoiser (see adapters.network)")
@@ -269,7 +269,7 @@ def _machine(
 def probe(network: Denoiser, sigma: float, seed: int, labels: Sequence[int | str | None] | None = None) -> list[float]:
     """A few pixels of the network's output for fixed noise: a fingerprint of the network.
 
-    It is asked without a label or, where it cannot do without, with the first of `labels`.
+    The network is called without labels or, if it needs one, with the first of `labels`.
     """
     noise = sigma * torch.randn(1, *network.shape, generator=torch.Generator().manual_seed(seed % 2**63))
     try:
@@ -287,7 +287,7 @@ def _resumed(
     """The agreement that an earlier call of the same settings left, if it did, and where batches are to be added."""
     if path is None:
         return None, None
-    # Labels are those of as many walks as were asked for.
+    # There is a label for each trajectory that was asked for.
     added = Additions(path, {name: value for name, value in settings.items() if name not in ("labels", "probe")})
     if not Path(path).exists():
         added.remove()

@@ -1,8 +1,8 @@
 """Canvases: noisy images of another size than the bank's, denoised in crops of the bank's size.
 
-A window knows nothing of the image around it. Every canvas pixel lies in some crop in which it has the place that the
-rule of its machine asks for: pixels near a border as near to the border of their crop, all others inside with their
-whole window. Engines serve crops as they serve images, and so any engine serves any canvas.
+A window does not depend on the image around it. Every canvas pixel lies in some crop at a position that the rule of its
+machine treats alike: a pixel near a border as near to the border of its crop, any other with its whole window inside.
+Engines serve crops as they serve images, and so any engine serves any canvas.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Strip:
 
     queries: the canvas coordinates.
     start: canvas coordinate of the crop's first pixel; a crop may reach over the border.
-    axis: the same pixels in coordinates of the crop, and who competes with them.
+    axis: the same pixels in coordinates of the crop, and the windows that compete with them.
     """
 
     queries: range
@@ -69,7 +69,7 @@ def _free(queries: range, interior: range) -> Iterator[Strip]:
 def check_canvas(size: tuple[int, int], bank: tuple[int, int], k: int, padding_mode: str, name: str = "z") -> None:
     """ValueError where windows of size k do not fit in the canvas or in the images, along an axis where these differ.
 
-    Where they do not differ, "zeros" takes any k: the windows of such an axis are tied to their place.
+    Where they do not differ, "zeros" takes any k: windows keep their position along such an axis.
     """
     for canvas, length in zip(size, bank, strict=True):
         if canvas == length and padding_mode == "zeros":

@@ -1,4 +1,4 @@
-"""What public functions take: one line that names the argument, what it got and what it takes."""
+"""Checks of arguments. An error is one line that names the argument, what it got and what it takes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def integer(name: str, value: Any, at_least: int | None = None, at_most: int | N
 
 
 def number(name: str, value: Any, takes: str = "a number") -> float:
-    """`value` as a float; anything that stands for one number but bool and text."""
+    """`value` as a float; any single number, but not bool or text."""
     try:
         if isinstance(value, (bool, str, bytes)):
             raise TypeError

@@ -60,7 +60,7 @@ def classify(
 
     (Li et al. 2023, equations 5 and 6, with a uniform prior and uniform weights over the noise levels.) All classes see
     the same noise: the draws of image i depend only on (seed, i). The cost is one denoising per class, noise level and
-        draw.
+    draw.
 
     Args:
         denoiser: any denoiser over a labelled bank.
@@ -75,7 +75,7 @@ def classify(
     Raises:
         ValueError: wrong shape, pixels that are NaN, infinite or outside [-1, 1], no or bad sigmas, unknown labels,
             fewer than two classes, a denoiser without labels.
-        TypeError: an argument of a type that is not taken.
+        TypeError: an argument of the wrong type.
     """
     draws = checks.integer("draws", draws, at_least=1)
     batch_size = checks.integer("batch_size", batch_size, at_least=1)

@@ -5,7 +5,7 @@ With x_0 given z taken as a Gaussian of mean D and covariance Cov, the posterior
     D_y(z) = D(z) + Cov A^T S^-1 (y - A D(z)),    S = noise^2 + A Cov A^T
 
 which is D + sigma^2 grad log p(y | z) for p(y | z) = N(A D, S), as Cov = sigma^2 J^T with J = dD / dz. The methods
-differ in what they take for Cov in either place.
+differ in how they approximate Cov in each of its two occurrences.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Conditioned(Denoiser):
         known = ps.conditioned.masking(mask)
         ps.sample(ps.Conditioned(els, known, known(image), noise=0.02), n=4, sampler="ddpm")
 
-    `covariance` says what is taken for Cov:
+    `covariance` is the approximation of Cov:
 
-    - "diagonal": the posterior variances, in both places. It costs no more than they do, and was the steadiest in
+    - "diagonal": the posterior variances, for both. It costs no more than they do, and was the most stable in
       examples/restoration.py.
     - "rows": sigma^2 J^T in the step, and in S a diagonal matrix with its row sums, negative ones cut to 0 (TMPD, Boys
       et al. 2023, "Tweedie moment projected diffusions for inverse problems"). Takes a product with J and one with J^T.
@@ -61,7 +61,7 @@ class Conditioned(Denoiser):
         covariance: "diagonal", "rows", "full" or "residual".
 
     Raises:
-        TypeError: not a denoiser, an operator that is not callable, a measurement that is no floating point tensor.
+        TypeError: not a denoiser, an operator that is not callable, a measurement that is not a floating point tensor.
         ValueError: noise not positive and finite, an operator that is not linear or makes another shape than the
             measurement has; when denoising, a batch of another length than the measurement.
     """

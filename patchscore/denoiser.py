@@ -1,7 +1,7 @@
 """Denoiser: the interface of everything that estimates x_0 from z = x_0 + sigma eps, and what all of them share.
 
 `Estimate` is what a call returns. `ScoreMachine` is the denoiser that sums over a bank: it checks its input, splits a
-batch by class and patch size, and has engines take the sums. Which windows compete is the business of machines.py.
+batch by class and patch size, and has engines take the sums. machines.py decides which windows compete.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class Denoiser(ABC):
 
         Raises:
             ValueError: wrong shape, NaN or infinite pixels, sigma not positive and finite, unknown label; moments of a
-                denoiser that is no posterior mean.
-            TypeError: an argument of a type that is not taken.
+                denoiser that is not a posterior mean.
+            TypeError: an argument of the wrong type.
         """
 
     def denoise(self, z: Tensor, sigma: float | Tensor, labels: Labels = None) -> Tensor:
@@ -148,7 +148,7 @@ class Denoiser(ABC):
         """The same denoiser, whose pixels have an rms standard error of at most `tolerance`; itself where it is exact.
 
         Raises:
-            ValueError: a machine samples and has no index, so nothing tells how much to sample.
+            ValueError: a machine samples whole images (no index), for which no budget can be found.
         """
         return self.with_parts(lambda part: part.within(tolerance))
 

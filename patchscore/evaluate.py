@@ -2,8 +2,8 @@
 
 The published comparison (Kamb & Ganguli 2024, section 5): both start from the same noise and follow the same schedule,
 and the final images are correlated over their pixels. In addition, both denoise the noisy images along the network's
-own trajectory, which separates the error of a single step from errors that accumulate. Which of two theories is nearer
-is told by paired differences, image by image.
+own trajectory, which separates the error of a single step from errors that accumulate. Paired differences, image by
+image, decide which of two theories is closer.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ FEWEST_PAIRS = 6
 
 @dataclass(frozen=True)
 class Figure:
-    """One way to say how near two images are: what it is called in words, and whether more is nearer."""
+    """A measure of agreement between two images: its name in words, and whether larger is closer."""
 
     title: str
     more_is_nearer: bool
@@ -182,11 +182,12 @@ class Comparison:
         return sorted(self.machines, key=lambda name: sign * float(np.median(self.machines[name].figures[figure])))
 
     def differences(self, figure: str = "correlation_squared") -> list[dict[str, Any]]:
-        """Every two machines, image by image: the median of first minus second, its 95% interval, and who is nearer.
+        """Every two machines, image by image: the median of first minus second, its 95% interval, and which is closer.
 
         The same images in both make the interval far narrower than those of the two medians. `nearer` is the machine
         whose figure is better as far as the interval tells, None where it holds 0 or there are fewer than six images;
-        `wins` is the share of images for which the first is nearer, ties half. Names come in the order of `league`.
+        `wins` is the fraction of images for which the first is closer; a tie counts half. Names come in the order of
+        `league`.
         """
         names = self.league(figure)
         rows = []
@@ -274,7 +275,7 @@ def compare(
             name ends in .added.
 
     Raises:
-        ValueError: an argument outside what is listed, machines for images of another shape, or a file of another
+        ValueError: an argument out of its range, machines for images of another shape, or a file of another
             comparison, named by its path.
         TypeError: not denoisers.
     """

@@ -1,6 +1,6 @@
 """Where a pixel comes from: the training windows that a score machine weighs most, at any pixel and noise level.
 
-A machine's answer is a weighted mean over known windows, so it can be taken apart. The heaviest windows are the nearest
+A machine's answer is a weighted mean over known windows, so it can be decomposed. The heaviest windows are the nearest
 ones, whatever the noise level: those that the search in nearest.py finds are weighed in float64 against the exact total
 of all, also where the machine itself has an index and evaluates only part of the windows.
 """
@@ -68,7 +68,7 @@ class Explanation:
 
     @property
     def share(self) -> Tensor:
-        """[B, H, W], the share of the mass that the windows listed here carry together."""
+        """[B, H, W], the fraction of the posterior mass that the windows listed here carry."""
         return self.weight.sum(1)
 
     def of(self, item: int) -> Explanation:
@@ -86,16 +86,16 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Walk:
-    """One sample, explained on its way out of the noise.
+class ExplainedSample:
+    """One sample, explained along its trajectory.
 
     number: of the sample in its run;  label: its class, or None.
-    levels: which steps of the walk are explained, counted from 0;  of: how many steps it has.
+    levels: which steps of the trajectory are explained, counted from 0;  of: how many steps it has.
     steps: the explanation (B = 1) at each of those, most noise first.
     image: [C, H, W] the sample.
-    apart: at each of those, the rms difference between what the machine made of the noise and the `mean` of all
-        windows: rounding, or with an index the error of having looked at a share of them.
-    fields: at each of those, which input pixels output pixels listen to; none where they were not asked for.
+    apart: at each of those, the rms difference between the machine's denoised image and the `mean` of all windows:
+        rounding error, or the sampling error of `pruned`.
+    fields: at each of those, the input pixels that output pixels depend on; none where they were not asked for.
     """
 
     number: int
@@ -118,10 +118,10 @@ def explain_samples(
     device: torch.device | str = "cpu",
     progress: bool = True,
     **settings: Any,
-) -> list[Walk]:
-    """Makes samples of a machine again, from their seed, and explains them on the way.
+) -> list[ExplainedSample]:
+    """Repeats samples of a machine from their seed, and explains the steps of their trajectories.
 
-    The walk is the machine's own, with its index if it has one; every step is explained by all windows.
+    A trajectory is the machine's own, with its index if it has one; every step is explained by all windows.
 
     Args:
         machine: the machine that made them.
@@ -133,38 +133,42 @@ def explain_samples(
         settings: what `sample` was given: steps, schedule, sampler, labels, seed.
 
     Raises:
-        ValueError: a step that the schedule has not.
+        ValueError: a step that the schedule does not have.
     """
     schedule = get_schedule(settings.get("schedule", "cosine"), settings.get("steps", 20))
     wanted = range(len(schedule)) if levels is None else sorted(set(levels))
     chosen = tuple(checks.integer("levels", level, at_least=0, at_most=len(schedule) - 1) for level in wanted)
-    walks = []
+    samples = []
     with tqdm(total=len(images) * len(chosen), unit="step", desc="explaining", delay=2, disable=not progress) as bar:
         for number in images:
             label = (labels_in_turn(settings.get("labels"), range(number, number + 1)) or [None])[0]
             explained: list[Explanation] = []
             apart: list[float] = []
-            heard: list[ReceptiveFields] = []
+            receptive: list[ReceptiveFields] = []
 
             def on_step(
                 step: Step,
                 label: Any = label,
                 explained: list[Explanation] = explained,
                 apart: list[float] = apart,
-                heard: list[ReceptiveFields] = heard,
+                receptive: list[ReceptiveFields] = receptive,
             ) -> None:
                 if step.index in chosen:
                     found = explain(machine, step.x / step.alpha, step.sigma / step.alpha, label, top)
                     if fields:
-                        heard.append(receptive_fields(machine.exactly(), found.z, found.sigma, label))
+                        receptive.append(receptive_fields(machine.exactly(), found.z, found.sigma, label))
                     explained.append(found)
                     apart.append(float((step.x0 - found.mean).double().square().mean().sqrt()))
                     bar.update()
 
             final = sample(machine, n=1, first=number, device=device, callback=on_step, progress=False, **settings)
             steps = tuple(explained)
-            walks.append(Walk(number, label, chosen, len(schedule), steps, final[0], tuple(apart), fields=tuple(heard)))
-    return walks
+            samples.append(
+                ExplainedSample(
+                    number, label, chosen, len(schedule), steps, final[0], tuple(apart), fields=tuple(receptive)
+                )
+            )
+    return samples
 
 
 def explain(
@@ -214,7 +218,7 @@ def explain(
 
 @dataclass(frozen=True)
 class _Found:
-    """The windows [3, B, T, H, W] with their weights, and what the weights are shares of.
+    """The windows [3, B, T, H, W] with their weights, and the sums that normalise these.
 
     weight: [B, T, H, W]; effective: [B, H, W]; mean: [B, C, H, W]; evidence: [B, H, W] ln of the sum of all weights.
     """
@@ -287,7 +291,7 @@ def _of_several(
     k: int | None,
     place: tuple[int, int] | None,
 ) -> _Found:
-    """The heaviest windows of images of several sizes: those of each size, by their share of the weight of all."""
+    """The heaviest windows of images of several sizes: those of each size, by their fraction of the total weight."""
     found = _Found.nothing(z, top)
     for part, numbers in zip(bank.banks, bank.numbers, strict=True):
         items = [i for i, label in enumerate(classes) if label is None or label in part.classes]
@@ -318,7 +322,7 @@ Block = tuple[slice, slice]
 
 @dataclass(frozen=True)
 class _Part:
-    """Pixels that are explained together: images of the bank's size, who competes, and blocks (here, in the result).
+    """Pixels that are explained together: images of the bank's size, the competition, and blocks (here, in the result).
 
     z has the items for the first block, then those for the second, and so on: crops, where the image is a canvas.
     """

@@ -57,18 +57,18 @@ class Fidelity:
 
     Attributes:
         samples, reference: the numbers of images.
-        precision: share of samples within a ball about a training image (of radius to its k-th nearest other).
-        recall: share of training images within such a ball about a sample.
+        precision: fraction of samples within a ball about a training image (of radius to its k-th nearest other).
+        recall: fraction of training images within such a ball about a sample.
         density: balls about training images that hold a sample, on average, over k; 1 for samples of the same
             distribution, and not bounded by 1.
-        coverage: share of training images whose ball holds a sample.
+        coverage: fraction of training images whose ball holds a sample.
         nearest: [n] the nearest training image of each sample.
         distance: [n] how far it is: root mean squared difference of pixels, or Euclidean distance of features.
-        memorised: share of samples three times as near to their nearest training image as to any other.
-        nearer_than_usual: share of samples nearer to a training image than half of the training images are to their
+        memorised: fraction of samples three times as near to their nearest training image as to any other.
+        nearer_than_usual: fraction of samples nearer to a training image than half of the training images are to their
             nearest other; about 0.5 for images that are new and of the same distribution. NaN for one training image.
         patch_wasserstein: by patch size, the sliced Wasserstein distance of order two between patches.
-        patch_wasserstein_reference: the same between two halves of the training images: what is told from none.
+        patch_wasserstein_reference: the same between two halves of the training images: the noise floor.
         frechet: Frechet distance of the features' means and covariances (FID, with Inception's); None for pixels.
         settings: the arguments.
     """
@@ -161,7 +161,7 @@ def evaluate_samples(
 
     Raises:
         ValueError: images of another shape than the training images', an empty set, values outside [-1, 1] or not
-            finite, features of other numbers, arguments outside what is listed.
+            finite, features of other sizes, arguments out of range.
         TypeError: neither images nor features.
     """
     if not isinstance(reference, PatchBank):

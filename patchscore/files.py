@@ -1,8 +1,8 @@
-"""Files that are whole or absent, and folders that one process writes at a time.
+"""Atomic file writes, folders that one process writes at a time, and the headers of files.
 
 What is written appears under its name only once it is complete. A folder is locked while it is written; whatever a
 killed process left under a temporary name is removed by the next one that holds the lock. JSON files carry a format
-and a version (a header), and a hash where a change by one bit would otherwise pass.
+and a version (a header), and a hash where a flipped bit would otherwise go unnoticed.
 """
 
 from __future__ import annotations

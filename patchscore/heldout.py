@@ -104,7 +104,7 @@ class HeldOutErrors:
 
     @property
     def regret(self) -> list[float]:
-        """[levels] by how much of itself the error grows, on the mean, if the sizes come from resampled images."""
+        """[levels] mean relative increase of the error when the sizes are chosen on resampled images."""
         least = np.maximum(self.means.min(1), np.finfo(float).tiny)
         return (np.take_along_axis(self.means, self._resampled, 1).mean(1) / least - 1).tolist()
 
@@ -233,9 +233,9 @@ def held_out_errors(
     """The denoising error of every patch size at every noise level, on images that are left out of the bank.
 
     Each image is denoised by all others of the bank (exact leave-one-out), or by the whole bank where `held_out` gives
-    other images. All sizes and levels of an image are summed in one pass over the bank where the engine has one. The
-    pixels of a block at a random place stand for the image: every pixel is as likely to be in it, as blocks that reach
-    over the border go on at the other side.
+    other images. All sizes and levels of an image are summed in one pass over the bank where the engine has one. A
+    block of pixels at a random position represents the image: every pixel is equally likely to be in it, because blocks
+    wrap around the border.
 
     Args:
         bank: the training images.
@@ -254,9 +254,9 @@ def held_out_errors(
             it. Between its first image and its end, images are appended to a file beside it, whose name ends in .added.
 
     Raises:
-        TypeError: an argument of a type that is not taken.
-        ValueError: an argument outside what is listed, a bank of one image (or of one in every class), labels of
-            `held_out` that the bank has not, or a file of another fit, named by its path.
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of its range, a bank of one image (or of one in every class), labels of
+            `held_out` that the bank lacks, or a file of another fit, named by its path.
     """
     settings = held_out_settings(
         bank,
@@ -375,7 +375,7 @@ def _competition(machine: str, shape: tuple[int, int, int], k: int, padding_mode
 
 
 def _block(shape: tuple[int, int, int], side: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows and columns of a block at a random place; it wraps, so that every pixel is in it with the same chance."""
+    """Rows and columns of a block at a random position; it wraps, so every pixel is in it with equal probability."""
     found = []
     for length in shape[1:]:
         start = int(torch.randint(length, (), generator=generator))

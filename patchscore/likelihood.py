@@ -102,15 +102,15 @@ def log_likelihood(
     along dz/dsigma = (z - D) / sigma (Song et al. 2021, equations 36 to 39), with exact divergences. Noise levels are
     spaced evenly in ln sigma; z moves by Heun's method (Karras et al. 2022, algorithm 1 without churn), and the
     integral is the trapezoidal rule's. For a denoiser whose score is the gradient of a density, such as IdealScore and
-    GaussianScore, this is that density; for others it is the density of what the flow makes of noise.
+    GaussianScore, this is that density; for others it is the density of the images that the flow makes from noise.
 
     Args:
         denoiser: one that has a divergence: machines, GaussianScore, and Guided and Switch of such.
         images: [B, C, H, W]. uint8 images are spread over their values' width first, x = (u + r) / 127.5 - 1 with r
             uniform in [-1/2, 1/2]; floats in [-1, 1] are taken as they are.
         labels: as in `Denoiser.denoise`; images in turn, as in `sample`.
-        sigma_min: the noise level whose density is meant. The density of a bank of images is a sum of spikes of this
-            width, so bits per dimension depend on it.
+        sigma_min: the noise level at which the density is taken. The density of a bank of images is a sum of spikes of
+            this width, so bits per dimension depend on it.
         sigma_max: the noise level from which the density is known.
         steps: Heun steps from sigma_min to sigma_max, from 2; half as many again are taken to estimate the error.
         tolerance: double `steps` until the estimated error is at most this, in nats a dimension; None: take `steps`.

@@ -5,8 +5,8 @@ All three denoise by the same rule, Bayes' under the prior "one of the competing
     D(z)[i, j] = sum_a w_a v_a,    w_a = exp(-|q - p_a|^2 / (2 sigma^2)) / sum_b exp(-|q - p_b|^2 / (2 sigma^2))
 
 with z = x_0 + sigma eps the noisy image, q its k x k window at pixel (i, j), p_a the competing training windows and v_a
-their centre pixels. They differ in who competes: whole images (ideal), windows at the same place (local), windows from
-everywhere (equivariant local). A machine decides that and nothing else; engines take the sums.
+their centre pixels. They differ in which windows compete: whole images (ideal), windows at the same position (local),
+windows from every position (equivariant local). A machine decides that and nothing else; engines take the sums.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class IdealScore(ScoreMachine):
 
 
 class LocalScore(ScoreMachine):
-    """The windows at the same pixel of every training image compete: local, but tied to the place.
+    """The windows at the same pixel of every training image compete: local, but not translation-equivariant.
 
     Windows reach over the border into zeros, in z and in the training images alike. With k >= 2 max(H, W) - 1 every
     window holds the whole image and this is `IdealScore`. Kamb & Ganguli 2024, section 3 ("local score machine").
@@ -61,7 +61,8 @@ class LocalScore(ScoreMachine):
         patch_size: k, odd; or a ScaleTable from noise level to k.
         engine: "auto" or an engine's name.
         memory_limit: bytes of working memory beyond the bank.
-        budget: the share of training images to sum over, in (0, 1]; `Estimate.stderr` says what that leaves open.
+        budget: the fraction of training images to sum over, in (0, 1]; `Estimate.stderr` is the resulting standard
+            error.
         seed: of the sample of images.
     """
 
@@ -83,14 +84,14 @@ class LocalScore(ScoreMachine):
 
 
 class EquivariantLocalScore(ScoreMachine):
-    """Windows from every position compete: local and translation-equivariant, free to recombine what they know.
+    """Windows from every position compete: local and translation-equivariant, so patches recombine freely.
 
     padding_mode="circular": z wraps around; at each pixel all windows compete that lie fully inside a training image.
     padding_mode="zeros": equivariance is broken at the border, as zero padding breaks it in a network. Along each axis
     a coordinate closer than r = k // 2 to a border competes only with the same coordinate of the training images, any
-    other with all interior ones; so corners are locked to their place, edges slide along the edge, the interior slides
-    both ways. Where k >= H nothing slides, and this is `LocalScore`. Kamb & Ganguli 2024, section 3 ("equivariant local
-    score machine") and its boundary-broken form.
+    other with all interior ones; so corner windows keep their position, edge windows slide along the edge, and interior
+    windows slide both ways. Where k >= H nothing slides, and this is `LocalScore`. Kamb & Ganguli 2024, section 3
+    ("equivariant local score machine") and its boundary-broken form.
 
     It denoises images of any height and width from k on, whatever the bank's: with "zeros", a pixel closer than r to a
     border competes with the windows that are as close to that border of their images. All engines serve all sizes.
@@ -101,14 +102,15 @@ class EquivariantLocalScore(ScoreMachine):
     Args:
         bank: the training images, a PatchBank or a MixedBank.
         patch_size: k, odd; or a ScaleTable from noise level to k.
-        padding_mode: "zeros" or "circular", as in the network it stands for.
+        padding_mode: "zeros" or "circular", as in the network that it models.
         engine: "auto" or an engine's name.
         memory_limit: bytes of working memory beyond the bank.
-        index: a PatchIndex of `bank`. With `budget` or `tolerance` the engine `pruned` then evaluates a part of the
-            windows and says how wrong it may be (`Estimate.stderr`); sizes it lacks are served exactly, and with
-            engine="auto" and a budget also what exact sums are expected to be faster for.
-        budget: the share of (pixel, window) pairs to evaluate, in (0, 1], such as 0.01; without an index, of training
-            images that are drawn and summed whole.
+        index: a PatchIndex of `bank`. With `budget` or `tolerance` the engine `pruned` then evaluates a sample of the
+            windows and gives its standard error (`Estimate.stderr`). Patch sizes that the index lacks are summed
+            exactly and, with engine="auto" and a budget, so are sums for which an exact engine is expected to be
+            faster.
+        budget: the fraction of (pixel, window) pairs to evaluate, in (0, 1], such as 0.01; without an index, of
+            training images that are drawn and summed whole.
         tolerance: with an index, instead of a budget: the rms standard error that pixels may have; a pilot finds the
             budget for it. Without an index: how far a pixel may be from float64's where the engine `fused` serves, 1e-3
             by default; the other exact engines are closer than that anyway, and serve where its half-precision weights
@@ -242,7 +244,7 @@ def _check_pruned(
     if tolerance is not None and not 0 < checks.number("tolerance", tolerance) < math.inf:
         raise ValueError(f"tolerance: got {tolerance}, takes a positive error of pixels")
     if budget is not None and not 0 < checks.number("budget", budget) <= 1:
-        raise ValueError(f"budget: got {budget}, takes a share of pairs in (0, 1]")
+        raise ValueError(f"budget: got {budget}, takes a fraction of pairs in (0, 1]")
     seed = checks.integer("seed", seed, at_least=0)
     if index is None and budget is None:
         return None

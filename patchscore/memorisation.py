@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .bank import PatchBank
-from .explain import Explanation, Walk
+from .explain import ExplainedSample, Explanation
 from .nearest import nearest_images, usual_nearness
 
 MEMORY_LEVEL = 0.5
@@ -26,12 +26,14 @@ def count_sources(explanation: Explanation) -> tuple[Tensor, Tensor]:
     return distinct, effective
 
 
-def memorisation_report(earlier: Mapping[str, Any], walks: Sequence[Walk], bank: PatchBank) -> dict[str, Any]:
+def memorisation_report(
+    earlier: Mapping[str, Any], samples: Sequence[ExplainedSample], bank: PatchBank
+) -> dict[str, Any]:
     """How many training images each explained sample is made of, beside how near the nearest is.
 
     Args:
         earlier: the report on samples explained before, or an empty one.
-        walks: those explained now.
+        samples: those explained now.
         bank: the training images.
 
     Returns:
@@ -40,12 +42,12 @@ def memorisation_report(earlier: Mapping[str, Any], walks: Sequence[Walk], bank:
         training images and their nearest others, for scale.
     """
     known = {entry["image"]: entry for entry in earlier.get("samples", [])}
-    near = nearest_images(torch.stack([walk.image for walk in walks]).cpu(), bank)
-    for i, walk in enumerate(walks):
-        step = min(walk.steps, key=lambda step: abs(math.log(step.sigma / MEMORY_LEVEL)))
+    near = nearest_images(torch.stack([sample.image for sample in samples]).cpu(), bank)
+    for i, sample in enumerate(samples):
+        step = min(sample.steps, key=lambda step: abs(math.log(step.sigma / MEMORY_LEVEL)))
         distinct, effective = count_sources(step)
-        known[walk.number] = {
-            "image": walk.number,
+        known[sample.number] = {
+            "image": sample.number,
             "nearest": int(near.image[i]),
             "rms": round(float(near.rms[i]), 4),
             "sigma": step.sigma,

@@ -1,7 +1,7 @@
 """MixedBank: training images of several sizes as one bank, such as a folder of photographs as they are.
 
-It is a PatchBank for each size. Machines that compare windows, wherever these come from, let those of all of them
-compete together; their sums merge.
+It holds a PatchBank for each size. In machines whose windows come from every position, the windows of all these banks
+compete together, and their sums merge.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class MixedBank:
     """N training images of several sizes, with optional class labels.
 
     `EquivariantLocalScore` and `PatchAverage` take it as they take a PatchBank: every window of every image competes.
-    All else asks for images of one size.
+    Everything else needs images of one size.
 
     Args:
         images: N arrays or tensors [C, H, W] with the same C; uint8, or floating point in [-1, 1].
@@ -35,7 +35,7 @@ class MixedBank:
         numbers: for each of `banks`, the numbers of its images among all N.
 
     Raises:
-        TypeError: images or labels of a type or dtype that is not taken.
+        TypeError: images or labels of the wrong type or dtype.
         ValueError: no image, images of different channels, and as of `PatchBank`.
     """
 

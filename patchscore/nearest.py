@@ -18,7 +18,7 @@ from .pixels import to_values
 from .windows import Axis, Competition, Group, rows_as_pixels, windows_as_rows
 
 SPARE = 8
-"""Windows found beyond those asked for, so that rounding in the search does not decide who is among them."""
+"""Windows found beyond those asked for, so that rounding in the search does not decide which are among them."""
 
 BLOCK = 32
 TILE_BYTES = 32 * 2**20

@@ -1,8 +1,8 @@
 """PosteriorSum: the one thing engines return.
 
-A softmax-weighted mean over a bank is a ratio of two sums, and sums can be split: over chunks, threads, shards, near
-and far cells. A PosteriorSum is such a partial sum, kept relative to a reference log-weight so that it neither
-overflows nor vanishes; `merge` adds two of them.
+A softmax-weighted mean over a bank is a ratio of two sums, and sums can be split: over chunks, threads, shards, cells
+of an index. A PosteriorSum is such a partial sum, kept relative to a reference log-weight so that it neither overflows
+nor underflows; `merge` adds two of them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PosteriorSum:
         qq: [B, C, H, W] sampling variance of s times the posterior variance, to first order; None as vv, or without
             moments, and so is ee.
         ee: [B, 1, H, W] sampling variance of s times the entropy, to first order.
-        span: values lie in [-span, span]: what is known of a mean where hardly any weight was found.
+        span: values lie in [-span, span], which bounds the error of a mean where hardly any weight was found.
     """
 
     m: Tensor
@@ -92,7 +92,7 @@ class PosteriorSum:
 
     @property
     def ess(self) -> Tensor:
-        """[B, 1, H, W], effective sample size s^2 / s2: how many equally weighted windows would be as many."""
+        """[B, 1, H, W], effective sample size s^2 / s2 (Kish): n windows of equal weight have n."""
         return self.s**2 / self.s2
 
     @property

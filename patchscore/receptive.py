@@ -1,4 +1,4 @@
-"""Which input pixels an output pixel listens to: rows of the Jacobian of the denoiser, and how wide they reach.
+"""The input pixels that an output pixel depends on: rows of the Jacobian of the denoiser, and their width.
 
 A vector-Jacobian product with a unit vector is a row of the Jacobian. Output pixels whose windows do not meet have rows
 without a common input pixel, so one product serves them all (Curtis, Powell & Reid 1974, "On the estimation of sparse
@@ -24,7 +24,7 @@ FEWEST = 4
 def sensitivity(
     denoiser: Denoiser, z: Tensor, sigma: float | Tensor, pixel: tuple[int, int], labels: Labels = None
 ) -> Tensor:
-    """Which input pixels an output pixel listens to: rows of the Jacobian, dD_c[i, j] / dz_c'[y, x].
+    """The input pixels that an output pixel depends on: rows of the Jacobian, dD_c[i, j] / dz_c'[y, x].
 
     Args:
         denoiser: one that has `vjp`.
@@ -57,7 +57,7 @@ def sensitivity(
 
 @dataclass(frozen=True)
 class ReceptiveFields:
-    """How strongly R x S output pixels of B images listen to the input pixels around them.
+    """How strongly R x S output pixels of B images depend on the input pixels around them.
 
     Attributes:
         rows: R rows of output pixels.
@@ -85,8 +85,9 @@ class ReceptiveFields:
     def widths(self) -> Tensor:
         """[B, R, S] the width of each map a, sqrt((sum a)^2 / sum a^2), in pixels.
 
-        A pixel that listens to w x w pixels alike has w, so at most k; one that listens to nothing, as all windows that
-        weigh have one value, has 0. (sum a)^2 / sum a^2 is Kish's effective sample size of the input pixels.
+        A pixel that depends equally on w x w pixels has width w, at most k. One that depends on none, because all
+        windows with weight have the same value, has 0. (sum a)^2 / sum a^2 is Kish's effective sample size of the input
+        pixels.
         """
         a = self.maps.double().flatten(3)
         return (a.sum(3).square() / a.square().sum(3)).sqrt().nan_to_num(nan=0.0)
@@ -99,15 +100,15 @@ class ReceptiveFields:
         return rows, cols
 
     def __repr__(self) -> str:
-        """How many output pixels of how many images, and how wide they listen, in a line."""
+        """The number of output pixels and images, and the median width, in a line."""
         batch, rows, cols = self.maps.shape[:3]
         size = "whole images" if self.patch_size is None else f"patch size {self.patch_size}"
-        listens = f"{rows} x {cols} pixels of {batch} listen to {self.widths.median().item():.3g} pixels across"
-        return f"ReceptiveFields({listens}, sigma {self.sigma:.3g}, {size})"
+        shown = f"{rows} x {cols} pixels of {batch} depend on {self.widths.median().item():.3g} pixels across"
+        return f"ReceptiveFields({shown}, sigma {self.sigma:.3g}, {size})"
 
 
 def receptive_fields(denoiser: Denoiser, z: Tensor, sigma: float, labels: Labels = None) -> ReceptiveFields:
-    """How strongly output pixels all over the image listen to the input pixels around them.
+    """How strongly output pixels all over the image depend on the input pixels around them.
 
     As many output pixels as windows fit side by side, or 4 x 4 where fewer fit. In the first case it takes one
     vector-Jacobian product a channel.
@@ -141,8 +142,8 @@ def receptive_fields(denoiser: Denoiser, z: Tensor, sigma: float, labels: Labels
             units[part, channel, channel, [[rows[a]] for a in some], [cols[b] for b in others]] = 1
     for item, label in enumerate(classes):
         products = denoiser.vjp(z[item].expand(len(parts) * channels, -1, -1, -1), level, units.flatten(0, 1), label)
-        heard = products.unflatten(0, (len(parts), channels)).square().sum((1, 2)).sqrt()
-        around = F.pad(heard[:, None], (k // 2,) * 4, mode="circular" if circular else "constant")
+        norm = products.unflatten(0, (len(parts), channels)).square().sum((1, 2)).sqrt()
+        around = F.pad(norm[:, None], (k // 2,) * 4, mode="circular" if circular else "constant")
         for (some, others), of in zip(parts, around[:, 0], strict=True):
             for a in some:
                 for b in others:

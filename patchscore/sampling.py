@@ -186,7 +186,7 @@ def sample(
         [n, C, H, W] on `device`, in [-1, 1]; not clamped where the denoiser's bank has a value_range.
 
     Raises:
-        ValueError: an argument outside what is listed here, or an unknown label.
+        ValueError: an argument out of its range, or an unknown label.
     """
     if not (hasattr(denoiser, "denoise") and hasattr(denoiser, "shape")):
         raise TypeError(f"denoiser: got {type(denoiser).__name__}, takes a machine or another Denoiser")

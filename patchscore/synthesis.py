@@ -155,9 +155,9 @@ def synthesize(
         Synthesis; on the CPU, in the range of the exemplars.
 
     Raises:
-        ValueError: an argument outside what is listed here; a canvas or an exemplar smaller than the patch at some
-            level; with `tile`, a size that is no multiple of 2^(levels - 1); another synthesis in `out`.
-        TypeError: an argument of a type that is not taken.
+        ValueError: an argument out of its range; a canvas or an exemplar smaller than the patch at some
+            level; with `tile`, a size that is not a multiple of 2^(levels - 1); another synthesis in `out`.
+        TypeError: an argument of the wrong type.
     """
     bank = _bank(source)
     plan = _plan(bank, size, levels, patch_size, steps, strength, sigma_max, sigma_min, tile, start is not None)

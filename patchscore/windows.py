@@ -97,12 +97,12 @@ WHOLE_IMAGE = Competition(patch_size=None, padding_mode="zeros")
 
 
 def local_competition(height: int, width: int, k: int) -> Competition:
-    """Windows at the same place compete, zero-padded."""
+    """Windows at the same position compete, zero-padded."""
     return Competition(widest(k, height, width), "zeros", (Group(Axis(range(height)), Axis(range(width))),))
 
 
 def equivariant_competition(height: int, width: int, k: int, padding_mode: str) -> Competition:
-    """Windows from every place compete; with "zeros" equivariance is broken at the border."""
+    """Windows from every position compete; with "zeros" equivariance is broken at the border."""
     k = widest(k, height, width)
     if padding_mode == "circular":
         inside = Group(

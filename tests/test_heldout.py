@@ -26,11 +26,11 @@ def noisy_inputs(monkeypatch):
     """Every z that an engine is asked to denoise, with its levels."""
     asked, serve_each = [], heldout.engines.serve_each
 
-    def listening(engines, named, z, sigma, *rest):
+    def recording(engines, named, z, sigma, *rest):
         asked.append((z, sigma))
         return serve_each(engines, named, z, sigma, *rest)
 
-    monkeypatch.setattr(heldout.engines, "serve_each", listening)
+    monkeypatch.setattr(heldout.engines, "serve_each", recording)
     return asked
 
 

@@ -29,7 +29,7 @@ def bank():
 
 
 @pytest.fixture(scope="module")
-def walks(bank):
+def samples(bank):
     machine = ps.EquivariantLocalScore(bank, ps.ScaleTable([0.1, 1.0, 4.0], [3, 5, 7]))
     return explain_samples(machine, [0, 4], steps=8, labels=[0, 1, None], seed=5, top=5)
 
@@ -49,26 +49,26 @@ def sampled(tmp_path_factory, bank):
 
 def test_a_walk_is_the_sample_and_its_steps(bank):
     machine = ps.LocalScore(bank, 3)
-    (walk,) = explain_samples(machine, [4], levels=[0, 6, 3], top=2, steps=8, labels=[0, 1, None], seed=5)
+    (sample,) = explain_samples(machine, [4], levels=[0, 6, 3], top=2, steps=8, labels=[0, 1, None], seed=5)
     images = ps.sample(machine, 5, steps=8, labels=[0, 1, None], seed=5, progress=False)
-    torch.testing.assert_close(walk.image, images[4])
-    assert (walk.levels, walk.of, walk.label, walk.number) == ((0, 3, 6), 7, 1, 4)
+    torch.testing.assert_close(sample.image, images[4])
+    assert (sample.levels, sample.of, sample.label, sample.number) == ((0, 3, 6), 7, 1, 4)
     ratios = ps.get_schedule("cosine", 8).ratios.tolist()
-    assert [step.sigma for step in walk.steps] == pytest.approx([ratios[i] for i in walk.levels])
-    torch.testing.assert_close(walk.steps[-1].mean[0], walk.image)
+    assert [step.sigma for step in sample.steps] == pytest.approx([ratios[i] for i in sample.levels])
+    torch.testing.assert_close(sample.steps[-1].mean[0], sample.image)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
-def test_the_page_in_a_browser(bank, walks, tmp_path):
+def test_the_page_in_a_browser(bank, samples, tmp_path):
     page = tmp_path / "explain.html"
-    page.write_text(explanation_page(walks, bank, ABOUT), encoding="utf-8")
+    page.write_text(explanation_page(samples, bank, ABOUT), encoding="utf-8")
     with Browser(tmp_path / "profile") as browser:
         browser.open(f"{page.as_uri()}#sample=1&step=3&pixel=2,7")
         assert browser.read("document.title") == ABOUT["title"]
 
         # What it says is what was found.
-        def check(walk, step, row, col):
-            of = walks[walk].steps[step]
+        def check(sample, step, row, col):
+            of = samples[sample].steps[step]
             weights = of.weight[0, :, row, col]
             worth = [t for t in range(5) if t == 0 or weights[t] >= 0.002]
             links = browser.read("[...document.querySelectorAll('#windows a')].map((a) => a.textContent)")
@@ -127,14 +127,14 @@ def test_the_page_in_a_browser(bank, walks, tmp_path):
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
 def test_the_page_shows_what_a_pixel_listens_to(bank, tmp_path, padding_mode):
     machine = ps.EquivariantLocalScore(bank, ps.ScaleTable([0.1, 4.0], [3, 7]), padding_mode)
-    walks = explain_samples(machine, [0], levels=[0, 2], steps=4, top=2, fields=True)
+    samples = explain_samples(machine, [0], levels=[0, 2], steps=4, top=2, fields=True)
     page = tmp_path / "explain.html"
-    page.write_text(explanation_page(walks, bank, {**ABOUT, "padding_mode": padding_mode}), encoding="utf-8")
+    page.write_text(explanation_page(samples, bank, {**ABOUT, "padding_mode": padding_mode}), encoding="utf-8")
     with Browser(tmp_path / "profile") as browser:
         for step in (0, 1):
-            fields = walks[0].fields[step]
-            browser.open(f"{page.as_uri()}#sample=0&step={step}&pixel=3,8&view=heard")
-            assert browser.read("document.querySelector('#views [aria-pressed=true]').textContent") == "listens to"
+            fields = samples[0].fields[step]
+            browser.open(f"{page.as_uri()}#sample=0&step={step}&pixel=3,8&view=sensitivity")
+            assert browser.read("document.querySelector('#views [aria-pressed=true]').textContent") == "depends on"
             a, b = (min(range(4), key=lambda i: abs(at[i] - to)) for at, to in ((fields.rows, 3), (fields.cols, 8)))
             text = browser.read("document.querySelector('#facts').innerText")
             width, row, col = re.search(
@@ -156,9 +156,9 @@ def test_the_page_shows_what_a_pixel_listens_to(bank, tmp_path, padding_mode):
 
 
 def test_the_mosaic_draws_maps_where_they_belong(bank):
-    (walk,) = explain_samples(ps.EquivariantLocalScore(bank, 3), [0], levels=[2], steps=4, top=2, fields=True)
-    (row,), (fields,) = mosaic_rows(walk, bank), walk.fields
-    painted = np.asarray(row.heard).astype(int)
+    (sample,) = explain_samples(ps.EquivariantLocalScore(bank, 3), [0], levels=[2], steps=4, top=2, fields=True)
+    (row,), (fields,) = mosaic_rows(sample, bank), sample.fields
+    painted = np.asarray(row.sensitivity).astype(int)
     rows, cols = fields.apart
     assert list(row.outputs) == [(fields.rows[a], fields.cols[b]) for a in rows for b in cols]
     for a in rows:
@@ -177,33 +177,33 @@ def test_sixteen_images_of_32_x_32_stay_under_five_megabytes():
     bank = ps.PatchBank(noise)
     machine = ps.LocalScore(bank, 1)
     explained = ps.explain(machine, torch.randn(1, 3, 32, 32, generator=generator), 0.3, top=12)
-    (walk,) = explain_samples(machine, [0], levels=[0], top=2, steps=3)
+    (sample,) = explain_samples(machine, [0], levels=[0], top=2, steps=3)
     shape = explained.image.shape
-    walks = []
+    samples = []
     for i in range(16):
         steps = []
         for j in range(8):
             scrambled = torch.randint(0, 1500, shape, generator=generator)
             steps.append(type(explained)(**{**vars(explained), "image": scrambled, "sigma": 1.0 + i + j}))
-        walks.append(replace(walk, number=i, levels=tuple(range(8)), of=8, steps=tuple(steps)))
-    page = explanation_page(walks, bank, ABOUT)
+        samples.append(replace(sample, number=i, levels=tuple(range(8)), of=8, steps=tuple(steps)))
+    page = explanation_page(samples, bank, ABOUT)
     assert len(page.encode()) < 5_000_000
 
 
-def test_names_cannot_break_out_of_the_page(bank, walks):
-    page = explanation_page(walks, bank, ABOUT)
+def test_names_cannot_break_out_of_the_page(bank, samples):
+    page = explanation_page(samples, bank, ABOUT)
     assert page.count("</script>") == 1
     assert "http" not in page
     with pytest.raises(ValueError, match="max_bytes"):
-        explanation_page(walks, bank, ABOUT, max_bytes=30_000)
-    with pytest.raises(ValueError, match="walks"):
+        explanation_page(samples, bank, ABOUT, max_bytes=30_000)
+    with pytest.raises(ValueError, match="samples"):
         explanation_page([], bank, ABOUT)
 
 
 @pytest.mark.parametrize("name", ["<!--<script>", "</script><script>alert(1)</script>", "<!--", "]]>", "<b>\x1b[2J"])
-def test_no_class_name_changes_how_the_page_is_parsed(bank, walks, name):
+def test_no_class_name_changes_how_the_page_is_parsed(bank, samples, name):
     named = ps.PatchBank(bank.images, bank.labels, (name, "green", "blue"))
-    page = explanation_page(walks, named, {**ABOUT, "title": name})
+    page = explanation_page(samples, named, {**ABOUT, "title": name})
     (line,) = [line for line in page.splitlines() if line.startswith("const DATA = ")]
     assert "<" not in line  # so an HTML parser sees no tag and no comment in it, whatever follows
     assert json.loads(line.removeprefix("const DATA = ").rstrip(";"))["about"]["title"] == name
@@ -261,7 +261,7 @@ def test_other_machines_are_explained_too(sampled, tmp_path, machine):
 
 @pytest.fixture
 def indexed(tmp_path):
-    """A run through an index that looked at few enough windows to come out visibly otherwise."""
+    """A run through an index that evaluated few enough windows to come out visibly different."""
     pytest.importorskip("faiss", reason="FAISS cannot be imported")
     np.savez(tmp_path / "bank.npz", images=smooth_images(200, 3, 12, 10).numpy())
     assert run("index", tmp_path / "bank.npz", "--patch-sizes", 5, "--out", tmp_path / "i").exit_code == 0
@@ -280,13 +280,13 @@ def test_a_run_with_an_index_is_walked_with_it_and_explained_by_all_windows(samp
     assert result.exit_code == 0, result.output
     assert "warning" not in result.output
 
-    (walk,) = explain_samples(own, [1], top=4, steps=6, seed=3)
+    (sample,) = explain_samples(own, [1], top=4, steps=6, seed=3)
     saved = np.load(indexed / "out" / "samples.npy")
-    assert np.abs(saved[1] - walk.image.clamp(-1, 1).numpy()).max() < 1e-5
+    assert np.abs(saved[1] - sample.image.clamp(-1, 1).numpy()).max() < 1e-5
     (other,) = explain_samples(exact, [1], top=4, steps=6, seed=3)
-    assert (walk.image - other.image).abs().max() > 0.02  # so the run is not the exact machine's
+    assert (sample.image - other.image).abs().max() > 0.02  # so the run is not the exact machine's
     assert max(other.apart) < 1e-5
-    for step, apart in zip(walk.steps, walk.apart, strict=True):
+    for step, apart in zip(sample.steps, sample.apart, strict=True):
         again = ps.explain(exact, step.z, step.sigma, top=4)
         assert torch.equal(again.weight, step.weight)
         torch.testing.assert_close(step.mean, exact.denoise(step.z, step.sigma))
@@ -295,7 +295,7 @@ def test_a_run_with_an_index_is_walked_with_it_and_explained_by_all_windows(samp
         assert apart < 3 * float(stated) + 1e-6
 
     said = "(budget 0.02). Its own noise is shown; weights and denoised images are those of all windows."
-    off = f"off by up to {max(walk.apart):.2g} rms"
+    off = f"off by up to {max(sample.apart):.2g} rms"
     page = (indexed / "out" / "explain.html").read_text()
     for text in (result.output, page):
         assert said in text
@@ -311,11 +311,11 @@ def test_a_run_over_a_share_of_the_images_is_walked_over_the_same_ones(sampled, 
     assert result.exit_code == 0, result.output
     drawn, exact = (np.load(folder / "samples.npy") for folder in (out, tmp_path / "exact"))
     assert np.abs(drawn - exact).max() > 0.01
-    assert "over a share of the images, budget 0.5" in run("info", out).output
+    assert "over a random fraction of the images, budget 0.5" in run("info", out).output
     result = run("explain", out)
     assert result.exit_code == 0, result.output
     assert "warning" not in result.output  # so it came out as it had
-    assert "looked at a share of the windows (budget 0.5)" in result.output
+    assert "evaluated a sample of the windows (budget 0.5)" in result.output
 
 
 def test_an_index_that_moved_is_told_and_can_be_given(sampled, indexed):
@@ -406,4 +406,4 @@ def test_the_mosaic_and_a_chart_show_what_pixels_listen_to(sampled):
     assert Image.open(out / "mosaic.png").width - plain[0] == 10 * 17 + 14  # a column more
     chart = np.asarray(Image.open(out / "sensitivity.png").convert("RGB"))
     assert (chart == (180, 69, 31)).all(-1).sum() > 100  # the line
-    assert "listens to" in (out / "explain.html").read_text()
+    assert "depends on" in (out / "explain.html").read_text()

@@ -1,4 +1,4 @@
-"""Which input pixels an output pixel listens to: rows of the Jacobian, many of them from one product."""
+"""The input pixels that an output pixel depends on: rows of the Jacobian, many of them from one product."""
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ import patchscore as ps
 
 def test_sensitivity_is_rows_of_the_jacobian_and_ends_at_the_window(bank):
     machine, z = ps.EquivariantLocalScore(bank, 5, engine="reference"), noisy(bank, 0.5, batch=2)
-    heard = ps.sensitivity(machine, z, 0.5, (6, 4), [0, 1])
-    assert heard.shape == (2, 3, 3, 12, 10)
+    rows = ps.sensitivity(machine, z, 0.5, (6, 4), [0, 1])
+    assert rows.shape == (2, 3, 3, 12, 10)
     for channel, y, x in ((0, 6, 4), (2, 7, 3)):
         t = torch.zeros_like(z)
         t[:, channel, y, x] = 1
-        torch.testing.assert_close(heard[:, :, channel, y, x], machine.jvp(z, 0.5, t, [0, 1])[:, :, 6, 4])
-    outside = heard.clone()
+        torch.testing.assert_close(rows[:, :, channel, y, x], machine.jvp(z, 0.5, t, [0, 1])[:, :, 6, 4])
+    outside = rows.clone()
     outside[..., 4:9, 2:7] = 0
     assert not outside.any()
     with pytest.raises(ValueError, match=r"^pixel: got 12"):
@@ -67,7 +67,7 @@ def test_widths_tell_how_many_pixels_count():
         assert ps.ReceptiveFields((2,), (2,), maps, 1.0, 5).widths.item() == pytest.approx(width)
     wide = ps.ReceptiveFields((2, 5, 7, 12), (0,), torch.ones(1, 4, 1, 5, 5), 1.0, 5)
     assert wide.apart == ([0, 2, 3], [0])
-    assert repr(wide) == "ReceptiveFields(4 x 1 pixels of 1 listen to 5 pixels across, sigma 1, patch size 5)"
+    assert repr(wide) == "ReceptiveFields(4 x 1 pixels of 1 depend on 5 pixels across, sigma 1, patch size 5)"
 
 
 def test_a_gaussian_listens_to_the_whole_image(bank):

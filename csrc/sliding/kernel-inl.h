@@ -530,7 +530,7 @@ static void fill_tails(const Task<Real>& t, const Panel& panel, Real with = Real
 
 // Small patches: the sums of the last K rows are added afresh for every window, two windows at a time.
 template <int C, bool MOMENTS, int K>
-static bool walk_few(const Task<Real>& t, const Panel& panel, const Run& run) {
+static bool slide_few(const Task<Real>& t, const Panel& panel, const Run& run) {
     auto slot = [&](int row) PS_LAMBDA { return t.state + (1 + row % (K + 1)) * panel.state_row * LANES; };
     auto query = [&](int window) PS_LAMBDA { return (run.query + window) % t.height; };
     for (int x = 0; x < run.length + K - 1; ++x) {
@@ -567,7 +567,7 @@ struct Summing {
 // `meet` takes each row of windows as it becomes complete: state rows to add up, its two rows and its number in the
 // run.
 template <int C, Terms TERMS, typename Meet>
-static bool walk(const Task<Real>& t, const Panel& panel, const Run& run, Meet& meet) {
+static bool slide_run(const Task<Real>& t, const Panel& panel, const Run& run, Meet& meet) {
     const int k = t.patch_size, r = k / 2, windows = run.length, steps = windows + k - 1;
     const int64_t size = panel.state_row * LANES;
     Real* const prefix = t.state;
@@ -622,15 +622,15 @@ static bool walk(const Task<Real>& t, const Panel& panel, const Run& run, Meet& 
 }
 
 template <int C, bool MOMENTS>
-static bool walk_run(const Task<Real>& t, const Panel& panel, const Run& run) {
+static bool sum_run(const Task<Real>& t, const Panel& panel, const Run& run) {
     if constexpr (!EXACT) {
         const int k = panel.cols.locked ? 0 : t.patch_size;
-        if (k == 1) return walk_few<C, MOMENTS, 1>(t, panel, run);
-        if (k == 3) return walk_few<C, MOMENTS, 3>(t, panel, run);
-        if (k == 5) return walk_few<C, MOMENTS, 5>(t, panel, run);
+        if (k == 1) return slide_few<C, MOMENTS, 1>(t, panel, run);
+        if (k == 3) return slide_few<C, MOMENTS, 3>(t, panel, run);
+        if (k == 5) return slide_few<C, MOMENTS, 5>(t, panel, run);
     }
     Summing<C, MOMENTS> summing = {t, panel};
-    return walk<C, SQUARES>(t, panel, run, summing);
+    return slide_run<C, SQUARES>(t, panel, run, summing);
 }
 
 template <int C, bool MOMENTS>
@@ -638,7 +638,7 @@ static void panel_of_channels(const Task<Real>& t, const Panel& panel) {
     fill_tails(t, panel);
     int pairs = 0;
     for (const Run& run : panel.runs) {
-        if (!walk_run<C, MOMENTS>(t, panel, run)) return;
+        if (!sum_run<C, MOMENTS>(t, panel, run)) return;
         pairs += panel.entries;
         if (pairs >= PAIRS_A_FLUSH) {
             flush(t, panel);

@@ -278,17 +278,17 @@ static void product_of_channels(const Task<Real>& t, const Product<Real>& produc
     for (const Run& run : panel.runs) {
         if (product.transposed) {
             Backward<C> backward(t, product, panel, run);
-            if (!walk<C, SQUARES>(t, panel, run, backward)) return;
+            if (!slide_run<C, SQUARES>(t, panel, run, backward)) return;
             backward.finish();
         } else {
             Task<Real> of_direction = t;
             of_direction.q = product.padded_direction;
             fill_tails(t, panel, 0);
             Keeping keeping = {product.boxes, panel.state_row * LANES};
-            if (!walk<C, PRODUCTS>(of_direction, panel, run, keeping)) return;
+            if (!slide_run<C, PRODUCTS>(of_direction, panel, run, keeping)) return;
             fill_tails(t, panel);
             Forward<C> forward = {t, product, panel};
-            if (!walk<C, SQUARES>(t, panel, run, forward)) return;
+            if (!slide_run<C, SQUARES>(t, panel, run, forward)) return;
         }
     }
 }

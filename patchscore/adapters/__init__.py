@@ -1,1 +1,1 @@
-"""patchscore's denoisers under other people's samplers: each adapter turns one convention into z and sigma."""
+"""Adapters to other libraries: each translates one library's convention into z and sigma."""

@@ -252,7 +252,7 @@ class PatchScoreUNet(DenoiserModule):
 
         Raises:
             ValueError: images unlike the bank's, or that require grad of a denoiser that is no `Differentiable`; a
-                timestep that the scheduler has not, an unknown label.
+                timestep that the scheduler does not have, an unknown label.
         """
         self.check_images(sample, "sample")
         with self.denoiser.graph():
@@ -287,8 +287,8 @@ class PatchScoreUNet(DenoiserModule):
         """What the scheduler means by x, for each item.
 
         Raises:
-            TypeError: a timestep that is no number.
-            ValueError: timesteps for another batch, one that the scheduler has not.
+            TypeError: a timestep that is not a number.
+            ValueError: timesteps for another batch, or one that the scheduler does not have.
         """
         if timestep is None or isinstance(timestep, (bool, str)):
             raise TypeError(f"timestep: got {timestep!r}, takes a number or one for each item")

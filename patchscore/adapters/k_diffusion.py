@@ -1,7 +1,7 @@
 """A denoiser for k-diffusion's samplers and for EDM's: both call `denoiser(x, sigma, ...)` with x = x_0 + sigma eps.
 
-That is this package's own convention, so the adapter only translates labels and answers the questions that EDM's
-sampler asks a network.
+That is this package's own convention, so the adapter only translates labels and provides the attributes that EDM's
+sampler reads.
 """
 
 from __future__ import annotations
@@ -69,5 +69,5 @@ class PatchScoreDenoiser(DenoiserModule):
             return self.denoiser.denoise(x.to(self.compute_dtype), level, labels).to(x.dtype)
 
     def round_sigma(self, sigma: float | Tensor) -> Tensor:
-        """Every noise level is served as it is."""
+        """Returns sigma unchanged: every noise level is served."""
         return torch.as_tensor(sigma)

@@ -1,4 +1,4 @@
-"""Latents: images through an autoencoder, so that patches are those of its latent space.
+"""Latents: images encoded by an autoencoder, so that patches are taken in its latent space.
 
     bank = ps.PatchBank(encode(vae, images), value_range="data")
     images = decode(vae, ps.sample(ps.EquivariantLocalScore(bank, 5), n=4))
@@ -23,7 +23,7 @@ def encode(autoencoder: Any, images: Tensor, batch_size: int = 16) -> Tensor:
     """[N, c, h, w] float32 on the CPU: the latents of images [N, C, H, W] in [-1, 1].
 
     Args:
-        autoencoder: a diffusers AutoencoderKL, of whose posterior the mean is taken; or a callable of a batch.
+        autoencoder: a diffusers AutoencoderKL, whose posterior mean is taken; or a callable of a batch.
         images: a tensor.
         batch_size: images encoded together.
 

@@ -1,7 +1,7 @@
 """Networks from files: a folder or hub id of diffusers, and TorchScript.
 
 Both become a `NetworkDenoiser`. Weights are read from safetensors alone; no pickle is loaded. A TorchScript file is a
-program: open only those of people you trust.
+program: open only files from sources that you trust.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def load_torchscript(
         shape: (C, H, W) of the images.
         prediction: as of `NetworkDenoiser`.
         scaling: likewise; None is "flow" where it predicts "flow", else "preserving".
-        level: what the network takes for the noise level, of `LEVELS`: "sigma", "edm", "flow" or "ddpm".
+        level: the form in which the network takes the noise level: "sigma", "edm", "flow" or "ddpm" (`LEVELS`).
         classes: the labels that it knows.
 
     Raises:
-        ValueError: no TorchScript file (the message names it), or an argument outside what is listed.
+        ValueError: no TorchScript file (the message names it), or an argument out of its range.
         OSError: the file cannot be read.
     """
     checks.one_of("level", level, LEVELS)

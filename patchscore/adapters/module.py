@@ -1,4 +1,4 @@
-"""DenoiserModule: a denoiser in the place of a network.
+"""DenoiserModule: a denoiser as a torch module, which libraries use like a network.
 
 Libraries query the device and dtype of a network, and move it. An adapter is therefore a torch module whose only state
 is an empty buffer that records device and dtype.
@@ -50,8 +50,8 @@ class DenoiserModule(nn.Module):
     def check_images(self, x: Any, name: str) -> None:
         """Raises unless x is a floating point tensor [B, C, H, W] of images shaped like the bank's.
 
-        Nor may it require grad where the denoiser's results carry no autograd graph: a gradient through them would lack
-        this part without a word.
+        Nor may it require grad where the denoiser's results carry no autograd graph: a gradient through them would
+        silently lack this part.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__

@@ -1,7 +1,7 @@
 """The command line: `patchscore sample`, `synthesize`, `bank`, `index`, `info`, `calibrate`, `compare`, `explain`,
 `evaluate`, `likelihood` and `bench`.
 
-A thin skin: it turns words into the library's objects, prints what happened, and turns every error a user can cause
+A thin layer: it turns arguments into the library's objects, prints results, and turns every error that a user can cause
 into one line on stderr and exit code 2.
 """
 
@@ -29,7 +29,7 @@ __all__ = ["main"]
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="patchscore")
 def main() -> None:
-    """New images from nothing but training patches: the exact score of a diffusion model that has no network."""
+    """Sample new images from training patches: the score of a diffusion model, computed without a network."""
 
 
 for command in (

@@ -30,8 +30,8 @@ Examples:
 def bench(full: bool, gpu: bool, **paths: Path | None) -> None:
     """Measure the engines on this machine: rates beside peers, whole samples, scaling.
 
-    In short it takes less than five minutes and prints tables; JSON and plots go to the output folder. With --full and
-    without --out, the results and pages of the project itself are made again. The benchmarks come with the source
+    By default it takes less than five minutes and prints tables; JSON and plots go to the output folder. With --full
+    and no --out, it rewrites the results and pages of the project itself. The benchmarks come with the source
     (repository or sdist), not with the wheel.
     """
     script = Path(__file__).parent.parent.parent / "benchmarks" / "bench.py"

@@ -23,8 +23,8 @@ from ..scales import ScaleTable
 from .networks import NO_CALLING, Calling, labels_of_network, network_options, opened_network
 from .options import (
     Computing,
+    Sampling,
     Source,
-    Walk,
     numbers,
     one_line_errors,
     say,
@@ -42,36 +42,52 @@ Examples:
   patchscore calibrate photos/ mymodels:denoiser --size 32 --patch-sizes 3,5,7,9 --metric l2
   patchscore sample fashion-mnist --table calibrated/table.json
 
-The same command again continues an interrupted calibration, and a larger -n adds walks, or images, to a finished one.
+The same command again continues an interrupted calibration, and a larger -n adds trajectories, or images, to a finished
+one.
 """
 )
 @network_options(required=False, steps="Levels of the noise schedule; the table has an entry for each.")
 @click.option(
-    "-n", "count", type=int, default=20, show_default=True, help="How many walks of the network, or held-out images."
+    "-n", "count", type=int, default=20, show_default=True, help="Trajectories of the network, or held-out images."
 )
-@click.option("--first", type=int, default=10_000, show_default=True, help="Number of the first; compare starts at 0.")
+@click.option(
+    "--first",
+    type=int,
+    default=10_000,
+    show_default=True,
+    help="Number of the first trajectory; compare starts at 0, so the two do not overlap.",
+)
 @click.option(
     "--patch-sizes",
     default="auto",
     show_default=True,
     metavar="auto|K,K,...",
-    help=f"The sizes that compete, odd; auto is {PATCH_SIZES[0]} to {PATCH_SIZES[-1]}, as far as they fit, and without "
-    "a network up to the image's side.",
+    help=f"Candidate sizes, odd; auto is {PATCH_SIZES[0]} to {PATCH_SIZES[-1]}, as far as they fit, and without a "
+    "network up to the image's side.",
 )
-@click.option("--metric", type=click.Choice(METRICS), default="cosine", show_default=True, help="How scores agree.")
+@click.option(
+    "--metric",
+    type=click.Choice(METRICS),
+    default="cosine",
+    show_default=True,
+    help="Measure of agreement between two scores.",
+)
+@click.option(
+    "--summary", type=click.Choice(SUMMARIES), default="median", show_default=True, help="Summary over trajectories."
+)
 @click.option(
     "--machine",
     type=click.Choice(MACHINES),
     default="els",
     show_default=True,
-    help="Whose patch sizes: windows from everywhere; from the same place; or, of a circular network, from everywhere "
-    "in images that wrap.",
+    help="Machine to fit sizes for: windows from every position, from the same one or, for circular networks, from "
+    "every position of images that wrap.",
 )
-@click.option("--summary", type=click.Choice(SUMMARIES), default="median", show_default=True, help="Of the choices.")
 @click.option(
     "--held-out",
     metavar="SOURCE",
-    help="Without a network: images to denoise that are not in SOURCE.  [default: images of SOURCE, by the others]",
+    help="Without a network: images to denoise that are not in SOURCE.  [default: images of SOURCE, denoised by "
+    "the others]",
 )
 @click.option(
     "--block",
@@ -81,14 +97,16 @@ The same command again continues an interrupted calibration, and a larger -n add
     help="Without a network: side of the block of pixels that is denoised in each image; 0 takes the whole image.",
 )
 @click.option("--monotone", is_flag=True, help="Without a network: let no size fall as the noise grows.")
-@click.option("--out", type=click.Path(path_type=Path), default="calibrated", show_default=True, help="Folder.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="calibrated", show_default=True, help="Folder to write."
+)
 @one_line_errors
 def calibrate(
     source: Source,
     network: str | None,
     padding_mode: str,
     calling: Calling,
-    walk: Walk,
+    sampling: Sampling,
     computing: Computing,
     count: int,
     first: int,
@@ -101,17 +119,17 @@ def calibrate(
     monotone: bool,
     out: Path,
 ) -> None:
-    """Find the patch size for each noise level: as a network has it, or from the images alone.
+    """Find the patch size for each noise level, from a trained network or from the images alone.
 
     SOURCE is the training images, as for sample. NETWORK is what was trained on them: a file that
     examples/train_cnn.py wrote; diffusers:PATH, a folder or hub id of a UNet2DModel and its scheduler; a TorchScript
     file, which is a program that is run; or module:function, a function that is called with the PatchBank and returns a
-    denoiser (patchscore.adapters.network makes one of any network). Then the size is taken whose score agrees best
-    with the network's. Without NETWORK it is the size that denoises images best which are left out of SOURCE; --labels
-    all lets each be denoised by its own class. Writes table.json, for --table; calibration.json or held-out.json; and
+    denoiser (patchscore.adapters.network makes one of any network). The size chosen for a level is the one whose score
+    agrees best with the network's. Without NETWORK it is the one that denoises held-out images of SOURCE best; --labels
+    all denoises each by its own class. Writes table.json, for --table; calibration.json or held-out.json; and
     calibration.png.
     """
-    walk.check()
+    sampling.check()
     check_writable(out)
     if network is not None and (held_out is not None or monotone or block != BLOCK):
         raise ValueError("--held-out, --block, --monotone: take no NETWORK")
@@ -119,29 +137,31 @@ def calibrate(
     if network is None:
         if calling != Calling():
             raise ValueError(NO_CALLING)
-        _fit(source, bank, padding_mode, walk, computing, count, patch_sizes, machine, held_out, block, monotone, out)
+        _fit(
+            source, bank, padding_mode, sampling, computing, count, patch_sizes, machine, held_out, block, monotone, out
+        )
         return
     denoiser, padding_mode = opened_network(network, bank, padding_mode, calling)
     sizes = _patch_sizes(patch_sizes) or [k for k in PATCH_SIZES if k <= min(bank.shape[1:])] or [1]
     say(f"{bank!r} from {source.source}", f"{denoiser!r}, padding {padding_mode}")
-    labels: Labels = labels_of_network(walk.labels, bank, denoiser)
+    labels: Labels = labels_of_network(sampling.labels, bank, denoiser)
     with _writing(out):
         start = time.perf_counter()
         found = run_calibration(
             denoiser,
             bank,
             sizes,
-            walk.schedule,
-            walk.steps,
+            sampling.schedule,
+            sampling.steps,
             count,
             padding_mode,
             metric=metric,
             machine=machine,
-            sampler=walk.sampler,
+            sampler=sampling.sampler,
             labels=labels,
-            seed=walk.seed,
+            seed=sampling.seed,
             first=first,
-            batch_size=walk.batch_size,
+            batch_size=sampling.batch_size,
             device=computing.where,
             engine=computing.engine,
             memory_limit=computing.bytes,
@@ -157,7 +177,7 @@ def _fit(
     source: Source,
     bank: PatchBank,
     padding_mode: str,
-    walk: Walk,
+    sampling: Sampling,
     computing: Computing,
     count: int,
     patch_sizes: str,
@@ -168,8 +188,8 @@ def _fit(
     out: Path,
 ) -> None:
     """The sizes with the least held-out error."""
-    if walk.labels not in ("auto", "none", "all"):
-        raise ValueError(f"--labels: got {walk.labels}, without NETWORK takes none or all")
+    if sampling.labels not in ("auto", "none", "all"):
+        raise ValueError(f"--labels: got {sampling.labels}, without NETWORK takes none or all")
     if held_out is not None:
         others = source.at(held_out).open()
         say(f"{bank!r} from {source.source}", f"held out: {others!r} from {held_out}")
@@ -181,14 +201,14 @@ def _fit(
         found = held_out_errors(
             bank,
             _patch_sizes(patch_sizes),
-            get_schedule(walk.schedule, walk.steps).ratios[:-1].tolist(),
+            get_schedule(sampling.schedule, sampling.steps).ratios[:-1].tolist(),
             images=count,
             block=block or None,
             padding_mode="zeros" if padding_mode == "auto" else padding_mode,
             machine=machine,
-            conditional=walk.labels == "all",
+            conditional=sampling.labels == "all",
             held_out=others,
-            seed=walk.seed,
+            seed=sampling.seed,
             engine=computing.engine,
             memory_limit=computing.bytes,
             device=computing.where,

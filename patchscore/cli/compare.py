@@ -17,7 +17,7 @@ from ..evaluate import compare as run_comparison
 from ..files import check_writable, locked, write_atomically
 from .fitted import keep, patch_sizes
 from .networks import Calling, labels_of_network, network_options, opened_network
-from .options import Computing, Source, Walk, one_line_errors, say, seconds_since, write_chart
+from .options import Computing, Sampling, Source, one_line_errors, say, seconds_since, write_chart
 
 
 @click.command(
@@ -37,30 +37,30 @@ Examples:
     default="auto",
     show_default=True,
     metavar="NAME|FILE|K",
-    help="Patch sizes, as for sample; the table that calibrate wrote is the one to give.",
+    help="Patch sizes, as for sample; best the table that calibrate wrote for this network.",
 )
 @click.option(
     "--theories",
     default="machines",
     show_default=True,
     metavar="machines|all|NAME,...",
-    help="Who is compared: the machines of Kamb & Ganguli and a Gaussian; all theories; or some of "
+    help="Theories to compare: the machines of Kamb & Ganguli and a Gaussian; all theories; or some of "
     f"{', '.join(THEORIES)}.",
 )
 @click.option(
     "--baselines/--no-baselines",
     default=True,
-    help="Without: only the machine of the network's padding, whatever else.",
+    help="--no-baselines: only the machine with the network's padding.",
 )
-@click.option("--no-steps", is_flag=True, help="Only final images, not every step; half the work.")
-@click.option("--out", type=click.Path(path_type=Path), default="compared", show_default=True, help="Folder.")
+@click.option("--no-steps", is_flag=True, help="Compare final images only, not every step: half the work.")
+@click.option("--out", type=click.Path(path_type=Path), default="compared", show_default=True, help="Folder to write.")
 @one_line_errors
 def compare(
     source: Source,
     network: str,
     padding_mode: str,
     calling: Calling,
-    walk: Walk,
+    sampling: Sampling,
     computing: Computing,
     count: int,
     table: str,
@@ -76,7 +76,7 @@ def compare(
     pairs.png (the images under each other) and scatter.png. The same command again continues an interrupted comparison;
     a larger -n and other --theories add to it.
     """
-    walk.check()
+    sampling.check()
     known = {"machines": BASELINES, "all": THEORIES}.get(theories) or [name.strip() for name in theories.split(",")]
     for name in known:
         checks.one_of("--theories", name, THEORIES)
@@ -89,7 +89,7 @@ def compare(
     names = [own] if not baselines else sorted(known, key=lambda name: name != own)
     machines = theories_named(names, bank, sizes, engine=computing.engine, memory_limit=memory)
     say(f"{bank!r} from {source.source}", f"{denoiser!r}, padding {padding_mode}, patch sizes {sizes.name}")
-    labels = labels_of_network(walk.labels, bank, denoiser)
+    labels = labels_of_network(sampling.labels, bank, denoiser)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, f"{out}: another process is writing this folder; wait for it, or take another"):
         start = time.perf_counter()
@@ -97,12 +97,12 @@ def compare(
             denoiser,
             machines,
             count,
-            walk.steps,
-            walk.schedule,
-            walk.sampler,
+            sampling.steps,
+            sampling.schedule,
+            sampling.sampler,
             labels,
-            walk.seed,
-            batch_size=walk.batch_size,
+            sampling.seed,
+            batch_size=sampling.batch_size,
             device=computing.where,
             along=not no_steps,
             resume=out / "comparison.npz",
@@ -111,7 +111,7 @@ def compare(
             keep(out, sizes, errors)
         found.save(out / "comparison.json")
         found.save_csv(out / "comparison.csv")
-        lines = [f"{denoiser!r} on {bank!r}", f"{count} images, patch sizes {sizes.name}, seed {walk.seed}"]
+        lines = [f"{denoiser!r} on {bank!r}", f"{count} images, patch sizes {sizes.name}, seed {sampling.seed}"]
         page = league_page(found, f"Theories beside {Path(network).name}", lines)
         write_atomically(out / "comparison.html", page.encode())
         _tell(found)

@@ -41,14 +41,32 @@ Examples:
     default="pixels",
     show_default=True,
     metavar="pixels|inception|MODULE:FUNCTION",
-    help="What distances are between: pixels; features of the Inception network, which give FID too (torch-fidelity "
-    "and its weights must be installed); or of a function of images [B, C, H, W] in [-1, 1].",
+    help="What distances compare: pixels; features of the Inception network, which also give FID (torch-fidelity "
+    "and its weights must be installed); or those of a function of images [B, C, H, W] in [-1, 1].",
 )
-@click.option("--weights", type=click.Path(path_type=Path), help="Inception's, if not where torch-fidelity keeps them.")
-@click.option("--sample-features", type=click.Path(path_type=Path), help="Instead: a .npy file [n, d] for RUN ...")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="File of Inception's weights, if not where torch-fidelity keeps it.",
+)
+@click.option(
+    "--sample-features", type=click.Path(path_type=Path), help="Instead of --features: a .npy file [n, d] for RUN ..."
+)
 @click.option("--reference-features", type=click.Path(path_type=Path), help="... and one [N, d] for SOURCE.")
-@click.option("--precision-k", type=int, default=PRECISION_K, show_default=True, help="Of precision and recall.")
-@click.option("--density-k", type=int, default=DENSITY_K, show_default=True, help="Of density and coverage.")
+@click.option(
+    "--precision-k",
+    type=int,
+    default=PRECISION_K,
+    show_default=True,
+    help="Neighbour that sets the radii of precision and recall.",
+)
+@click.option(
+    "--density-k",
+    type=int,
+    default=DENSITY_K,
+    show_default=True,
+    help="Neighbour that sets the radii of density and coverage.",
+)
 @click.option(
     "--patch-sizes",
     default=",".join(map(str, PATCH_SIZES)),
@@ -56,13 +74,13 @@ Examples:
     metavar="K,K,...",
     help="Sides of the patches whose distributions are compared.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the patches drawn.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the patches drawn.")
 @click.option(
     "--memory-limit",
     type=float,
     default=MEMORY_LIMIT / 2**30,
     show_default=True,
-    help="Of blocks of distances, in GiB.",
+    help="Memory for blocks of distances, in GiB.",
 )
 @device_option()
 @click.option(
@@ -157,10 +175,10 @@ def _array(option: str, path: Path) -> np.ndarray:
 def _tell(found: Fidelity) -> None:
     """The table: a figure in a line, with what to hold it against."""
     rows = [
-        ("precision", found.precision, "share of samples among the training images; 1 is best"),
-        ("recall", found.recall, "share of training images among the samples; 1 is best"),
+        ("precision", found.precision, "fraction of samples among the training images; 1 is best"),
+        ("recall", found.recall, "fraction of training images among the samples; 1 is best"),
         ("density", found.density, "1 for samples of the same distribution"),
-        ("coverage", found.coverage, "share of training images with a sample near; 1 is best"),
+        ("coverage", found.coverage, "fraction of training images with a sample near; 1 is best"),
     ]
     if found.frechet is not None:
         rows.append(("frechet distance", found.frechet, "of the features; FID, if they are Inception's"))
@@ -168,7 +186,7 @@ def _tell(found: Fidelity) -> None:
         between = found.patch_wasserstein_reference[k]
         rows.append((f"patches {k} x {k}", value, f"sliced Wasserstein; {between:.4f} between halves of SOURCE"))
     rows += [
-        ("memorised", found.memorised, "share of samples a third as far from one training image as from any other"),
+        ("memorised", found.memorised, "fraction of samples a third as far from one training image as from any other"),
         ("nearer than usual", found.nearer_than_usual, "0.5 for new images of the same distribution"),
     ]
     for name, value, words in rows:

@@ -15,7 +15,7 @@ from ..draw import charts
 from ..draw.images import png
 from ..draw.mosaic import mosaic, mosaic_rows
 from ..draw.pages import explanation_page
-from ..explain import Walk, explain_samples
+from ..explain import ExplainedSample, explain_samples
 from ..files import locked, write_atomically
 from ..mixed import MixedBank
 from ..noise import get_schedule
@@ -43,13 +43,17 @@ Examples:
 """
 )
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--image", "images", default="0", show_default=True, metavar="N|N,M,...|all", help="Which samples.")
-@click.option("--levels", type=int, help="How many steps to explain; all, or 8 for over four images.")
-@click.option("--top", type=int, default=12, show_default=True, help="How many windows a pixel to look for.")
+@click.option(
+    "--image", "images", default="0", show_default=True, metavar="N|N,M,...|all", help="Samples to explain, by number."
+)
+@click.option("--levels", type=int, help="Number of steps to explain.  [default: all, or 8 for more than four images]")
+@click.option(
+    "--top", type=int, default=12, show_default=True, help="Number of heaviest windows to find for each pixel."
+)
 @click.option(
     "--sensitivity",
     is_flag=True,
-    help="Show which input pixels output pixels listen to as well, and draw sensitivity.png; takes two to four times "
+    help="Also show which input pixels output pixels depend on, and draw sensitivity.png; takes two to four times "
     "as long.",
 )
 @click.option("--source", help="Where the run's training images are now; by default where they were.")
@@ -69,10 +73,11 @@ def explain(
     """Show which training patches made the samples of a run in OUT.
 
     Writes into that folder mosaic.png (mosaic-000000.png and so on for several images), explain.html, one page that
-    needs nothing else, and memorisation.png; how near each sample is to a training image, and how many it is made of,
-    goes into run.json. --sensitivity adds to both the input pixels that output pixels listen to, rows of the Jacobian
-    of the denoiser, and sensitivity.png: how wide they reach beside the patch size, over noise levels. A run made with
-    an index is made again with it; what explains it are all windows, not only those that the run looked at.
+    needs nothing else, and memorisation.png; run.json gets the distance of each sample to its nearest training image,
+    and the number of images that it is made of. --sensitivity adds to both pictures the input pixels that output pixels
+    depend on (rows of the Jacobian of the denoiser), and sensitivity.png: the width of that dependence beside the patch
+    size, over noise levels. A run made with an index is repeated with it, but explained by all windows, not only by
+    those that it evaluated.
     """
     if not (out / "run.json").is_file():
         raise ValueError(f"{out / 'run.json'}: no such file; takes the folder of a run of patchscore sample")
@@ -108,30 +113,30 @@ def _explain(
         # Which sizes the index lacks was told when the run was made.
         warnings.filterwarnings("ignore", message=".*the index has patch sizes")
     start = time.perf_counter()
-    walks = explain_samples(machine, wanted, chosen, top, fields=sensitivity, device=device_named(device), **settings)
-    warn_of_others(out, record, walks)
-    shares = _of_all_windows(machine, record, walks)
-    if shares:
-        say(shares)
+    samples = explain_samples(machine, wanted, chosen, top, fields=sensitivity, device=device_named(device), **settings)
+    warn_of_others(out, record, samples)
+    sampled = _of_all_windows(machine, record, samples)
+    if sampled:
+        say(sampled)
 
-    for walk in walks:
-        name = "mosaic.png" if len(walks) == 1 else f"mosaic-{walk.number:06d}.png"
-        write_atomically(out / name, png(mosaic(mosaic_rows(walk, machine.bank))))
+    for sample in samples:
+        name = "mosaic.png" if len(samples) == 1 else f"mosaic-{sample.number:06d}.png"
+        write_atomically(out / name, png(mosaic(mosaic_rows(sample, machine.bank))))
     about = {
-        "title": f"Which training patches made {'these images' if len(walks) > 1 else 'this image'}",
+        "title": f"Which training patches made {'these images' if len(samples) > 1 else 'this image'}",
         "lines": [
             f"{type(machine).__name__} over {len(machine.bank):,} training images of {record['noted']['source']}, "
             f"seed {settings['seed']}. At each step a pixel becomes the weighted mean of the centre pixels of those "
             "training windows that look most like its own noisy window.",
-            *([shares] if shares else []),
+            *([sampled] if sampled else []),
         ],
         "padding_mode": getattr(machine, "padding_mode", "zeros"),
     }
-    page = explanation_page(walks, machine.bank, about)
+    page = explanation_page(samples, machine.bank, about)
     write_atomically(out / "explain.html", page.encode())
-    report = report_memorisation(out, record, walks, machine.bank)
-    samples = report["samples"]
-    for entry in samples:
+    report = report_memorisation(out, record, samples, machine.bank)
+    entries = report["samples"]
+    for entry in entries:
         if entry["image"] in wanted:
             say(
                 f"image {entry['image']}: nearest training image {entry['nearest']} at rms {entry['rms']:.3f}; "
@@ -141,20 +146,20 @@ def _explain(
     write_chart(
         out / "memorisation.png",
         lambda: charts.memorisation(
-            [entry["rms"] for entry in samples],
-            [entry["effective_sources"] for entry in samples],
+            [entry["rms"] for entry in entries],
+            [entry["effective_sources"] for entry in entries],
             report["training_images_to_nearest_other"],
         ),
     )
     if sensitivity:
-        found = [walk.fields for walk in walks]
+        found = [sample.fields for sample in samples]
         write_chart(out / "sensitivity.png", lambda: charts.receptive_fields(found, max(machine.shape[1:])))
-    each = (time.perf_counter() - start) / len(walks)
+    each = (time.perf_counter() - start) / len(samples)
     say(f"{each:.1f} s an image: see {out / 'explain.html'} ({bytes_in_words(len(page))}) and {out / name}")
 
 
-def _of_all_windows(machine: ScoreMachine, record: dict[str, Any], walks: list[Walk]) -> str:
-    """What to say of a run that looked at a share of the windows, through an index; nothing of any other."""
+def _of_all_windows(machine: ScoreMachine, record: dict[str, Any], samples: list[ExplainedSample]) -> str:
+    """What to say of a run that evaluated a sample of the windows; "" for any other."""
     made = record["settings"]
     if not (made.get("index") or made.get("budget")) or record["noted"]["engine"] in engines.NAMES:
         return ""
@@ -165,9 +170,9 @@ def _of_all_windows(machine: ScoreMachine, record: dict[str, Any], walks: list[W
             "those of all windows."
         )
     through = ", through an index" if made.get("index") else ""
-    apart = max(step for walk in walks for step in walk.apart)
+    apart = max(step for sample in samples for step in sample.apart)
     return (
-        f"The run looked at a share of the windows{through} ({least}). Its own noise is shown; weights and "
+        f"The run evaluated a sample of the windows{through} ({least}). Its own noise is shown; weights and "
         f"denoised images are those of all windows. What the run made of that noise is off by up to {apart:.2g} rms."
     )
 

@@ -41,7 +41,9 @@ The same command again continues an interrupted build and keeps the sizes that a
 @click.option("--rank", type=int, help="Principal axes to keep of a window.  [default: 32, or all]")
 @click.option("--cells", type=int, help="Cells of similar windows.  [default: 16 sqrt(windows)]")
 @click.option("--max-windows", type=int, help="Index at most this many windows per size, from randomly chosen images.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of training samples and the order in cells.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of training samples and of the order in cells."
+)
 @click.option("--memory-limit", type=float, default=2.0, show_default=True, help="Working memory in GiB.")
 @click.option(
     "--shards",

@@ -28,9 +28,9 @@ Examples:
 @device_option("The device that engines are looked up for.")
 @one_line_errors
 def info(source: Source, device: str) -> None:
-    """Say what SOURCE holds, and which engines this machine has.
+    """Show what SOURCE holds, and which engines this machine has.
 
-    Of the folder of a run it tells how the images were made, and what they are as training images of another.
+    For the folder of a run, it also shows how the images were made; they are described as training images too.
     """
     device = device_named(device)
     folder = Path(source.source)

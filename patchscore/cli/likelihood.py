@@ -41,13 +41,13 @@ Published tables, made for 32 x 32 images: """
 )
 @source_options
 @click.argument("images")
-@click.option("-n", "count", type=int, default=16, show_default=True, help="The first so many of IMAGES.")
+@click.option("-n", "count", type=int, default=16, show_default=True, help="Use the first N of IMAGES.")
 @click.option(
     "--machine",
     type=click.Choice(["els", "ls", "ideal", "gaussian"]),
     default="els",
     show_default=True,
-    help="Equivariant local, local, whole images, or the Gaussian with their mean and covariance.",
+    help="Equivariant local, local, ideal, or the Gaussian with the mean and covariance of the training images.",
 )
 @PADDING_MODE
 @TABLE
@@ -58,11 +58,17 @@ Published tables, made for 32 x 32 images: """
     show_default=True,
     help="own: each image under the training images of its class, which has the same name or number in both sources.",
 )
-@click.option("--sigma-min", type=float, default=0.002, show_default=True, help="Noise level whose density is meant.")
-@click.option("--sigma-max", type=float, default=80.0, show_default=True, help="Noise level of white noise.")
-@click.option("--steps", type=int, default=50, show_default=True, help="Heun steps; half as many more tell the error.")
+@click.option(
+    "--sigma-min", type=float, default=0.002, show_default=True, help="Noise level at which the density is taken."
+)
+@click.option(
+    "--sigma-max", type=float, default=80.0, show_default=True, help="Noise level at which images are white noise."
+)
+@click.option(
+    "--steps", type=int, default=50, show_default=True, help="Heun steps; half as many again estimate the error."
+)
 @click.option("--tolerance", type=float, help="Double the steps until the error is below this, in nats a dimension.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise that spreads 8-bit values.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise that spreads 8-bit values.")
 @click.option("--batch-size", type=int, default=DEFAULT_BATCH, show_default=True, help="Images evaluated together.")
 @computing_options()
 @click.option("--out", type=click.Path(path_type=Path), help="A JSON file with the figures of every image.")
@@ -84,7 +90,7 @@ def likelihood(
     computing: Computing,
     out: Path | None,
 ) -> None:
-    """Say how many bits a dimension IMAGES cost under the probability flow of a machine of SOURCE.
+    """Compute the bits per dimension of IMAGES under the probability flow of a machine over SOURCE.
 
     IMAGES is a source as SOURCE is, read at the same size and with the same channels. 8-bit values are spread
     uniformly over their width. Densities of a bank of images depend on --sigma-min: at 0.002 an image that is not in

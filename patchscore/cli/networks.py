@@ -18,14 +18,14 @@ from ..adapters.network import PREDICTIONS, SCALINGS, from_network
 from ..bank import PatchBank
 from ..denoiser import Denoiser
 from ..networks import load_network
-from .options import Command, computing_options, labels_named, say, source_options, taking, walk_options
+from .options import Command, computing_options, labels_named, sampling_options, say, source_options, taking
 
 THEORY_LABELS = click.option(
     "--labels",
     default="auto",
     show_default=True,
     metavar="auto|none|all|A,B,...",
-    help="Classes that the images take in turn; auto is all that there are, if the network takes labels.",
+    help="Classes of the images, in turn; auto is all classes if the network takes labels, else none.",
 )
 
 
@@ -59,7 +59,7 @@ calling_options = taking(
         type=click.Choice(list(LEVELS)),
         default="sigma",
         show_default=True,
-        help="What it takes for the noise level: sigma, ln(sigma) / 4, sigma / (1 + sigma), or DDPM's timestep.",
+        help="The noise level that it takes: sigma, ln(sigma) / 4, sigma / (1 + sigma), or DDPM's timestep.",
     ),
 )
 
@@ -70,13 +70,13 @@ def network_options(required: bool, steps: str) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         for option in (
             computing_options(),
-            walk_options(THEORY_LABELS, None, "Images at a time.", steps),
+            sampling_options(THEORY_LABELS, None, "Images at a time.", steps),
             click.option(
                 "--padding-mode",
                 type=click.Choice(["auto", "zeros", "circular"]),
                 default="auto",
                 show_default=True,
-                help="Of the machine; auto is the network's own, zeros where it does not say.",
+                help="Padding of the machine; auto is that of the network, or zeros where the network does not say.",
             ),
             calling_options,
             click.argument("network", required=required),

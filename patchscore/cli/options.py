@@ -236,13 +236,13 @@ class Source:
 source_options = taking(
     Source,
     click.argument("source"),
-    click.option("--size", type=int, help="Resize to SIZE x SIZE; what is wider or taller is cropped."),
+    click.option("--size", type=int, help="Resize to SIZE x SIZE pixels, after cropping to a square about the centre."),
     click.option("--channels", type=click.Choice(["1", "3"]), help="Convert to gray (1) or RGB (3)."),
-    click.option("--limit", type=int, help="Use at most so many images, as equal a share of each class as there is."),
-    click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be read, and say how many."),
-    click.option("--split", help="The part to read of a source that comes in parts, such as train."),
-    click.option("--image-key", help="The images' name in a source that holds several things."),
-    click.option("--label-key", help="Likewise the labels'."),
+    click.option("--limit", type=int, help="Largest number of images, from all classes as equally as possible."),
+    click.option("--skip-bad", is_flag=True, help="Skip images that cannot be read, and report how many."),
+    click.option("--split", help="The split to read where SOURCE has several, such as train."),
+    click.option("--image-key", help="Name of the images in a source of several arrays or columns."),
+    click.option("--label-key", help="Name of the labels in such a source."),
 )
 
 VALUE_RANGE = click.option(
@@ -253,11 +253,11 @@ VALUE_RANGE = click.option(
 )
 
 
-# ---- Walks: from noise to images.
+# ---- Sampling: from noise to images.
 
 
 @dataclasses.dataclass(frozen=True)
-class Walk:
+class Sampling:
     """How images are sampled."""
 
     steps: int
@@ -271,12 +271,12 @@ class Walk:
         checks.integer("--batch-size", self.batch_size, at_least=1)
 
 
-def walk_options(
+def sampling_options(
     labels: Option, seed_help: str | None, batch_help: str, steps_help: str
 ) -> Callable[[Command], Command]:
-    """The options of a Walk; commands explain them in their own words."""
+    """The options of `Sampling`; commands explain them in their own words."""
     return taking(
-        Walk,
+        Sampling,
         click.option("--steps", type=int, default=20, show_default=True, help=steps_help),
         click.option("--schedule", type=click.Choice(list(SCHEDULES)), default="cosine", show_default=True),
         click.option("--sampler", type=click.Choice(list(SAMPLER_NAMES)), default="ddim", show_default=True),
@@ -315,12 +315,12 @@ def computing_options(*names: str) -> Callable[[Command], Command]:
     return taking(
         Computing,
         click.option("--engine", default="auto", show_default=True, metavar=listed),
-        device_option("cpu, cuda, cuda:1, mps; auto takes cuda if there is."),
+        device_option("cpu, cuda, cuda:1 or mps; auto is cuda where available."),
         click.option("--memory-limit", type=float, default=memory, show_default=True, help="Working memory in GiB."),
     )
 
 
-def device_option(explained: str = "auto takes cuda if there is.") -> Option:
+def device_option(explained: str = "auto is cuda where available.") -> Option:
     return click.option("--device", default="auto", show_default=True, help=explained)
 
 

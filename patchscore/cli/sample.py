@@ -31,18 +31,18 @@ from .networks import named_function
 from .options import (
     VALUE_RANGE,
     Computing,
+    Sampling,
     Source,
-    Walk,
     computing_options,
     described,
     labels_named,
     one_line_errors,
     range_named,
+    sampling_options,
     say,
     size_named,
     source_options,
     taking,
-    walk_options,
 )
 
 
@@ -115,16 +115,16 @@ PADDING_MODE = click.option(
     type=click.Choice(["zeros", "circular"]),
     default="zeros",
     show_default=True,
-    help="How els treats borders.",
+    help="Borders of els: equivariance broken by zero padding, or none (z wraps around).",
 )
 TABLE = click.option(
     "--table",
     default="auto",
     show_default=True,
     metavar="NAME|FILE|K",
-    help="Patch size by noise level: a published table (the list is below), a file that ScaleTable.save wrote, or "
-    "one size. auto is the published table of SOURCE where its name says that it is such data, at 32 x 32; else "
-    "sizes are fitted to SOURCE, in seconds, and kept in the folder of the run.",
+    help="Patch size by noise level: a published table (listed below), a file that ScaleTable.save wrote, or one "
+    "size. auto is the published table if SOURCE is named after its data set and its images are 32 x 32; else"
+    " sizes are fitted to SOURCE, in seconds, and kept in the folder of the run.",
 )
 
 which_options = taking(
@@ -134,7 +134,8 @@ which_options = taking(
         type=click.Choice(["els", "ls", "ideal"]),
         default="els",
         show_default=True,
-        help="Which windows compete: from everywhere (equivariant local), at the same place (local), or whole images.",
+        help="Which windows compete: from every position (equivariant local), from the same one (local), or whole "
+        "images.",
     ),
     PADDING_MODE,
     TABLE,
@@ -142,17 +143,19 @@ which_options = taking(
         "--index",
         "index_path",
         type=click.Path(path_type=Path),
-        help="An index that `patchscore index` made of SOURCE: a share of the windows is looked at, not all.",
+        help="An index of SOURCE from `patchscore index`: a sample of the windows is evaluated, not all.",
     ),
     click.option(
         "--budget",
         type=float,
-        help="Share of (pixel, window) pairs to evaluate, say 0.01; without --index, of training images to sum over.",
+        help="Fraction of (pixel, window) pairs to evaluate, say 0.01; without --index, of training images to sum "
+        "over.",
     ),
     click.option(
         "--tolerance",
         type=float,
-        help="With --index, instead: the rms error that a denoised pixel may have. On CUDA also without: the largest.",
+        help="Instead of --budget: the rms standard error that a pixel may have. Without --index, on CUDA: its largest"
+        " error.",
     ),
 )
 
@@ -161,7 +164,7 @@ SAMPLE_LABELS = click.option(
     default="none",
     show_default=True,
     metavar="none|all|A,B,...",
-    help="Classes, by number or name, that the images take in turn; all of them; or none: every image competes.",
+    help="Classes of the samples, in turn, by number or name; all of them; or none: images of every class compete.",
 )
 
 
@@ -185,17 +188,17 @@ Published tables, made for 32 x 32 images: """
 @source_options
 @click.option("-n", "count", type=int, default=16, show_default=True, help="How many images.")
 @which_options
-@walk_options(
+@sampling_options(
     SAMPLE_LABELS,
     "Image i depends on the seed and on i alone.",
     "Images denoised together.",
-    "Levels of the noise schedule; the last of the cosine schedule's is the clean image.",
+    "Levels of the noise schedule; the last level of the cosine schedule is the clean image.",
 )
 @computing_options("pruned")
 @click.option(
     "--size-out",
     metavar="HEIGHTxWIDTH",
-    help="Make images of this size, say 48x80, whatever the training images'; els only.",
+    help="Size of the images to make, say 48x80, if not that of the training images; els only.",
 )
 @click.option(
     "--format",
@@ -208,8 +211,8 @@ Published tables, made for 32 x 32 images: """
 @click.option(
     "--decode",
     metavar="MODULE:FUNCTION",
-    help="With --value-range: what makes pictures [B, 1 or 3, H, W] in [-1, 1] of samples [B, C, H, W], as PNGs; a "
-    "function, or an AutoencoderKL of diffusers.",
+    help="With --value-range: a function, or an AutoencoderKL of diffusers, that decodes samples [B, C, H, W] to "
+    "pictures [B, 1 or 3, H, W] in [-1, 1], which are written as PNGs.",
 )
 @VALUE_RANGE
 @click.option(
@@ -228,7 +231,7 @@ def sample(
     source: Source,
     count: int,
     which: Which,
-    walk: Walk,
+    sampling: Sampling,
     computing: Computing,
     size_out: str | None,
     form: str | None,
@@ -240,15 +243,15 @@ def sample(
     """Make new images from the training images in SOURCE.
 
     SOURCE is a folder of images (class subfolders become labels), a .npy, .npz or IDX file, or fashion-mnist (built
-    in). Images of several sizes are taken as they are (els), without --size. The output folder gets samples/ with one
-    PNG an image (or what --format says), samples.npy with the same as float32, grid.png of the first hundred,
-    trajectory.png, batches.jsonl (labels, hashes, nearest training images) and run.json (all settings). Of latents
-    (--value-range) pictures are drawn where --decode says how.
+    in). With els, images of several sizes keep their sizes unless --size is given. The output folder gets samples/ with
+    one PNG an image (or what --format says), samples.npy with the same as float32, grid.png of the first hundred,
+    trajectory.png, batches.jsonl (labels, hashes, nearest training images) and run.json (all settings). Latents
+    (--value-range) get pictures only with --decode.
     """
     form, shown = _written(source, form, decode)
     checks.integer("-n", count, at_least=1, at_most=MOST_IMAGES)
-    walk.check()
-    get_schedule(walk.schedule, walk.steps)
+    sampling.check()
+    get_schedule(sampling.schedule, sampling.steps)
     size = None if size_out is None else size_named("--size-out", size_out)
     device, _ = computing.where, computing.bytes
     source.check_not_around(out)
@@ -261,25 +264,25 @@ def sample(
         _check_mixed(which, bank, team)
     shards = _index_of(which, bank, team)
     index = shards[0] if shards else None
-    labels = labels_named(walk.labels, bank)
-    fitted, errors = _shared_sizes(team, which, source, bank, index, walk.labels, computing, out, size)
+    labels = labels_named(sampling.labels, bank)
+    fitted, errors = _shared_sizes(team, which, source, bank, index, sampling.labels, computing, out, size)
     if index is not None and index.bank is not bank:
-        parts = [which.build(shard.bank, fitted, shard, walk.seed, computing) for shard in shards]
+        parts = [which.build(shard.bank, fitted, shard, sampling.seed, computing) for shard in shards]
         machine: ScoreMachine = Sharded(Pooled(parts), team.bank)  # type: ignore[arg-type]
     elif team.bank.size > 1:
-        over_part = which.build(distributed.shard(bank, team.bank), fitted, None, walk.seed, computing)
+        over_part = which.build(distributed.shard(bank, team.bank), fitted, None, sampling.seed, computing)
         machine = Sharded(over_part, team.bank)
     else:
-        machine = which.build(bank, fitted, index, walk.seed, computing)
-    levels = get_schedule(walk.schedule, walk.steps).ratios[:-1].tolist()
+        machine = which.build(bank, fitted, index, sampling.seed, computing)
+    levels = get_schedule(sampling.schedule, sampling.steps).ratios[:-1].tolist()
     machine.check_size(size or bank.shape[1:], levels, "--table" if size is None else "--size-out")
     sizes = machine.patch_size if isinstance(machine.patch_size, ScaleTable) else None
     settings = {
-        "steps": walk.steps,
-        "schedule": walk.schedule,
-        "sampler": walk.sampler,
+        "steps": sampling.steps,
+        "schedule": sampling.schedule,
+        "sampler": sampling.sampler,
         "labels": labels,
-        "seed": walk.seed,
+        "seed": sampling.seed,
         "size": None if size in (None, bank.shape[1:]) else list(size),
     }
     say(f"{bank!r} from {source.source}", described(machine, device))
@@ -289,13 +292,13 @@ def sample(
         warnings.filterwarnings("ignore", message=".*the index has patch sizes")
 
     of_machine = {**_of_machine(which, machine, sizes, index), "decode": decode}
-    noted = {**_noted(source, which, walk, computing, device), "ranks": team.ranks.size, "shard": shard}
+    noted = {**_noted(source, which, sampling, computing, device), "ranks": team.ranks.size, "shard": shard}
     with Run(out, machine, settings, of_machine, noted, overwrite, form, count > BLOCK_IMAGES, team, shown) as run:
         if team.first and fitted is not None and errors is not None:
             keep(out, fitted, errors)
         start = time.perf_counter()
         try:
-            kept = run.sample(count, walk.batch_size, device)
+            kept = run.sample(count, sampling.batch_size, device)
         except KeyboardInterrupt as stop:
             there = f"{sum(image < count for image in run.made)} of {count} images are in {out}"
             if team.ranks.size > 1:
@@ -416,12 +419,12 @@ def _of_index(index: PatchIndex) -> dict[str, Any]:
     return found if index.bank.part is None else {**found, "shards": index.bank.part.of}
 
 
-def _noted(source: Source, which: Which, walk: Walk, computing: Computing, device: str) -> dict[str, Any]:
+def _noted(source: Source, which: Which, sampling: Sampling, computing: Computing, device: str) -> dict[str, Any]:
     """What run.json tells beside that: where things were, which may change without changing an image."""
     return {
         **dataclasses.asdict(source),
         "value_range": range_named(source.value_range),
-        "batch_size": walk.batch_size,
+        "batch_size": sampling.batch_size,
         "engine": computing.engine,
         "index": which.index_path and str(which.index_path),
         "device": device,

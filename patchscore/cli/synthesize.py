@@ -34,14 +34,16 @@ The same command again continues an interrupted synthesis with the next level.""
 @click.argument("source")
 @click.option("--size", required=True, metavar="HEIGHTxWIDTH", help="Size of the image, say 1024x1024.")
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Convert the exemplars to gray (1) or RGB (3).")
-@click.option("--levels", type=int, help="Scales of the pyramid; by default as many as patches fit in twice.")
+@click.option(
+    "--levels", type=int, help="Scales of the pyramid.  [default: as many as leave room for two patches a side]"
+)
 @click.option(
     "--patch-size",
     "patch_sizes",
     default="9",
     show_default=True,
     metavar="K|K,K,...",
-    help="Odd; or one for each level, coarsest first.",
+    help="Odd patch size; or one for each level, coarsest first.",
 )
 @click.option("--steps", default="10", show_default=True, metavar="N|N,N,...", help="Denoising steps of a level.")
 @click.option(
@@ -63,14 +65,16 @@ The same command again continues an interrupted synthesis with the next level.""
 @click.option(
     "--labels",
     metavar="LABEL|FILE",
-    help="The class of exemplars that serve, or a picture whose gray values are the class numbers that serve there.",
+    help="Class of the exemplars to use, or a picture whose gray value is the class number to use at each pixel.",
 )
-@click.option("--symmetry", type=click.Choice(list(SYMMETRIES)), help="Mirrored or turned exemplars serve too.")
+@click.option("--symmetry", type=click.Choice(list(SYMMETRIES)), help="Use mirrored or rotated exemplars as well.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--tolerance", type=float, help="Sum over a sample of the windows, with at most this rms error of a pixel."
 )
-@click.option("--source-map", is_flag=True, help="Also tell which exemplar pixel made every pixel: source.npy, .png.")
+@click.option(
+    "--source-map", is_flag=True, help="Also write which exemplar pixel made each pixel: source.npy, source.png."
+)
 @computing_options()
 @click.option("--out", type=click.Path(path_type=Path), default="out", show_default=True, help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace a synthesis with other settings in the same folder.")

@@ -78,7 +78,7 @@ def open_shards(path: str | os.PathLike[str], bank: PatchBank, ranks: Ranks | No
 
 
 def shards_in(path: Path) -> int:
-    """Of how many shards the index in a folder is; 0 where there are none."""
+    """The number of shards of the index in a folder; 0 if it has none."""
     names = [SHARD.fullmatch(place.name) for place in path.iterdir()] if path.is_dir() else []
     return max((int(name[2]) for name in names if name), default=0)
 

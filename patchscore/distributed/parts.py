@@ -57,7 +57,7 @@ def owners(labels: Tensor | None, images: int, ranks: int) -> Tensor:
 class SpreadBank(PatchBank):
     """The images of all ranks as one bank, in the order of the ranks; none has it whole.
 
-    Pixels come from whoever holds them, so all ranks ask for the same ones in the same order.
+    Pixels come from the rank that holds them, so all ranks request the same ones in the same order.
     """
 
     def __init__(self, own: PatchBank, ranks: Ranks):

@@ -1,4 +1,4 @@
-"""Ranks: the processes that torchrun started, and what they tell each other.
+"""Ranks: the processes that torchrun started, and the messages between them.
 
 torch.distributed does the work: gloo for tensors on CPUs, NCCL for those on GPUs. Every rank calls the same methods in
 the same order. What goes wrong elsewhere reaches every rank as one line: `RankError` names the rank that failed,
@@ -39,7 +39,7 @@ class RankError(ConnectionError):
 
 
 class Disagreement(ValueError):
-    """Ranks were asked for different things, which all of them know; `reported` on all but the first."""
+    """Ranks were called with different arguments. All ranks raise it; `reported` is True on all but the first."""
 
     def __init__(self, line: str, ranks: Ranks):
         super().__init__(line)
@@ -48,7 +48,7 @@ class Disagreement(ValueError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """Processes that work together; of size 1, a process by itself. `join` and `split` make them.
+    """Processes that work together; with size 1, a single process. `join` and `split` make them.
 
     Attributes:
         rank: this process' number among them, from 0.
@@ -121,7 +121,7 @@ class Ranks:
         return [json.loads(row[:length].numpy().tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
     def agree(self, facts: Mapping[str, Any], advice: str, failure: str = "") -> None:
-        """Goes on where no rank failed and all have the same facts; a few bytes.
+        """Returns if no rank failed and all have equal facts; exchanges a few bytes.
 
         Args:
             facts: what must be the same, by name: anything that JSON holds.
@@ -155,7 +155,7 @@ class Ranks:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Around what a rank does alone before it meets the others: an error here is told them, who are waiting."""
+        """A context for work that a rank does alone: an error in it reaches the other ranks, which are waiting."""
         try:
             yield
         except (RankError, Disagreement):
@@ -167,7 +167,7 @@ class Ranks:
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
-        """Turns what torch says of a rank that is gone into one line."""
+        """Turns torch's errors about a lost rank into one line."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -184,14 +184,14 @@ _joined: list[Ranks] = []
 
 
 def join() -> Ranks:
-    """All ranks of this launch: those that torchrun started, or this process by itself.
+    """All ranks of this launch: those that torchrun started, or this process alone.
 
     The first call sets up torch.distributed, if nobody did. A rank has the GPU of its number on its host.
     PATCHSCORE_TIMEOUT is how many seconds ranks wait for each other, 300 by default.
 
     Raises:
         RankError: the others cannot be reached.
-        ValueError: a process group without gloo; a PATCHSCORE_TIMEOUT that is no positive number.
+        ValueError: a process group without gloo; a PATCHSCORE_TIMEOUT that is not a positive number.
     """
     if _joined and dist.is_initialized():
         return _joined[0]

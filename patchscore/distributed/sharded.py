@@ -1,7 +1,7 @@
-"""Sharded: a machine whose bank is spread over ranks; every rank sums over its part, and the sums meet.
+"""Sharded: a machine whose bank is spread over ranks; every rank sums over its part, and the sums are added.
 
-A posterior sum is a sum over windows, so it does not matter who holds which: every rank sums over its own, and wire.py
-adds what they found.
+A posterior sum is a sum over windows, so it does not matter which rank holds which window: every rank sums over its
+own, and wire.py adds the partial sums.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Sharded(Composed):
         machine = ps.Sharded(ps.EquivariantLocalScore(ps.shard(bank), 7))  # in a script under torchrun
         images = ps.sample(machine, n=16)  # the same images on every rank
 
-    It has the numbers of one machine over all images: to rounding (1e-6) where engines are exact, and with the standard
-    error of all parts together where `pruned` samples, each rank with draws of its own. Samplers, adapters and all else
-    take it as they take `machine`; `bank` is the whole bank, and numbers of training images count in it.
+    It gives the results of one machine over all images: to rounding (1e-6) where engines are exact, and with the
+    standard error of all parts together where `pruned` samples, each rank with draws of its own. Samplers, adapters and
+    everything else take it like `machine`; `bank` is the whole bank, in which training images are numbered.
 
     Every rank calls the same methods with the same arguments: all take part in every sum. One process by itself,
     without torchrun, is one rank with all images.
@@ -49,8 +49,8 @@ class Sharded(Composed):
     Where parts come from `shard`, the whole bank is the one it was given. Other parts, such as files of which every
     rank has one, count in the order of the ranks; pixels of the whole are then fetched from whoever has them.
 
-    With ess=False, as `denoise` and samplers have it, only means cross the wire: the standard errors of sampled sums
-    stay unknown, which `Estimate.stderr` says as 2.
+    With ess=False, as in `denoise` and samplers, ranks exchange means only; standard errors of sampled sums are then
+    unknown, and `Estimate.stderr` is 2, the largest error that there can be.
 
     Args:
         machine: IdealScore, LocalScore or EquivariantLocalScore over this rank's part, with an index of that part or
@@ -226,7 +226,7 @@ def _nothing(z: Tensor, k: int | None, moments: bool) -> PosteriorSum:
 
 
 def _call(label: int | None, z: Tensor, sigmas: Tensor, *options: Any) -> dict[str, Any]:
-    """What all ranks must be asked for alike."""
+    """The arguments that must be equal on all ranks."""
     return {"z": _digest(z), "sigma": sigmas.tolist(), "labels": label, "shape": list(z.shape), "asked": options}
 
 

@@ -1,7 +1,7 @@
-"""Team: the ranks that make the images of one run, each batch of them by whoever is free.
+"""Team: the ranks that make the images of one run; each batch goes to the next free rank.
 
 Ranks tell each other through torch.distributed's key-value store: which batch comes next is a counter there, and so are
-the steps that all have made. Every rank says each second that it is alive; what one fails of is told to all.
+the steps that all have made. Every rank signals each second that it is alive; the failure of one is reported by all.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Team:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Around a round of work that ranks do at their own pace: keeps them aware of each other.
+        """A context for work that ranks do at their own pace, in which they watch each other.
 
         Raises:
             RankError: another rank failed, or is silent for longer than the timeout.

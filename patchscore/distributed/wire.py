@@ -1,5 +1,5 @@
-"""Posterior sums on the wire. Every rank sends each other one its sums of a share of the pixels, adds what it gets for
-its own share, and sends the totals back.
+"""Exchange of posterior sums between ranks: a reduce-scatter, in which each rank adds up all ranks' sums for its part
+of the pixels, then an all-gather of the totals.
 
 That is two rounds of messages, where an all-reduce of R ranks takes 2 (R - 1) in a row. Sums are added in float64, so
 that numbers are rounded twice on their way, however many ranks there are, and float32 is enough to travel in.
@@ -60,7 +60,7 @@ def sum_of(x: Tensor, ranks: Ranks) -> Tensor:
 
 @dataclass(frozen=True)
 class Wire:
-    """How the sums of a pixel become bytes.
+    """How the sums of a pixel are packed into bytes.
 
     Fields travel in float32, relative to an m that a float32 and a bfloat16 add up to. Second moments and covariances
     travel as those of v_a - c, with c the mean, as they are differences of large numbers otherwise.

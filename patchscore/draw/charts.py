@@ -25,7 +25,7 @@ INK, SOFT, ACCENT = "#26241f", "#8a8478", "#b4451f"
 
 
 def calibration_curves(found: Mapping[str, Calibration], beside: Mapping[str, ScaleTable | None]) -> Figure:
-    """Patch size against noise, a panel each: median, the middle half and all of the walks, and a table beside it.
+    """Patch size against noise, a panel each: median, middle half and range over trajectories, and a table beside it.
 
     Args:
         found: calibrations by name.
@@ -34,7 +34,7 @@ def calibration_curves(found: Mapping[str, Calibration], beside: Mapping[str, Sc
     figure, panels = _panels(len(found), 4.2, 3.4)
     for panel, (name, of) in zip(panels, found.items(), strict=True):
         low, lower, upper, high = np.quantile(of.choices, [0, 0.25, 0.75, 1], axis=1)
-        panel.fill_between(of.sigmas, low, high, color=ACCENT, alpha=0.12, lw=0, label="all walks")
+        panel.fill_between(of.sigmas, low, high, color=ACCENT, alpha=0.12, lw=0, label="all trajectories")
         panel.fill_between(of.sigmas, lower, upper, color=ACCENT, alpha=0.25, lw=0, label="middle half")
         panel.plot(of.sigmas, of.median, "o-", color=ACCENT, ms=3.5, lw=1.5, label="median")
         table = beside.get(name)
@@ -84,7 +84,7 @@ def agreement(found: Comparison, machine: str, baseline: str) -> Figure:
         style: dict[str, Any] = {"color": ACCENT, "lw": 2, "zorder": 5} if name == machine else {"lw": 1.2}
         right.plot(found.sigmas, np.median(of.step_r2, axis=1), label=name, **style)
     right.set(xscale="log", ylim=(0, 1.02), xlabel="noise sigma / alpha", ylabel="median r² of one denoising")
-    right.set_title("along the network's own walk")
+    right.set_title("along the network's own trajectory")
     right.legend(frameon=False, fontsize=8)
     return figure
 
@@ -112,10 +112,10 @@ def memorisation(rms: Sequence[float], sources: Sequence[float], usual: Sequence
 
 
 def receptive_fields(found: Sequence[Sequence[ReceptiveFields]], image_size: int) -> Figure:
-    """How many pixels across output pixels listen to, beside the patch size, over noise levels.
+    """Width of the region that output pixels depend on, beside the patch size, over noise levels.
 
     Args:
-        found: of each walk the fields at its steps, the same noise levels for all.
+        found: for each sample the fields at its steps, the same noise levels for all.
         image_size: what is drawn as patch size where whole images compete.
     """
     figure, (panel,) = _panels(1, 5.4, 4)
@@ -126,7 +126,7 @@ def receptive_fields(found: Sequence[Sequence[ReceptiveFields]], image_size: int
     low, lower, median, upper, high = np.array([np.quantile(step, [0, 0.25, 0.5, 0.75, 1]) for step in widths]).T
     panel.fill_between(levels, low, high, color=ACCENT, alpha=0.12, lw=0, label="all pixels")
     panel.fill_between(levels, lower, upper, color=ACCENT, alpha=0.25, lw=0, label="middle half")
-    panel.plot(levels, median, "o-", color=ACCENT, ms=3.5, lw=1.5, label="median width of what a pixel listens to")
+    panel.plot(levels, median, "o-", color=ACCENT, ms=3.5, lw=1.5, label="median width of what a pixel depends on")
     sizes = [step.patch_size or image_size for step in found[0]]
     local = found[0][0].patch_size is not None
     panel.plot(levels, sizes, "s--", color=INK, ms=3, lw=1, label="patch size" if local else "image size")

@@ -12,28 +12,28 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..bank import PatchBank
-from ..explain import Explanation, Walk
+from ..explain import ExplainedSample, Explanation
 from ..nearest import images_of
 from ..receptive import ReceptiveFields
 from .images import INK, PAPER, to_pil
 
-HEARD = (180, 69, 31)
-"""An input pixel that an output pixel listens to most, by the square root of how much; white where it does not."""
-UNHEARD = (226, 226, 226)
+SENSITIVE = (180, 69, 31)
+"""The input pixel that an output pixel depends on most; paler, by the square root, to white where it does not."""
+UNSHOWN = (226, 226, 226)
 """Outside the windows that are shown."""
 OUTPUT = (31, 98, 180)
 """The frame of that output pixel."""
 
 
-def mosaic_rows(walk: Walk, bank: PatchBank, levels: int = 4, contributors: int = 10) -> list[MosaicRow]:
-    """What `mosaic` draws of a walk, at so many of its explained steps, evenly spaced up to the last.
+def mosaic_rows(sample: ExplainedSample, bank: PatchBank, levels: int = 4, contributors: int = 10) -> list[MosaicRow]:
+    """What `mosaic` draws of a sample, at so many of its explained steps, evenly spaced up to the last.
 
     The first, where the noise hides everything, is shown only if all are.
     """
-    last, count = len(walk.steps) - 1, min(levels, len(walk.steps))
+    last, count = len(sample.steps) - 1, min(levels, len(sample.steps))
     shown = range(last + 1) if count > last else [round((i + 1) * last / count) for i in range(count)]
-    fields = walk.fields or [None] * len(walk.steps)
-    return [_mosaic_row(walk.steps[i], bank, contributors, fields[i]) for i in shown]
+    fields = sample.fields or [None] * len(sample.steps)
+    return [_mosaic_row(sample.steps[i], bank, contributors, fields[i]) for i in shown]
 
 
 def _mosaic_row(
@@ -69,20 +69,20 @@ def _mosaic_row(
     windows = f"{step.patch_size} x {step.patch_size} windows" if step.patch_size else "whole images"
     title = f"noise {step.sigma:.2g}, {windows}: {len(numbers)} training images own a pixel"
     spread = max(1.0, 2 * step.z.std().item())
-    heard, outputs = (None, []) if fields is None else _heard(fields, step.z.shape[-2:])
-    return MosaicRow(title, (step.z / spread)[0], step.mean[0], sources, collage, listed, heard, outputs)
+    sensitivity, outputs = (None, []) if fields is None else _sensitivity_maps(fields, step.z.shape[-2:])
+    return MosaicRow(title, (step.z / spread)[0], step.mean[0], sources, collage, listed, sensitivity, outputs)
 
 
-def _heard(fields: ReceptiveFields, size: torch.Size) -> tuple[Image.Image, list[tuple[int, int]]]:
+def _sensitivity_maps(fields: ReceptiveFields, size: torch.Size) -> tuple[Image.Image, list[tuple[int, int]]]:
     """The maps of output pixels whose windows do not meet, side by side, and where those pixels are."""
     height, width = size
     shares, r = fields.relative[0].cpu(), fields.maps.shape[-1] // 2
-    painted = np.full((height, width, 3), UNHEARD, np.uint8)
+    painted = np.full((height, width, 3), UNSHOWN, np.uint8)
     rows, cols = fields.apart
     for a in rows:
         for b in cols:
             weight = shares[a, b].sqrt().numpy()[..., None]
-            colours = ((1 - weight) * np.array(PAPER) + weight * np.array(HEARD)).round().astype(np.uint8)
+            colours = ((1 - weight) * np.array(PAPER) + weight * np.array(SENSITIVE)).round().astype(np.uint8)
             for y, line in enumerate(colours, fields.rows[a] - r):
                 for x, colour in enumerate(line, fields.cols[b] - r):
                     if fields.circular or (0 <= y < height and 0 <= x < width):
@@ -104,7 +104,7 @@ class MosaicRow:
     noisy, denoised, collage: [C, H, W] in [-1, 1].
     sources: the map of sources, H x W.
     contributors: training images, H x W, each with its colour in the map.
-    heard: the maps of what output pixels listen to, H x W, if they were found.
+    sensitivity: the maps of what output pixels depend on, H x W, if they were found.
     outputs: row and column of those output pixels.
     """
 
@@ -114,7 +114,7 @@ class MosaicRow:
     sources: Image.Image
     collage: Tensor
     contributors: Sequence[tuple[Image.Image, tuple[int, int, int]]]
-    heard: Image.Image | None = None
+    sensitivity: Image.Image | None = None
     outputs: Sequence[tuple[int, int]] = ()
 
 
@@ -123,8 +123,8 @@ def mosaic(rows: Sequence[MosaicRow], zoom: int | None = None) -> Image.Image:
 
     In each row: the noisy image; what was denoised from it; the map of sources, every pixel in the colour of the
     training image whose windows weigh most there, paler where they weigh less; the collage of every pixel's heaviest
-    window; if it was found, what the framed pixels listen to, darker where more; then the training images that own
-    most pixels, framed in their colour, which marks the places used.
+    window; if it was found, what the framed pixels depend on, darker where more; then the training images that own
+    most pixels, framed in their colour, which marks the pixels used.
     """
     height, width = rows[0].noisy.shape[-2:]
     zoom = zoom or max(1, round(168 / width))
@@ -135,8 +135,8 @@ def mosaic(rows: Sequence[MosaicRow], zoom: int | None = None) -> Image.Image:
     cell = (thumb[0] + 2 * frame + 6, thumb[1] + 2 * frame + 6)
     row_height = header + max(big[1], 2 * cell[1]) + gap
     titles = ["noisy", "denoised", "by source", "heaviest windows"]
-    if any(row.heard for row in rows):
-        titles.append("what pixels listen to")
+    if any(row.sensitivity for row in rows):
+        titles.append("what pixels depend on")
     columns = [gap + i * (big[0] + gap) for i in range(len(titles) + 1)]
     page = Image.new("RGB", (columns[-1] + across * cell[0], top + row_height * len(rows)), PAPER)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
@@ -163,4 +163,4 @@ def mosaic(rows: Sequence[MosaicRow], zoom: int | None = None) -> Image.Image:
 
 def _of_row(row: MosaicRow) -> list[Image.Image]:
     images = [to_pil(row.noisy), to_pil(row.denoised), row.sources, to_pil(row.collage)]
-    return images if row.heard is None else [*images, row.heard]
+    return images if row.sensitivity is None else [*images, row.sensitivity]

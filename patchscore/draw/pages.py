@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..bank import PatchBank
-from ..explain import Walk
+from ..explain import ExplainedSample
 from ..receptive import ReceptiveFields
 from . import images
 
@@ -32,36 +32,38 @@ LISTED = (12, 8, 5, 3)
 """Windows a pixel, and the least weight of one: tried in turn until the page is small enough."""
 
 
-def explanation_page(walks: Sequence[Walk], bank: PatchBank, about: dict[str, Any], max_bytes: int = 5_000_000) -> str:
+def explanation_page(
+    samples: Sequence[ExplainedSample], bank: PatchBank, about: dict[str, Any], max_bytes: int = 5_000_000
+) -> str:
     """The page as text.
 
     Args:
-        walks: explained samples of images up to 256 x 256.
+        samples: explained samples of images up to 256 x 256.
         bank: the training images.
         about: what to say at the top: title, and lines of text.
         max_bytes: how large the page may become.
 
     Raises:
-        ValueError: nothing to show, images that are too large, or samples that do not fit even at their barest.
+        ValueError: nothing to show, images that are too large, or samples that do not fit even with the fewest windows.
     """
-    if not walks:
-        raise ValueError("walks: got none, takes one or more")
+    if not samples:
+        raise ValueError("samples: got none, takes one or more")
     if max(bank.shape[1:]) > 256:
-        raise ValueError(f"walks: of {bank.shape[1]} x {bank.shape[2]} images, a page takes up to 256 x 256")
+        raise ValueError(f"samples: of {bank.shape[1]} x {bank.shape[2]} images, a page takes up to 256 x 256")
     template = resources.files("patchscore").joinpath("data/explain.html").read_text(encoding="utf-8")
     for least, listed in zip(LEAST_WEIGHTS, LISTED, strict=True):
-        sources = _sources(walks, least, listed)
+        sources = _sources(samples, least, listed)
         position = np.full(len(bank) + 1, ABSENT)  # the last is for the number -1
         position[sources] = np.arange(len(sources))
-        planes = [_planes(walk, position, least, listed) for walk in walks]
+        planes = [_planes(sample, position, least, listed) for sample in samples]
         used = sum(map(len, planes)) * 4 // 3 + len(template)
         kept = _that_fit(bank, sources, max_bytes - used - 20_000)
         # Rather fewer windows than windows that cannot be shown.
         if len(kept) == len(sources) or (least == LEAST_WEIGHTS[-1] and kept):
             break
     else:
-        raise ValueError(f"max_bytes: {len(walks)} samples do not fit into {max_bytes} bytes; explain fewer steps")
-    data = _data(walks, bank, about, kept, len(sources), planes, listed)
+        raise ValueError(f"max_bytes: {len(samples)} samples do not fit into {max_bytes} bytes; explain fewer steps")
+    data = _data(samples, bank, about, kept, len(sources), planes, listed)
     return template.replace("/*DATA*/null", script_safe(data))
 
 
@@ -71,7 +73,7 @@ def script_safe(data: dict[str, Any]) -> str:
 
 
 def _data(
-    walks: Sequence[Walk],
+    samples: Sequence[ExplainedSample],
     bank: PatchBank,
     about: dict[str, Any],
     kept: list[int],
@@ -100,31 +102,31 @@ def _data(
             "atlas": base64.b64encode(_atlas(bank, kept)).decode(),
             "all": sources,
         },
-        "walks": [
+        "samples": [
             {
-                "number": walk.number,
-                "label": name(walk.label),
+                "number": sample.number,
+                "label": name(sample.label),
                 "steps": [
-                    {"index": level, "of": walk.of, "sigma": float(f"{step.sigma:.4g}"), "k": step.patch_size}
+                    {"index": level, "of": sample.of, "sigma": float(f"{step.sigma:.4g}"), "k": step.patch_size}
                     | ({"rows": fields.rows, "cols": fields.cols, "reach": fields.maps.shape[-1]} if fields else {})
-                    for level, step, fields in zip(walk.levels, walk.steps, _fields(walk), strict=True)
+                    for level, step, fields in zip(sample.levels, sample.steps, _fields(sample), strict=True)
                 ],
                 "planes": base64.b64encode(content).decode(),
             }
-            for walk, content in zip(walks, planes, strict=True)
+            for sample, content in zip(samples, planes, strict=True)
         ],
     }
 
 
-def _fields(walk: Walk) -> Sequence[ReceptiveFields | None]:
-    return walk.fields or [None] * len(walk.steps)
+def _fields(sample: ExplainedSample) -> Sequence[ReceptiveFields | None]:
+    return sample.fields or [None] * len(sample.steps)
 
 
-def _sources(walks: Sequence[Walk], least: float, listed: int) -> list[int]:
+def _sources(samples: Sequence[ExplainedSample], least: float, listed: int) -> list[int]:
     """The training images of all windows worth listing, most mass first."""
     mass: Counter[int] = Counter()
-    for walk in walks:
-        for step in walk.steps:
+    for sample in samples:
+        for step in sample.steps:
             image, weight = step.image[:, :listed], step.weight[:, :listed]
             worth = _worth(image, weight, least)
             numbers, position = image[worth].unique(return_inverse=True)
@@ -140,16 +142,16 @@ def _worth(image: Tensor, weight: Tensor, least: float) -> Tensor:
     return worth
 
 
-def _planes(walk: Walk, position: np.ndarray, least: float, listed: int) -> bytes:
+def _planes(sample: ExplainedSample, position: np.ndarray, least: float, listed: int) -> bytes:
     """What the page reads, a plane of bytes [H, W] after another, for each step:
 
     noisy and denoised image, each channel; log2 of the effective number x 2,048 (low byte, high byte); then for each
     listed window its source (low, high; 65,535 is none), row, column and weight x 65,535 (low, high). After these, if
-    it is known what output pixels listen to, the map of each, row by row: 255 times the square root of a share of its
-    largest value.
+    it is known what output pixels depend on, the map of each, row by row: 255 times the square root of its values
+    relative to the largest.
     """
     content = []
-    for step, fields in zip(walk.steps, _fields(walk), strict=True):
+    for step, fields in zip(sample.steps, _fields(sample), strict=True):
         planes: list[np.ndarray] = []
         spread = step.z.flatten(1).std().clamp(min=0.5)
         for image in (step.z / (2 * spread).clamp(min=1), step.mean):

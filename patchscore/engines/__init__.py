@@ -1,4 +1,4 @@
-"""The engines: how posterior sums are taken. base.py says what an engine is and chooses among them."""
+"""The engines, which compute posterior sums. base.py defines the interface and chooses among them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMES = tuple(dict.fromkeys(engine.name for engine in EXACT))
 def available(pruned: Pruned | None = None, tolerance: float | None = None) -> tuple[Engine, ...]:
     """The engines of a machine in order of preference: `pruned` where it has an index, then the exact ones.
 
-    `tolerance` is what `fused`, which rounds, may add to the error of a denoised pixel.
+    `tolerance` is the largest error that the rounding of `fused` may cause in a denoised pixel.
     """
     exact = EXACT if tolerance is None else (Fused(tolerance), *EXACT[1:])
     return exact if pruned is None else (pruned, *exact)

@@ -1,7 +1,7 @@
-"""In which tiles a Triton kernel runs: the first that compile, or the fastest of a few, which are then remembered.
+"""The tile configuration of a Triton kernel: the first that compiles, or the fastest of a few, which is then cached.
 
-Also what it means that a kernel cannot be started: a compiler that refuses it lets the next configuration or engine
-serve, whatever CUDA says of a launch is an error of the program and propagates.
+Failures are told apart here: if a compiler rejects a kernel, the next configuration or engine serves; a CUDA error at a
+launch is a bug, and propagates.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from ..posterior import PosteriorSum
 from ..windows import Competition, Group, span
 
 Combine = Callable[[PosteriorSum], PosteriorSum]
-"""The sums of a whole bank from those of one of its parts, by asking whoever has the others."""
+"""Turns the sums over one part of a bank into those over the whole bank, with the help of the other ranks."""
 
 
 class EngineError(RuntimeError):
@@ -76,7 +76,7 @@ class Engine(ABC):
             bank: the training images that compete.
             competition: which windows compete where.
             memory_limit: bytes of working memory beyond z, the bank, the result and what is kept between calls.
-            ess: False where the effective sample size will not be asked for: s2 may then be anything.
+            ess: False where the effective sample size is not needed; s2 may then hold anything.
 
         An engine whose `moments` is True takes a further argument moments, False by default: whether the sums have
         v2 and sl.
@@ -103,8 +103,8 @@ class Engine(ABC):
         """J^T direction (transposed) or J direction, with J the Jacobian of the posterior mean at z: [B, C, H, W] as
         `direction`; other arguments as above.
 
-        Where `bank` is a part, `combine` makes the sums of the whole bank of the part's; what comes back is then the
-        part's addend of the product.
+        Where `bank` is one part of a bank, `combine` turns the part's sums into those of the whole bank; the result is
+        then the part's addend of the product.
         """
         raise NotImplementedError(f"engine {self.name!r} takes no gradients")
 
@@ -119,8 +119,8 @@ class Engine(ABC):
     ) -> tuple[PosteriorSum, Tensor]:
         """The posterior sums, and [B, C, H, W] the sum of the posterior-mean windows that cover a pixel, in float64.
 
-        The competition is by windows. Where `bank` is a part, `combine` makes the sums of the whole bank of the part's;
-        what comes back is then the whole's sums, and the part's addend of the windows.
+        The competition is by windows. Where `bank` is one part of a bank, `combine` turns the part's sums into those of
+        the whole bank; the result is then the sums of the whole, and the part's addend of the windows.
         """
         raise NotImplementedError(f"engine {self.name!r} takes no gradients")
 
@@ -144,8 +144,8 @@ def candidates(
 ) -> Iterator[tuple[Engine, str | None, bool]]:
     """Engines in the order they are asked: (engine, why it cannot serve or None, whether that is worth a warning).
 
-    The named one first; engines written for another device are left out unless named. float64 images ask for float64
-    digits, and "auto" takes an engine that has them. `needs` is "moments" or "gradients", where not every engine will
+    The named one first; engines written for another device are left out unless named. float64 images need float64
+    precision, and "auto" takes an engine that has it. `needs` is "moments" or "gradients", where not every engine will
     do.
     """
     # Of the halves of an engine the one for this device speaks.
@@ -395,7 +395,7 @@ _warned: set[tuple[str, str]] = set()
 
 
 def _warn(engine: Engine, reason: str) -> None:
-    """Says once a process that an engine cannot serve; with PATCHSCORE_STRICT=1 it is an error."""
+    """Warns once per process that an engine cannot serve; with PATCHSCORE_STRICT=1 it is an error."""
     message = f"engine {engine.name!r} cannot serve: {reason}"
     if strict():
         raise RuntimeError(f"{message} (PATCHSCORE_STRICT=1 forbids the next one)")

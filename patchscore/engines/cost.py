@@ -1,8 +1,8 @@
-"""What exact sums cost on a GPU, on paper: units of work a pair, and the rates at which devices do them.
+"""A cost model of exact sums on a GPU: the work of a pair, and the rates at which devices do it.
 
 A pair (query pixel, window) costs exponentials, multiply-adds of half floats, issued instructions, and bytes from L2
-and from memory. `rate` turns them into pairs a second, and `engine="auto"` goes by seconds of it on a GPU. Every figure
-is derived: counted in machine code (benchmarks/results/), or published for the device. None was measured.
+and from memory. `rate` turns them into pairs a second; on a GPU, `engine="auto"` compares the predicted seconds. Every
+figure is derived: counted in machine code (benchmarks/results/), or published for the device. None was measured.
 
 The kernels alternate between matrix products and the softmax, so the time of a pair is
 
@@ -50,7 +50,7 @@ class Device:
 
 
 L2_SHARE = 0.61
-"""Share of the L2's peak (5,120 bytes a cycle on A100 and H100) that reads are taken to reach: 5.5e12 bytes/s on an
+"""Fraction of the L2's peak (5,120 bytes a cycle on A100 and H100) that reads are taken to reach: 5.5e12 bytes/s on an
 H100. Assumed; benchmarks/gpu.py measures it. Half of it would double the cost of rows above 256 columns."""
 
 H100 = Device("H100 SXM", 132, 1.755e9, 2048, L2_SHARE * 5120 * 1.755e9, 3.35e12, 80e9)
@@ -261,7 +261,7 @@ def sliding_seconds(
 
 
 def device_of(name: str, capability: tuple[int, int], multiprocessors: int, memory: int) -> Device:
-    """What is known of a CUDA device; one that is not known is taken for an A100 or H100 of its own size."""
+    """The rates of a CUDA device; an unknown one gets those of an A100 or H100, scaled to its size."""
     like = A100 if capability < (9, 0) else H200 if "H200" in name else H100
     share = multiprocessors / like.multiprocessors
     rates = like.l2_rate * share, like.memory_rate * share

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 RESIDENT_SHARE = 0.5
 """Of the device's free memory: a larger bank is streamed."""
 CACHE_SHARE = 0.4
-"""The share of a GPU's memory that rows may keep; what does not fit is made again from the pixels, call by call."""
+"""The fraction of a GPU's memory that rows may keep; what does not fit is made again from the pixels, call by call."""
 CACHE_BYTES_CPU = 64 * 2**20
 
 
@@ -159,7 +159,7 @@ class Cache:
                 weakref.finalize(owner, self._forget, id(owner))
 
     def clear(self, device: torch.device | None = None) -> None:
-        """Gives up all rows, or those on a device, but for those that graphs read."""
+        """Drops all rows, or those on a device, except those that graphs read."""
         with self._lock:
             for where, here in self._entries.items():
                 if device is None or where == device:
@@ -174,7 +174,7 @@ class Cache:
             return sum(entry.nbytes for here in self._entries.values() for entry in here.values())
 
     def _forget(self, owner: int) -> None:
-        """At an owner's end, which may come in the middle of anything: then the next call does it."""
+        """Called when an owner is garbage-collected, which may be at any moment; the next call then drops its rows."""
         self._dead.append(owner)
         if self._lock.acquire(blocking=False):
             try:

@@ -1,8 +1,7 @@
 """PatchIndex: every interior window of a bank, in cells of similar windows, on disk.
 
-Windows are sorted into cells by their principal axes. What a cell holds is summed up by its moments, so that an engine
-can tell from those alone how much of its weight lies where; the windows themselves are compared byte by byte. Files are
-mapped, not read.
+Windows are sorted into cells by their principal axes. Moments summarise a cell, so that an engine can predict its
+weight from them alone; the windows themselves are compared byte by byte. Files are mapped, not read.
 """
 
 from __future__ import annotations

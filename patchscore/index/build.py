@@ -36,7 +36,7 @@ AXES = 32
 beyond is kept as one number a cell."""
 
 CELLS_PER_ROOT = 16
-"""Cells for each square root of the number of windows. More cells foresee weights better and take longer to plan."""
+"""Cells for each square root of the number of windows. More cells predict weights better and take longer to plan."""
 
 MOST_CELLS = 1 << 17
 TRAINING_PER_CELL = 24

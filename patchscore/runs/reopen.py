@@ -13,7 +13,7 @@ from .. import checks, engines
 from ..bank import PatchBank
 from ..denoiser import ScoreMachine
 from ..distributed import Ranks, Sharded, open_shards
-from ..explain import Walk
+from ..explain import ExplainedSample
 from ..files import load_npy, parse_json
 from ..index import OPTIONS, PatchIndex
 from ..machines import EquivariantLocalScore, IdealScore, LocalScore
@@ -25,7 +25,7 @@ from .batches import Batches
 from .folder import FLAT_VERSION, FORMAT, RunFolder, files_of, read_arrays, read_run, write_run
 
 SAME = 0.02
-"""Rounding may grow over a walk to this much of a pixel that lies in [-1, 1]."""
+"""Rounding may grow over a sample to this much of a pixel that lies in [-1, 1]."""
 
 
 def reopen(
@@ -42,7 +42,7 @@ def reopen(
         index: where its index is; None looks where it was.
 
     Raises:
-        ValueError: no run, other training images or another index than the run's, an index that it had not.
+        ValueError: no run, other training images or another index than the run's, an index where the run had none.
         OSError: a file cannot be read.
     """
     path = out / "run.json"
@@ -56,12 +56,12 @@ def reopen(
         ranged = noted.get("value_range")
         reading["value_range"] = tuple(ranged) if isinstance(ranged, list) else ranged
         reading["channels"] = None if noted["channels"] is None else int(noted["channels"])
-        walked = {name: settings[name] for name in ("steps", "schedule", "sampler", "labels", "seed")}
-        walked["size"] = settings.get("size")  # not in runs of before, whose images are as large as the bank's
+        sampled = {name: settings[name] for name in ("steps", "schedule", "sampler", "labels", "seed")}
+        sampled["size"] = settings.get("size")  # not in runs of before, whose images are as large as the bank's
         where, fingerprint, sizes = source or noted["source"], made["fingerprint"], settings["patch_sizes"]
         table = sizes and ScaleTable([float(sigma) for sigma in sizes], list(sizes.values()), str(settings["table"]))
         kind, padding_mode, engine = settings["machine"], settings["padding_mode"], noted["engine"]
-        built, shares = settings.get("index"), {name: settings.get(name) for name in ("budget", "tolerance")}
+        built, effort = settings.get("index"), {name: settings.get(name) for name in ("budget", "tolerance")}
         indexed = index or noted.get("index")
         shape = [checks.integer("shape", extent, at_least=1) for extent in made["shape"]]
         if record["version"] == FLAT_VERSION:
@@ -79,12 +79,12 @@ def reopen(
     if kind == "ideal":
         machine = IdealScore(bank)
     elif kind == "ls":
-        drawn = None if engine in engines.NAMES else shares["budget"]
-        machine = LocalScore(bank, table, budget=drawn, seed=walked["seed"])
+        drawn = None if engine in engines.NAMES else effort["budget"]
+        machine = LocalScore(bank, table, budget=drawn, seed=sampled["seed"])
     elif built is None or engine in engines.NAMES:  # one that was named comes before the index
-        own: dict[str, Any] = {} if built else {"tolerance": shares["tolerance"]}
+        own: dict[str, Any] = {} if built else {"tolerance": effort["tolerance"]}
         if built is None and engine not in engines.NAMES:
-            own |= {"budget": shares["budget"], "seed": walked["seed"]}
+            own |= {"budget": effort["budget"], "seed": sampled["seed"]}
         machine = EquivariantLocalScore(bank, table, padding_mode, **own)
     elif index is None and not Path(indexed).exists():
         warnings.warn(
@@ -99,12 +99,12 @@ def reopen(
             warnings.simplefilter("ignore", RuntimeWarning)  # sizes that the index lacks were told of when it ran
             parts = [
                 EquivariantLocalScore(
-                    found.bank, table, padding_mode, engine, index=found, **shares, seed=walked["seed"]
+                    found.bank, table, padding_mode, engine, index=found, **effort, seed=sampled["seed"]
                 )
                 for found in indexes
             ]
             machine = Sharded(Pooled(parts), Ranks()) if "shards" in built else parts[0]
-    return machine, walked, record, sorted(set(listed))
+    return machine, sampled, record, sorted(set(listed))
 
 
 def _indexes_of_run(path: Path, bank: PatchBank, built: dict[str, Any], out: Path) -> list[PatchIndex]:
@@ -188,7 +188,7 @@ def described_run(out: Path) -> list[tuple[str, str]]:
             least = "budget" if settings.get("budget") else "tolerance"
             index = f", through an index, {least} {settings[least]:g}"
         elif settings.get("budget"):
-            index = f", over a share of the images, budget {settings['budget']:g}"
+            index = f", over a random fraction of the images, budget {settings['budget']:g}"
         return [
             ("run", f"{count:,} images in {place}, made by patchscore {record['versions']['patchscore']}"),
             ("from", f"{bank['images']:,} images, {shape}, of {noted['source']}; fingerprint {bank['fingerprint']}"),
@@ -200,27 +200,29 @@ def described_run(out: Path) -> list[tuple[str, str]]:
         raise ValueError(f"{path}: not a usable run: {error}") from None
 
 
-def report_memorisation(out: Path, record: dict[str, Any], walks: list[Walk], bank: PatchBank) -> dict[str, Any]:
+def report_memorisation(
+    out: Path, record: dict[str, Any], samples: list[ExplainedSample], bank: PatchBank
+) -> dict[str, Any]:
     """Puts a `memorisation_report` into run.json under "memorisation", and returns it."""
-    record["memorisation"] = memorisation_report(record.get("memorisation", {}), walks, bank)
+    record["memorisation"] = memorisation_report(record.get("memorisation", {}), samples, bank)
     write_run(out / "run.json", record)
     return record["memorisation"]
 
 
-def warn_of_others(out: Path, record: dict[str, Any], walks: list[Walk]) -> None:
+def warn_of_others(out: Path, record: dict[str, Any], samples: list[ExplainedSample]) -> None:
     """A warning for every sample that came out unlike the one in the run's folder."""
     if record["version"] == FLAT_VERSION:
         arrays = read_arrays(out / "samples.npz")
         saved = dict(zip(arrays.get("image", np.empty(0)).tolist(), arrays.get("images", ()), strict=False))
     else:
-        rows = RunFolder(out, walks[0].image.shape).rows
-        saved = {walk.number: row for walk in walks if (row := rows.read(walk.number)) is not None}
-    for walk in walks:
-        image = walk.image.cpu().numpy()
-        if walk.number in saved and saved[walk.number].shape == image.shape:
-            apart = float(np.abs(saved[walk.number] - image).max())
+        rows = RunFolder(out, samples[0].image.shape).rows
+        saved = {sample.number: row for sample in samples if (row := rows.read(sample.number)) is not None}
+    for sample in samples:
+        image = sample.image.cpu().numpy()
+        if sample.number in saved and saved[sample.number].shape == image.shape:
+            apart = float(np.abs(saved[sample.number] - image).max())
             if not apart <= SAME:
                 message = (
-                    f"image {walk.number} came out otherwise than in {out}, by up to {apart:.2g}: explained as here"
+                    f"image {sample.number} came out otherwise than in {out}, by up to {apart:.2g}: explained as here"
                 )
                 warnings.warn(message, stacklevel=2)

@@ -165,7 +165,7 @@ def _element(stream: _Stream, order: str, most: int) -> bytes:
 
 
 class _Stream:
-    """Bytes of a file from a place on, inflated where `packed` says how many are compressed."""
+    """Bytes of a file from an offset on, inflated where `packed` says how many are compressed."""
 
     def __init__(self, path: Path, offset: int, packed: int):
         self._file = open(path, "rb")  # noqa: SIM115  # closed by whoever has the stream

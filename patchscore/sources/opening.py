@@ -1,4 +1,4 @@
-"""Which kind of source something is, by its type, its place and its first bytes."""
+"""Recognises the kind of a source by its type, its path and its first bytes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROOTS = (*FOLDERS, *TORCHVISION_FOLDERS, "raw", "MNIST", "FashionMNIST", "KMNIST
 
 
 def opened(source: Any, wanted: Wanted) -> Source:
-    """The source as a `Source`; ValueError where it holds no images, TypeError where it is of a kind not taken."""
+    """The source as a `Source`; ValueError where it holds no images, TypeError where its type is not supported."""
     found = _opened(source, wanted)
     wanted.check_used(found.name)
     return found

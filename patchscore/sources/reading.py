@@ -80,12 +80,12 @@ def read(
         skip_bad: leave out images that cannot be read (not whole files of another kind), with one warning.
         split: which part of a source that comes in parts: "train", "test", "val" or as the source names them.
         image_key, label_key: the names of images and labels in a source that holds several things.
-        memory_limit: most bytes that the images may take once read; None: the memory of this machine.
+        memory_limit: the largest size of the images in bytes, once read; None: the memory of this machine.
 
     Raises:
         ValueError: nothing to read, something unreadable (named by its path), mixed image sizes without `size`, a
             source of several parts without `split`, or more than `memory_limit`.
-        TypeError: a source or an argument of a type that is not taken.
+        TypeError: a source or an argument of the wrong type.
         ImportError: a source that an optional package reads, which is not installed; names the extra to install.
     """
     asked = checked_reading(size, channels, limit, memory_limit, split, image_key, label_key)

@@ -34,8 +34,8 @@ class Theory(Denoiser):
         memory_limit: bytes of working memory beyond the bank.
 
     Raises:
-        TypeError: an argument of a type that is not taken.
-        ValueError: an argument outside what is listed.
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of its range.
     """
 
     def __init__(self, bank: PatchBank, memory_limit: int = DEFAULT_MEMORY_LIMIT):

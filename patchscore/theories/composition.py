@@ -1,8 +1,8 @@
 """PatchComposition: overlapping posterior-mean patches, averaged (Niedoba et al. 2024, arXiv 2411.19339).
 
-Every k x k square inside the image has a posterior mean of its own, over the squares at the same place of the training
-images, and a pixel is the plain mean of all squares that cover it. In the flexible form a mask for each pixel takes the
-place of the squares.
+Every k x k square inside the image has a posterior mean of its own, over the squares at the same position of the
+training images, and a pixel is the plain mean of all squares that cover it. In the flexible form each pixel has a mask
+instead of squares.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def masks_of_heat(heat: Tensor, threshold: float) -> Tensor:
     1 - threshold.
 
     Raises:
-        TypeError: no tensor, or a threshold that is no number.
+        TypeError: not a tensor, or a threshold that is not a number.
         ValueError: another shape, negative or infinite heat, a map of zeros, a threshold outside (0, 1].
     """
     if not isinstance(heat, Tensor):
@@ -45,7 +45,7 @@ def masks_of_heat(heat: Tensor, threshold: float) -> Tensor:
     if heat.ndim != 3 or not (heat.isfinite().all() and (heat >= 0).all() and (heat.sum((1, 2)) > 0).all()):
         raise ValueError(f"heat: got shape {list(heat.shape)}, takes numbers from 0 [P, H, W], not all 0 in a map")
     if not 0 < checks.number("threshold", threshold) <= 1:
-        raise ValueError(f"threshold: got {threshold}, takes a share in (0, 1]")
+        raise ValueError(f"threshold: got {threshold}, takes a fraction in (0, 1]")
     flat = heat.to(torch.float64).flatten(1)
     values, order = torch.sort(flat, dim=1, stable=True)
     share = values.cumsum(1) / values.sum(1, keepdim=True)
@@ -71,8 +71,8 @@ class PatchComposition(Theory):
         memory_limit: bytes of working memory beyond the bank.
 
     Raises:
-        TypeError: an argument of a type that is not taken.
-        ValueError: an argument outside what is listed.
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of its range.
     """
 
     def __init__(

@@ -39,8 +39,8 @@ class GoldenSubset(Theory):
         memory_limit: bytes of working memory beyond the bank.
 
     Raises:
-        TypeError: an argument of a type that is not taken.
-        ValueError: an argument outside what is listed; when it denoises, as `PcaLocality`.
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of its range; when it denoises, as `PcaLocality`.
     """
 
     def __init__(

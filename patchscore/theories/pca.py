@@ -2,7 +2,7 @@
 
 The Wiener filter A = S (S + sigma^2)^-1 of the training images says how much pixel n moves the denoised pixel m. Where
 its entry is large enough, n belongs to the window of m; each pixel then has the posterior mean of the images that
-resemble z in its window, at the same place.
+resemble z in its window, at the same position.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class PcaLocality(Theory):
         memory_limit: bytes of working memory beyond the bank.
 
     Raises:
-        TypeError: an argument of a type that is not taken.
-        ValueError: an argument outside what is listed; when it denoises, images too large for a mask within
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of its range; when it denoises, images too large for a mask within
             `memory_limit` (d^2 numbers for d pixels and channels), or one image alone, which has no covariance.
     """
 

@@ -33,8 +33,8 @@ class SmoothedScore(Theory):
         memory_limit: bytes of working memory beyond the bank.
 
     Raises:
-        TypeError: an argument of a type that is not taken.
-        ValueError: an argument outside what is listed.
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of its range.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ of two that images' sizes are made of."""
 
 @functools.cache
 def _kernels() -> ModuleType:
-    """kernel.py; Triton is imported where it is wanted, as it takes its time."""
+    """kernel.py, with Triton imported on first use, as that import is slow."""
     from . import kernel
 
     return kernel

@@ -1,6 +1,6 @@
 """What the kernel of `fused` computes, in float64 and with a matrix of logits: its definition, which tests hold it to.
 
-Everything is said of one launch: query rows of one group over patch rows of some images. Log-weights are in bits,
+Everything here is about one launch: query rows of one group over patch rows of some images. Log-weights are in bits,
 relative to the query's own -|q|^2 / (2 sigma^2) where the plan takes products.
 """
 

@@ -1,4 +1,4 @@
-"""By how many numbers, and how finely, `fused` describes a window: as few and as coarse as the noise allows.
+"""How many numbers, at what precision, describe a window in `fused`: as few and as coarse as the noise allows.
 
 A row is a window's pixels or, where that is shorter, its leading principal axes; then the bias -|p|^2 / 2 in three
 half floats, which a query meets with ones, so that one product is q.p - |p|^2 / 2. `choose_plan` holds the error model.

@@ -1,1 +1,1 @@
-"""Engine `pruned`: posterior sums from a sample of the windows, with the error that leaves."""
+"""Engine `pruned`: posterior sums estimated from a sample of the windows, with their standard error."""

@@ -27,7 +27,7 @@ class Request:
     windows: [Q, C, k, k] the queries.
     allowed: [images of the index] uint8, which compete; None for all.
     competing: windows that compete.
-    budget: share of them to evaluate; None for every window.
+    budget: fraction of them to evaluate; None for every window.
     columns: of the grid of pixels that the queries are; 0 if they are none.
     """
 

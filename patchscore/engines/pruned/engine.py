@@ -1,9 +1,9 @@
 """Engine `pruned`: posterior sums from a sample of the windows, with the standard error of the sample.
 
-Two designs. With an index, the strata are its cells: a stratified sample of windows, allocated by the weights that the
-cells' moments let expect. Without one, and where weights are nearly uniform, whole training images are drawn and summed
-exactly. What a sample cannot know,
-pixels unlike anything in the bank, is evaluated whole. naive.py is the definition, policy.py holds the constants.
+Two sampling designs. With an index, the strata are its cells: windows are sampled, allocated by the weights expected
+from the moments of the cells. Without one, and where weights are nearly uniform, whole training images are drawn and
+summed exactly. Pixels unlike anything in the bank, of which no sample is reliable, are evaluated completely. naive.py
+is the definition, policy.py holds the constants.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ MOST_CHANNELS = 4
 
 
 class Pruned(Engine):
-    """The engine bound to an index, or to none, and to what it may spend.
+    """The engine for one index, or none, and one budget or tolerance.
 
     Args:
         index: the cells; None draws whole images.
-        budget: share of the (pixel, window) pairs to evaluate, in (0, 1]; or
+        budget: fraction of the (pixel, window) pairs to evaluate, in (0, 1]; or
         tolerance: with an index, rms standard error that an image's pixels may have; a pilot finds the budget for it.
         seed: of the sample. The same seed and image give the same numbers, alone or in a batch.
     """
@@ -77,7 +77,7 @@ class Pruned(Engine):
         return None
 
     def lacks(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> str | None:
-        """Whatever exact sums are as fast for: large budgets, tiny banks, edges, vanishing noise."""
+        """Sums that exact engines compute as fast: large budgets, tiny banks, edges, very low noise."""
         if self.index is None:
             drawn = round((self.budget or 0) * len(bank))
             return "a sample of images takes two or more, and not all" if not 2 <= drawn < len(bank) else None

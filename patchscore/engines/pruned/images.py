@@ -1,4 +1,4 @@
-"""Cluster sampling: whole training images are drawn and summed exactly, in random groups that tell the error.
+"""Cluster sampling: whole training images are drawn and summed exactly, in random groups whose scatter gives the error.
 
 A simple random sample of n of N images without replacement (Cochran 1977, chapter 9: single-stage cluster sampling),
 cut into G groups. Totals are Horvitz-Thompson estimates; their covariance follows from the scatter of the groups
@@ -29,7 +29,7 @@ def drawn(
     share: float,
     policy: Policy,
 ) -> PosteriorSum:
-    """Sums over a share of the images.
+    """Sums over a random fraction of the images.
 
     Args:
         exact: sums exactly over a bank.

@@ -162,16 +162,16 @@ def estimate(
             continue
         if n >= policy.certain_from * count or (n >= 0.999 * TILE and count <= 2 * TILE):
             taken, factor = torch.arange(count), 1.0
-            doubt = 0.0
+            uncertainty = 0.0
         elif n >= 0.999 * TILE:
             taken = torch.randperm(count, generator=generator)[: max(2 * TILE, math.ceil(n))]
             factor = count / len(taken)
-            doubt = count**2 * variance * (1 - 1 / factor) / len(taken)
+            uncertainty = count**2 * variance * (1 - 1 / factor) / len(taken)
         else:
             probability, before = n / TILE, climb
             climb += probability
-            doubt = (count * w_mean) ** 2 + count**2 * variance / TILE
-            doubt = max(doubt * (1 - probability), count**2 * variance / TILE * (1 - n / count)) / max(
+            uncertainty = (count * w_mean) ** 2 + count**2 * variance / TILE
+            uncertainty = max(uncertainty * (1 - probability), count**2 * variance / TILE * (1 - n / count)) / max(
                 probability, 1e-300
             )
             taken, factor = torch.arange(0), 0.0
@@ -179,7 +179,7 @@ def estimate(
                 taken = torch.randperm(count, generator=generator)[:TILE]
                 factor = count / len(taken) / probability
         square = strata.value_square[h].double()
-        expected += doubt * torch.stack([torch.ones_like(square), strata.value[h].double(), square])
+        expected += uncertainty * torch.stack([torch.ones_like(square), strata.value[h].double(), square])
         if len(taken) == 0:
             continue
         w = weights[starts[h] + taken].double()
@@ -208,8 +208,8 @@ def estimate(
     expected *= max(1.0, s.item() / (size * log_moments[0].exp()).sum().item()) ** 2
     s, v, s2 = s + surely[0].sum(), v + surely[0] @ surely[1], s2 + surely[0].square().sum()
     s, v, s2 = trimmed(s, v, s2, heavy, evaluated, policy)
-    foreseen = expected[0, 0], expected[1], expected[2]
-    if Sums(s, v, s2, *observed).stderr.square().sum() >= Sums(s, v, s2, *foreseen).stderr.square().sum():
+    predicted = expected[0, 0], expected[1], expected[2]
+    if Sums(s, v, s2, *observed).stderr.square().sum() >= Sums(s, v, s2, *predicted).stderr.square().sum():
         return Sums(s, v, s2, *observed)
     own = degrees / (degrees + policy.prior_degrees)
-    return Sums(s, v, s2, *(own * x + (1 - own) * y for x, y in zip(observed, foreseen, strict=True)))
+    return Sums(s, v, s2, *(own * x + (1 - own) * y for x, y in zip(observed, predicted, strict=True)))

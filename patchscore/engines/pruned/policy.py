@@ -23,8 +23,8 @@ class Policy:
     trimming: float = 0.5
     """Of n windows evaluated, one counts for at most n^-trimming of the sum, or as itself: beyond it a weight that was
     expanded by its sampling fraction is trimmed (truncated importance weights, Ionides 2008; the power is his). A heavy
-    window that was met by chance otherwise stands for hundreds like it, which there are not. Trimming takes a sixth to
-    a third off the rms error; the stated variance is that of the untrimmed estimate. 0 trims nothing."""
+    window drawn by chance would otherwise be expanded to hundreds like it, which do not exist. Trimming takes a sixth
+    to a third off the rms error; the stated variance is that of the untrimmed estimate. 0 trims nothing."""
 
     misfit: float = 7.2
     """Bits (5 nats). Where the sample holds that much more weight than was expected of all windows, or where that much
@@ -41,19 +41,19 @@ class Policy:
     pixel in fifty took as much as all others: it shares what it reads with none.)"""
 
     whole_pixels: float = 0.125
-    """Share of an image's pixels that may be evaluated completely, once their budgets have grown to `exact_budget`;
+    """Fraction of an image's pixels that may be evaluated completely, once their budgets have grown to `exact_budget`;
     beyond it they are left to the exact engine, which sums an image at once."""
 
     pilot: float = 0.25
-    """Share of a budget in which heavy windows are looked for, in the cells of the largest expected weight."""
+    """Fraction of a budget in which heavy windows are searched, in the cells of the largest expected weight."""
 
     known: int = 16
     """Heavy windows of each pixel that are counted surely. More leave lighter tails to the sample and take longer to
     find."""
 
     opened_from: float = 1.0
-    """Tiles that a parent is to get for its cells to be told apart. Fewer foresee weights better and take longer to
-    plan."""
+    """Tiles that a parent is to get for its cells to be planned one by one. Fewer predict weights better and take
+    longer to plan."""
 
     exact_budget: float = 0.2
     """Budget from which the exact engine serves: a window compared byte by byte costs two to five times what a sliding
@@ -81,7 +81,7 @@ class Policy:
     """Images by which is judged how flat weights are."""
 
     flat: float = 0.2
-    """Effective sample size, as a share of the windows that compete, from which whole images are drawn in place of
+    """Effective sample size, as a fraction of the windows that compete, from which whole images are drawn in place of
     windows: then every cell matters, and a window that is read from anywhere takes as long as thirty to three hundred
     that lie in a row (20,000 CIFAR-10 images, in the same time: as good at 0.26, k = 7, sigma 4; three times the error
     at 0.04, k = 7, sigma 2.5)."""
@@ -93,7 +93,7 @@ class Policy:
     """Pairs of a window and a pixel that are summed image by image for each one of a budget; see `flat`."""
 
     exact_share: float = 0.5
-    """Share of the images from which all of them are summed."""
+    """Fraction of the images from which all of them are summed."""
 
     sharpest: float = 0.005
     """Least noise level, in units of pixels. Below, the rounding of a query to 1/128 of a byte moves log-weights by

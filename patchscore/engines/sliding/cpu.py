@@ -97,8 +97,8 @@ def posterior_sum(
     """`Engine.posterior_sum`. A thread takes less than 32 MiB up to 128 x 128 in colour; `memory_limit` bounds threads.
 
     Raises:
-        ValueError: `memory_limit` cannot hold one thread, PATCHSCORE_SIMD names what this machine has not, or the
-            arguments do not fit each other.
+        ValueError: `memory_limit` cannot hold one thread, PATCHSCORE_SIMD names an instruction set that this machine
+            lacks, or the arguments do not fit each other.
     """
     return posterior_sums(z, sigma, bank, [competition], memory_limit, moments)[0]
 
