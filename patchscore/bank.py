@@ -174,18 +174,15 @@ class PatchBank:
             values = sources.read_values(source, image_key)
             most = len(values) if limit is None else checks.integer("limit", limit, at_least=1)
             return cls(values[:most], value_range=value_range)
+        asked: dict[str, Any] = {"size": size, "channels": channels, "labels": labels, "limit": limit, "split": split}
+        asked |= {"image_key": image_key, "label_key": label_key, "memory_limit": memory_limit, "skip_bad": skip_bad}
         if mapped is not False:
-            found = sources.read_mapped(
-                source, size, channels, labels, limit, split, image_key, label_key, memory_limit, mapped
-            )
+            found = sources.read_mapped(source, mapped, **asked)
             if found is not None:
                 file, image_labels, class_names, members = found
                 bank = cls(file, image_labels, class_names)
                 return bank if members is None else bank.take(torch.from_numpy(members))
-        images, image_labels, class_names = sources.read(
-            source, size, channels, labels, limit, skip_bad, split, image_key, label_key, memory_limit
-        )
-        return cls(images, image_labels, class_names)
+        return cls(*sources.read(source, **asked))
 
     @classmethod
     def convert(
@@ -218,7 +215,9 @@ class PatchBank:
             OSError: the disk is full or not writable; what is written stays.
         """
         path = Path(out)
-        sources.write(source, path, size, channels, labels, limit, skip_bad, split, image_key, label_key, overwrite)
+        asked: dict[str, Any] = {"size": size, "channels": channels, "labels": labels, "limit": limit, "split": split}
+        asked |= {"image_key": image_key, "label_key": label_key, "skip_bad": skip_bad}
+        sources.write(source, path, overwrite, **asked)
         return cls.open(path, labels=labels, mapped=True)
 
     def __len__(self) -> int:

@@ -114,7 +114,8 @@ class MixedBank:
         Raises:
             ValueError, TypeError, ImportError: as of `PatchBank.open`, but for mixed sizes.
         """
-        read = sources.read_sizes(source, channels, labels, limit, skip_bad, split, image_key, label_key)
+        asked: dict[str, Any] = {"channels": channels, "labels": labels, "limit": limit, "skip_bad": skip_bad}
+        read = sources.read_sizes(source, split=split, image_key=image_key, label_key=label_key, **asked)
         return cls._of(
             [
                 (PatchBank(images, image_labels, names), torch.from_numpy(members))

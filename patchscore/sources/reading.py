@@ -13,7 +13,8 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -48,18 +49,7 @@ def printable_errors(function: Read) -> Read:
 
 
 @printable_errors
-def read(
-    source: Any,
-    size: int | tuple[int, int] | None = None,
-    channels: int | None = None,
-    labels: bool = True,
-    limit: int | None = None,
-    skip_bad: bool = False,
-    split: str | None = None,
-    image_key: str | None = None,
-    label_key: str | None = None,
-    memory_limit: int | None = None,
-) -> Images:
+def read(source: Any, **asked: Any) -> Images:
     """Reads images [N, C, H, W] (uint8, or float32 in [-1, 1]), labels [N] int64 or None, and class names or None.
 
     docs/data.md lists the sources and how their labels and axes are read.
@@ -71,16 +61,7 @@ def read(
 
     Args:
         source: a path, an array, a dict of arrays or columns, a dataset, an iterable, or the name of a built-in set.
-        size: size x size or (height, width). Images of another aspect ratio are cropped about their centre to the
-            target's, then resized with PIL's bilinear filter; None keeps the size, which must then be the same for all.
-        channels: 1 or 3 converts to gray (ITU-R 601 luma) or RGB. None keeps them, RGB where gray and RGB are mixed.
-        labels: whether to read labels where the source has them.
-        limit: at most so many images: the first ones, and with labels the first ones of every class, as equal a share
-            of each as there is. The order is kept.
-        skip_bad: leave out images that cannot be read (not whole files of another kind), with one warning.
-        split: which part of a source that comes in parts: "train", "test", "val" or as the source names them.
-        image_key, label_key: the names of images and labels in a source that holds several things.
-        memory_limit: the largest size of the images in bytes, once read; None: the memory of this machine.
+        asked: the fields of `Reading`.
 
     Raises:
         ValueError: nothing to read, something unreadable (named by its path), mixed image sizes without `size`, a
@@ -88,29 +69,30 @@ def read(
         TypeError: a source or an argument of the wrong type.
         ImportError: a source that an optional package reads, which is not installed; names the extra to install.
     """
-    asked = checked_reading(size, channels, limit, memory_limit, split, image_key, label_key)
-    target, limit, most = asked.size, asked.limit, asked.most
+    reading = Reading(**asked)
     with warnings.catch_warnings():
         # Pillow warns of images beyond 89 million pixels; ours are refused by name beyond MOST_PIXELS.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        found = opened(source, Wanted(labels, limit, split, image_key, label_key, most))
-        if found.count == 0:
-            raise ValueError(f"{found.name}: no images found")
-        collected = _Collected(found.name, found.count if limit is None else min(limit, found.count), most)
-        item_labels, taken, bad = _load(found, collected, target, channels, limit, skip_bad)
-    if not taken:
-        raise ValueError(f"{found.name}: none of its {found.count} images can be read; the first: {bad[min(bad)]}")
+        found = reading.opened(source)
+        count = found.count if reading.limit is None else min(reading.limit, found.count)
+        collected = _Collected(found.name, count, reading.most)
+        item_labels, taken, bad = _load(found, collected, reading)
     if bad:
-        shown = "; ".join(str(bad[i]) for i in sorted(bad)[:3]) + ("; ..." if len(bad) > 3 else "")
-        text = f"{found.name}: left out {len(bad)} images that cannot be read: {shown}"
-        warnings.warn(printable(text), stacklevel=4)
+        warn_left_out(found, [str(bad[i]) for i in sorted(bad)])
 
     order = np.argsort(taken)
     images = collected.finish()
     if (np.diff(order) < 0).any():
         images = images[order]
-    numbers, names = numbered(found, item_labels, taken) if labels else (None, None)
+    numbers, names = numbered(found, item_labels, taken) if reading.labels else (None, None)
     return images, None if numbers is None else numbers[order], names
+
+
+def warn_left_out(source: Source, bad: list[str]) -> None:
+    """Counts the images that cannot be read, of which the first are shown; the line of the caller's caller is named."""
+    shown = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
+    text = f"{source.name}: left out {len(bad)} images that cannot be read: {shown}"
+    warnings.warn(printable(text), stacklevel=5)
 
 
 def numbered(source: Source, labels: list[Any], taken: list[int]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
@@ -126,19 +108,14 @@ def numbered(source: Source, labels: list[Any], taken: list[int]) -> tuple[np.nd
 
 
 def _load(
-    source: Source,
-    collected: _Collected,
-    size: tuple[int, int] | None,
-    channels: int | None,
-    limit: int | None,
-    skip_bad: bool,
+    source: Source, collected: _Collected | _OfAnySize, reading: Reading
 ) -> tuple[list[Any], list[int], dict[int, UnreadableImage]]:
     """Puts the images to take into `collected`; returns their labels, their item numbers, and the bad ones."""
 
     def load(i: int) -> Prepared | UnreadableImage:
         try:
             image, label = source.item(i)
-            return prepared(image, source.item_name(i), label, size, channels)
+            return prepared(image, source.item_name(i), label, reading.size, reading.channels)
         except UnreadableImage as error:
             return error
 
@@ -149,13 +126,16 @@ def _load(
     while True:
         good = np.array([i for i in range(source.count) if i not in bad], dtype=np.int64)
         known = set(taken)
-        wanted = [i for i in fair_share(good, source.labels, limit).tolist() if i not in known]
+        wanted = [i for i in fair_share(good, source.labels, reading.limit).tolist() if i not in known]
         if not wanted:
+            if not taken:
+                first = bad[min(bad)]
+                raise ValueError(f"{source.name}: none of its {source.count} images can be read; the first: {first}")
             return item_labels, taken, bad
         with closing(_map(load, wanted, source)) as loaded:
             for i, result in zip(wanted, loaded, strict=True):
                 if isinstance(result, UnreadableImage):
-                    if not skip_bad:
+                    if not reading.skip_bad:
                         raise ValueError(str(result)) from result.__cause__
                     bad[i] = result
                 else:
@@ -205,31 +185,65 @@ def _checked_size(size: Any) -> tuple[int, int] | None:
     return height, width
 
 
-def _check_channels(channels: Any) -> None:
-    if channels is not None and (isinstance(channels, bool) or channels not in (1, 3)):
-        raise ValueError(f"channels: got {channels!r}, takes 1, 3 or None")
+@dataclass
+class Reading:
+    """How a source is read: the arguments of all that read one, checked.
 
+    Args:
+        size: size x size or (height, width). Images of another aspect ratio are cropped about their centre to the
+            target's, then resized with PIL's bilinear filter; None keeps the size, which must then be the same for all.
+        channels: 1 or 3 converts to gray (ITU-R 601 luma) or RGB. None keeps them, RGB where gray and RGB are mixed.
+        labels: whether to read labels where the source has them.
+        limit: at most so many images: the first ones, and with labels the first ones of every class, as equally from
+            all classes as possible. The order is kept.
+        skip_bad: leave out images that cannot be read (not whole files of another kind), with one warning.
+        split: which part of a source that comes in parts: "train", "test", "val" or as the source names them.
+        image_key, label_key: the names of images and labels in a source that holds several things.
+        memory_limit: the largest size of the images in bytes, once read; None: the memory of this machine.
 
-class Reading(NamedTuple):
-    """How a source is read: (height, width) of the images, how many at most, most bytes."""
+    Raises:
+        ValueError, TypeError: an argument out of its range, or of the wrong type.
+    """
 
-    size: tuple[int, int] | None
-    limit: int | None
-    most: int
+    size: Any = None
+    channels: int | None = None
+    labels: bool = True
+    limit: int | None = None
+    skip_bad: bool = False
+    split: str | None = None
+    image_key: str | None = None
+    label_key: str | None = None
+    memory_limit: int | None = None
 
+    def __post_init__(self) -> None:
+        self.size = _checked_size(self.size)
+        if self.channels is not None and (isinstance(self.channels, bool) or self.channels not in (1, 3)):
+            raise ValueError(f"channels: got {self.channels!r}, takes 1, 3 or None")
+        if self.limit is not None:
+            self.limit = checks.integer("limit", self.limit, at_least=1)
+        if self.memory_limit is not None:
+            self.memory_limit = checks.integer("memory_limit", self.memory_limit, at_least=1)
+        for name in ("split", "image_key", "label_key"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{name}: got {value!r}, takes a text")
 
-def checked_reading(
-    size: Any, channels: Any, limit: Any, memory_limit: Any, split: Any, image_key: Any, label_key: Any
-) -> Reading:
-    """The arguments that all ways to read a source have; ValueError or TypeError for others."""
-    target = _checked_size(size)
-    _check_channels(channels)
-    limit = None if limit is None else checks.integer("limit", limit, at_least=1)
-    most = memory_of_machine() if memory_limit is None else checks.integer("memory_limit", memory_limit, at_least=1)
-    for name, value in (("split", split), ("image_key", image_key), ("label_key", label_key)):
-        if value is not None and not isinstance(value, str):
-            raise TypeError(f"{name}: got {value!r}, takes a text")
-    return Reading(target, limit, most)
+    @property
+    def most(self) -> int:
+        """Bytes that the images may take."""
+        return memory_of_machine() if self.memory_limit is None else self.memory_limit
+
+    @property
+    def wanted(self) -> Wanted:
+        """What kinds of sources are asked for."""
+        return Wanted(self.labels, self.limit, self.split, self.image_key, self.label_key, self.most)
+
+    def opened(self, source: Any) -> Source:
+        """The source, which holds images; ValueError where it holds none."""
+        found = opened(source, self.wanted)
+        if found.count == 0:
+            raise ValueError(f"{found.name}: no images found")
+        return found
 
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -290,16 +304,7 @@ MAPPED_SHARE = 0.25
 
 @printable_errors
 def read_mapped(
-    source: Any,
-    size: int | tuple[int, int] | None = None,
-    channels: int | None = None,
-    labels: bool = True,
-    limit: int | None = None,
-    split: str | None = None,
-    image_key: str | None = None,
-    label_key: str | None = None,
-    memory_limit: int | None = None,
-    mapped: bool | None = None,
+    source: Any, mapped: bool | None = None, **asked: Any
 ) -> tuple[Mapped, np.ndarray | None, tuple[str, ...] | None, np.ndarray | None] | None:
     """The images of a .npy file where they lie, their labels and class names, and which images to take (None: all).
 
@@ -309,10 +314,9 @@ def read_mapped(
     Raises:
         ValueError: with mapped=True, a source that cannot be mapped; says why.
     """
-    asked = checked_reading(size, channels, limit, memory_limit, split, image_key, label_key)
-    limit = asked.limit
-    found, reason = _mappable(source, asked.size, channels)
-    if found is not None and not mapped and found.nbytes <= MAPPED_SHARE * asked.most:
+    reading = Reading(**asked)
+    found, reason = _mappable(source, reading.size, reading.channels)
+    if found is not None and not mapped and found.nbytes <= MAPPED_SHARE * reading.most:
         return None
     if found is not None and found.images.is_floating_point() and found.extremes()[0] >= 0:
         found, reason = None, f"{source} has no value below 0, which could mean [0, 1] or [-1, 1]"
@@ -322,12 +326,12 @@ def read_mapped(
                 f"mapped: {reason}; `patchscore bank SOURCE --out bank.npy` writes a file that can be mapped"
             )
         return None
-    wanted = Wanted(labels, limit, split, image_key, label_key)
+    wanted = reading.wanted
     listed = npy_file(found.path, wanted)
     wanted.check_used(listed.name)
     members = None
-    if limit is not None and limit < listed.count:
-        members = fair_share(np.arange(listed.count), listed.labels, limit)
+    if reading.limit is not None and reading.limit < listed.count:
+        members = fair_share(np.arange(listed.count), listed.labels, reading.limit)
     return found, listed.labels, listed.class_names, members
 
 
@@ -447,53 +451,40 @@ def read_range(source: str, span: Span | None, dtype: np.dtype) -> None:
 # Images of several sizes: an array for each.
 
 
+class _OfAnySize(list[Prepared]):
+    """Images of any shape, collected as they come."""
+
+    def add(self, image: Prepared, name: str) -> None:
+        self.append(image)
+
+
 @printable_errors
-def read_sizes(
-    source: Any,
-    channels: int | None = None,
-    labels: bool = True,
-    limit: int | None = None,
-    skip_bad: bool = False,
-    split: str | None = None,
-    image_key: str | None = None,
-    label_key: str | None = None,
-) -> list[tuple[Images, np.ndarray]]:
-    """As `read`, for images of several sizes as they are: for each size its images, and their places among all.
+def read_sizes(source: Any, **asked: Any) -> list[tuple[Images, np.ndarray]]:
+    """As `read`, for images of several sizes as they are: for each size its images, and their positions among all.
 
     The size of most images comes first. Channels and class numbers are the same for all.
     """
-    asked = checked_reading(None, channels, limit, None, split, image_key, label_key)
-    most, bad = asked.most, 0
+    reading, images = Reading(**asked), _OfAnySize()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        found = opened(source, Wanted(labels, asked.limit, split, image_key, label_key, most))
-        images: list[tuple[int, Prepared]] = []
-        for i in fair_share(np.arange(found.count), found.labels, asked.limit).tolist():
-            try:
-                image, label = found.item(i)
-                images.append((i, prepared(image, found.item_name(i), label, None, channels)))
-            except UnreadableImage as error:
-                if not skip_bad:
-                    raise ValueError(str(error)) from error.__cause__
-                bad += 1
-    if not images:
-        raise ValueError(f"{found.name}: no images found")
+        found = reading.opened(source)
+        given, taken, bad = _load(found, images, reading)
     if bad:
-        warnings.warn(printable(f"{found.name}: left out {bad} images that cannot be read"), stacklevel=4)
-    most_channels = max(image.pixels.shape[0] for _, image in images)
-    given = [image.label for _, image in images]
-    numbers, names = numbered(found, given, [i for i, _ in images]) if labels else (None, None)
+        warn_left_out(found, [str(bad[i]) for i in sorted(bad)])
+    order = np.argsort(taken).tolist()
+    most_channels = max(image.pixels.shape[0] for image in images)
+    numbers, names = numbered(found, given, taken) if reading.labels else (None, None)
     by_size: dict[tuple[int, ...], list[int]] = {}
-    for at, (_, image) in enumerate(images):
-        by_size.setdefault(image.pixels.shape[1:], []).append(at)
+    for at, i in enumerate(order):
+        by_size.setdefault(images[i].pixels.shape[1:], []).append(at)
     read_ones: list[tuple[Images, np.ndarray]] = []
     for members in sorted(by_size.values(), key=len, reverse=True):
-        collected = _Collected(found.name, len(members), most)
-        for at in members:
-            i, image = images[at]
-            collected.add(image, found.item_name(i))
+        collected = _Collected(found.name, len(members), reading.most)
+        for i in (order[at] for at in members):
+            collected.add(images[i], found.item_name(taken[i]))
         array = collected.finish()
         if array.shape[1] == 1 and most_channels == 3:
             array = np.repeat(array, 3, axis=1)
-        read_ones.append(((array, None if numbers is None else numbers[members], names), np.array(members)))
+        labels = None if numbers is None else numbers[[order[at] for at in members]]
+        read_ones.append(((array, labels, names), np.array(members)))
     return read_ones

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,9 +29,17 @@ from tqdm import tqdm
 from ..files import errors_name, hold, parse_json, remove_temporaries, write_atomically
 from .image import Prepared, Span, prepared
 from .mapped import beside
-from .opening import opened
-from .reading import check_same_size, checked_reading, fair_share, merged_span, numbered, printable_errors, read_range
-from .source import Source, UnreadableImage, Wanted, printable
+from .reading import (
+    Reading,
+    check_same_size,
+    fair_share,
+    merged_span,
+    numbered,
+    printable_errors,
+    read_range,
+    warn_left_out,
+)
+from .source import Source, UnreadableImage
 
 AHEAD = 8
 """Images a thread that may be decoded before it is their turn to be written."""
@@ -51,19 +59,7 @@ class _Otherwise(Exception):
 
 
 @printable_errors
-def write(
-    source: Any,
-    path: Path,
-    size: int | tuple[int, int] | None = None,
-    channels: int | None = None,
-    labels: bool = True,
-    limit: int | None = None,
-    skip_bad: bool = False,
-    split: str | None = None,
-    image_key: str | None = None,
-    label_key: str | None = None,
-    overwrite: bool = False,
-) -> None:
+def write(source: Any, path: Path, overwrite: bool = False, **asked: Any) -> None:
     """Writes what `read` reads to a .npy file, with labels and class names beside it.
 
     Raises:
@@ -72,47 +68,36 @@ def write(
     """
     if path.suffix != ".npy":
         raise ValueError(f"out: got {str(path)!r}, takes a name that ends in .npy")
-    settings = checked_reading(size, channels, limit, None, split, image_key, label_key)
+    reading = Reading(**asked)
     there = [str(p) for p in (path, *_about(path)) if p.exists()]
     if there and not overwrite:
         raise ValueError(f"out: {there[0]} exists already; pass overwrite (on the command line --overwrite)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        found = opened(source, Wanted(labels, settings.limit, split, image_key, label_key, settings.most))
-        if found.count == 0:
-            raise ValueError(f"{found.name}: no images found")
-        size_asked = None if settings.size is None else list(settings.size)
-        asked: dict[str, Any] = {
-            "size": size_asked,
-            "channels": channels,
-            "limit": limit,
-            "skip_bad": skip_bad,
-            "labels": labels,
-        }
-        asked |= {"split": split, "image_key": image_key, "label_key": label_key}
-        state = {**asked, "source": _identity(source, found)}
+        found = reading.opened(source)
+        state = {**asdict(reading), "source": _identity(source, found)}
+        state["size"] = reading.size and list(reading.size)
+        del state["memory_limit"]
         partial = path.with_name(path.name + ".partial")
         with errors_name(partial), open(partial, "a+b") as file:
             if hold(file.fileno(), partial, f"out: {path} is being written by another process"):
                 remove_temporaries(path.parent, [about.name for about in _about(path)])
-            writer = _Writer(found, path, file, state, settings.limit, channels)
+            writer = _Writer(found, path, file, state, reading.limit, reading.channels)
             writer.resume()
             while True:
                 try:
-                    writer.run(settings.size, skip_bad)
+                    writer.run(reading.size, reading.skip_bad)
                     break
                 except _Otherwise as otherwise:
                     options = {"channels": writer.channels, "floats": writer.floats, **otherwise.options}
-                    writer = _Writer(found, path, file, state, settings.limit, **options)
+                    writer = _Writer(found, path, file, state, reading.limit, **options)
                 except BaseException as error:
                     writer.leave(interrupted=isinstance(error, KeyboardInterrupt))
                     raise
             ready = writer.finish()
-        writer.publish(ready, labels)
-    # Outside, so that the line of the caller is named.
+        writer.publish(ready, reading.labels)
     if writer.bad:
-        text = f"{found.name}: left out {len(writer.bad)} images that cannot be read: {'; '.join(writer.bad[:3])}"
-        warnings.warn(printable(text + ("; ..." if len(writer.bad) > 3 else "")), stacklevel=4)
+        warn_left_out(found, writer.bad)
 
 
 def _about(path: Path) -> list[Path]:
