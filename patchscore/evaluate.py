@@ -32,7 +32,17 @@ from .machines import EquivariantLocalScore, IdealScore, LocalScore
 from .noise import Schedule, get_schedule
 from .sampling import DEFAULT_BATCH, Step, labels_in_turn, sample
 from .scales import ScaleTable
-from .theories import GoldenSubset, NearestScore, PatchComposition, PcaLocality, SmoothedScore, WrappedScore, pspc_sizes
+from .theories import (
+    FilteredMeans,
+    GoldenSubset,
+    NearestScore,
+    PatchComposition,
+    PcaLocality,
+    SmoothedScore,
+    WrappedScore,
+    pspc_sizes,
+    soft_squares,
+)
 
 FORMAT = "patchscore-comparison"
 VERSION = 2
@@ -510,6 +520,7 @@ THEORIES = (
     "composition",
     "smoothed",
     "nearest",
+    "soft",
     "els-wrapped",
 )
 """What `theories_named` knows: the machines of Kamb & Ganguli, and the theories of docs/theories.md."""
@@ -531,7 +542,7 @@ def theories_named(
     Args:
         names: of `THEORIES`, in the order of the result.
         bank: the network's training images.
-        zeros: patch sizes of the boundary-broken and of the local machine.
+        zeros: patch sizes of the boundary-broken and of the local machine, and of `soft`.
         circular: patch sizes of the circular and wrapped machines, at most the image size; None clips those of `zeros`.
         engine: of the machines.
         memory_limit: bytes of working memory of each.
@@ -555,6 +566,7 @@ def theories_named(
         "composition": lambda: PatchComposition(bank, pspc_sizes, flip=True, memory_limit=memory_limit),
         "smoothed": lambda: SmoothedScore(bank, SMOOTHING, memory_limit=memory_limit),
         "nearest": lambda: NearestScore(bank, memory_limit=memory_limit),
+        "soft": lambda: FilteredMeans(bank, soft_squares(bank.shape, zeros), flip=True, memory_limit=memory_limit),
         "els-wrapped": lambda: WrappedScore(bank, of_circle, engine, memory_limit),
     }
     return {name: makers[checks.one_of("theories", name, THEORIES)]() for name in names}

@@ -9,6 +9,7 @@ from conftest import noisy, smooth_images
 
 import patchscore as ps
 from patchscore.theories import (
+    FilteredMeans,
     GaussianScore,
     GoldenSubset,
     NearestScore,
@@ -18,6 +19,7 @@ from patchscore.theories import (
     WrappedScore,
     masks_of_heat,
     pspc_sizes,
+    soft_squares,
 )
 
 TOLERANCE = 1e-4
@@ -123,11 +125,35 @@ def plain_wrapped(z, sigma, x, k):
     return found
 
 
+def plain_filtered(z, sigma, x, precisions, responses):
+    """A posterior mean for every filter, then the mean of these, weighted by the responses."""
+    total, count = np.zeros_like(z), np.zeros(z.shape[1:])
+    for precision, response in zip(precisions, responses, strict=True):
+        weights = softmax([-(precision * (z - a) ** 2).sum() / (2 * sigma**2) for a in x])
+        total += response * sum(w * a for w, a in zip(weights, x, strict=True))
+        count += response
+    return total / count
+
+
 NOISE = torch.randn(3, 2, 6, 5, generator=torch.Generator().manual_seed(7))
 MASKS = torch.rand(9, 6, 5, generator=torch.Generator().manual_seed(8)) < 0.4
 MASKS[0, ~MASKS.any(0)] = True
+FILTERS = torch.rand(7, 6, 5, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+RESPONSES = torch.rand(7, 6, 5, generator=torch.Generator().manual_seed(10), dtype=torch.float64)
 
 EXACT = {
+    "filtered": (
+        FilteredMeans,
+        lambda z, s, x: plain_filtered(z, s, x, FILTERS.numpy(), RESPONSES.numpy()),
+        {"precisions": FILTERS, "responses": RESPONSES},
+    ),
+    "filtered, mirror images": (
+        FilteredMeans,
+        lambda z, s, x: plain_filtered(
+            z, s, np.concatenate([x, x[..., ::-1]]), *2 * [soft_squares((2, 6, 5), 3, 0.1)(s).numpy()]
+        ),
+        {"precisions": soft_squares((2, 6, 5), 3, 0.1), "flip": True},
+    ),
     "wrapped": (WrappedScore, lambda z, s, x: plain_wrapped(z, s, x, 3), {"patch_size": 3}),
     "wrapped, nearly the whole image": (WrappedScore, lambda z, s, x: plain_wrapped(z, s, x, 5), {"patch_size": 5}),
     "nearest": (NearestScore, plain_nearest, {}),
@@ -309,6 +335,31 @@ def test_a_table_and_a_function_give_the_side(small):
     torch.testing.assert_close(by_level.denoise(z[:1], 0.5), ps.IdealScore(small).denoise(z[:1], 0.5))
 
 
+def test_windows_and_whole_images_are_collections(small):
+    z, sigmas = noisy(small, 0.5, 2), torch.tensor([0.3, 1.0])
+    ones = torch.ones(1, 6, 5)
+    torch.testing.assert_close(FilteredMeans(small, ones).denoise(z, sigmas), ps.IdealScore(small).denoise(z, sigmas))
+    # Windows of 3 x 3 about each pixel; beyond the border LocalScore has zeros in both images, no distance.
+    near = [[[max(abs(i - a), abs(j - b)) < 2 for b in range(5)] for a in range(6)] for i in range(6) for j in range(5)]
+    windows, one = torch.tensor(near, dtype=torch.float64), torch.eye(30).view(30, 6, 5)
+    local = ps.LocalScore(small, 3).denoise(z, sigmas)
+    torch.testing.assert_close(FilteredMeans(small, windows, one).denoise(z, sigmas), local)
+    masks = PatchComposition(small, masks=MASKS).denoise(z, sigmas)
+    torch.testing.assert_close(FilteredMeans(small, MASKS.double()).denoise(z, sigmas), masks)
+
+
+def test_a_soft_square_is_as_wide_as_its_side():
+    for k in (3, 7, 11):
+        row = soft_squares((1, 1, 101), k)(0.5)[50, 0]
+        offsets = torch.arange(101, dtype=torch.float64) - 50
+        variance = (row * offsets.square()).sum() / row.sum()
+        square = torch.arange(k, dtype=torch.float64).var(unbiased=False)
+        assert variance.item() == pytest.approx(square.item(), rel=0.02)  # a sum for an integral: 2% at k = 3
+    assert torch.equal(soft_squares((1, 2, 2), 1)(0.5), torch.eye(4, dtype=torch.float64).view(4, 2, 2))
+    table = ps.ScaleTable([0.1, 2.0], [1, 3])
+    assert torch.equal(soft_squares((1, 2, 2), table, 0.5)(0.1), soft_squares((1, 2, 2), 1)(0.1) + 0.5)
+
+
 def test_masks_hold_the_hottest_pixels():
     heat = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
     assert masks_of_heat(heat, 0.65).tolist() == [[[False, False, True, True]]]  # shares 0.1, 0.3, 0.6, 1
@@ -367,6 +418,13 @@ def test_theories_sample_like_any_denoiser(small):
         (lambda bank: WrappedScore(3, 3), TypeError, "bank: got int"),
         (lambda bank: bank.wrapped(6), ValueError, "margin: got 6"),
         (lambda bank: bank.wrapped(-1), ValueError, "margin: got -1"),
+        (lambda bank: FilteredMeans(bank, FILTERS[:, :3]), ValueError, "precisions: got shape"),
+        (lambda bank: FilteredMeans(bank, -FILTERS), ValueError, "precisions: takes finite numbers from 0"),
+        (lambda bank: FilteredMeans(bank, FILTERS, RESPONSES[:3]), ValueError, "responses: got 3 rows"),
+        (lambda bank: FilteredMeans(bank, FILTERS, RESPONSES * 0), ValueError, "responses: a pixel has none"),
+        (lambda bank: FilteredMeans(bank, [1]), TypeError, "precisions: got list"),
+        (lambda bank: soft_squares(bank.shape, 0), ValueError, "patch_size: got 0"),
+        (lambda bank: soft_squares(bank.shape, 3, -1), ValueError, "whole: got -1"),
         (lambda bank: GaussianScore(bank, ddof=2), ValueError, "ddof: got 2"),
         (lambda bank: masks_of_heat(torch.zeros(1, 2, 2), 0.5), ValueError, "heat: got shape"),
         (lambda bank: masks_of_heat(torch.ones(1, 2, 2), 0), ValueError, "threshold: got 0"),

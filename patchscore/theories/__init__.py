@@ -6,6 +6,7 @@ a class for each item.
 
 from ..gaussian import GaussianScore
 from .composition import PatchComposition, masks_of_heat, pspc_sizes
+from .filtered import FilteredMeans, soft_squares
 from .golden import GoldenSubset
 from .nearest import NearestScore
 from .pca import PcaLocality
@@ -13,6 +14,7 @@ from .smoothed import SmoothedScore
 from .wrapped import WrappedScore
 
 __all__ = [
+    "FilteredMeans",
     "GaussianScore",
     "GoldenSubset",
     "NearestScore",
@@ -22,4 +24,5 @@ __all__ = [
     "WrappedScore",
     "masks_of_heat",
     "pspc_sizes",
+    "soft_squares",
 ]

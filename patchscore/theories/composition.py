@@ -7,6 +7,7 @@ instead of squares.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -54,55 +55,19 @@ def masks_of_heat(heat: Tensor, threshold: float) -> Tensor:
     return torch.zeros_like(hot).scatter(1, order, hot).view(heat.shape)
 
 
-class PatchComposition(Theory):
-    """D(z)[i] = the mean over the squares S that cover pixel i of sum_a w_a(S) x_a[i], each S with its own posterior.
+class Composed(Theory):
+    """D(z)[i] = sum_j R_ji m_j(z)[i] / sum_j R_ji, m_j(z) = sum_a w_a(j) x_a: posterior means of several windows.
 
-    w_a(S) is proportional to exp(-|z - x_a|^2 / (2 sigma^2)) on the square, and sums to 1 over the images. Squares lie
-    inside the image; distances are over all channels. The average is taken on the weights: with n_i the number of
-    squares that cover pixel i, D_i = (1 / n_i) sum_a x_ai Box_k[w_a](i), a running sum at any k.
-
-    Args:
-        bank: the training images.
-        patch_size: side k of the squares, odd or even; a ScaleTable; or a function from sigma to k, such as
-            `pspc_sizes`, the published one. Cut to the image's smaller side.
-        flip: whether mirror images compete too, as by default in the published program.
-        masks: instead of squares, for the flexible form: [P, H, W] booleans, or a function from sigma to them;
-            `masks_of_heat` makes them. Every pixel must lie in one.
-        memory_limit: bytes of working memory beyond the bank.
-
-    Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: an argument out of its range.
+    What the windows j are, how a pixel's distance counts in each and how it is made of them, `_windows` says.
     """
 
-    def __init__(
-        self,
-        bank: PatchBank,
-        patch_size: int | ScaleTable | Callable[[float], int] | None = None,
-        flip: bool = False,
-        masks: Tensor | Callable[[float], Tensor] | None = None,
-        memory_limit: int = DEFAULT_MEMORY_LIMIT,
-    ):
+    def __init__(self, bank: PatchBank, flip: bool, memory_limit: int):
         super().__init__(bank, memory_limit)
-        if (patch_size is None) == (masks is None):
-            raise ValueError("patch_size, masks: takes one of the two")
-        self.patch_size = patch_size
-        if patch_size is not None and not callable(patch_size):
-            self.patch_size = checks.integer("patch_size", patch_size, at_least=1)
         self.flip = bool(flip)
-        self.masks = masks
-        if masks is not None and not callable(masks):
-            self._cover(masks)
 
-    def _cover(self, masks: Tensor) -> Tensor:
-        """[P, H W] the masks as numbers, checked."""
-        height, width = self.shape[1:]
-        if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
-            raise TypeError("masks: takes a boolean tensor [P, H, W]")
-        if masks.ndim != 3 or tuple(masks.shape[1:]) != (height, width) or not masks.any(0).all():
-            got = list(masks.shape)
-            raise ValueError(f"masks: got shape {got}, takes [P, {height}, {width}] with every pixel in one")
-        return masks.flatten(1).to(torch.float64)
+    @abstractmethod
+    def _windows(self, sigma: float, z: Tensor) -> Squares | Filters:
+        """The windows at a noise level, in z's precision and on its device."""
 
     def _posterior(self, z: Tensor, sigma: float, label: int | None) -> tuple[Tensor, Tensor, int]:
         bank, windows = self.bank.of_class(label), self._windows(sigma, z)
@@ -135,10 +100,60 @@ class PatchComposition(Theory):
     def _with_mirrored(self, x: Tensor) -> Tensor:
         return torch.cat([x, x.flip(-1)]) if self.flip else x
 
-    def _windows(self, sigma: float, z: Tensor) -> Squares | MaskedWindows:
+
+class PatchComposition(Composed):
+    """D(z)[i] = the mean over the squares S that cover pixel i of sum_a w_a(S) x_a[i], each S with its own posterior.
+
+    w_a(S) is proportional to exp(-|z - x_a|^2 / (2 sigma^2)) on the square, and sums to 1 over the images. Squares lie
+    inside the image; distances are over all channels. The average is taken on the weights: with n_i the number of
+    squares that cover pixel i, D_i = (1 / n_i) sum_a x_ai Box_k[w_a](i), a running sum at any k.
+
+    Args:
+        bank: the training images.
+        patch_size: side k of the squares, odd or even; a ScaleTable; or a function from sigma to k, such as
+            `pspc_sizes`, the published one. Cut to the image's smaller side.
+        flip: whether mirror images compete too, as by default in the published program.
+        masks: instead of squares, for the flexible form: [P, H, W] booleans, or a function from sigma to them;
+            `masks_of_heat` makes them. Every pixel must lie in one.
+        memory_limit: bytes of working memory beyond the bank.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        bank: PatchBank,
+        patch_size: int | ScaleTable | Callable[[float], int] | None = None,
+        flip: bool = False,
+        masks: Tensor | Callable[[float], Tensor] | None = None,
+        memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    ):
+        super().__init__(bank, flip, memory_limit)
+        if (patch_size is None) == (masks is None):
+            raise ValueError("patch_size, masks: takes one of the two")
+        self.patch_size = patch_size
+        if patch_size is not None and not callable(patch_size):
+            self.patch_size = checks.integer("patch_size", patch_size, at_least=1)
+        self.masks = masks
+        if masks is not None and not callable(masks):
+            self._cover(masks)
+
+    def _cover(self, masks: Tensor) -> Tensor:
+        """[P, H W] the masks as numbers, checked."""
+        height, width = self.shape[1:]
+        if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+            raise TypeError("masks: takes a boolean tensor [P, H, W]")
+        if masks.ndim != 3 or tuple(masks.shape[1:]) != (height, width) or not masks.any(0).all():
+            got = list(masks.shape)
+            raise ValueError(f"masks: got shape {got}, takes [P, {height}, {width}] with every pixel in one")
+        return masks.flatten(1).to(torch.float64)
+
+    def _windows(self, sigma: float, z: Tensor) -> Squares | Filters:
         if self.masks is not None:
-            found = self.masks(sigma) if callable(self.masks) else self.masks
-            return MaskedWindows(self._cover(found).to(z), self.shape[1:])
+            masks = self._cover(self.masks(sigma) if callable(self.masks) else self.masks).to(z)
+            return Filters(masks, masks, self.shape[1:])
         k = self.patch_size(sigma) if callable(self.patch_size) else self.patch_size
         return Squares(min(checks.integer("patch_size", k, at_least=1), *self.shape[1:]), self.shape[1:])
 
@@ -164,21 +179,21 @@ class Squares:
         return _box(F.pad(w.view(*w.shape[:-1], self.rows, self.cols), [self.k - 1] * 4), self.k)
 
 
-class MaskedWindows:
-    """Windows of any form, as rows of a matrix."""
+class Filters:
+    """Windows of any form: how much a pixel's distance counts in each, and how much of a pixel each makes; [J, H W]."""
 
-    def __init__(self, masks: Tensor, shape: tuple[int, int]):
-        self.masks = masks
+    def __init__(self, precisions: Tensor, responses: Tensor, shape: tuple[int, int]):
+        self.precisions, self.responses = precisions, responses
         self.shape = shape
-        self.count = len(masks)
+        self.count = len(precisions)
 
     def gather(self, x: Tensor) -> Tensor:
-        """As of `Squares`."""
-        return x.flatten(-2) @ self.masks.T
+        """[..., H, W] -> [..., count], the weighted sum over each window."""
+        return x.flatten(-2) @ self.precisions.T
 
     def spread(self, w: Tensor) -> Tensor:
-        """As of `Squares`."""
-        return (w @ self.masks).view(*w.shape[:-1], *self.shape)
+        """[..., count] -> [..., H, W], the weighted sum over the windows that make a pixel."""
+        return (w @ self.responses).view(*w.shape[:-1], *self.shape)
 
 
 def _box(x: Tensor, k: int) -> Tensor:
