@@ -240,8 +240,10 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
                  double certain_from, double prior_degrees, double trimming, double misfit, double unknown,
                  double further, double whole_pixels, double opened_from, double pilot, int known, const py::buffer& m,
                  const py::buffer& s, const py::buffer& s2, const py::buffer& v, const py::buffer& ss,
-                 const py::buffer& vs, const py::buffer& vv, const py::buffer& fits, const py::buffer& pairs,
-                 int threads, const std::string& simd) {
+                 const py::buffer& vs, const py::buffer& vv, const std::optional<py::buffer>& v2,
+                 const std::optional<py::buffer>& sl, const std::optional<py::buffer>& qq,
+                 const std::optional<py::buffer>& ee, const py::buffer& fits, const py::buffer& pairs, int threads,
+                 const std::string& simd) {
     std::list<py::buffer_info> held;
     patchscore::Request request{};
     request.images = bytes_of(images, patch_size, held);
@@ -289,6 +291,14 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
     request.ss = data_of<double>("ss", info(ss, true), {queries}, true);
     request.vs = data_of<double>("vs", info(vs, true), {queries, channels}, true);
     request.vv = data_of<double>("vv", info(vv, true), {queries, channels}, true);
+    if (v2.has_value() != sl.has_value() || v2.has_value() != qq.has_value() || v2.has_value() != ee.has_value())
+        throw py::value_error("v2, sl, qq, ee: takes all or none");
+    if (v2) {
+        request.v2 = data_of<double>("v2", info(*v2, true), {queries, channels}, true);
+        request.sl = data_of<double>("sl", info(*sl, true), {queries}, true);
+        request.qq = data_of<double>("qq", info(*qq, true), {queries, channels}, true);
+        request.ee = data_of<double>("ee", info(*ee, true), {queries}, true);
+    }
     request.fits = data_of<uint8_t>("fits", info(fits, true), {queries}, true);
     request.pairs = data_of<int64_t>("pairs", info(pairs, true), {queries}, true);
     bool finished;
@@ -325,7 +335,7 @@ PYBIND11_MODULE(_native, module) {
                py::arg("key"), py::arg("certain_from"), py::arg("prior_degrees"), py::arg("trimming"),
                py::arg("misfit"), py::arg("unknown"), py::arg("further"), py::arg("whole_pixels"),
                py::arg("opened_from"), py::arg("pilot"), py::arg("known"), py::arg("m"), py::arg("s"), py::arg("s2"),
-               py::arg("v"), py::arg("ss"), py::arg("vs"), py::arg("vv"), py::arg("fits"), py::arg("pairs"),
-               py::arg("threads"), py::arg("simd"),
+               py::arg("v"), py::arg("ss"), py::arg("vs"), py::arg("vv"), py::arg("v2"), py::arg("sl"), py::arg("qq"),
+               py::arg("ee"), py::arg("fits"), py::arg("pairs"), py::arg("threads"), py::arg("simd"),
                "Estimates the posterior sums of queries; see struct Request in csrc/pruned/pruned.h.");
 }

@@ -245,15 +245,3 @@ def test_sampled_moments_of_the_whole_bank_are_exact():
     torch.testing.assert_close(merged.variance_stderr, half.variance_stderr)
     torch.testing.assert_close(merged.entropy_stderr, half.entropy_stderr)
     torch.testing.assert_close(half.scaled(3.0).qq.sqrt(), 9 * half.qq.sqrt())
-
-
-@needs_native
-def test_an_index_leaves_moments_to_an_exact_engine(bank, tmp_path, monkeypatch):
-    pytest.importorskip("faiss")
-    monkeypatch.setattr(base, "_warned", set())
-    index = ps.PatchIndex.build(bank, [3], tmp_path / "index", progress=False)
-    machine = ps.EquivariantLocalScore(bank, 3, engine="pruned", index=index, budget=0.1)
-    with pytest.warns(RuntimeWarning, match="it takes no moments"):
-        found = machine.estimate(noisy(bank, 0.5, dtype=torch.float32), 0.5, moments=True)
-    assert found.engine == "sliding"
-    assert not found.variance_stderr.any()

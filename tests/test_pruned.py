@@ -745,3 +745,123 @@ def test_the_native_scan_refuses_what_does_not_fit(indexed, spoilt, monkeypatch)
     changed = {name: change(found[name]) for name, change in SPOILT[spoilt].items()}
     with pytest.raises((ValueError, TypeError)):
         native.native.pruned_scan(**{**found, **changed})
+
+
+# Moments: the posterior variance and the entropy, from the same sample.
+
+
+MOMENTS = ("mean", "variance", "entropy")
+
+
+def errors_of(found, name):
+    return found.stderr if name == "mean" else getattr(found, f"{name}_stderr")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_scan_of_every_window_gives_the_exact_moments(indexed, channels):
+    bank, index = indexed(channels)
+    for k, padding_mode, sigma in ((3, "zeros", 0.02), (1, "circular", 0.1), (5, "circular", 0.5), (9, "zeros", 5.0)):
+        z = noisy(bank, sigma, 1, dtype=torch.float32)
+        truth = ps.EquivariantLocalScore(bank, k, padding_mode, engine="reference")
+        truth = truth.estimate(z.double(), sigma, moments=True)
+        request, group = request_of(pruned(bank, index, k, padding_mode), z[0], sigma, budget=None, moments=True)
+        found = cpu.scan(request, POLICY).sums
+        # How far rounding a query moves log-weights apart; see test_a_scan_of_every_window_gives_the_exact_numbers.
+        unit = 2.0 ** -(1 + cpu._integers(request.windows)[1].double()) / 2 / cpu.BYTE
+        count = len(request.part.ids)
+        nearest = (2 * sigma**2 * (math.log(count) - found.m - found.s.log()).clamp(min=0)[:, 0]).sqrt()
+        moved = 2 * unit * (request.windows[0].numel() ** 0.5) * (nearest + 4 * sigma) / sigma**2
+        # Weights that are off by a share d change a variance by at most as much, an entropy by d ln N.
+        variance, entropy = inside(truth.variance[0], group), inside(truth.entropy, group)[:, 0]
+        assert (
+            (found.variance - variance).abs() <= (1e-4 + 2 * moved)[:, None] * variance + 2**-23
+        ).all()  # digits of float sums
+        assert ((found.entropy[:, 0] - entropy).abs() <= 1e-4 + 2 * moved * math.log(count)).all()
+        assert not found.variance_stderr.any()
+        assert not found.entropy_stderr.any()
+
+
+@pytest.mark.parametrize("k", [3, 9])
+@pytest.mark.parametrize("sigma", [0.5, 1.5, 6.0])
+def test_the_errors_of_moments_cover(larger, k, sigma):
+    bank, index = larger
+    z = noisy(bank, sigma, 1, dtype=torch.float32)
+    truth = exact(bank, k).estimate(z, sigma, moments=True)
+    r, hits, draws = k // 2, dict.fromkeys(MOMENTS, 0), dict.fromkeys(MOMENTS, 0)
+    for seed in range(20):
+        found = pruned(bank, index, k, budget=0.03, seed=seed).estimate(z, sigma, moments=True)
+        assert "pruned" in found.engine
+        for name in MOMENTS:
+            away, stderr = (getattr(found, name) - getattr(truth, name)).abs(), errors_of(found, name)
+            assert (away <= 1e-3 * (1 + getattr(truth, name).abs()))[stderr == 0].all()  # edges, and whole pixels
+            away, stderr = away[..., r:-r, r:-r], stderr[..., r:-r, r:-r]
+            hits[name] += int((away[stderr > 0] <= 2 * stderr[stderr > 0] + 1e-4).sum())
+            draws[name] += int((stderr > 0).sum())
+    for name in MOMENTS:  # as for the mean: a seed counts as one draw for 16 of its pixels
+        assert proportion_at_least(hits[name] // 16, draws[name] // 16, 0.93), (name, hits[name] / max(1, draws[name]))
+
+
+def test_moments_of_the_scan_are_those_of_the_definition(larger, tmp_path):
+    """Estimates of both have the same mean, and so have their stated errors."""
+    bank, _ = larger
+    index = ps.PatchIndex.build(bank, 3, tmp_path / "i", cells=96, progress=False)
+    policy = dataclasses.replace(POLICY, known=0, pilot=0.0, opened_from=1e-9, unknown=1e9, misfit=1e9)
+    for sigma, pixel, draws in ((0.5, 18, 60), (2.0, 100, 60)):
+        z = noisy(bank, sigma, dtype=torch.float32)
+        request, _ = request_of(pruned(bank, index, budget=0.02), z[0], sigma, moments=True)
+        request = dataclasses.replace(request, windows=request.windows[pixel : pixel + 1], columns=0)
+        budget = 0.02 * request.competing
+        defined, _, _ = naive_estimates(index.at(3), request.windows[0], sigma, budget, draws, policy=policy)
+        scanned = [cpu.scan(dataclasses.replace(request, key=1000 + seed), policy).sums for seed in range(draws)]
+        pairs = {
+            "variance": ([x.variance for x in defined], [x.variance[0] for x in scanned]),
+            "entropy": ([x.entropy[None] for x in defined], [x.entropy[0] for x in scanned]),
+            "qq": ([(x.qq / x.s**2).log() for x in defined], [(x.qq / x.s**2).log()[0] for x in scanned]),
+            "ee": ([(x.ee / x.s**2).log()[None] for x in defined], [(x.ee / x.s**2).log()[0] for x in scanned]),
+        }
+        for name, both in pairs.items():
+            a, b = (torch.stack(list(some)) for some in both)
+            spread = ((a.var(0) + b.var(0)) / len(a)).sqrt()
+            assert ((a.mean(0) - b.mean(0)).abs() < LARGEST_Z * spread + 1e-9).all(), name
+
+
+def test_expected_variances_are_those_of_normal_strata():
+    """Of a stratum of normal values whose log-weights, as they count in E[w^2], are known: by a large sample."""
+    generator = torch.Generator().manual_seed(0)
+    value, spread, slope = 0.3, 0.4, 0.5
+    v = value + spread * torch.randn(10**6, generator=generator, dtype=torch.float64)
+    logs = -1 + slope * torch.randn(10**6, generator=generator, dtype=torch.float64)  # f(t) = -t + t^2 slope^2 / 2
+    one = torch.ones(1, dtype=torch.float64)
+    strata = naive.Strata(10**6 * one, one, one, one, value * one[None], (value**2 + spread**2) * one[None])
+    mean, variance, log = torch.tensor([0.1]).double(), torch.tensor([0.2]).double(), torch.tensor(-0.7).double()
+    moments = (-1 + slope**2 / 2) * one, (-2 + 2 * slope**2) * one
+    found = naive.expected_variances(3 * one, strata, moments, mean, variance, log)
+    squares = (2 * logs).exp()
+    for wanted, sample, share in (
+        (found.qq[0], ((v - mean).square() - variance).square(), torch.ones_like(v)),
+        (found.ee, (1 + log - logs).square(), squares / squares.mean()),
+    ):
+        terms = 3 * sample * share
+        assert abs(((terms.mean() - wanted) / (terms.std() / 1000)).item()) < LARGEST_Z
+
+
+def test_moments_change_neither_sample_nor_mean(larger):
+    bank, index = larger
+    for sigma in (0.1, 0.7, 3.0):
+        request, _ = request_of(pruned(bank, index, budget=0.03), noisy(bank, sigma, dtype=torch.float32)[0], sigma)
+        plain = cpu.scan(request, POLICY).sums
+        full = cpu.scan(dataclasses.replace(request, moments=True), POLICY).sums
+        assert plain.v2 is None
+        assert plain.pairs == full.pairs
+        for name, x in plain.fields.items():
+            assert torch.equal(x, full.fields[name]), name
+
+
+def test_moments_are_finite_whatever_the_image(larger):
+    bank, index = larger
+    for kind, sigma, budget in itertools.product(("noise", "checkerboard"), (0.02, 0.5, 100.0), (1e-3, 0.1)):
+        found = pruned(bank, index, 9, budget=budget).estimate(foreign(kind, bank, sigma), sigma, moments=True)
+        for name in ("variance", "entropy", "variance_stderr", "entropy_stderr"):
+            assert torch.isfinite(getattr(found, name)).all()
+            assert (getattr(found, name) >= 0).all()
+        assert (found.variance <= 1 + 1e-5).all()

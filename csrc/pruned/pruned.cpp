@@ -12,6 +12,7 @@
 
 #include "../common/simd.h"
 #include "../common/threads.h"
+#include "moments.h"
 
 namespace patchscore {
 
@@ -21,7 +22,6 @@ constexpr int PARTS = 32;
 constexpr int TOGETHER = 64;     // queries that are planned together, so that a table of moments is read once for all
 constexpr int PILOT_CELLS = 64;  // where the first known windows of a query are looked for, at most
 constexpr int SWEEPS = 4;        // over the pixels, of neighbours proposing their known windows
-constexpr int TRIMMED = 8;       // windows of a query whose weights may be trimmed
 
 struct ScanVisit {
     int32_t query, cell;
@@ -77,7 +77,8 @@ struct Level {
     decltype(&plain::facts_of) facts_of;
     decltype(&plain::compare_tile) compare_tile;
     decltype(&plain::compare_window) compare_window;
-    decltype(&plain::scan_tiles) scan_tiles;
+    decltype(&plain::scan_tiles<false>) scan_tiles;
+    decltype(&plain::scan_tiles<true>) scan_moments;
 };
 
 // TileFacts is laid out alike in every namespace.
@@ -88,16 +89,17 @@ F as(G g) {
     return reinterpret_cast<F>(g);
 }
 
-#define PS_LEVEL_OF(name)                                     \
-    {#name,                                                   \
-     name::moments,                                           \
-     name::measures,                                          \
-     name::windows_at,                                        \
-     name::pack,                                              \
-     as<decltype(&plain::facts_of)>(&name::facts_of),         \
-     as<decltype(&plain::compare_tile)>(&name::compare_tile), \
-     name::compare_window,                                    \
-     as<decltype(&plain::scan_tiles)>(&name::scan_tiles)}
+#define PS_LEVEL_OF(name)                                               \
+    {#name,                                                             \
+     name::moments,                                                     \
+     name::measures,                                                    \
+     name::windows_at,                                                  \
+     name::pack,                                                        \
+     as<decltype(&plain::facts_of)>(&name::facts_of),                   \
+     as<decltype(&plain::compare_tile)>(&name::compare_tile),           \
+     name::compare_window,                                              \
+     as<decltype(&plain::scan_tiles<false>)>(&name::scan_tiles<false>), \
+     as<decltype(&plain::scan_tiles<true>)>(&name::scan_tiles<true>)}
 
 const Level LEVELS[] = {
 #if defined(__x86_64__)
@@ -135,13 +137,15 @@ struct Sums {
     Known found;           // windows heavier than the lightest that was known
     Heavy heavy[TRIMMED];  // the largest, in descending order
 
-    void take(const Heavy& found) {
+    // Where it was put, TRIMMED if nowhere.
+    int take(const Heavy& found) {
         int at = heavies;
         while (at > 0 && found.expanded > heavy[at - 1].expanded) --at;
-        if (at >= TRIMMED) return;
+        if (at >= TRIMMED) return TRIMMED;
         heavies = std::min(heavies + 1, TRIMMED);
         for (int i = heavies - 1; i > at; --i) heavy[i] = heavy[i - 1];
         heavy[at] = found;
+        return at;
     }
 };
 
@@ -163,6 +167,10 @@ class Scan {
     std::vector<double> sampled;   // and of that of the strata that are not evaluated whole
     std::vector<double> model;     // [queries, 1 + 2 channels] expected variance, about 2^ref
     std::vector<double> model_ref;
+    // With moments alone: what values are taken about, and expected variances of their sums (see add_expected).
+    std::vector<float> centres;           // [queries, channels]
+    std::vector<double> moments_model;    // [queries, 2 + 2 channels]
+    std::vector<MomentSums> moment_sums;  // [queries] of a scan
 
 public:
     Scan(const Request& request, const Level& level, ThreadPool& pool, Interrupt& interrupt)
@@ -184,6 +192,9 @@ public:
           sampled(size_t(request.queries)),
           model(size_t(request.queries) * (1 + 2 * size_t(channels))),
           model_ref(size_t(request.queries)) {
+        if (request.v2)
+            centres.resize(size_t(request.queries) * size_t(channels)),
+                moments_model.resize(size_t(request.queries) * (2 + 2 * size_t(channels)));
         for (int64_t c = 0; c < request.cells; ++c) {
             window_start[size_t(c) + 1] = window_start[size_t(c)] + request.sizes[c];
             tile_start[size_t(c) + 1] = tile_start[size_t(c)] + tiles_of(request.sizes[c]);
@@ -353,6 +364,8 @@ private:
         double total = 0, rest = 0, climb = uniform(key, mixed(uint64_t(q)) | 1ull << 63), next = std::ceil(climb);
         double* variance = &model[size_t(q) * (1 + 2 * size_t(channels))];
         std::fill(variance, variance + 1 + 2 * channels, 0.0);
+        double* more = request.v2 ? &moments_model[size_t(q) * (2 + 2 * size_t(channels))] : nullptr;
+        if (more) std::fill(more, more + 2 + 2 * channels, 0.0);
         int32_t best[PILOT_CELLS];
         float best_first[PILOT_CELLS];
         int bests = 0;
@@ -407,6 +420,9 @@ private:
                     variance[1 + c] += a * of.value[at + c];
                     variance[1 + channels + c] += a * of.value_square[at + c];
                 }
+                if (more)
+                    add_expected(a, of.value + at, of.value_square + at, channels, x.first[size_t(h)],
+                                 x.second[size_t(h)], n, more);
             }
         }
         model_ref[size_t(q)] = ref;
@@ -528,8 +544,19 @@ private:
     }
 
     // Where sums are accumulated about: the heaviest window known, or one of a few that are visited.
-    int32_t reference_of(int q) const {
-        if (known[size_t(q)].count) return known[size_t(q)].t[0];
+    int32_t reference_of(int q) {
+        float* centre = request.v2 ? &centres[size_t(q) * size_t(channels)] : nullptr;
+        if (known[size_t(q)].count) {
+            double sums[1 + MOST_CHANNELS] = {}, values[MOST_CHANNELS];
+            for (int i = 0; centre && i < known[size_t(q)].count; ++i) {
+                const double w = std::exp2((double(known[size_t(q)].t[i]) - known[size_t(q)].t[0]) * request.bits[q]);
+                value_of(known[size_t(q)].id[i], values);
+                sums[0] += w;
+                for (int c = 0; c < channels; ++c) sums[1 + c] += w * values[c];
+            }
+            for (int c = 0; centre && c < channels; ++c) centre[c] = float(sums[1 + c] / sums[0]);
+            return known[size_t(q)].t[0];
+        }
         std::vector<int8_t> scratch(size_t(request.images.tile_bytes()));
         for (const ScanVisit& visit : planned[size_t(q)]) {
             const int8_t* bytes = tile_at(visit.cell, visit.first, scratch.data());
@@ -537,8 +564,9 @@ private:
             int32_t t[1][TILE];
             level.facts_of(bytes, request, ids_of(visit.cell, visit.first), windows_in(visit.cell, visit.first), facts);
             level.compare_tile(request, &visit, 1, bytes, facts, t);
-            const int32_t found = *std::max_element(t[0], t[0] + TILE);
-            if (found != INT32_MIN) return found;
+            const int64_t at = std::max_element(t[0], t[0] + TILE) - t[0];
+            for (int c = 0; centre && c < channels; ++c) centre[c] = facts.value[c][at];
+            if (t[0][at] != INT32_MIN) return t[0][at];
         }
         return 0;
     }
@@ -555,9 +583,11 @@ private:
                 const double off = (double(sum.largest) - refs[size_t(q)]) * request.bits[q];
                 // A known window is the heaviest, unless a heavier one is found.
                 const bool far = off > 50 || (off < -50 && sum.largest != INT32_MIN && !known[size_t(q)].count);
-                if (far && round < 3)
+                if (far && round < 3) {
                     refs[size_t(q)] = sum.largest, again.push_back(q);
-                else if (request.pairs[q] += sum.windows, !finish(q, sum)) {
+                    for (int c = 0; request.v2 && sum.s > 0 && c < channels; ++c)
+                        centres[size_t(q * channels + c)] = float(sum.v[c] / sum.s);
+                } else if (request.pairs[q] += sum.windows, !finish(q, sum)) {
                     unknown.push_back(q);
                     known[size_t(q)].offer(sum.found, request.policy.known);
                 }
@@ -571,6 +601,8 @@ private:
         for (int q : queries)
             for (ScanVisit& visit : planned[size_t(q)]) visit.ref = refs[size_t(q)];
         std::vector<std::vector<Sums>> parts(PARTS, std::vector<Sums>(size_t(request.queries)));
+        std::vector<std::vector<MomentSums>> moments(PARTS,
+                                                     std::vector<MomentSums>(request.v2 ? size_t(request.queries) : 0));
         const auto scan_cell = [&](int64_t part, int64_t c, Cell& cell, ScanVisit* visits, int64_t count) {
             // Four queries with the same first tile go together, those with the most tiles first.
             std::sort(visits, visits + count, [](const ScanVisit& a, const ScanVisit& b) {
@@ -585,17 +617,24 @@ private:
                 Visited found[4];
                 Known* heavier[4];
                 for (int i = 0; i < many; ++i) heavier[i] = &parts[size_t(part)][size_t(visits[at + i].query)].found;
-                level.scan_tiles(request, cell.tiles.data(), cell.facts.data(), int(tiles), visits + at, many,
-                                 known.data(), heavier, found);
-                for (int i = 0; i < many; ++i)
-                    enter(visits[at + i], found[i], tiles, c, parts[size_t(part)][size_t(visits[at + i].query)]);
+                VisitedMoments more[4];
+                (request.v2 ? level.scan_moments : level.scan_tiles)(request, cell.tiles.data(), cell.facts.data(),
+                                                                     int(tiles), visits + at, many, known.data(),
+                                                                     centres.data(), heavier, found, more);
+                for (int i = 0; i < many; ++i) {
+                    const size_t q = size_t(visits[at + i].query);
+                    enter(visits[at + i], found[i], tiles, c, parts[size_t(part)][q],
+                          request.v2 ? &moments[size_t(part)][q] : nullptr, more[i]);
+                }
                 at += many;
             }
         };
         if (!each_cell(queries, planned, scan_cell)) return false;
-        total = std::move(parts[0]);
-        for (int part = 1; part < PARTS; ++part)
-            for (int q : queries) add(total[size_t(q)], parts[size_t(part)][size_t(q)]);
+        total = std::move(parts[0]), moment_sums = std::move(moments[0]);
+        for (size_t part = 1; part < PARTS; ++part)
+            for (int q : queries)
+                add(total[size_t(q)], parts[part][size_t(q)], request.v2 ? &moment_sums[size_t(q)] : nullptr,
+                    request.v2 ? &moments[part][size_t(q)] : nullptr);
         return true;
     }
 
@@ -674,7 +713,8 @@ private:
     }
 
     // Adds a visit's windows to its query: Horvitz-Thompson totals, and their variance.
-    void enter(const ScanVisit& visit, const Visited& lanes, int64_t tiles, int64_t c, Sums& sum) const {
+    void enter(const ScanVisit& visit, const Visited& lanes, int64_t tiles, int64_t c, Sums& sum, MomentSums* more,
+               const VisitedMoments& more_lanes) const {
         const double w = lanes.w, w2 = lanes.w2;
         double n = double(visit.tiles) * TILE;
         const int64_t last = tiles * TILE - request.sizes[c];  // lanes that the last tile lacks
@@ -691,9 +731,17 @@ private:
             if (sum.heavies < TRIMMED || factor * heaviest > sum.heavy[TRIMMED - 1].expanded) {
                 Heavy heavy{factor * heaviest, heaviest, {}};
                 for (int ch = 0; ch < channels; ++ch) heavy.mean[ch] = lanes.wv[ch] / w;
-                sum.take(heavy);
+                const int at = sum.take(heavy);
+                if (more && at < TRIMMED) {
+                    Totals mean{};
+                    mean.add(1 / w, MomentSums::totals_of(more_lanes, channels), channels);
+                    more->take(at, sum.heavies, mean);
+                }
             }
         }
+        const double f = double(visit.tiles) / double(tiles);
+        const double a = n > 1 ? factor * factor * (1 - f) * n / (n - 1) : 0;
+        if (more) more->enter(w, more_lanes, factor, visit.units > 0, a, n, channels);
         if (visit.units > 0) {
             sum.hits += 1, sum.y += y, sum.yy += y * y, sum.y4 += y * y * y * y;
             for (int ch = 0; ch < channels; ++ch) {
@@ -702,8 +750,6 @@ private:
             }
             return;
         }
-        const double f = double(visit.tiles) / double(tiles);
-        const double a = n > 1 ? factor * factor * (1 - f) * n / (n - 1) : 0;
         const double ss = std::max(0.0, a * (w2 - w * w / n));
         sum.ss += ss, sum.fourth += ss * ss;
         for (int ch = 0; ch < channels; ++ch) {
@@ -714,16 +760,61 @@ private:
         }
     }
 
-    void add(Sums& to, const Sums& from) const {
+    void add(Sums& to, const Sums& from, MomentSums* more, const MomentSums* more_from) const {
         to.s += from.s, to.s2 += from.s2, to.ss += from.ss, to.fourth += from.fourth, to.hits += from.hits;
         to.y += from.y, to.yy += from.yy, to.y4 += from.y4, to.windows += from.windows;
         to.largest = std::max(to.largest, from.largest);
-        for (int i = 0; i < from.heavies; ++i) to.take(from.heavy[i]);
+        if (more) more->add(*more_from, channels);
+        for (int i = 0; i < from.heavies; ++i) {
+            const int at = to.take(from.heavy[i]);
+            if (more && at < TRIMMED) more->take(at, to.heavies, more_from->heavy[i]);
+        }
         to.found.offer(from.found, MOST_KNOWN);
         for (int c = 0; c < channels; ++c) {
             to.v[c] += from.v[c], to.vs[c] += from.vs[c], to.vv[c] += from.vv[c];
             to.yv[c] += from.yv[c], to.yyv[c] += from.yyv[c], to.yvv[c] += from.yvv[c];
         }
+    }
+
+    // The values of a window's centre pixel.
+    void value_of(int64_t id, double* values) const {
+        const ByteImages& images = request.images;
+        const int64_t cols = images.cols(), per_image = images.rows() * cols,
+                      plane = int64_t(images.height) * images.width;
+        const int64_t image = id / per_image, at = id % per_image, r = images.patch_size / 2;
+        const uint8_t* pixel =
+            images.pixels + image * channels * plane + (at / cols + r) * images.width + at % cols + r;
+        for (int c = 0; c < channels; ++c) values[c] = pixel[c * plane] / 127.5 - 1;
+    }
+
+    // The sums that moments take, and their errors. Expected variances are `about` times those of the model, whose
+    // log2 weights are over `reference`; degrees of the observed ones, negative where nothing is sampled.
+    void finish_moments(int q, double s, const double* v, double ss, const Totals& total, const Products& covariance,
+                        double about, double reference, double degrees) const {
+        const int C = channels;
+        const double* variance = &model[size_t(q) * (1 + 2 * size_t(C))];
+        const double* more = &moments_model[size_t(q) * (2 + 2 * size_t(C))];
+        const double share = degrees < 0 ? 1 : degrees / (degrees + request.policy.prior_degrees);
+        double found[MOST_CHANNELS], foreseen[MOST_CHANNELS], all_found = 0, all_foreseen = 0;
+        for (int c = 0; c < C; ++c) {
+            const VarianceOf of(s, ss, total, covariance, c);
+            const double mean = v[c] / s;
+            request.v2[q * C + c] = s * (of.variance + mean * mean);
+            all_found += found[c] = std::max(0.0, of.observed);
+            all_foreseen += foreseen[c] =
+                about * of.expected(mean, variance[0], variance[1 + c], variance[1 + C + c], more[c], more[C + c]);
+        }
+        double own = all_found >= all_foreseen ? 1 : share;
+        for (int c = 0; c < C; ++c) request.qq[q * C + c] = own * found[c] + (1 - own) * foreseen[c];
+        const double log = LN2 * total.x / s;
+        request.sl[q] = s * log;
+        // s times the derivatives of ln s - sl / s by the totals are 1 + log and -1.
+        const double observed =
+            std::max(0.0, (1 + log) * (1 + log) * ss - 2 * (1 + log) * LN2 * covariance.xw + LN2 * LN2 * covariance.xx);
+        const double at = 1 + log + LN2 * reference;
+        const double expected = about * std::max(0.0, at * at * variance[0] - 2 * at * more[2 * C] + more[2 * C + 1]);
+        own = observed >= expected ? 1 : share;
+        request.ee[q] = own * observed + (1 - own) * expected;
     }
 
     // The sums of a query; false where the sample knows nothing.
@@ -732,16 +823,17 @@ private:
         const double m = request.bits[q] * refs[size_t(q)] - request.base[q];  // log2 of the reference weight
         double s = sum.s, s2 = sum.s2, v[MOST_CHANNELS];
         std::copy(sum.v, sum.v + C, v);
-        const ByteImages& images = request.images;
+        Totals more = request.v2 ? moment_sums[size_t(q)].all : Totals{};
         for (int i = 0; i < known[size_t(q)].count; ++i) {
-            const double w = std::exp2((double(known[size_t(q)].t[i]) - refs[size_t(q)]) * request.bits[q]);
-            const int64_t cols = images.cols(), per_image = images.rows() * cols,
-                          plane = int64_t(images.height) * images.width;
-            const int64_t id = known[size_t(q)].id[i], image = id / per_image, at = id % per_image,
-                          r = images.patch_size / 2;
-            const uint8_t* pixel = images.pixels + image * C * plane + (at / cols + r) * images.width + at % cols + r;
-            s += w, s2 += w * w;
-            for (int c = 0; c < C; ++c) v[c] += w * (pixel[c * plane] / 127.5 - 1);
+            const double x = (double(known[size_t(q)].t[i]) - refs[size_t(q)]) * request.bits[q], w = std::exp2(x);
+            double value[MOST_CHANNELS];
+            value_of(known[size_t(q)].id[i], value);
+            s += w, s2 += w * w, more.x += w * x;
+            for (int c = 0; c < C; ++c) v[c] += w * value[c];
+            for (int c = 0; request.v2 && c < C; ++c) {
+                const double u = value[c] - centres[size_t(q * C + c)];
+                more.u[c] += w * u, more.q[c] += w * u * u;
+            }
         }
         // Expanded weights beyond a share of the sum are trimmed.
         const double share = std::pow(double(std::max<int64_t>(sum.windows, 1)), -request.policy.trimming);
@@ -751,6 +843,7 @@ private:
             const double cut = std::max(0.0, heavy.expanded - most);
             s -= cut, s2 -= cut * heavy.weight;
             for (int c = 0; c < C; ++c) v[c] -= cut * heavy.mean[c];
+            if (request.v2) more.add(-cut, moment_sums[size_t(q)].heavy[i], C);
         }
         request.m[q] = m * std::log(2.0), request.s[q] = s, request.s2[q] = s2;
         for (int c = 0; c < C; ++c) request.v[q * C + c] = v[c];
@@ -784,6 +877,10 @@ private:
             const double x = v[c] / s;
             largest = std::max(
                 largest, (request.vv[q * C + c] - 2 * x * request.vs[q * C + c] + x * x * request.ss[q]) / (s * s));
+        }
+        if (request.v2) {
+            const Products covariance = moment_sums[size_t(q)].covariance(sum.y, spread, mean, C);
+            finish_moments(q, s, v, ss, more, covariance, about, m - held, is_whole(q) ? -1 : degrees);
         }
         if (is_whole(q)) {
             request.fits[q] = 1;

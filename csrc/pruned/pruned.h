@@ -14,6 +14,7 @@ constexpr int LANES = 16;  // strata whose moments are computed together; cells 
 constexpr int TILE = 8;    // windows side by side: the sampling unit
 constexpr int MOST_CHANNELS = 4;
 constexpr int MOST_KNOWN = 16;
+constexpr int TRIMMED = 8;  // windows of a query whose weights may be trimmed
 
 struct Policy {
     double certain_from;   // sampling fraction from which a stratum is evaluated whole
@@ -75,6 +76,8 @@ struct Request {
 
     double *m, *s, *s2, *v;  // [queries], v [queries, channels]
     double *ss, *vs, *vv;    // variances and covariance of s and v
+    double *v2, *sl;         // [queries, channels] and [queries], null where moments are not asked for
+    double *qq, *ee;         // variances of s times the posterior variance and of s times the entropy, likewise
     uint8_t* fits;           // [queries] 0 where nothing is known
     int64_t* pairs;          // [queries] windows evaluated
 };

@@ -312,8 +312,15 @@ struct Lanes {
     i8 largest;
 };
 
+// And what moments take, about the query's centre: see VisitedMoments.
+struct MomentLanes {
+    v8 wu[MOST_CHANNELS], wq[MOST_CHANNELS], wx;
+    v8 w2u[MOST_CHANNELS], w2q[MOST_CHANNELS], w2uq[MOST_CHANNELS], w2qq[MOST_CHANNELS], w2x, w2x2;
+};
+
+template <bool MOMENTS>
 PS_INLINE void weigh(i8 dot, const TileFacts& facts, int shift, int32_t ref, float bits, const Known& known,
-                     int channels, Lanes& sums, Known& found) {
+                     int channels, const float* centre, Lanes& sums, MomentLanes& more, Known& found) {
     const i8 t = dot - (facts.norm << shift);
     i8 present = facts.present;
     const i8 heavy = present & (t >= known.least);
@@ -337,6 +344,15 @@ PS_INLINE void weigh(i8 dot, const TileFacts& facts, int shift, int32_t ref, flo
         const v8 v = facts.value[c], w2v = w2 * v;
         sums.wv[c] += w * v, sums.w2v[c] += w2v, sums.w2v2[c] += w2v * v;
     }
+    if (MOMENTS) {
+        const v8 wx = w * x;
+        more.wx += wx, more.w2x += w * wx, more.w2x2 += wx * wx;
+        for (int c = 0; c < channels; ++c) {
+            const v8 u = facts.value[c] - centre[c], q = u * u, w2q = w2 * q;
+            more.wu[c] += w * u, more.wq[c] += w * q;
+            more.w2u[c] += w2 * u, more.w2q[c] += w2q, more.w2uq[c] += w2q * u, more.w2qq[c] += w2q * q;
+        }
+    }
 }
 
 PS_INLINE float sum_of(v8 x) {
@@ -349,16 +365,20 @@ PS_INLINE float sum_of(v8 x) {
 }
 
 // Sums of up to 4 visits over their tiles; tile t of a visit is tiles[(first + t) % count]. All start at the same tile,
-// the first has the most. out: w, w^2, then w v, w^2 v, w^2 v^2 of each channel.
+// the first has the most. out: w, w^2, then w v, w^2 v, w^2 v^2 of each channel; more with MOMENTS alone.
+template <bool MOMENTS>
 static void scan_tiles(const Request& request, const int8_t* const* tiles, const TileFacts* facts, int count,
-                       const ScanVisit* visits, int many, const Known* known, Known* const* found, Visited* out) {
+                       const ScanVisit* visits, int many, const Known* known, const float* centres, Known* const* found,
+                       Visited* out, VisitedMoments* more_out) {
     const int pairs = request.images.pairs(), channels = request.images.channels, all = many;
     const int16_t* digits[4];
     Lanes sums[4];
+    MomentLanes more[MOMENTS ? 4 : 1];
     for (int i = 0; i < 4; ++i) digits[i] = request.digits + int64_t(visits[i < many ? i : 0].query) * 2 * pairs;
     for (int i = 0; i < many; ++i) {
         sums[i] = Lanes{};
         sums[i].largest = i8{} + INT32_MIN;
+        if (MOMENTS) more[i] = MomentLanes{};
     }
     for (int t = 0; t < visits[0].tiles;) {
         while (many > 1 && visits[many - 1].tiles <= t) --many;
@@ -375,8 +395,9 @@ static void scan_tiles(const Request& request, const int8_t* const* tiles, const
             const ScanVisit& visit = visits[i];
             const float bits = float(request.bits[visit.query]);
             for (int j = 0; j < both; ++j)
-                weigh(dot[j][i], *about[j], request.shift[visit.query], visit.ref, bits, known[visit.query], channels,
-                      sums[i], *found[i]);
+                weigh<MOMENTS>(dot[j][i], *about[j], request.shift[visit.query], visit.ref, bits, known[visit.query],
+                               channels, MOMENTS ? centres + int64_t(visit.query) * channels : nullptr, sums[i],
+                               more[MOMENTS ? i : 0], *found[i]);
         }
         t += both;
     }
@@ -388,5 +409,14 @@ static void scan_tiles(const Request& request, const int8_t* const* tiles, const
         to.largest = INT32_MIN;
         for (int l = 0; l < TILE; ++l)
             if (sums[i].largest[l] > to.largest) to.largest = sums[i].largest[l];
+        if (!MOMENTS) continue;
+        VisitedMoments& to_more = more_out[i];
+        const MomentLanes& of = more[MOMENTS ? i : 0];
+        to_more.wx = sum_of(of.wx), to_more.w2x = sum_of(of.w2x), to_more.w2x2 = sum_of(of.w2x2);
+        for (int c = 0; c < channels; ++c) {
+            to_more.wu[c] = sum_of(of.wu[c]), to_more.wq[c] = sum_of(of.wq[c]);
+            to_more.w2u[c] = sum_of(of.w2u[c]), to_more.w2q[c] = sum_of(of.w2q[c]);
+            to_more.w2uq[c] = sum_of(of.w2uq[c]), to_more.w2qq[c] = sum_of(of.w2qq[c]);
+        }
     }
 }

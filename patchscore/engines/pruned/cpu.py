@@ -29,6 +29,7 @@ class Request:
     competing: windows that compete.
     budget: fraction of them to evaluate; None for every window.
     columns: of the grid of pixels that the queries are; 0 if they are none.
+    moments: whether the sums have moments.
     """
 
     part: IndexedSize
@@ -39,6 +40,7 @@ class Request:
     budget: float | None
     key: int
     columns: int = 0
+    moments: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
     scale = math.log2(math.e) / (2 * sigma**2 * BYTE**2)
     out = {name: torch.zeros(count, dtype=torch.float64) for name in ("m", "s", "s2", "ss")}
     out |= {name: torch.zeros(count, channels, dtype=torch.float64) for name in ("v", "vs", "vv")}
+    if request.moments:
+        out |= {name: torch.zeros_like(out["s"]) for name in ("sl", "ee")}
+        out |= {name: torch.zeros_like(out["v"]) for name in ("v2", "qq")}
     fits, pairs = torch.zeros(count, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64)
     competing = _competing(part, request.allowed)
     assert native is not None
@@ -102,7 +107,7 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
         opened_from=policy.opened_from,
         pilot=policy.pilot,
         known=policy.known,
-        **{name: x.numpy() for name, x in out.items()},
+        **{"v2": None, "sl": None, "qq": None, "ee": None} | {name: x.numpy() for name, x in out.items()},
         fits=fits.numpy(),
         pairs=pairs.numpy(),
         threads=torch.get_num_threads(),

@@ -43,6 +43,7 @@ class Pruned(Engine):
 
     name = "pruned"
     exact = False
+    moments = True
 
     def __init__(
         self,
@@ -54,7 +55,6 @@ class Pruned(Engine):
     ):
         self.index, self.budget, self.tolerance, self.seed, self.policy = index, budget, tolerance, seed, policy
         self.exactly = SlidingCpu()
-        self.moments = index is None
         self._allowed: dict[int, tuple[PatchBank, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Pruned(Engine):
         ess: bool = True,
         moments: bool = False,
     ) -> PosteriorSum:
-        """Estimated sums over the competing windows, with their sampling covariance; moments without an index."""
+        """Estimated sums over the competing windows, with their sampling covariance."""
         z32 = z.detach().to("cpu", torch.float32)
 
         def exact(items: list[int], groups: tuple[Group, ...], bank: PatchBank = bank) -> PosteriorSum:
@@ -135,7 +135,7 @@ class Pruned(Engine):
             fields = {name: torch.cat([part.fields[name] for part in parts]) for name in parts[0].fields}
             joined = dataclasses.replace(parts[0], **fields)  # type: ignore[arg-type]
             return joined.with_pairs(sum(part.pairs or 0 for part in parts))
-        total = PosteriorSum.empty(z.shape, "cpu", sampled=True)
+        total = PosteriorSum.empty(z.shape, "cpu", sampled=True, moments=moments)
         pairs = 0
         for group in competition.groups:
             left: list[int] = []
@@ -145,7 +145,7 @@ class Pruned(Engine):
                 if found is not None:
                     found = found.block(slice(None), span(group.rows.queries), span(group.cols.queries))
                 else:
-                    found = self._image(z32[item], keys[item], level, bank, competition, group)
+                    found = self._image(z32[item], keys[item], level, bank, competition, group, moments)
                 if found is None:
                     left.append(item)
                     continue
@@ -185,7 +185,14 @@ class Pruned(Engine):
         return images.drawn(exact, key, bank, of, max(share, policy.pilot_images / count), policy)
 
     def _image(
-        self, z: Tensor, key: int, sigma: float, bank: PatchBank, competition: Competition, group: Group
+        self,
+        z: Tensor,
+        key: int,
+        sigma: float,
+        bank: PatchBank,
+        competition: Competition,
+        group: Group,
+        moments: bool,
     ) -> PosteriorSum | None:
         """The sums of one image's pixels [1, 1 or C, rows, cols]; None leaves them to the exact engine."""
         assert self.index is not None
@@ -202,6 +209,7 @@ class Pruned(Engine):
             self.budget,
             key,
             len(group.cols.queries),
+            moments,
         )
         found = self._scan(request) if self.tolerance is None else self._within(request)
         if found is None:
@@ -222,7 +230,7 @@ class Pruned(Engine):
         assert self.tolerance is not None
         count = len(request.windows)
         pixels = torch.linspace(0, count - 1, min(self.policy.pilot_pixels, count)).round().long().unique()
-        pilot = dataclasses.replace(request, windows=request.windows[pixels], columns=0)
+        pilot = dataclasses.replace(request, windows=request.windows[pixels], columns=0, moments=False)
         budget = self.policy.pilot_budget
         while budget < self.policy.exact_budget:
             found = cpu.scan(dataclasses.replace(pilot, budget=budget), self.policy)

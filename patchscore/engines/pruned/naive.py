@@ -13,7 +13,9 @@ order of the functions below:
 5. totals: Horvitz & Thompson 1952, the heaviest weights trimmed (Ionides 2008), and their ratio;
 6. variance: within strata (Cochran 1977, 5.4) and between the strata visited by chance (Hansen & Hurwitz 1943);
 7. moderated variance: where more variance was to be expected than is observed, both by their degrees of freedom (Smyth
-   2004).
+   2004);
+8. the posterior variance and the entropy, functions of totals too (of w v^2, of w log w), with errors to first order
+   (Taylor linearisation; Saerndal, Swensson & Wretman 1992, 5.5).
 
 All weights are positive and their sum is the denominator, so an estimate is a convex combination of values, and the
 effective sample size (Kish 1965) is at least 1. Trimming keeps both. csrc/pruned does the same for all pixels of an
@@ -27,7 +29,7 @@ knows the heaviest windows of the cells of the largest expected weight, and what
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,7 +45,11 @@ TRIMMED = 8
 
 
 class Sums(NamedTuple):
-    """Totals and their covariance: of weights (s), of weighted values (v), of squared weights."""
+    """Totals of weights (s), weighted values (v), squared weights; and the covariance of the first two.
+
+    Then what moments take: totals of w v^2 and w log w, and the variances of s times the posterior variance and of s
+    times the entropy, to first order. Names are those of `PosteriorSum`.
+    """
 
     s: Tensor
     v: Tensor
@@ -51,6 +57,10 @@ class Sums(NamedTuple):
     ss: Tensor
     vs: Tensor
     vv: Tensor
+    v2: Tensor
+    sl: Tensor
+    qq: Tensor
+    ee: Tensor
 
     @property
     def mean(self) -> Tensor:
@@ -61,6 +71,16 @@ class Sums(NamedTuple):
         """Of the ratio, to first order (delta method; Cochran 1977, 6.4)."""
         variance = self.vv - 2 * self.mean * self.vs + self.mean.square() * self.ss
         return variance.clamp(min=0).sqrt() / self.s
+
+    @property
+    def variance(self) -> Tensor:
+        """Posterior variance."""
+        return self.v2 / self.s - self.mean.square()
+
+    @property
+    def entropy(self) -> Tensor:
+        """Of the weights, in nats."""
+        return self.s.log() - self.sl / self.s
 
 
 def expected_log_weights(
@@ -118,8 +138,9 @@ def trimmed(
     squared error where few windows have most of the weight (Ionides 2008).
 
     Args:
-        heavy: of the heaviest window of each sampled stratum the weight, expanded and as it is, and the mean values [C]
-            of the stratum's sample.
+        v: whatever is weighted: values, their squares, log-weights.
+        heavy: of the heaviest window of each sampled stratum the weight, expanded and as it is, and the weighted means
+            of `v` in the stratum's sample.
         evaluated: windows of the sample.
     """
     share = max(evaluated, 1) ** -policy.trimming
@@ -128,6 +149,45 @@ def trimmed(
             cut = max(0.0, expanded - max(weight, share / (1 - share) * (s.item() - expanded)))
             s, v, s2 = s - cut, v - cut * mean, s2 - cut * weight
     return s, v, s2
+
+
+class Expected(NamedTuple):
+    """Variances of totals that the strata's moments let expect; names as in `Sums`."""
+
+    ss: Tensor
+    vs: Tensor
+    vv: Tensor
+    qq: Tensor
+    ee: Tensor
+
+
+def expected_variances(
+    of_weights: Tensor, strata: Strata, log_moments: tuple[Tensor, Tensor], mean: Tensor, variance: Tensor, log: Tensor
+) -> Expected:
+    """What a stratum's weights leave open counts for its values too: weight and value are taken for independent.
+
+    Values are normal within a stratum. Log-weights there, each as likely as its squared weight, have mean f'(2) and
+    variance f''(2), where f(t) = log E[w^t] is taken for a parabola through 0, log E[w] and log E[w^2].
+
+    Args:
+        of_weights: [H] variance of the sum of each stratum's weights.
+        log_moments: relative to the reference of the weights.
+        mean, variance, log: [C], [C], [] weighted means of the values, of their squared deviations, of log-weights.
+    """
+    value, square = strata.value.double(), strata.value_square.double()
+    away, spread = value - mean, (square - value.square()).clamp(min=0)
+    second = away.square() + spread
+    fourth = away**4 + 6 * away.square() * spread + 3 * spread.square()
+    first, twice = log_moments
+    twice = torch.minimum(twice, 2 * first + strata.size.clamp(min=1).log())
+    from_log = (1 + log - 1.5 * twice + 2 * first).square() + (twice - 2 * first).clamp(min=0)
+    return Expected(
+        of_weights.sum(),
+        of_weights @ value,
+        of_weights @ square,
+        of_weights @ (fourth - 2 * variance * second + variance.square()),
+        of_weights @ from_log,
+    )
 
 
 def estimate(
@@ -142,7 +202,8 @@ def estimate(
         budget: windows to evaluate, in expectation.
         known: windows that are counted surely.
     """
-    surely = weights[list(known)].double(), values[list(known)].double()
+    surely = _weighted(weights[list(known)].double(), values[list(known)].double()).sum(0)
+    surely_s2 = weights[list(known)].double().square().sum()
     weights = weights.clone()
     weights[list(known)] = 0
     size = strata.size.double()
@@ -150,9 +211,9 @@ def estimate(
     sure, chance = size_measures(size, *log_moments)
     windows = allocation(size, sure, chance, budget)
     channels = values.shape[1]
-    s, v, s2 = torch.zeros(()).double(), torch.zeros(channels).double(), torch.zeros(()).double()
-    covariance = torch.zeros(1 + channels, 1 + channels).double()  # of (s, v)
-    expected = torch.zeros(3, channels).double()  # variances of s, of (v, s), of v, from the moments
+    totals, s2 = torch.zeros(2 + 2 * channels).double(), torch.zeros(()).double()
+    covariance = torch.zeros(len(totals), len(totals)).double()
+    of_weights = torch.zeros(len(size)).double()  # expected variance of each stratum's sum
     fourth, hits, heavy, evaluated = 0.0, [], [], 0
     climb = torch.rand((), generator=generator).item()
     for h, n in enumerate(windows.tolist()):
@@ -162,30 +223,27 @@ def estimate(
             continue
         if n >= policy.certain_from * count or (n >= 0.999 * TILE and count <= 2 * TILE):
             taken, factor = torch.arange(count), 1.0
-            uncertainty = 0.0
         elif n >= 0.999 * TILE:
             taken = torch.randperm(count, generator=generator)[: max(2 * TILE, math.ceil(n))]
             factor = count / len(taken)
-            uncertainty = count**2 * variance * (1 - 1 / factor) / len(taken)
+            of_weights[h] = count**2 * variance * (1 - 1 / factor) / len(taken)
         else:
             probability, before = n / TILE, climb
             climb += probability
-            uncertainty = (count * w_mean) ** 2 + count**2 * variance / TILE
-            uncertainty = max(uncertainty * (1 - probability), count**2 * variance / TILE * (1 - n / count)) / max(
+            doubt = (count * w_mean) ** 2 + count**2 * variance / TILE
+            of_weights[h] = max(doubt * (1 - probability), count**2 * variance / TILE * (1 - n / count)) / max(
                 probability, 1e-300
             )
             taken, factor = torch.arange(0), 0.0
             if math.floor(climb) > math.floor(before):
                 taken = torch.randperm(count, generator=generator)[:TILE]
                 factor = count / len(taken) / probability
-        square = strata.value_square[h].double()
-        expected += uncertainty * torch.stack([torch.ones_like(square), strata.value[h].double(), square])
         if len(taken) == 0:
             continue
         w = weights[starts[h] + taken].double()
-        y = torch.cat([w[:, None], w[:, None] * values[starts[h] + taken].double()], 1)
+        y = _weighted(w, values[starts[h] + taken].double())
         total = factor * y.sum(0)
-        s, v, s2 = s + total[0], v + total[1:], s2 + factor * w.square().sum()
+        totals, s2 = totals + total, s2 + factor * w.square().sum()
         evaluated += len(taken)
         if factor > 1 and w.sum() > 0:
             heavy.append((factor * w.max().item(), w.max().item(), total[1:] / total[0]))
@@ -197,19 +255,51 @@ def estimate(
             covariance += part
             fourth += part[0, 0].item() ** 2
     if hits:
-        totals = torch.stack(hits)
-        centred = totals - totals.mean(0) if len(totals) > 1 else totals
-        part = centred.T @ centred * (len(totals) / (len(totals) - 1) if len(totals) > 1 else 1)
+        stacked = torch.stack(hits)
+        centred = stacked - stacked.mean(0) if len(hits) > 1 else stacked
+        part = centred.T @ centred * (len(hits) / (len(hits) - 1) if len(hits) > 1 else 1)
         covariance += part
-        fourth += part[0, 0].item() ** 2 / len(totals)
+        squares = stacked[:, 0].square()
+        scatter = squares - squares.mean() if len(hits) > 1 else squares
+        fourth += max(scatter.square().sum().item(), part[0, 0].item() ** 2 / len(hits))
     degrees = covariance[0, 0].item() ** 2 / fourth if fourth else 0.0
-    observed = covariance[0, 0], covariance[0, 1:], covariance.diagonal()[1:]
     # Where the sample holds more weight than was expected, so does its variance: the coefficient of variation stays.
-    expected *= max(1.0, s.item() / (size * log_moments[0].exp()).sum().item()) ** 2
-    s, v, s2 = s + surely[0].sum(), v + surely[0] @ surely[1], s2 + surely[0].square().sum()
-    s, v, s2 = trimmed(s, v, s2, heavy, evaluated, policy)
-    predicted = expected[0, 0], expected[1], expected[2]
-    if Sums(s, v, s2, *observed).stderr.square().sum() >= Sums(s, v, s2, *predicted).stderr.square().sum():
-        return Sums(s, v, s2, *observed)
+    more = max(1.0, totals[0].item() / (size * log_moments[0].exp()).sum().item())
+    raised = log_moments[0] + math.log(more), log_moments[1] + 2 * math.log(more)
+    totals, s2 = totals + surely, s2 + surely_s2
+    s, others, s2 = trimmed(totals[0], totals[1:], s2, heavy, evaluated, policy)
+    v, v2, sl = others.split([channels, channels, 1])
+    mean, log = v / s, sl[0] / s
+    variances = v2 / s - mean.square()
+    # Derivatives of s (v2 / s - (v / s)^2) and of s (ln s - sl / s) by the totals, at fixed s in front.
+    by_totals = torch.zeros(channels + 1, len(totals)).double()
+    by_totals[:channels, 0], by_totals[channels, 0] = mean.square() - variances, 1 + log
+    by_totals[:channels, 1 : 1 + channels] = torch.diag(-2 * mean)
+    by_totals[:channels, 1 + channels : -1] = torch.eye(channels)
+    by_totals[channels, -1] = -1
+    linear = ((by_totals @ covariance) * by_totals).sum(1)
+    observed = Expected(
+        covariance[0, 0],
+        covariance[0, 1 : 1 + channels],
+        covariance.diagonal()[1 : 1 + channels],
+        linear[:channels],
+        linear[channels],
+    )
+    foreseen = expected_variances(of_weights * more**2, strata, raised, mean, variances, log)
     own = degrees / (degrees + policy.prior_degrees)
-    return Sums(s, v, s2, *(own * x + (1 - own) * y for x, y in zip(observed, predicted, strict=True)))
+
+    def moderated(names: Sequence[str], error: Callable[[Expected], Tensor]) -> dict[str, Tensor]:
+        share = 1.0 if error(observed) >= error(foreseen) else own
+        return {name: share * getattr(observed, name) + (1 - share) * getattr(foreseen, name) for name in names}
+
+    return Sums(
+        s, v, s2, v2=v2, sl=sl[0],
+        **moderated(["ss", "vs", "vv"], lambda x: (x.vv - 2 * mean * x.vs + mean.square() * x.ss).clamp(min=0).sum()),
+        **moderated(["qq"], lambda x: x.qq.sum()),
+        **moderated(["ee"], lambda x: x.ee),
+    )  # fmt: skip
+
+
+def _weighted(w: Tensor, values: Tensor) -> Tensor:
+    """[n, 2 + 2 C] of n windows w, w v, w v^2, w log w."""
+    return torch.cat([w[:, None], w[:, None] * values, w[:, None] * values.square(), torch.xlogy(w, w)[:, None]], 1)
