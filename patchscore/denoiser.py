@@ -238,8 +238,7 @@ class ScoreMachine(Denoiser):
     ) -> Estimate:
         """As of `Denoiser`; with ess=False the effective sample size is left out (NaN), which saves a GPU some work.
 
-        Moments come from the engines `reference`, `sliding` and, without an index, `pruned`; where another would serve,
-        these do.
+        Moments come from the engines `reference`, `sliding` and `pruned`; where another would serve, these do.
         """
         z = check_noisy(z, self.shape, any_size=self.any_size, who=type(self).__name__)
         sigmas = check_sigma(sigma, len(z))

@@ -230,8 +230,8 @@ def estimate(
         else:
             probability, before = n / TILE, climb
             climb += probability
-            doubt = (count * w_mean) ** 2 + count**2 * variance / TILE
-            of_weights[h] = max(doubt * (1 - probability), count**2 * variance / TILE * (1 - n / count)) / max(
+            uncertainty = (count * w_mean) ** 2 + count**2 * variance / TILE
+            of_weights[h] = max(uncertainty * (1 - probability), count**2 * variance / TILE * (1 - n / count)) / max(
                 probability, 1e-300
             )
             taken, factor = torch.arange(0), 0.0
@@ -285,12 +285,12 @@ def estimate(
         linear[:channels],
         linear[channels],
     )
-    foreseen = expected_variances(of_weights * more**2, strata, raised, mean, variances, log)
+    predicted = expected_variances(of_weights * more**2, strata, raised, mean, variances, log)
     own = degrees / (degrees + policy.prior_degrees)
 
     def moderated(names: Sequence[str], error: Callable[[Expected], Tensor]) -> dict[str, Tensor]:
-        share = 1.0 if error(observed) >= error(foreseen) else own
-        return {name: share * getattr(observed, name) + (1 - share) * getattr(foreseen, name) for name in names}
+        share = 1.0 if error(observed) >= error(predicted) else own
+        return {name: share * getattr(observed, name) + (1 - share) * getattr(predicted, name) for name in names}
 
     return Sums(
         s, v, s2, v2=v2, sl=sl[0],
