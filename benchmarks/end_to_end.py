@@ -28,7 +28,7 @@ import record
 import torch
 
 import patchscore as ps
-from patchscore.engines.sliding import cpu as sliding
+from patchscore.engines.sliding.cpu import SlidingCpu
 from patchscore.windows import Competition
 
 STEPS = 20
@@ -59,7 +59,7 @@ class Machine(ps.EquivariantLocalScore):
 
 
 def exact(z, sigma, bank, competition):
-    return sliding.posterior_sum(z, sigma, bank, competition, MEMORY).mean
+    return SlidingCpu().posterior_sum(z, sigma, bank, competition, MEMORY).mean
 
 
 def nearest_windows(index: ps.PatchIndex) -> Callable:

@@ -21,8 +21,8 @@ import torch
 
 import patchscore as ps
 from patchscore import native
-from patchscore.engines import reference
-from patchscore.engines.sliding import cpu as sliding
+from patchscore.engines.reference import Reference
+from patchscore.engines.sliding.cpu import SlidingCpu
 from patchscore.pixels import to_values
 from patchscore.windows import Axis, Competition, Group
 
@@ -65,8 +65,8 @@ def by_peer(prepare: peers.Prepare) -> Denoise:
 def contenders() -> dict[str, Denoise]:
     serving = peers.found(torch.device("cpu"), lambda reason: print(f"skipped {reason}"))
     return {
-        "sliding": by_engine(sliding),
-        "reference": by_engine(reference),
+        "sliding": by_engine(SlidingCpu()),
+        "reference": by_engine(Reference()),
         **{name: by_peer(prepare) for name, prepare in serving.items()},
     }
 
@@ -89,7 +89,7 @@ def measure(case, engines: dict[str, Denoise], images: torch.Tensor, repeats: in
     k, sigma, channels, size = case
     pairs_per_image = size**2 * (size - k + 1) ** 2
     z = to_values(images[:1]) + sigma * torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(1))
-    exact = by_engine(reference)(z.double(), sigma, images[:2], k)
+    exact = by_engine(Reference())(z.double(), sigma, images[:2], k)
 
     def call(name, count):
         train = images[:count] if name in ("sliding", "reference") else to_values(images[:count])

@@ -29,7 +29,7 @@ from torch.nn import functional
 
 import patchscore as ps
 from patchscore.engines.pruned.engine import Pruned
-from patchscore.engines.sliding import cpu as sliding
+from patchscore.engines.sliding.cpu import SlidingCpu
 from patchscore.pixels import to_values
 
 MEMORY = 2**30
@@ -93,7 +93,7 @@ def level_of(z, level, bank, competition, index, cut) -> Iterator[dict]:
     def denoised(x: torch.Tensor) -> torch.Tensor:
         return x[:, :, rows.start : rows.stop, r:-r]
 
-    sums, seconds = timed(lambda: ours(sliding))
+    sums, seconds = timed(lambda: ours(SlidingCpu()))
     truth = denoised(sums.mean)
     band = z[:, :, rows.start - r : rows.stop + r]
     queries = functional.unfold(band, PATCH).transpose(1, 2).flatten(0, 1)[::SPARSE]

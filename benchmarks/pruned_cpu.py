@@ -23,7 +23,7 @@ from peers import screening, top_k, uniform
 
 import patchscore as ps
 from patchscore.engines.pruned.engine import Pruned
-from patchscore.engines.sliding import cpu as sliding
+from patchscore.engines.sliding.cpu import SlidingCpu
 from patchscore.pixels import to_values
 from patchscore.windows import Competition
 
@@ -43,7 +43,7 @@ def timed(run: Callable, *given, **options) -> tuple:
 
 
 def exact(z, sigma, bank, competition):
-    return sliding.posterior_sum(z, sigma, bank, competition, MEMORY)
+    return SlidingCpu().posterior_sum(z, sigma, bank, competition, MEMORY)
 
 
 def subset(z, sigma, bank, competition, images):

@@ -26,9 +26,9 @@ from torch.nn import functional
 
 import patchscore as ps
 from patchscore import native
-from patchscore.engines import reference
 from patchscore.engines.pruned.engine import Pruned
-from patchscore.engines.sliding import cpu as sliding
+from patchscore.engines.reference import Reference
+from patchscore.engines.sliding.cpu import SlidingCpu
 
 MEMORY = 2**31
 BUDGET = 0.01
@@ -136,7 +136,7 @@ class Bench:
         """name -> (what it works on, what to call)."""
         works = {}
         for name in ("sliding", "reference", "pruned"):
-            engine = {"sliding": sliding, "reference": reference}.get(name)
+            engine = {"sliding": SlidingCpu(), "reference": Reference()}.get(name)
             if name == "sliding" and native.missing:
                 continue
             share = 1 if series == "windows" else FEWER.get(name, 1)

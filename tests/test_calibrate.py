@@ -114,7 +114,7 @@ def test_engines_that_sum_for_several_sizes_at_once_are_asked_once(bank, monkeyp
 
     def posterior_sums(self, z, sigma, bank, competitions, memory_limit):
         asked.append([competition.patch_size for competition in competitions])
-        return [reference.posterior_sum(z, sigma, bank, one, memory_limit) for one in competitions]
+        return [reference.Reference().posterior_sum(z, sigma, bank, one, memory_limit) for one in competitions]
 
     machines = [ps.EquivariantLocalScore(bank, k, engine="reference") for k in (3, 5)]
     z = torch.randn(3, *bank.shape)

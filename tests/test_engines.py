@@ -38,7 +38,7 @@ class Warp(Engine):
     def posterior_sum(self, z, sigma, bank, competition, memory_limit, ess=True):
         if self.failure is not None:
             raise self.failure
-        return reference.posterior_sum(z, sigma, bank, competition, memory_limit)
+        return reference.Reference().posterior_sum(z, sigma, bank, competition, memory_limit)
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from conftest import MACHINES, machine_named, noisy, smooth_images
 import patchscore as ps
 from patchscore.engines import base, reference
 from patchscore.engines.pruned import images
-from patchscore.engines.sliding import cpu as sliding
+from patchscore.engines.sliding.cpu import SlidingCpu, native
 from patchscore.posterior import PosteriorSum, merge
 from patchscore.windows import WHOLE_IMAGE
 
-needs_native = pytest.mark.skipif(sliding.native is None, reason="the C++ extension was not built")
+needs_native = pytest.mark.skipif(native is None, reason="the C++ extension was not built")
 
 
 def of_pixel(z, sigma, train, machine, k, i, j):
@@ -54,9 +54,9 @@ def compare_moments(bank, competition, sigma, seed=1):
     generator = torch.Generator().manual_seed(seed)
     x0 = bank.chunk(0, 1).expand(len(sigma), -1, -1, -1)
     z = x0 + sigma.float()[:, None, None, None] * torch.randn(x0.shape, generator=generator)
-    got = sliding.posterior_sum(z, sigma, bank, competition, LIMIT, moments=True)
-    plain = sliding.posterior_sum(z, sigma, bank, competition, LIMIT)
-    expected = reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT, moments=True)
+    got = SlidingCpu().posterior_sum(z, sigma, bank, competition, LIMIT, moments=True)
+    plain = SlidingCpu().posterior_sum(z, sigma, bank, competition, LIMIT)
+    expected = reference.Reference().posterior_sum(z.double(), sigma, bank, competition, LIMIT, moments=True)
     torch.testing.assert_close(got.mean, plain.mean, rtol=0, atol=1e-5)
     assert_same_moments(got, expected, z, sigma)
 
@@ -71,7 +71,7 @@ def test_sliding_takes_the_references_moments(kind, k, channels):
 
 
 @needs_native
-@pytest.mark.parametrize("simd", [] if sliding.native is None else sliding.native.simd_levels())
+@pytest.mark.parametrize("simd", [] if native is None else native.simd_levels())
 @pytest.mark.parametrize("kind", [circular, broken])
 def test_every_instruction_set_takes_the_references_moments(simd, kind, monkeypatch):
     monkeypatch.setenv("PATCHSCORE_SIMD", simd)
@@ -88,8 +88,8 @@ def test_moments_far_from_every_window_and_at_sizes_served_in_float64():
     # Distances of thousands of nats, which float32 cannot hold: some pixels are summed again in float64.
     sigma, competition = torch.tensor([0.02], dtype=torch.float64), circular(3, 16, 16)
     z = torch.full((1, 3, 16, 16), 3.0)
-    got = sliding.posterior_sum(z, sigma, bank, competition, LIMIT, moments=True)
-    expected = reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT, moments=True)
+    got = SlidingCpu().posterior_sum(z, sigma, bank, competition, LIMIT, moments=True)
+    expected = reference.Reference().posterior_sum(z.double(), sigma, bank, competition, LIMIT, moments=True)
     torch.testing.assert_close(got.variance, expected.variance, rtol=1e-3, atol=1e-7)
     torch.testing.assert_close(got.entropy, expected.entropy, rtol=1e-3, atol=1e-3)
 
@@ -231,11 +231,13 @@ def test_sampled_moments_of_the_whole_bank_are_exact():
     z, competition = noisy(bank, 1.0, dtype=torch.float32), ps.LocalScore(bank, 3).competition(3)
     level = torch.ones(1, dtype=torch.float64)
     parts = [
-        sliding.posterior_sum(z, level, images.subset(bank, torch.arange(g, 32, 4)), competition, LIMIT, moments=True)
+        SlidingCpu().posterior_sum(
+            z, level, images.subset(bank, torch.arange(g, 32, 4)), competition, LIMIT, moments=True
+        )
         for g in range(4)
     ]
     found = images.combine(parts, 32, 32, images.pixel_moments(bank, torch.arange(32)))
-    expected = reference.posterior_sum(z.double(), level, bank, competition, LIMIT, moments=True)
+    expected = reference.Reference().posterior_sum(z.double(), level, bank, competition, LIMIT, moments=True)
     assert_same_moments(found, expected, z, level)
     assert not found.variance_stderr.any()
     assert not found.entropy_stderr.any()

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import patchscore as ps
-from patchscore.engines import reference
-from patchscore.engines.sliding import cpu as sliding
+from patchscore.engines.reference import Reference
+from patchscore.engines.sliding.cpu import SlidingCpu
 from patchscore.windows import WHOLE_IMAGE, Axis, Competition, Group
 
 native = pytest.importorskip("patchscore._native", reason="the C++ extension was not built")
@@ -41,8 +41,8 @@ def compare(bank, competition, sigma, seed=1, tolerance=1e-4):
     generator = torch.Generator().manual_seed(seed)
     x0 = bank.chunk(0, 1).expand(len(sigma), -1, -1, -1)
     z = x0 + sigma.float()[:, None, None, None] * torch.randn(x0.shape, generator=generator)
-    got = sliding.posterior_sum(z, sigma, bank, competition, LIMIT)
-    expected = reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT)
+    got = SlidingCpu().posterior_sum(z, sigma, bank, competition, LIMIT)
+    expected = Reference().posterior_sum(z.double(), sigma, bank, competition, LIMIT)
     assert_same(got, expected, tolerance)
     return got
 
@@ -70,7 +70,7 @@ def test_images_with_rows_for_columns_have_the_sums_with_rows_for_columns(simd, 
         if locked == "rows":
             rows, cols = Axis(range(k // 2), None), Axis(range(k // 2, width - k // 2), range(k // 2, width - k // 2))
         competition = Competition(k, "zeros", (Group(rows, cols),))
-        return sliding.posterior_sum(z, sigma, ps.PatchBank(images), competition, LIMIT, moments)
+        return SlidingCpu().posterior_sum(z, sigma, ps.PatchBank(images), competition, LIMIT, moments=moments)
 
     turned = along(z.mT.contiguous(), images.mT.contiguous(), "rows")
     for name, x in along(z, images, "cols").fields.items():
@@ -107,13 +107,13 @@ def test_mean_is_nearest_window_as_sigma_vanishes(simd, kind):
     bank = ps.PatchBank(smooth_images(35, 3, 12, 10))
     z = bank.chunk(4, 6) + 0.01 * torch.randn(2, 3, 12, 10, generator=torch.Generator().manual_seed(0))
     competition = kind(5, 12, 10)
-    expected = reference.posterior_sum(
+    expected = Reference().posterior_sum(
         z.double(), torch.full((2,), 1e-4, dtype=torch.float64), bank, competition, LIMIT
     )
     for sigma in (1e-4, 1e-6, 1e-12):
-        got = sliding.posterior_sum(z, torch.full((2,), sigma, dtype=torch.float64), bank, competition, LIMIT)
+        got = SlidingCpu().posterior_sum(z, torch.full((2,), sigma, dtype=torch.float64), bank, competition, LIMIT)
         assert (got.mean - expected.mean).abs().max() < 1e-5
-    huge = sliding.posterior_sum(z, torch.full((2,), 1e9, dtype=torch.float64), bank, competition, LIMIT)
+    huge = SlidingCpu().posterior_sum(z, torch.full((2,), 1e9, dtype=torch.float64), bank, competition, LIMIT)
     assert (huge.ess / (35 * competition.groups[0].windows_per_image) - 1).abs().max() < 1e-4
 
 
@@ -131,8 +131,8 @@ def test_maximum_may_rise_by_thousands_of_nats(simd):
     z = torch.full((1, 3, 9, 9), -1.0) + 0.005 * torch.randn(1, 3, 9, 9, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.005], dtype=torch.float64)
     for competition in (local(3, 9, 9), circular(7, 9, 9), broken(3, 9, 9)):
-        got = sliding.posterior_sum(z, sigma, bank, competition, LIMIT)
-        assert_same(got, reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT), 1e-3)
+        got = SlidingCpu().posterior_sum(z, sigma, bank, competition, LIMIT)
+        assert_same(got, Reference().posterior_sum(z.double(), sigma, bank, competition, LIMIT), 1e-3)
 
 
 def flat_images(*levels):
@@ -149,11 +149,11 @@ def test_equal_windows_far_from_z_share_their_weight(simd, kind, k, scale):
     z = scale * torch.randn(1, 3, 10, 13, generator=torch.Generator().manual_seed(0))
     for sigma, tolerance in ((0.05, 1e-4), (0.005, 1e-3)):
         sigma = torch.tensor([sigma], dtype=torch.float64)
-        got = sliding.posterior_sum(z, sigma, bank, kind(k, 10, 13), LIMIT)
-        expected = reference.posterior_sum(z.double(), sigma, bank, kind(k, 10, 13), LIMIT)
+        got = SlidingCpu().posterior_sum(z, sigma, bank, kind(k, 10, 13), LIMIT)
+        expected = Reference().posterior_sum(z.double(), sigma, bank, kind(k, 10, 13), LIMIT)
         assert (got.mean - expected.mean).abs().max() <= tolerance
         torch.testing.assert_close(got.ess, expected.ess, rtol=1e-3, atol=0)
-    got = sliding.posterior_sum(z, torch.tensor([1e-4], dtype=torch.float64), bank, kind(k, 10, 13), LIMIT)
+    got = SlidingCpu().posterior_sum(z, torch.tensor([1e-4], dtype=torch.float64), bank, kind(k, 10, 13), LIMIT)
     windows = kind(k, 10, 13).groups[-1].windows_per_image * 7
     assert got.mean.abs().max() <= 0.5 + 1e-6
     assert got.ess.min() >= 1
@@ -166,7 +166,9 @@ def test_no_sigma_and_no_z_gives_nan(simd, k, offset):
     bank = ps.PatchBank.open("fashion-mnist", limit=40)
     z = bank.chunk(0, 1) + 0.1 * torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(0)) + offset
     for sigma in (1e-200, 1e-5, 1e-4, 1e-3, 0.005, 0.1, 1e200):
-        got = sliding.posterior_sum(z, torch.tensor([sigma], dtype=torch.float64), bank, circular(k, 28, 28), LIMIT)
+        got = SlidingCpu().posterior_sum(
+            z, torch.tensor([sigma], dtype=torch.float64), bank, circular(k, 28, 28), LIMIT
+        )
         assert got.mean.abs().max() <= 1 + 1e-6
         assert ((got.ess >= 1) & (got.ess <= 40 * (29 - k) ** 2)).all()
 
@@ -179,7 +181,7 @@ def test_whole_images_nearly_as_far_as_each_other_are_told_apart(simd, sigma):
     z = sigma * torch.randn(2, 3, 24, 24, generator=generator)
     for bank in (ps.PatchBank(images), ps.PatchBank(images.float() / 127.5 - 1)):
         noise = torch.full((2,), sigma, dtype=torch.float64)
-        got = sliding.posterior_sum(z, noise, bank, WHOLE_IMAGE, LIMIT)
+        got = SlidingCpu().posterior_sum(z, noise, bank, WHOLE_IMAGE, LIMIT)
         values = bank.chunk(0, 60, torch.float64)
         logits = (z.double()[:, None] - values).square().sum((2, 3, 4)) / (-2 * sigma**2)
         expected = torch.einsum("bn,nchw->bchw", logits.softmax(1), values)
@@ -196,7 +198,7 @@ def test_large_windows_are_exact_and_cost_what_small_ones_do(simd, k):
         times = []
         for _ in range(3):
             start = time.process_time()
-            got = sliding.posterior_sum(z, torch.ones(1, dtype=torch.float64), bank, circular(size, 48, 48), LIMIT)
+            got = SlidingCpu().posterior_sum(z, torch.ones(1, dtype=torch.float64), bank, circular(size, 48, 48), LIMIT)
             times.append(time.process_time() - start)
         return got, circular(size, 48, 48).pairs_per_image * 16 / min(times)
 
@@ -206,7 +208,7 @@ def test_large_windows_are_exact_and_cost_what_small_ones_do(simd, k):
     assert rate * max(1, overhead) > pairs_per_second(19)[1] / 6
     z = bank.chunk(0, 1) + torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     competition = circular(k, 48, 48)
-    expected = reference.posterior_sum(z.double(), torch.ones(1).double(), bank, competition, LIMIT)
+    expected = Reference().posterior_sum(z.double(), torch.ones(1).double(), bank, competition, LIMIT)
     assert_same(got, expected, 1e-4)
 
 
@@ -227,7 +229,7 @@ def test_one_image_fills_the_lanes(simd):
         times = []
         for _ in range(3):
             start = time.process_time()
-            sliding.posterior_sum(bank.chunk(0, 1) + 0.5, torch.ones(1).double(), bank, circular(9, 64, 64), LIMIT)
+            SlidingCpu().posterior_sum(bank.chunk(0, 1) + 0.5, torch.ones(1).double(), bank, circular(9, 64, 64), LIMIT)
             times.append(time.process_time() - start)
         return len(bank) / min(times)
 
@@ -268,8 +270,8 @@ def test_any_product_of_axes_gives_the_references_sums(data):
     bank = ps.PatchBank(smooth_images(data.draw(st.integers(1, 20)), data.draw(st.integers(1, 4)), height, width))
     z = bank.chunk(0, 1) + 0.3
     sigma = torch.tensor([0.4], dtype=torch.float64)
-    got = sliding.posterior_sum(z, sigma, bank, competition, LIMIT)
-    expected = reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT)
+    got = SlidingCpu().posterior_sum(z, sigma, bank, competition, LIMIT)
+    expected = Reference().posterior_sum(z.double(), sigma, bank, competition, LIMIT)
     served = expected.s > 0
     assert torch.equal(served, got.s > 0)
     assert (got.mean - expected.mean)[served.expand_as(got.v)].abs().max() < 1e-4
@@ -281,19 +283,19 @@ def test_numbers_do_not_depend_on_threads_batch_or_memory(simd, threads, competi
     sigma = torch.tensor([0.05, 0.4, 3.0, 0.2, 0.1, 1.0], dtype=torch.float64)
     z = bank.chunk(0, 6) + sigma.float()[:, None, None, None] * torch.randn(6, 3, 12, 10)
     threads(1)
-    expected = sliding.posterior_sum(z, sigma, bank, competition, LIMIT)
+    expected = SlidingCpu().posterior_sum(z, sigma, bank, competition, LIMIT)
     for count, items, limit in ((2, slice(None), LIMIT), (3, slice(1, 4), LIMIT), (2, slice(5, 6), 4 * 2**20)):
         threads(count)
-        got = sliding.posterior_sum(z[items], sigma[items], bank, competition, limit)
+        got = SlidingCpu().posterior_sum(z[items], sigma[items], bank, competition, limit)
         for a, b in ((got.m, expected.m), (got.s, expected.s), (got.v, expected.v), (got.s2, expected.s2)):
             assert torch.equal(a, b[items])
 
 
 def assert_each_is_alone(z, sigma, bank, competitions, limit=LIMIT):
-    together = sliding.posterior_sums(z, sigma, bank, competitions, limit)
+    together = SlidingCpu().posterior_sums(z, sigma, bank, competitions, limit)
     assert len(together) == len(competitions)
     for got, competition in zip(together, competitions, strict=True):
-        alone = sliding.posterior_sum(z, sigma, bank, competition, LIMIT)
+        alone = SlidingCpu().posterior_sum(z, sigma, bank, competition, LIMIT)
         for a, b in ((got.m, alone.m), (got.s, alone.s), (got.v, alone.v), (got.s2, alone.s2)):
             assert torch.equal(a, b)
 
@@ -315,7 +317,7 @@ def test_several_sizes_may_be_of_different_machines():
     assert_each_is_alone(
         z, sigma, bank, [circular(3, 12, 10), WHOLE_IMAGE, local(21, 12, 10), broken(5, 12, 10), WHOLE_IMAGE]
     )
-    assert sliding.posterior_sums(z, sigma, bank, [], LIMIT) == []
+    assert SlidingCpu().posterior_sums(z, sigma, bank, [], LIMIT) == []
 
 
 def test_several_sizes_that_do_not_fit_together_take_turns():
@@ -325,13 +327,13 @@ def test_several_sizes_that_do_not_fit_together_take_turns():
     for limit in (2**20, 2 * 2**20, 4 * 2**20):
         assert_each_is_alone(z, sigma, bank, competitions, limit)
     with pytest.raises(ValueError, match="memory_limit"):
-        sliding.posterior_sums(z, sigma, bank, competitions, 2**18)
+        SlidingCpu().posterior_sums(z, sigma, bank, competitions, 2**18)
 
 
 def test_float64_input_is_taken():
     bank = ps.PatchBank(smooth_images(5, 1, 8, 8))
     z = bank.chunk(0, 1, torch.float64)
-    sums = sliding.posterior_sum(z, torch.ones(1, dtype=torch.float64), bank, local(3, 8, 8), LIMIT)
+    sums = SlidingCpu().posterior_sum(z, torch.ones(1, dtype=torch.float64), bank, local(3, 8, 8), LIMIT)
     assert sums.v.dtype == torch.float64
     assert z.dtype == torch.float64
 
@@ -339,23 +341,26 @@ def test_float64_input_is_taken():
 def test_memory_limit_too_small_for_one_thread_is_refused():
     bank = ps.PatchBank(smooth_images(5, 3, 32, 32))
     with pytest.raises(ValueError, match="memory_limit"):
-        sliding.posterior_sum(bank.chunk(0, 1), torch.ones(1).double(), bank, circular(17, 32, 32), 10_000)
+        SlidingCpu().posterior_sum(bank.chunk(0, 1), torch.ones(1).double(), bank, circular(17, 32, 32), 10_000)
 
 
 def test_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("PATCHSCORE_SIMD", "mmx")
     bank = ps.PatchBank(smooth_images(5, 1, 8, 8))
     with pytest.raises(ValueError, match=r"PATCHSCORE_SIMD.*mmx.*plain"):
-        sliding.posterior_sum(bank.chunk(0, 1), torch.ones(1).double(), bank, local(3, 8, 8), LIMIT)
+        SlidingCpu().posterior_sum(bank.chunk(0, 1), torch.ones(1).double(), bank, local(3, 8, 8), LIMIT)
 
 
 def test_without_the_extension_the_engine_says_so(monkeypatch):
-    monkeypatch.setattr(sliding, "missing", "the C++ extension was not built (No module named 'patchscore._native')")
-    assert "not built" in (sliding.SlidingCpu().unavailable(torch.device("cpu")) or "")
+    monkeypatch.setattr(
+        "patchscore.engines.sliding.cpu.missing",
+        "the C++ extension was not built (No module named 'patchscore._native')",
+    )
+    assert "not built" in (SlidingCpu().unavailable(torch.device("cpu")) or "")
 
 
 def test_other_devices_are_declined():
-    engine = sliding.SlidingCpu()
+    engine = SlidingCpu()
     assert engine.unavailable(torch.device("cpu")) is None
     assert engine.runs_on(torch.device("cpu"))
     assert not engine.runs_on(torch.device("mps"))
@@ -452,14 +457,14 @@ def test_arguments_that_do_not_fit_are_value_errors(changes):
 def test_interrupt_stops_within_a_second():
     script = """
 import torch, patchscore as ps
-from patchscore.engines.sliding import cpu as sliding
+from patchscore.engines.sliding.cpu import SlidingCpu
 from patchscore.windows import Axis, Competition, Group
 bank = ps.PatchBank(torch.zeros(20000, 3, 32, 32, dtype=torch.uint8))
 axis = Axis(range(32), range(1, 31))
 torch.set_num_threads(2)
 print("started", flush=True)
 try:
-    sliding.posterior_sum(torch.zeros(4, 3, 32, 32), torch.ones(4).double(), bank,
+    SlidingCpu().posterior_sum(torch.zeros(4, 3, 32, 32), torch.ones(4).double(), bank,
                           Competition(3, "circular", (Group(axis, axis),)), 2**30)
 except KeyboardInterrupt:
     print("interrupted", flush=True)

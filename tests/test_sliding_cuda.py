@@ -15,7 +15,7 @@ from conftest import smooth_images
 
 import patchscore as ps
 from patchscore.engines import device as resident
-from patchscore.engines import reference
+from patchscore.engines.reference import Reference
 from patchscore.engines.sliding import cuda as sliding_cuda
 from patchscore.windows import WHOLE_IMAGE, Axis, Competition, Group
 
@@ -52,7 +52,7 @@ def noisy_batch(bank, sigma, device="cpu"):
 def compare(bank, competition, sigma, tolerance=1e-4, device="cpu", limit=LIMIT):
     z, sigma = noisy_batch(bank, sigma, device)
     (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [competition], limit)
-    expected = reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT)
+    expected = Reference().posterior_sum(z.double(), sigma, bank, competition, LIMIT)
     assert_same(got, expected, tolerance)
     return got
 
@@ -123,7 +123,7 @@ def compare_moments(bank, competition, sigma, limit=LIMIT, device="cpu"):
     (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [competition], limit, moments=True)
     (plain,) = sliding_cuda.posterior_sums(z, sigma, bank, [competition], LIMIT)
     torch.testing.assert_close(got.mean, plain.mean, rtol=0, atol=1e-6)
-    expected = reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT, moments=True)
+    expected = Reference().posterior_sum(z.double(), sigma, bank, competition, LIMIT, moments=True)
     assert_same_moments(got, expected, z, sigma.to(z.device), around_z=True)
 
 
@@ -163,7 +163,7 @@ def test_extreme_noise_is_held_in_one_batch(kernels, kind, dtype):
     bank = ps.PatchBank(smooth_images(9, 3, 8, 7, dtype=dtype))
     z, sigma = noisy_batch(bank, [0.005, 0.05, 100.0, 1e4])
     (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [kind(5, 8, 7)], LIMIT)
-    expected = reference.posterior_sum(z.double(), sigma, bank, kind(5, 8, 7), LIMIT)
+    expected = Reference().posterior_sum(z.double(), sigma, bank, kind(5, 8, 7), LIMIT)
     error = (got.mean - expected.mean).abs()
     assert error[:1].max() < 1e-3
     assert error[1:].max() < 1e-4
@@ -175,7 +175,7 @@ def test_mean_is_nearest_window_as_sigma_vanishes(kernels):
     z = bank.chunk(4, 5) + 0.01 * torch.randn(1, 3, 8, 7, generator=torch.Generator().manual_seed(0))
     tiny = torch.full((1,), 1e-4, dtype=torch.float64)
     for competition in (local(5, 8, 7), circular(3, 8, 7)):
-        expected = reference.posterior_sum(z.double(), tiny, bank, competition, LIMIT)
+        expected = Reference().posterior_sum(z.double(), tiny, bank, competition, LIMIT)
         for sigma in (1e-4, 1e-9):
             (got,) = sliding_cuda.posterior_sums(z, tiny / 1e-4 * sigma, bank, [competition], LIMIT)
             assert (got.mean - expected.mean).abs().max() < 1e-5
@@ -189,7 +189,7 @@ def test_maximum_may_rise_by_thousands_of_nats(kernels):
     sigma = torch.tensor([0.005], dtype=torch.float64)
     for competition in (local(3, 7, 7), circular(5, 7, 7)):
         (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [competition], LIMIT)
-        assert_same(got, reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT), 1e-3)
+        assert_same(got, Reference().posterior_sum(z.double(), sigma, bank, competition, LIMIT), 1e-3)
 
 
 @pytest.mark.parametrize("half", [0, 1])
@@ -204,7 +204,7 @@ def test_one_half_of_the_columns_may_weigh_alone(kernels, monkeypatch, half):
     z = ps.PatchBank(torch.full((1, 1, 6, 16), 15, dtype=torch.uint8)).chunk(0, 1)
     sigma = torch.tensor([0.05], dtype=torch.float64)
     (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [local(3, 6, 16)], LIMIT)
-    assert_same(got, reference.posterior_sum(z.double(), sigma, bank, local(3, 6, 16), LIMIT), 1e-4)
+    assert_same(got, Reference().posterior_sum(z.double(), sigma, bank, local(3, 6, 16), LIMIT), 1e-4)
 
 
 def test_largest_values_do_not_overflow(kernels):
@@ -216,7 +216,7 @@ def test_largest_values_do_not_overflow(kernels):
             z = torch.full((1, 3, 15, 15), level)
             sigma = torch.tensor([5.0], dtype=torch.float64)
             (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [local(29, 15, 15)], LIMIT)
-            assert_same(got, reference.posterior_sum(z.double(), sigma, bank, local(29, 15, 15), LIMIT), 1e-4)
+            assert_same(got, Reference().posterior_sum(z.double(), sigma, bank, local(29, 15, 15), LIMIT), 1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "k"), [(torch.uint8, 21), (torch.float32, 5)])
@@ -273,7 +273,7 @@ def test_any_product_of_axes_gives_the_references_sums(kernels):
             z, sigma = noisy_batch(bank, [0.4])
             competition = Competition(5, mode, (Group(rows, cols),))
             (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [competition], LIMIT)
-            expected = reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT)
+            expected = Reference().posterior_sum(z.double(), sigma, bank, competition, LIMIT)
             served = expected.s > 0
             assert torch.equal(served, got.s > 0)
             assert (got.mean - expected.mean)[served.expand_as(got.v)].abs().max() < 1e-4
@@ -308,7 +308,7 @@ def test_several_sizes_at_once_are_those_alone(kernels):
     z, sigma = noisy_batch(bank, [0.2, 1.0])
     together = sliding_cuda.posterior_sums(z, sigma, bank, competitions, LIMIT)
     for got, competition in zip(together, competitions, strict=True):
-        assert_same(got, reference.posterior_sum(z.double(), sigma, bank, competition, LIMIT), 1e-4)
+        assert_same(got, Reference().posterior_sum(z.double(), sigma, bank, competition, LIMIT), 1e-4)
 
 
 def test_a_refused_kernel_is_named(kernels, monkeypatch):
@@ -500,7 +500,7 @@ def test_whole_images_are_the_references_for_a_batch_of_different_noise(kernels)
     compare(bank, WHOLE_IMAGE, [0.05 * 1.3**i for i in range(19)])
     z, sigma = noisy_batch(bank, [0.005, 0.01])
     (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [WHOLE_IMAGE], LIMIT)
-    expected = reference.posterior_sum(z.double(), sigma, bank, WHOLE_IMAGE, LIMIT)
+    expected = Reference().posterior_sum(z.double(), sigma, bank, WHOLE_IMAGE, LIMIT)
     assert (got.mean - expected.mean).abs().max() < 1e-3
 
 
@@ -512,7 +512,7 @@ def test_whole_images_of_more_values_than_a_sum_of_products_holds(kernels, size)
     for level in (-1.99, 1.99, 30.0):
         z, sigma = torch.full((1, 3, size, size), level), torch.tensor([50.0], dtype=torch.float64)
         (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [WHOLE_IMAGE], LIMIT)
-        assert_same(got, reference.posterior_sum(z.double(), sigma, bank, WHOLE_IMAGE, LIMIT), 1e-4)
+        assert_same(got, Reference().posterior_sum(z.double(), sigma, bank, WHOLE_IMAGE, LIMIT), 1e-4)
 
 
 def test_mean_is_nearest_image_as_sigma_vanishes(kernels):
@@ -714,7 +714,7 @@ def test_gpu_extreme_noise_is_held(kind):
     bank = ps.PatchBank(smooth_images(300, 3, 32, 32))
     z, sigma = noisy_batch(bank, [0.005, 0.01, 100.0, 1e4], "cuda")
     (got,) = sliding_cuda.posterior_sums(z, sigma, bank, [kind(7, 32, 32)], LIMIT)
-    expected = reference.posterior_sum(z.double(), sigma, bank, kind(7, 32, 32), LIMIT)
+    expected = Reference().posterior_sum(z.double(), sigma, bank, kind(7, 32, 32), LIMIT)
     assert (got.mean - expected.mean).abs().max() < 1e-3
 
 

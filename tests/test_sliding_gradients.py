@@ -7,8 +7,8 @@ from competitions import LIMIT, broken, circular, local
 from conftest import smooth_images
 
 import patchscore as ps
-from patchscore.engines import reference
-from patchscore.engines.sliding import cpu as sliding
+from patchscore.engines.reference import Reference
+from patchscore.engines.sliding.cpu import SlidingCpu
 from patchscore.windows import WHOLE_IMAGE, Axis, Competition, Group
 
 native = pytest.importorskip("patchscore._native", reason="the C++ extension was not built")
@@ -21,9 +21,9 @@ def compare(bank, competition, sigma, seed=1, scale=1.0):
     x0 = bank.chunk(0, 1).expand(len(sigma), -1, -1, -1)
     z = scale * x0 + sigma.float()[:, None, None, None] * torch.randn(x0.shape, generator=generator)
     direction = torch.randn(z.shape, generator=generator)
-    for transposed, definition in ((True, reference.vjp), (False, reference.jvp)):
-        got = sliding.product(transposed, z, sigma, direction, bank, competition, LIMIT)
-        expected = definition(z.double(), sigma, direction.double(), bank, competition, LIMIT)
+    for transposed in (True, False):
+        got = SlidingCpu().product(transposed, z, sigma, direction, bank, competition, LIMIT)
+        expected = Reference().product(transposed, z.double(), sigma, direction.double(), bank, competition, LIMIT)
         # Where one window has all the weight the Jacobian vanishes, and what is left is rounding: 1e-4 of D itself.
         largest = expected.abs().flatten(1).amax(1).clamp(min=0.1)
         error = (got - expected).abs().flatten(1).amax(1)
@@ -85,17 +85,17 @@ def test_products_do_not_depend_on_threads_batch_or_selection():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = sliding.product(True, z, sigma, u, bank, broken(5, 11, 12), LIMIT)
+        one = SlidingCpu().product(True, z, sigma, u, bank, broken(5, 11, 12), LIMIT)
         torch.set_num_threads(3)
-        three = sliding.product(True, z, sigma, u, bank, broken(5, 11, 12), LIMIT)
+        three = SlidingCpu().product(True, z, sigma, u, bank, broken(5, 11, 12), LIMIT)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(one, three)
-    alone = sliding.product(True, z[1:], sigma[1:], u[1:], bank, broken(5, 11, 12), LIMIT)
+    alone = SlidingCpu().product(True, z[1:], sigma[1:], u[1:], bank, broken(5, 11, 12), LIMIT)
     assert torch.equal(alone, one[1:])
-    chosen = sliding.product(True, z, sigma, u, bank.select(1), broken(5, 11, 12), LIMIT)
+    chosen = SlidingCpu().product(True, z, sigma, u, bank.select(1), broken(5, 11, 12), LIMIT)
     copied = ps.PatchBank(bank.images[1::2].clone())
-    assert torch.equal(chosen, sliding.product(True, z, sigma, u, copied, broken(5, 11, 12), LIMIT))
+    assert torch.equal(chosen, SlidingCpu().product(True, z, sigma, u, copied, broken(5, 11, 12), LIMIT))
 
 
 def test_vjp_is_the_dual_of_jvp(bank):
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused(bank):
     with pytest.raises(ValueError, match=r'^z: got float64, engine "sliding" has gradients in float32'):
         machine.vjp(z.double(), 0.5, z.double())
     with pytest.raises(ValueError, match=r"memory_limit: got 1000 bytes, one thread takes"):
-        sliding.product(True, z, torch.ones(1), z, bank, broken(5, 12, 10), 1000)
+        SlidingCpu().product(True, z, torch.ones(1), z, bank, broken(5, 12, 10), 1000)
     arguments = {
         "transposed": True,
         "averaging": False,

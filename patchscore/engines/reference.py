@@ -48,7 +48,16 @@ class Reference(Engine):
         ess: bool = True,
         moments: bool = False,
     ) -> PosteriorSum:
-        return posterior_sum(z, sigma, bank, competition, memory_limit, moments)
+        if competition.patch_size is None:
+            return _whole_images(z, sigma, bank, memory_limit, moments)
+        exact = accumulator_dtype(z.device)
+        total = PosteriorSum.empty(z.shape, z.device, moments=moments)
+        for group in competition.groups:
+            for items, images, part in _tiles(group, z.shape, len(bank), competition.patch_size, memory_limit):
+                train = bank.chunk(images.start, images.stop, exact, z.device)
+                tile = _tile(z[items], sigma[items], train, part, competition, moments)
+                total.add_(tile, items, span(part.rows.queries), span(part.cols.queries))
+        return total
 
     def product(
         self,
@@ -61,7 +70,12 @@ class Reference(Engine):
         memory_limit: int,
         combine: Combine | None = None,
     ) -> Tensor:
-        return (vjp if transposed else jvp)(z, sigma, direction, bank, competition, memory_limit, combine)
+        total = self.posterior_sum(z, sigma, bank, competition, memory_limit)
+        total = total if combine is None else combine(total)
+        if competition.patch_size is None:
+            return whole_product(z, sigma, direction, bank, total, memory_limit)
+        product = _vjp if transposed else _jvp
+        return product(z, sigma, direction, bank, competition, memory_limit, total).to(direction.dtype)
 
     def window_sums(
         self,
@@ -72,27 +86,17 @@ class Reference(Engine):
         memory_limit: int,
         combine: Combine | None = None,
     ) -> tuple[PosteriorSum, Tensor]:
-        return window_sums(z, sigma, bank, competition, memory_limit, combine)
-
-
-def posterior_sum(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int, moments: bool = False
-) -> PosteriorSum:
-    """`Engine.posterior_sum`.
-
-    Raises:
-        ValueError: `memory_limit` cannot hold the smallest tile.
-    """
-    if competition.patch_size is None:
-        return _whole_images(z, sigma, bank, memory_limit, moments)
-    exact = accumulator_dtype(z.device)
-    total = PosteriorSum.empty(z.shape, z.device, moments=moments)
-    for group in competition.groups:
-        for items, images, part in _tiles(group, z.shape, len(bank), competition.patch_size, memory_limit):
-            train = bank.chunk(images.start, images.stop, exact, z.device)
-            tile = _tile(z[items], sigma[items], train, part, competition, moments)
-            total.add_(tile, items, span(part.rows.queries), span(part.cols.queries))
-    return total
+        # The transpose of cutting windows, of every query's posterior-mean window.
+        total, k = self.posterior_sum(z, sigma, bank, competition, memory_limit), competition.patch_size
+        total = total if combine is None else combine(total)
+        assert k is not None
+        padded = F.pad(torch.zeros_like(total.v), (k // 2,) * 4)
+        for group in competition.groups:
+            for items, images, part in _tiles(group, z.shape, len(bank), k, memory_limit // 2):
+                train = bank.chunk(images.start, images.stop, padded.dtype, z.device)
+                q, p = _query_rows(z[items], part, competition), _window_rows(train, part, competition)[0]
+                _add_windows(padded[items], _weights(q, p, z[items], sigma[items], part, total, items) @ p, part, k)
+        return total, _without_padding(padded, k // 2, competition.padding_mode)
 
 
 def _tile(
@@ -188,21 +192,18 @@ def _whole_images(z: Tensor, sigma: Tensor, bank: PatchBank, memory_limit: int, 
 #     J t   = sigma^-2 sum_a w_a (v_a - D) t.(p_a - q)  at every query, t here being its window of the direction
 
 
-def vjp(
+def _vjp(
     z: Tensor,
     sigma: Tensor,
     u: Tensor,
     bank: PatchBank,
     competition: Competition,
     memory_limit: int,
-    combine: Combine | None = None,
+    total: PosteriorSum,
 ) -> Tensor:
-    """`Engine.product`, transposed. As sum_a c_a = 0, q does not count; taken from p_a it keeps digits at low noise."""
-    total = posterior_sum(z, sigma, bank, competition, memory_limit)
-    total = total if combine is None else combine(total)
-    if competition.patch_size is None:
-        return whole_product(z, sigma, u, bank, total, memory_limit)
+    """As sum_a c_a = 0, q does not count; taken from p_a it keeps digits at low noise."""
     k = competition.patch_size
+    assert k is not None
     gradient = F.pad(torch.zeros_like(total.v), (k // 2,) * 4)
     for group in competition.groups:
         for items, images, part in _tiles(group, z.shape, len(bank), k, memory_limit // 2):
@@ -213,47 +214,22 @@ def vjp(
             c *= direction @ v[..., :-1].mT - (direction * mean).sum(-1, keepdim=True)
             windows = (c @ p - c.sum(-1, keepdim=True) * q) / _sigma_rows(z[items], sigma[items], part).square()
             _add_windows(gradient[items], windows, part, k)
-    return _without_padding(gradient, k // 2, competition.padding_mode).to(u.dtype)
+    return _without_padding(gradient, k // 2, competition.padding_mode)
 
 
-def window_sums(
-    z: Tensor,
-    sigma: Tensor,
-    bank: PatchBank,
-    competition: Competition,
-    memory_limit: int,
-    combine: Combine | None = None,
-) -> tuple[PosteriorSum, Tensor]:
-    """`Engine.window_sums`: the transpose of cutting windows, of every query's posterior-mean window."""
-    total, k = posterior_sum(z, sigma, bank, competition, memory_limit), competition.patch_size
-    total = total if combine is None else combine(total)
-    assert k is not None
-    padded = F.pad(torch.zeros_like(total.v), (k // 2,) * 4)
-    for group in competition.groups:
-        for items, images, part in _tiles(group, z.shape, len(bank), k, memory_limit // 2):
-            train = bank.chunk(images.start, images.stop, padded.dtype, z.device)
-            q, p = _query_rows(z[items], part, competition), _window_rows(train, part, competition)[0]
-            _add_windows(padded[items], _weights(q, p, z[items], sigma[items], part, total, items) @ p, part, k)
-    return total, _without_padding(padded, k // 2, competition.padding_mode)
-
-
-def jvp(
+def _jvp(
     z: Tensor,
     sigma: Tensor,
     t: Tensor,
     bank: PatchBank,
     competition: Competition,
     memory_limit: int,
-    combine: Combine | None = None,
+    total: PosteriorSum,
 ) -> Tensor:
-    """`Engine.product`."""
-    total = posterior_sum(z, sigma, bank, competition, memory_limit)
-    total = total if combine is None else combine(total)
-    if competition.patch_size is None:
-        return whole_product(z, sigma, t, bank, total, memory_limit)
-    product = torch.zeros_like(total.v)
+    k, product = competition.patch_size, torch.zeros_like(total.v)
+    assert k is not None
     for group in competition.groups:
-        for items, images, part in _tiles(group, z.shape, len(bank), competition.patch_size, memory_limit // 2):
+        for items, images, part in _tiles(group, z.shape, len(bank), k, memory_limit // 2):
             train = bank.chunk(images.start, images.stop, product.dtype, z.device)
             q, p, v = _query_rows(z[items], part, competition), *_window_rows(train, part, competition)
             direction = _query_rows(t[items], part, competition)
@@ -264,7 +240,7 @@ def jvp(
             pixels = pixels / _sigma_rows(z[items], sigma[items], part).square()
             place = product[items, :, span(part.rows.queries), span(part.cols.queries)]
             place += rows_as_pixels(pixels, len(z[items]), part)
-    return product.to(t.dtype)
+    return product
 
 
 def _weights(q: Tensor, p: Tensor, z: Tensor, sigma: Tensor, group: Group, total: PosteriorSum, items: slice) -> Tensor:

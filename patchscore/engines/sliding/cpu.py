@@ -55,7 +55,13 @@ class SlidingCpu(Engine):
         ess: bool = True,
         moments: bool = False,
     ) -> PosteriorSum:
-        return posterior_sum(z, sigma, bank, competition, memory_limit, moments)
+        """A thread takes less than 32 MiB up to 128 x 128 in colour; `memory_limit` bounds threads.
+
+        Raises:
+            ValueError: `memory_limit` cannot hold one thread, PATCHSCORE_SIMD names an instruction set that this
+                machine lacks, or the arguments do not fit each other.
+        """
+        return self.posterior_sums(z, sigma, bank, [competition], memory_limit, moments)[0]
 
     def product(
         self,
@@ -68,7 +74,13 @@ class SlidingCpu(Engine):
         memory_limit: int,
         combine: Combine | None = None,
     ) -> Tensor:
-        return product(transposed, z, sigma, direction, bank, competition, memory_limit, combine)
+        _check_float32(z)  # a second pass over the pairs, after one for weights and means
+        total = self.posterior_sum(z, sigma, bank, competition, memory_limit)
+        total = total if combine is None else combine(total)
+        if competition.patch_size is None:
+            return whole_product(z, sigma, direction, bank, total, memory_limit)
+        result = _second_pass(transposed, False, z, sigma, direction, bank, competition, total, memory_limit)
+        return result.to(direction.dtype)
 
     def window_sums(
         self,
@@ -80,45 +92,27 @@ class SlidingCpu(Engine):
         combine: Combine | None = None,
     ) -> tuple[PosteriorSum, Tensor]:
         _check_float32(z)
-        total = posterior_sum(z, sigma, bank, competition, memory_limit)
+        total = self.posterior_sum(z, sigma, bank, competition, memory_limit)
         total = total if combine is None else combine(total)
         nothing = torch.zeros(z.shape, dtype=torch.float32)
         return total, _second_pass(True, True, z, sigma, nothing, bank, competition, total, memory_limit)
 
     def posterior_sums(
-        self, z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        bank: PatchBank,
+        competitions: Sequence[Competition],
+        memory_limit: int,
+        moments: bool = False,
     ) -> list[PosteriorSum]:
-        return posterior_sums(z, sigma, bank, competitions, memory_limit)
+        """`posterior_sum` for several competitions, as calibration asks for several patch sizes at one noise level.
 
-
-def posterior_sum(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int, moments: bool = False
-) -> PosteriorSum:
-    """`Engine.posterior_sum`. A thread takes less than 32 MiB up to 128 x 128 in colour; `memory_limit` bounds threads.
-
-    Raises:
-        ValueError: `memory_limit` cannot hold one thread, PATCHSCORE_SIMD names an instruction set that this machine
-            lacks, or the arguments do not fit each other.
-    """
-    return posterior_sums(z, sigma, bank, [competition], memory_limit, moments)[0]
-
-
-def posterior_sums(
-    z: Tensor,
-    sigma: Tensor,
-    bank: PatchBank,
-    competitions: Sequence[Competition],
-    memory_limit: int,
-    moments: bool = False,
-) -> list[PosteriorSum]:
-    """`posterior_sum` for several competitions, as calibration asks for several patch sizes at one noise level.
-
-    One pass over the bank serves them all, where `memory_limit` and, on the CPU, 32 MiB a thread have room for their
-    sums; otherwise a few passes do. The numbers are those of separate calls.
-    """
-    assert native is not None, "unavailable() says when this engine cannot serve"
-    found = [_sums_of_piece(z, sigma, piece, competitions, memory_limit, moments) for piece in bank.pieces()]
-    return [merge_all(parts) for parts in zip(*found, strict=True)]
+        One pass over the bank serves them all, where `memory_limit` and, on the CPU, 32 MiB a thread have room for
+        their sums; otherwise a few passes do. The numbers are those of separate calls.
+        """
+        found = [_sums_of_piece(z, sigma, piece, competitions, memory_limit, moments) for piece in bank.pieces()]
+        return [merge_all(parts) for parts in zip(*found, strict=True)]
 
 
 def _sums_of_piece(
@@ -129,7 +123,7 @@ def _sums_of_piece(
     memory_limit: int,
     moments: bool,
 ) -> list[PosteriorSum]:
-    assert native is not None
+    assert native is not None, "unavailable() says when this engine cannot serve"
     totals = [_empty(z, competition, moments) for competition in competitions]
     native.sliding(
         z=z.detach().to("cpu", torch.float32).contiguous().numpy(),
@@ -151,31 +145,6 @@ def _sums_of_piece(
         simd=os.environ.get("PATCHSCORE_SIMD", ""),
     )
     return totals
-
-
-def product(
-    transposed: bool,
-    z: Tensor,
-    sigma: Tensor,
-    direction: Tensor,
-    bank: PatchBank,
-    competition: Competition,
-    memory_limit: int,
-    combine: Combine | None = None,
-) -> Tensor:
-    """`Engine.product`: a second pass over the pairs, after one for weights and means.
-
-    Raises:
-        ValueError: z in float64; as of `posterior_sum`.
-    """
-    assert native is not None, "unavailable() says when this engine cannot serve"
-    _check_float32(z)
-    total = posterior_sum(z, sigma, bank, competition, memory_limit)
-    total = total if combine is None else combine(total)
-    if competition.patch_size is None:
-        return whole_product(z, sigma, direction, bank, total, memory_limit)
-    result = _second_pass(transposed, False, z, sigma, direction, bank, competition, total, memory_limit)
-    return result.to(direction.dtype)
 
 
 def _check_float32(z: Tensor) -> None:
