@@ -26,21 +26,25 @@ def main() -> None:
     parser.add_argument("network", type=Path)
     parser.add_argument("source", help="its training images")
     parser.add_argument("--limit", type=int, help="as in training")
-    parser.add_argument("--table", help="calibrated patch sizes; else they are fitted")
+    parser.add_argument("--table", help="a file of patch sizes, or a published table; else they are fitted")
     parser.add_argument("-n", type=int, default=10, help="images")
+    parser.add_argument("--theories", nargs="*", choices=THEORIES, default=list(THEORIES), help="some of them")
+    parser.add_argument("--no-along", action="store_true", help="only final images, not every step of the way")
     parser.add_argument("--work", type=Path, default=Path("out-league"), help="folder for what can be resumed")
     options = parser.parse_args()
     options.work.mkdir(exist_ok=True)
     bank = ps.PatchBank.open(options.source, limit=options.limit)
     trained, notes = load_network(options.network)
     if options.table:
-        table = ps.ScaleTable.load(options.table)
+        known = options.table in ps.ScaleTable.names()
+        table = ps.ScaleTable.published(options.table) if known else ps.ScaleTable.load(options.table)
     else:
         table = ps.ScaleTable.fit(bank, monotone=True, conditional=bool(trained.config["classes"]))
     labels = list(bank.classes) if trained.config["classes"] else None
-    machines = theories_named(THEORIES, bank, table)
+    machines = theories_named(options.theories, bank, table)
     resume = options.work / f"{options.name}.npz"
-    found = ps.compare(from_network(trained, bank.shape), machines, options.n, labels=labels, resume=resume)
+    network = from_network(trained, bank.shape)
+    found = ps.compare(network, machines, options.n, labels=labels, along=not options.no_along, resume=resume)
     rows = {row["machine"]: row for row in found.rows()}
     league = found.league()
     told = {(row["first"], row["second"]): row for row in found.differences()}

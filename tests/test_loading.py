@@ -232,7 +232,8 @@ def test_commands_take_torchscript(source, script, tmp_path):
     ("network", "more", "message"),
     [
         ("diffusers:empty", [], "empty: no unet of diffusers there"),
-        ("diffusers:absent/model", [], "no unet of diffusers there"),
+        ("diffusers:absent/model", [], "absent/model: no such folder, not in the hub's cache, and the hub cannot be"),
+        ("diffusers:no/such/model", [], "no/such/model: no such folder, and no model of that name on the hub"),
         ("diffusers:vae", [], "its unet is a AutoencoderKL, takes UNet2DModel"),
         ("diffusers:unet-alone", [], "no scheduler of diffusers there"),
         ("diffusers:edm", [], "scheduler: got EDMEulerScheduler, takes one of flow matching"),

@@ -173,6 +173,8 @@ def test_every_convention_gives_the_machine_back(bank, prediction, scaling):
 def test_bad_networks_are_named(bank):
     with pytest.raises(TypeError, match="network"):
         ps.NetworkDenoiser("resnet", bank.shape)
+    with pytest.raises(TypeError, match="level: got 't', takes a function"):
+        ps.NetworkDenoiser(lambda x, level: x, bank.shape, level="t")
     with pytest.raises(ValueError, match="prediction"):
         ps.NetworkDenoiser(lambda x, level: x, bank.shape, "velocity")
     with pytest.raises(ValueError, match="returned"):

@@ -21,6 +21,8 @@ from ..noise import linear
 from .network import NetworkDenoiser, from_diffusers
 
 TIMESTEPS = 1000
+HUB_TIMEOUT = 10.0
+"""Seconds to wait for the hub's answer."""
 
 
 def _ddpm_timestep() -> Callable[[float], float]:
@@ -91,22 +93,46 @@ def load_diffusers(source: str | os.PathLike[str]) -> NetworkDenoiser:
     except ImportError as error:
         message = f'a network of diffusers needs diffusers ({error}): pip install "patchscore[diffusers]"'
         raise ImportError(message) from None
-    model = _component(source, UNet2DModel, "unet", ("UNet2DModel",), use_safetensors=True)
-    scheduler = _component(source, DDPMScheduler, "scheduler", None)
+    problem = None if Path(source).exists() else _hub_problem(str(source))
+    options = {"use_safetensors": True, "low_cpu_mem_usage": False}  # the latter needs accelerate
+    model = _component(source, UNet2DModel, "unet", ("UNet2DModel",), problem, **options)
+    scheduler = _component(source, DDPMScheduler, "scheduler", None, problem)
     try:
         return from_diffusers(model.eval(), scheduler)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
 
-def _component(source: Any, kind: Any, name: str, takes: tuple[str, ...] | None, **options: Any) -> Any:
+def _hub_problem(name: str) -> str | None:
+    """Why the hub cannot be asked for a model; None where it has it.
+
+    One question with a time limit: diffusers asks for every file, and repeats that five times where nobody answers.
+
+    Raises:
+        ValueError: the hub answers that it has no such model, or the name cannot be one.
+    """
+    from huggingface_hub import model_info
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        model_info(name, timeout=HUB_TIMEOUT)
+    except (HFValidationError, RepositoryNotFoundError):
+        raise ValueError(f"{name}: no such folder, and no model of that name on the hub") from None
+    except Exception as error:  # of whichever client the hub's library uses
+        return f"not in the hub's cache, and the hub cannot be reached ({' '.join(str(error).split())[:100]})"
+    return None
+
+
+def _component(
+    source: Any, kind: Any, name: str, takes: tuple[str, ...] | None, hub_problem: str | None, **options: Any
+) -> Any:
     """A model or scheduler of diffusers, from the subfolder `name` or from the folder itself.
 
     Its class is that of its own configuration, which any class of its `kind` can read.
     """
     import diffusers
 
-    options["local_files_only"] = Path(source).exists()
+    options["local_files_only"] = Path(source).exists() or hub_problem is not None
     problems = []
     for subfolder in (name, None):
         where = {} if subfolder is None else {"subfolder": subfolder}
@@ -124,4 +150,6 @@ def _component(source: Any, kind: Any, name: str, takes: tuple[str, ...] | None,
             return getattr(diffusers, found).from_pretrained(source, **where, **options)
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{source}: its {name} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    if hub_problem is not None:
+        raise ValueError(f"{source}: no such folder, {hub_problem}")
     raise ValueError(f"{source}: no {name} of diffusers there: {problems[-1]}")

@@ -46,7 +46,7 @@ class NetworkDenoiser(Denoiser):
     `estimate` has stderr 0, ess NaN (it has no meaning for a network) and pairs 0.
 
     Raises:
-        TypeError: a network that cannot be called.
+        TypeError: a network or a level that cannot be called.
         ValueError: an unknown prediction or scaling, v where x is not variance-preserving, or flow where x is not of
             scaling "flow".
     """
@@ -62,6 +62,8 @@ class NetworkDenoiser(Denoiser):
     ):
         if not callable(network):
             raise TypeError(f"network: got {type(network).__name__}, takes a callable network(x, level, labels)")
+        if level is not None and not callable(level):
+            raise TypeError(f"level: got {level!r}, takes a function from sigma to the network's noise argument")
         self.network = network
         self.shape = tuple(shape)  # type: ignore[assignment]
         self.prediction = checks.one_of("prediction", prediction, PREDICTIONS)
