@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import patchscore as ps
 from patchscore.cli import main
 from patchscore.draw.league import league_page
-from patchscore.evaluate import THEORIES
+from patchscore.evaluate import BASELINES, THEORIES
 from patchscore.networks import ResNet, load_network, save_network
 
 
@@ -146,6 +146,14 @@ def test_a_checkpoint_brings_its_padding(data):
     assert done.exit_code == 0, done.output
     assert "els-circular" in done.output
     assert not (data / "compared" / "scatter.png").exists()
+    # Beside a circular network the machines include the one whose windows wrap.
+    done = run("compare", "bank.npz", "net.safetensors", "--steps", 3, "-n", 1, "--table", 3, "--out", "all")
+    assert done.exit_code == 0, done.output
+    report = json.loads((data / "all" / "comparison.json").read_text())
+    assert {row["machine"] for row in report["rows"]} == {*BASELINES, "els-wrapped"}
+    done = run("calibrate", "bank.npz", "net.safetensors", "--steps", 3, "-n", 1, "--machine", "wrapped")
+    assert done.exit_code == 0, done.output
+    assert json.loads((data / "calibrated" / "calibration.json").read_text())["settings"]["machine"] == "wrapped"
 
 
 @pytest.mark.parametrize(
@@ -162,6 +170,10 @@ def test_a_checkpoint_brings_its_padding(data):
         (["calibrate", "bank.npz", "net.safetensors", "--patch-sizes", "4"], "patch_sizes: got 4"),
         (["calibrate", "bank.npz", "net.safetensors", "-n", "0"], "n: got 0"),
         (["calibrate", "bank.npz", "net.safetensors", "--monotone"], "take no NETWORK"),
+        (
+            ["calibrate", "bank.npz", "--machine", "wrapped"],
+            "--machine: got wrapped, without NETWORK takes els",
+        ),
         (["calibrate", "bank.npz", "-n", "0"], "images: got 0"),
         (["calibrate", "bank.npz", "--labels", "1"], "--labels: got 1"),
         (["calibrate", "bank.npz", "--held-out", "absent.npz"], "absent.npz"),

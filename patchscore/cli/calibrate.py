@@ -17,6 +17,7 @@ from ..denoiser import Labels
 from ..draw import charts
 from ..files import check_writable, locked
 from ..heldout import BLOCK, HeldOutErrors, held_out_errors
+from ..heldout import MACHINES as MACHINES_FITTED
 from ..noise import get_schedule
 from ..runs.folder import ERRORS, TABLE
 from ..scales import ScaleTable
@@ -188,6 +189,8 @@ def _fit(
     out: Path,
 ) -> None:
     """The sizes with the least held-out error."""
+    if machine not in MACHINES_FITTED:
+        raise ValueError(f"--machine: got {machine}, without NETWORK takes {' or '.join(MACHINES_FITTED)}")
     if sampling.labels not in ("auto", "none", "all"):
         raise ValueError(f"--labels: got {sampling.labels}, without NETWORK takes none or all")
     if held_out is not None:

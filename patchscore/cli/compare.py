@@ -44,7 +44,8 @@ Examples:
     default="machines",
     show_default=True,
     metavar="machines|all|NAME,...",
-    help="Theories to compare: the machines of Kamb & Ganguli and a Gaussian; all theories; or some of "
+    help="Theories to compare: the machines of Kamb & Ganguli and a Gaussian (beside a circular network els-wrapped "
+    "too); all theories; or some of "
     f"{', '.join(THEORIES)}.",
 )
 @click.option(
@@ -86,6 +87,8 @@ def compare(
     sizes, errors = patch_sizes(table, source, bank, padding_mode, "els", False, None, computing, out)
     memory = computing.bytes
     own = f"els-{padding_mode}"
+    if theories == "machines" and padding_mode == "circular":
+        known = [*known, "els-wrapped"]
     names = [own] if not baselines else sorted(known, key=lambda name: name != own)
     machines = theories_named(names, bank, sizes, engine=computing.engine, memory_limit=memory)
     say(f"{bank!r} from {source.source}", f"{denoiser!r}, padding {padding_mode}, patch sizes {sizes.name}")
