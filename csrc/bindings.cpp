@@ -242,8 +242,8 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
                  const py::buffer& s, const py::buffer& s2, const py::buffer& v, const py::buffer& ss,
                  const py::buffer& vs, const py::buffer& vv, const std::optional<py::buffer>& v2,
                  const std::optional<py::buffer>& sl, const std::optional<py::buffer>& qq,
-                 const std::optional<py::buffer>& ee, const py::buffer& fits, const py::buffer& pairs, int threads,
-                 const std::string& simd) {
+                 const std::optional<py::buffer>& ee, const py::buffer& fits, const py::buffer& pairs,
+                 const std::optional<py::buffer>& remembered, int threads, const std::string& simd) {
     std::list<py::buffer_info> held;
     patchscore::Request request{};
     request.images = bytes_of(images, patch_size, held);
@@ -301,6 +301,13 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
     }
     request.fits = data_of<uint8_t>("fits", info(fits, true), {queries}, true);
     request.pairs = data_of<int64_t>("pairs", info(pairs, true), {queries}, true);
+    if (remembered) {
+        request.remembered =
+            data_of<int64_t>("remembered", info(*remembered, true), {queries, patchscore::MOST_KNOWN}, true);
+        const int64_t most = request.images.count * request.images.rows() * request.images.cols();
+        for (py::ssize_t i = 0; i < queries * patchscore::MOST_KNOWN; ++i)
+            if (request.remembered[i] >= most) throw py::value_error("remembered: no such window");
+    }
     bool finished;
     {
         const py::gil_scoped_release release;
@@ -336,6 +343,7 @@ PYBIND11_MODULE(_native, module) {
                py::arg("misfit"), py::arg("unknown"), py::arg("further"), py::arg("whole_pixels"),
                py::arg("opened_from"), py::arg("pilot"), py::arg("known"), py::arg("m"), py::arg("s"), py::arg("s2"),
                py::arg("v"), py::arg("ss"), py::arg("vs"), py::arg("vv"), py::arg("v2"), py::arg("sl"), py::arg("qq"),
-               py::arg("ee"), py::arg("fits"), py::arg("pairs"), py::arg("threads"), py::arg("simd"),
+               py::arg("ee"), py::arg("fits"), py::arg("pairs"), py::arg("remembered"), py::arg("threads"),
+               py::arg("simd"),
                "Estimates the posterior sums of queries; see struct Request in csrc/pruned/pruned.h.");
 }

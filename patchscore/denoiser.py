@@ -152,6 +152,11 @@ class Denoiser(ABC):
         """
         return self.with_parts(lambda part: part.within(tolerance))
 
+    def following(self) -> Denoiser:
+        """The same denoiser for the noise levels of one batch, from high to low: it may start from what it found at the
+        level before. Itself where it remembers nothing, as whatever takes all windows does."""
+        return self.with_parts(lambda part: part.following())
+
     def with_parts(self, change: Callable[[Denoiser], Denoiser]) -> Denoiser:
         """The same denoiser with each denoiser that it asks changed; itself where none is."""
         return self
@@ -356,7 +361,12 @@ class ScoreMachine(Denoiser):
             raise ValueError("tolerance: takes a machine with an index, or one that sums over all windows")
         return self._sampling(budget=None, tolerance=tolerance)
 
-    def _sampling(self, **options: float | None) -> ScoreMachine:
+    def following(self) -> ScoreMachine:
+        if self.pruned is None or self.pruned.index is None:
+            return self
+        return self._sampling(memory=engines.Memory())
+
+    def _sampling(self, **options: Any) -> ScoreMachine:
         """The same machine, with other options of its engine `pruned`."""
         assert self.pruned is not None
         same, pruned = copy.copy(self), copy.copy(self.pruned)

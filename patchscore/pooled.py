@@ -88,6 +88,9 @@ class Pooled(Composed):
     def within(self, tolerance: float) -> Pooled:
         return self._of([machine.within(tolerance) for machine in self.machines])
 
+    def following(self) -> Pooled:
+        return self._of([machine.following() for machine in self.machines])
+
     def _of(self, machines: Sequence[ScoreMachine]) -> Pooled:
         same = all(new is old for new, old in zip(machines, self.machines, strict=True))
         return self if same else Pooled(machines)  # type: ignore[arg-type]

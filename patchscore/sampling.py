@@ -201,7 +201,7 @@ def sample(
     shape = _check_size(size, denoiser, levels)
     if shape != tuple(denoiser.shape) and not (sigma_max is None and gaussian_until is None):
         raise ValueError("sigma_max, gaussian_until: take images of the bank's size, as the Gaussian is of such")
-    asked = _within(denoiser, levels.ratios.tolist(), sampler, tolerance)
+    _check_tolerance(denoiser, tolerance)
     images = range(first, first + n)
     listed = labels_in_turn(labels, images)
     device = checks.device(device)
@@ -213,7 +213,7 @@ def sample(
             batch_labels = None if listed is None else listed[start : start + batch_size]
             done.append(
                 _sample_batch(
-                    asked,
+                    _of_steps(denoiser, levels.ratios.tolist(), sampler, tolerance),
                     denoiser,
                     shape,
                     batch,
@@ -268,18 +268,25 @@ def step_tolerances(ratios: Sequence[float], sampler: str, tolerance: float) -> 
     return [tolerance / len(shares) ** 0.5 / share for share in shares]
 
 
-def _within(
-    denoiser: Denoiser, ratios: list[float], sampler: str, tolerance: float | None
-) -> Callable[[float], Denoiser]:
-    """The denoiser to ask at a level."""
+def _check_tolerance(denoiser: Denoiser, tolerance: float | None) -> None:
     if tolerance is None:
-        return lambda sigma: denoiser
+        return
     if not 0 < checks.number("tolerance", tolerance) < math.inf:
         raise ValueError(f"tolerance: got {tolerance}, takes a positive error of pixels")
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"tolerance: {type(denoiser).__name__} says nothing of errors, takes a Denoiser")
+    denoiser.within(tolerance)
+
+
+def _of_steps(
+    denoiser: Denoiser, ratios: list[float], sampler: str, tolerance: float | None
+) -> Callable[[float], Denoiser]:
+    """The denoiser that one batch asks at a level."""
+    following = denoiser.following() if isinstance(denoiser, Denoiser) else denoiser
+    if tolerance is None:
+        return lambda sigma: following
     given = zip(ratios, step_tolerances(ratios, sampler, tolerance), strict=False)
-    return {sigma: denoiser.within(of_step) for sigma, of_step in given}.__getitem__
+    return {sigma: following.within(of_step) for sigma, of_step in given}.__getitem__
 
 
 def _sample_batch(

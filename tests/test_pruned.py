@@ -398,6 +398,27 @@ def foreign(kind, bank, sigma):
     return ((i + j) % 2 * 2.0 - 1).expand(1, *bank.shape) + sigma * eps
 
 
+def test_cells_evaluated_whole_are_no_misfit(tmp_path):
+    """They may hold far less than their moments let expect: that is then known, and nothing is left to doubt."""
+    generator = torch.Generator().manual_seed(0)
+    level = torch.where(torch.arange(60) < 6, -0.5, 0.5).view(-1, 1, 1, 1)
+    images = level + 0.1 * torch.randn(60, 1, 12, 12, generator=generator).sign()
+    bank = ps.PatchBank(((images + 1) * 127.5).round().clamp(0, 255).byte())
+    index = ps.PatchIndex.build(bank, [3], tmp_path, cells=16, progress=False)
+    machine = pruned(bank, index, budget=0.15)
+    # At the middle of the small group, from which its windows lie three standard deviations away, all of them.
+    request, _ = request_of(machine, torch.full((1, 12, 12), -0.5), 0.05)
+    part, windows, count = request.part, len(request.part.ids), len(request.windows)
+    features, rest = part.project(request.windows[:1])
+    first, _ = naive.expected_log_weights(features[0], rest[0], part.cells, 0.05, 9)
+    expected = (first + part.cells.size.double().log()).logsumexp(0).item()
+    assert expected - native_weights(request)[0].logsumexp(0).item() > 1.5 * POLICY.misfit * math.log(2)
+    found = cpu.scan(request, POLICY)
+    assert found is not None
+    assert found.fits.all()
+    assert found.sums.pairs < 0.25 * windows * count
+
+
 @pytest.mark.parametrize("budget", [1e-3, 0.01, 0.1, 1.0])
 @pytest.mark.parametrize("kind", ["noise", "constant", "checkerboard"])
 def test_no_error_of_a_tenth_is_silent_for_foreign_images(larger, kind, budget):
@@ -865,3 +886,142 @@ def test_moments_are_finite_whatever_the_image(larger):
             assert torch.isfinite(getattr(found, name)).all()
             assert (getattr(found, name) >= 0).all()
         assert (found.variance <= 1 + 1e-5).all()
+
+
+# What is remembered along a trajectory.
+
+
+def trajectory(bank, sigmas, batch=1, seed=0):
+    """Noisy images of one trajectory: the same noise, at lower and lower levels."""
+    clean = bank.images[:batch].float() / 127.5 - 1
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+    return [clean + sigma * noise for sigma in sigmas]
+
+
+def remembered_of(machine, item=0):
+    (held,) = (held for (_, number), held in machine.pruned.memory._held.items() if number == item)
+    return held
+
+
+def test_heavy_windows_are_remembered_and_counted_surely(larger):
+    bank, index = larger
+    before, now = trajectory(bank, [0.4, 0.3])
+    fresh, following = pruned(bank, index, budget=1e-3), pruned(bank, index, budget=1e-3).following()
+    assert fresh.following() is not fresh
+    assert exact(bank).following() is not None
+    following.denoise(before, 0.4)
+    request, group = request_of(fresh, now[0], 0.3)
+    weights = native_weights(request)
+    nearest = weights.topk(5, dim=1).indices
+    share = []
+    for machine in (fresh, following):
+        ids = torch.full((len(request.windows), cpu.KNOWN), -1)
+        if machine is following:
+            ids = remembered_of(following).recall(request.part, group)
+        asked = dataclasses.replace(request, remembered=ids)
+        assert cpu.scan(asked, POLICY) is not None
+        known = torch.tensor(request.part.ids)[nearest]
+        share.append((known[:, :, None] == asked.remembered[:, None]).any(2).float().mean().item())
+    # Of the five heaviest windows of each pixel.
+    assert share[1] > share[0]
+
+
+def native_weights(request):
+    """[Q, windows of the part] log-weights, in the order of its ids."""
+    windows = request.part.pixels(request.part.ids).flatten(1).double()
+    return -(torch.cdist(request.windows.flatten(1).double(), windows) ** 2) / (2 * request.sigma**2)
+
+
+def test_what_is_remembered_leaves_the_estimate_unbiased(larger):
+    bank, index = larger
+    before, now = trajectory(bank, [1.2, 1.0])
+    truth, policy, draws = exact(bank).denoise(now, 1.0), dataclasses.replace(POLICY, trimming=0.0), 60
+    errors = []
+    for seed in range(draws):
+        machine = pruned(bank, index, budget=0.02, seed=seed).following()
+        machine.pruned.policy = policy
+        machine.denoise(before, 1.2)
+        assert (remembered_of(machine)._centres >= 0).any()
+        errors.append((machine.denoise(now, 1.0) - truth)[..., 4:-4, 4:-4].mean().item())
+    errors = torch.tensor(errors, dtype=torch.float64)
+    # A ratio's bias is of the order of the squared error of one pixel, and pixels' errors are the larger ones.
+    z = z_of_t(abs(errors.mean() / (errors.std() / draws**0.5)).item(), draws - 1)
+    assert z < LARGEST_Z
+
+
+def test_following_costs_no_determinism(larger):
+    bank, index = larger
+    levels = [1.0, 0.7, 0.45]
+    steps = trajectory(bank, levels, batch=3)
+    together = pruned(bank, index, budget=0.01).following()
+    found = [together.denoise(z, sigma) for z, sigma in zip(steps, levels, strict=True)]
+    for i in range(3):
+        alone = pruned(bank, index, budget=0.01).following()
+        for z, sigma, of_all in zip(steps, levels, found, strict=True):
+            assert torch.equal(alone.denoise(z[i : i + 1], sigma)[0], of_all[i])
+    assert torch.equal(found[0], pruned(bank, index, budget=0.01).denoise(steps[0], 1.0))
+    assert not torch.equal(found[-1], pruned(bank, index, budget=0.01).denoise(steps[-1], 0.45))
+
+
+def test_another_image_is_not_taken_for_the_next_step(larger):
+    bank, index = larger
+    (z,) = trajectory(bank, [0.5])
+    others = [z[:, :, :17], z + 0.9 * torch.randn(z.shape, generator=torch.Generator().manual_seed(5))]
+    machine = pruned(bank, index, budget=0.01).following()
+    machine.denoise(z, 0.5)
+    assert torch.equal(machine.denoise(others[1], 0.5), pruned(bank, index, budget=0.01).denoise(others[1], 0.5))
+    held = machine.pruned.memory
+    assert (held.of(bank, 0, others[1][0], 0.5)._centres >= 0).any()
+    assert (held.of(bank, 0, others[0][0], 0.5)._centres == -1).all()
+
+
+def test_a_smaller_patch_size_takes_over_what_a_larger_one_found(larger):
+    bank, index = larger
+    before, now = trajectory(bank, [0.6, 0.5])
+    table = ps.ScaleTable([0.5, 0.6], [3, 9])
+    assert (table(0.6), table(0.5)) == (9, 3)
+    machine = pruned(bank, index, k=table, budget=0.01).following()
+    machine.denoise(before, 0.6)
+    part, competition = index.at(3), machine.competition(3)
+    (group,) = (g for g in competition.groups if not g.rows.locked and not g.cols.locked)
+    ids = remembered_of(machine).recall(part, group)
+    grid = ids.view(len(group.rows.queries), len(group.cols.queries), -1)
+    assert (grid[3:-3, 3:-3, 0] >= 0).all()  # pixels that lie in the interior at k = 9
+    image, row, col = part.windows_of(ids[ids >= 0].numpy())
+    assert int(image.max()) < len(bank)
+    assert set(row.tolist()) <= set(range(4, 14))
+    assert set(col.tolist()) <= set(range(4, 14))
+    assert machine.denoise(now, 0.5).isfinite().all()
+
+
+def test_a_tolerance_begins_at_the_budget_found_before(larger, monkeypatch):
+    bank, index = larger
+    levels = [1.0, 0.8]
+    steps = trajectory(bank, levels)
+    machine = pruned(bank, index, tolerance=0.06).following()
+    budgets = []
+    scan = cpu.scan
+    monkeypatch.setattr(cpu, "scan", lambda request, policy: budgets.append(request.budget) or scan(request, policy))
+    machine.denoise(steps[0], 1.0)
+    found = remembered_of(machine).budget
+    assert found is not None
+    assert found > 2 * POLICY.pilot_budget
+    assert budgets[0] == POLICY.pilot_budget
+    budgets.clear()
+    estimate = machine.estimate(steps[1], 0.8)
+    assert budgets[0] == found / 2
+    assert rms(estimate.stderr) <= 0.06
+
+
+@pytest.mark.parametrize("labels", [None, [0, 1]])
+def test_sampling_follows_its_trajectories(larger, labels):
+    bank, index = larger
+    options = dict(n=2, steps=4, progress=False, labels=labels)
+    machine = pruned(bank, index, budget=0.01)
+    images = ps.sample(machine, **options)
+    followed = ps.sample(machine, batch_size=1, **options)
+    assert torch.equal(images, followed)
+    monkey = pruned(bank, index, budget=0.01)
+    monkey.following = lambda: monkey
+    assert not torch.equal(images, ps.sample(monkey, **options))
+    assert machine.pruned.memory is None

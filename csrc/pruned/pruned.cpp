@@ -227,6 +227,9 @@ public:
             if (double(whole.size()) > request.policy.whole_pixels * request.queries) break;
             left = std::move(unknown);
         }
+        for (int q = 0; request.remembered && q < request.queries; ++q)
+            for (int i = 0; i < MOST_KNOWN; ++i)
+                request.remembered[q * MOST_KNOWN + i] = i < known[size_t(q)].count ? known[size_t(q)].id[i] : -1;
         return true;
     }
 
@@ -507,6 +510,7 @@ private:
             for (const ScanVisit& visit : pilots[size_t(q)]) request.pairs[q] += int64_t(visit.tiles) * TILE;
             for (const std::vector<Known>& part : parts) known[size_t(q)].offer(part[size_t(q)], most);
         }
+        if (request.remembered && !recall()) return false;
         const int width = request.columns, height = width ? request.queries / width : 0;
         for (int sweep = 1; width && sweep <= SWEEPS; ++sweep) {
             const std::vector<Known> before = known;
@@ -526,6 +530,24 @@ private:
             if (interrupt.stopped(true)) return false;
         }
         return true;
+    }
+
+    // Offers each query the windows that it knew before.
+    bool recall() {
+        const int64_t per_image = int64_t(request.images.rows()) * request.images.cols();
+        pool.each((request.queries + TOGETHER - 1) / TOGETHER, [&](int64_t block, int) {
+            std::vector<uint8_t> bytes(size_t(request.images.values()));
+            for (int q = int(block) * TOGETHER; q < std::min(request.queries, int(block + 1) * TOGETHER); ++q) {
+                Known& own = known[size_t(q)];
+                for (int i = 0; i < MOST_KNOWN; ++i) {
+                    const int64_t id = request.remembered[q * MOST_KNOWN + i];
+                    if (id < 0 || own.holds(id) || (request.allowed && !request.allowed[id / per_image])) continue;
+                    own.offer(level.compare_window(request, q, id, bytes.data()), id, 0, request.policy.known);
+                    ++request.pairs[q];
+                }
+            }
+        });
+        return !interrupt.stopped(true);
     }
 
     // What a neighbour has known for longer it has proposed before.
@@ -587,8 +609,9 @@ private:
                     refs[size_t(q)] = sum.largest, again.push_back(q);
                     for (int c = 0; request.v2 && sum.s > 0 && c < channels; ++c)
                         centres[size_t(q * channels + c)] = float(sum.v[c] / sum.s);
-                } else if (request.pairs[q] += sum.windows, !finish(q, sum)) {
-                    unknown.push_back(q);
+                } else {
+                    request.pairs[q] += sum.windows;
+                    if (!finish(q, sum)) unknown.push_back(q);
                     known[size_t(q)].offer(sum.found, request.policy.known);
                 }
             }

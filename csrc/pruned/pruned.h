@@ -72,6 +72,7 @@ struct Request {
     double largest_budget;  // beyond which every window of a query is evaluated
     bool whole;             // evaluate every window, whatever the budget
     uint64_t key;           // of the random draws
+    int64_t* remembered;    // [queries, MOST_KNOWN] windows to be known, then those that were, or -1; null for neither
     Policy policy;
 
     double *m, *s, *s2, *v;  // [queries], v [queries, channels]

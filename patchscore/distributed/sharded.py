@@ -105,6 +105,9 @@ class Sharded(Composed):
         # The mean over all ranks is a weighted mean of theirs, and so is off by no more than they are.
         return self._asking(self.machine.within(tolerance))
 
+    def following(self) -> Sharded:
+        return self._asking(self.machine.following())
+
     def _asking(self, machine: ScoreMachine) -> Sharded:
         same = copy.copy(self)
         same.machine = machine

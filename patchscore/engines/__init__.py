@@ -16,6 +16,7 @@ from .base import (
 )
 from .fused.launch import Fused
 from .pruned.engine import Pruned
+from .pruned.memory import Memory
 from .reference import Reference
 from .sliding.cpu import SlidingCpu
 from .sliding.cuda import SlidingCuda
@@ -42,6 +43,7 @@ __all__ = [
     "Combine",
     "Engine",
     "EngineError",
+    "Memory",
     "Pruned",
     "SlidingCpu",
     "SlidingCuda",

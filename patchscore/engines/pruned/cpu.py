@@ -16,6 +16,9 @@ from ...posterior import PosteriorSum
 from .policy import Policy
 
 LANES = 16
+KNOWN = 16
+"""Windows that a query can know; MOST_KNOWN in pruned.h."""
+
 BYTE = 127.5
 """Bytes for a pixel value of 1."""
 
@@ -30,6 +33,8 @@ class Request:
     budget: fraction of them to evaluate; None for every window.
     columns: of the grid of pixels that the queries are; 0 if they are none.
     moments: whether the sums have moments.
+    remembered: [Q, KNOWN] int64 windows of the part that are to be known, and in return those that were; -1 is none.
+        None where nothing is remembered.
     """
 
     part: IndexedSize
@@ -41,6 +46,7 @@ class Request:
     key: int
     columns: int = 0
     moments: bool = False
+    remembered: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
     if request.moments:
         out |= {name: torch.zeros_like(out["s"]) for name in ("sl", "ee")}
         out |= {name: torch.zeros_like(out["v"]) for name in ("v2", "qq")}
+    recalled = request.remembered is not None and bool((request.remembered >= 0).any())
     fits, pairs = torch.zeros(count, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64)
     competing = _competing(part, request.allowed)
     assert native is not None
@@ -105,11 +112,12 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
         further=policy.further,
         whole_pixels=policy.whole_pixels,
         opened_from=policy.opened_from,
-        pilot=policy.pilot,
+        pilot=policy.recalled_pilot if recalled else policy.pilot,
         known=policy.known,
         **{"v2": None, "sl": None, "qq": None, "ee": None} | {name: x.numpy() for name, x in out.items()},
         fits=fits.numpy(),
         pairs=pairs.numpy(),
+        remembered=None if request.remembered is None else request.remembered.numpy(),
         threads=torch.get_num_threads(),
         simd=os.environ.get("PATCHSCORE_SIMD", ""),
     )  # fmt: skip

@@ -26,6 +26,7 @@ from ...windows import Competition, Group, span
 from ..base import Engine
 from ..sliding.cpu import SlidingCpu
 from . import cpu, images
+from .memory import Memory, Remembered
 from .policy import POLICY, Policy
 
 MOST_CHANNELS = 4
@@ -55,10 +56,12 @@ class Pruned(Engine):
     ):
         self.index, self.budget, self.tolerance, self.seed, self.policy = index, budget, tolerance, seed, policy
         self.exactly = SlidingCpu()
+        self.memory: Memory | None = None
+        """Of the trajectory that is followed, if one is."""
         self._allowed: dict[int, tuple[PatchBank, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_allowed": {}}  # its keys are addresses of this process
+        return {**self.__dict__, "_allowed": {}, "memory": None}  # both know banks by addresses of this process
 
     def runs_on(self, device: torch.device) -> bool:
         return True
@@ -145,7 +148,7 @@ class Pruned(Engine):
                 if found is not None:
                     found = found.block(slice(None), span(group.rows.queries), span(group.cols.queries))
                 else:
-                    found = self._image(z32[item], keys[item], level, bank, competition, group, moments)
+                    found = self._image(item, z32[item], keys[item], level, bank, competition, group, moments)
                 if found is None:
                     left.append(item)
                     continue
@@ -186,6 +189,7 @@ class Pruned(Engine):
 
     def _image(
         self,
+        item: int,
         z: Tensor,
         key: int,
         sigma: float,
@@ -198,6 +202,7 @@ class Pruned(Engine):
         assert self.index is not None
         assert competition.patch_size is not None
         part = self.index.at(competition.patch_size)
+        held = None if self.memory is None else self.memory.of(bank, item, z, sigma)
         allowed = self._competing_images(bank)
         competing = self._sampled_images() if allowed is None else int(allowed.sum())
         request = cpu.Request(
@@ -210,8 +215,11 @@ class Pruned(Engine):
             key,
             len(group.cols.queries),
             moments,
+            None if held is None else held.recall(part, group),
         )
-        found = self._scan(request) if self.tolerance is None else self._within(request)
+        found = self._scan(request) if self.tolerance is None else self._within(request, held)
+        if held is not None and request.remembered is not None:
+            held.keep(part, group, request.remembered)
         if found is None:
             return None
         shape = (1, len(group.rows.queries), len(group.cols.queries))
@@ -222,16 +230,22 @@ class Pruned(Engine):
         found = cpu.scan(request, self.policy)
         return None if found is None or not found.fits.all() else found.sums
 
-    def _within(self, request: cpu.Request) -> PosteriorSum | None:
+    def _within(self, request: cpu.Request, held: Remembered | None) -> PosteriorSum | None:
         """Sums whose rms standard error is at most the tolerance; None where exact ones are as fast.
 
-        A pilot of some pixels finds the budget, all pixels confirm it.
+        A pilot of some pixels finds the budget, all pixels confirm it. Along a trajectory the search begins at half the
+        budget that the noise level before took.
         """
         assert self.tolerance is not None
         count = len(request.windows)
         pixels = torch.linspace(0, count - 1, min(self.policy.pilot_pixels, count)).round().long().unique()
-        pilot = dataclasses.replace(request, windows=request.windows[pixels], columns=0, moments=False)
+        remembered = None if request.remembered is None else request.remembered[pixels]
+        pilot = dataclasses.replace(
+            request, windows=request.windows[pixels], columns=0, moments=False, remembered=remembered
+        )
         budget = self.policy.pilot_budget
+        if held is not None and held.budget is not None:
+            budget = max(budget, held.budget / 2)
         while budget < self.policy.exact_budget:
             found = cpu.scan(dataclasses.replace(pilot, budget=budget), self.policy)
             if found is None:
@@ -241,6 +255,8 @@ class Pruned(Engine):
             if over <= 1:
                 sums = self._scan(dataclasses.replace(request, budget=budget))
                 if sums is None or _rms(sums.stderr) <= self.tolerance:
+                    if held is not None:
+                        held.budget = budget
                     return sums
                 over = 1.1
             # Errors fall at least as one over the root of the budget.

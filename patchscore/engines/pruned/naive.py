@@ -22,8 +22,8 @@ effective sample size (Kish 1965) is at least 1. Trimming keeps both. csrc/prune
 image, cell by cell, with three shortcuts: cells are told apart only under parents that would get some tiles; the sample
 of a cell starts at a random tile and wraps around, which in a random order of windows is a simple random sample; and
 that tile is drawn for the cell, not for the pixel, so that pixels share what is read (their errors are correlated). It
-knows the heaviest windows of the cells of the largest expected weight, and what neighbouring pixels propose
-(PatchMatch, Barnes et al. 2009).
+knows the heaviest windows of the cells of the largest expected weight, what neighbouring pixels propose (PatchMatch,
+Barnes et al. 2009), and along a trajectory what was heavy at the noise level before (memory.py).
 """
 
 from __future__ import annotations
