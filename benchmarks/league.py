@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from record import PICTURES, RESULTS, write
+from theory import training
 
 import patchscore as ps
 from patchscore.adapters.network import from_network
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("name", help="of the network, in the table")
     parser.add_argument("network", type=Path)
     parser.add_argument("source", help="its training images")
+    parser.add_argument("--dataset", default="fashion-mnist", help="fashion-mnist or cifar10, for the tables")
     parser.add_argument("--limit", type=int, help="as in training")
     parser.add_argument("--table", help="a file of patch sizes, or a published table; else they are fitted")
     parser.add_argument("-n", type=int, default=10, help="images")
@@ -55,6 +57,9 @@ def main() -> None:
             "architecture": trained.config["architecture"],
             "attention": bool(trained.config.get("attention")),
             "images_seen": notes.get("images_seen"),
+            "dataset": options.dataset,
+            "padding_mode": trained.config["padding_mode"],
+            "training": training(notes, trained),
             "bank": len(bank),
             "n": options.n,
             "table": table.name,

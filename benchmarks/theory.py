@@ -180,6 +180,7 @@ def training(notes: dict, network: torch.nn.Module) -> dict:
     return {name: notes[name] for name in ("images_seen", "seconds", "loss", "torch")} | {
         "weights": weights,
         "images": notes["bank"]["images"],
+        "validation_loss": notes.get("validation_loss"),
     }
 
 

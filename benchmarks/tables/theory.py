@@ -35,21 +35,29 @@ def limits() -> str:
 
 
 def training() -> str:
-    record = result("theory")
+    """The networks of theory.json, and those trained with --validation, of circular.json and league.json."""
+    listed = [(titled(kind), of) for kind, of in trained(result("theory"))]
+    for of in result("circular")["networks"].values():
+        listed.append((f"{DATA[of['dataset']]}, ResNet, circular", of["training"]))
+    for of in result("league")["networks"].values():
+        if of.get("training", {}).get("validation_loss") is not None:
+            kind = of["architecture"] + (" with attention" if of["attention"] else "")
+            listed.append((f"{DATA[of['dataset']]}, {kind}, {of['padding_mode']}", of["training"]))
     rows = [
         [
-            titled(key),
+            title,
             f"{of['weights']:,}",
             f"{of['images']:,}",
             f"{of['images_seen']:,}",
             f"{of['images_seen'] / of['images']:.0f}",
             f"{of['seconds'] / 60:.0f} min",
             f"{of['loss']:.3f}",
+            "" if of.get("validation_loss") is None else f"{of['validation_loss']:.3f}",
         ]
-        for key, of in trained(record)
+        for title, of in listed
     ]
     header = ["network", "weights", "training images", "images seen", "epochs", "one shared CPU core", "last loss"]
-    return table(header, rows)
+    return table([*header, "validation loss"], rows)
 
 
 def scales() -> str:
@@ -102,6 +110,37 @@ def league() -> str:
         title = f"`{name}`: {kind}, {of['images_seen']:,} images seen, {of['bank']:,} training images, n = {of['n']}"
         parts.append(f"{title}:\n\n{table(header, rows)}")
     return "\n\n".join([*parts, f"Medians, with 95% intervals {measured_on(record)}."])
+
+
+def circular() -> str:
+    """Circular networks: sizes of each trajectory, and windows that wrap."""
+    record = result("circular")
+    rows, told, levels = [], [], []
+    for of in sorted(record["networks"].values(), key=lambda of: of["images_seen"]):
+        title = f"{DATA[of['dataset']]}, {of['images_seen']:,} seen"
+        for row in sorted(of["rows"], key=lambda row: -row["correlation_median"]):
+            figures = [median(row, "correlation"), median(row, "correlation_squared"), f"{row['mse_median']:.3f}"]
+            rows.append([title, row["machine"], str(row["n"]), *figures])
+        for row in of["differences"]:
+            if row["figure"] == "correlation_squared" and "els-circular" in (row["first"], row["second"]):
+                ahead = row["first"] if row["second"] == "els-circular" else row["second"]
+                sign = 1 if ahead == row["first"] else -1
+                low, high = sorted(sign * end for end in row["interval"])
+                about = f"{sign * row['median']:+.3f} ({low:+.2f} to {high:+.2f})"
+                told.append([title, f"{ahead} minus els-circular", about, "yes" if row["nearer"] else "no"])
+        sigmas = of["calibrations"]["els"]["sigmas"]
+        header = ["calibrated sizes, sigma", *(f"{sigma:.2g}" for sigma in sigmas)]
+        listed = [[name, *map(str, found["median"])] for name, found in of["calibrations"].items()]
+        levels.append(f"{title}:\n\n{table(header, listed)}")
+    return "\n\n".join(
+        [
+            table(["network", "machine", "n", "correlation", "r^2", "mse"], rows),
+            "Paired differences of r^2:",
+            table(["network", "difference", "median", "told"], told),
+            *levels,
+            f"Medians, with 95% intervals {measured_on(record)}.",
+        ]
+    )
 
 
 def theories_cost() -> str:
