@@ -122,8 +122,8 @@ def instructions(sass: str) -> list[tuple[str | None, str, str]]:
 def loop_over_patches(sass: str, blocks: int, pairs: float) -> tuple[collections.Counter[str], int]:
     """Instructions of the loop over patches, by mnemonic; how many a skipped tile runs.
 
-    It is the loop with an exponential for each of a lane's `pairs` and the fewest besides: those of a running maximum,
-    which the pilot and a tile done again have too, fade sums by one more. A skipped tile takes every long jump forward
+    It is the loop with an exponential for each of a lane's `pairs`, but for the polynomial's, and the fewest besides:
+    those of a running maximum, which the pilot and a tile done again have too, fade sums by one more. A skipped tile takes every long jump forward
     inside the loop. An inner loop with products runs `blocks` times.
     """
     code = instructions(sass)
@@ -167,7 +167,8 @@ def loop_over_patches(sass: str, blocks: int, pairs: float) -> tuple[collections
 def per_pair(sass: str, configuration: Configuration, blocks: int) -> dict[str, float]:
     """Instructions of the loop over patches, of one lane and pair."""
     pairs = configuration.queries * configuration.patches / (32 * configuration.warps)  # of one lane and tile
-    counts, skipped = loop_over_patches(sass, blocks, pairs)
+    weighed = pairs * (1 - 1 / configuration.cubic) if configuration.cubic else pairs
+    counts, skipped = loop_over_patches(sass, blocks, weighed)
 
     def total(*prefixes: str) -> int:
         return sum(count for mnemonic, count in counts.items() if mnemonic.startswith(prefixes))
@@ -210,6 +211,7 @@ def report(
         "warps": configuration.warps,
         "stages": configuration.stages,
         "block": configuration.block,
+        "cubic": configuration.cubic if plan.pilot else 0,
         "ess": ess,
         "l2_bytes_per_pair": l2_bytes(plan, configuration, values),
         **used,

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 import patchscore as ps
+from patchscore.engines import cost
+from patchscore.engines.fused import kernel
 from patchscore.engines.fused.launch import TOLERANCE
 from patchscore.engines.fused.plan import choose_plan, spectrum_of
 from patchscore.engines.fused.rows import patch_rows, query_rows
@@ -25,11 +27,22 @@ IMAGES = {3: 500, 5: 400, 7: 400, 11: 250, 17: 250}
 UNIT = 127.5 / 128
 LOG2E = 1.4426950408889634
 CPU = torch.device("cpu")
+POWERS = [factor.value for factor in (kernel.POWER_3, kernel.POWER_2, kernel.POWER_1, kernel.POWER_0)]
 
 
-def mean_of(logits: torch.Tensor, values: torch.Tensor, half: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax mean (base 2) and effective sample size."""
-    w = torch.exp2(logits - logits.amax(1, keepdim=True) + 14)
+def mean_of(
+    logits: torch.Tensor, values: torch.Tensor, half: bool = False, cubic: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax mean (base 2) and effective sample size; weights of half floats, one in `cubic` blocks a polynomial's."""
+    bits = logits - logits.amax(1, keepdim=True) + 14
+    w = torch.exp2(bits)
+    if cubic:
+        whole = bits.round()
+        polynomial = torch.full_like(bits, POWERS[0])
+        for factor in POWERS[1:]:
+            polynomial = polynomial * (bits - whole) + factor
+        some = torch.arange(bits.shape[1]) // 8 % cubic == 0
+        w[:, some] = (polynomial * torch.exp2(whole))[:, some]
     w = w.half().double() if half else w
     s = w.sum(1, keepdim=True)
     return w @ values / s, (s.square() / w.square().sum(1, keepdim=True))[:, 0]
@@ -75,7 +88,8 @@ def measure(bank: ps.PatchBank, unseen: torch.Tensor, k: int, queries: int) -> l
             share = bits - top - torch.log2(torch.exp2(bits - top).sum(1, keepdim=True))
             i, j = (share > -6).nonzero().T
             bits[i, j] = (q[i].float() - p[j].float()).square().sum(1) * (-0.5 * LOG2E / sigma**2)
-        error = (mean_of(bits, v, half=True)[0] - exact).abs()
+        share = cost.cubic(plan.columns) if plan.pilot else 0
+        error = (mean_of(bits, v, half=True, cubic=share)[0] - exact).abs()
         rows.append(
             {
                 "k": k,
@@ -98,7 +112,7 @@ def measure(bank: ps.PatchBank, unseen: torch.Tensor, k: int, queries: int) -> l
     spectrum.windows = 50_000 * len(axis.centres) ** 2
     for row in rows:
         plan = choose_plan(spectrum, d, row["sigma"], TOLERANCE, uint8=True, axes=True)
-        row["columns_50000"], row["numbers_50000"] = plan.columns, plan.size
+        row["columns_50000"], row["numbers_50000"], row["pilot_50000"] = plan.columns, plan.size, plan.pilot
     return rows
 
 

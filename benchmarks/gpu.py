@@ -296,7 +296,7 @@ def described(call: Call, device: torch.device) -> dict[str, object]:
     uint8 = call.bank.images.dtype == torch.uint8
     plan = choose_plan(spectrum_of(call.bank, call.k, device), d, call.sigma, fused.TOLERANCE, uint8, axes=True)
     precision = "exact" if plan.exact else "fp16 split" if plan.q_lo else "fp16"
-    work = cost.fused(plan.columns, d if plan.exact else 0)
+    work = cost.fused(plan.columns, d if plan.exact else 0, pilot=plan.pilot)
     about = {"rank": plan.size if plan.axes else d, "columns": plan.columns, "precision": precision}
     return about | derived(work, cost.TRITON, device)
 
@@ -483,7 +483,7 @@ def warps_specialised(bench: Bench, bank: ps.PatchBank) -> None:
     works = {"fused": call.work("fused"), "prototype": prototype(call)}
     of_plan = {
         "fused": described(call, bench.device),
-        "prototype": {"columns": 64} | derived(cost.fused(64), cost.SPECIALISED, bench.device),
+        "prototype": {"columns": 64} | derived(cost.fused(64, share=0), cost.SPECIALISED, bench.device),
     }
     for name, times in bench.interleaved(works).items():
         about = call.about() | of_plan[name]

@@ -53,6 +53,7 @@ class Plan:
     columns: int
     size: int
     exact: bool
+    pilot: bool
 
 
 def columns_table() -> dict[int, dict[float, Plan]]:
@@ -62,7 +63,7 @@ def columns_table() -> dict[int, dict[float, Plan]]:
         numbers = SHAPE[0] * row["k"] ** 2
         # As `choose_plan` has it: where float32 sums of products could be off by the tolerance.
         exact = 1.5 * numbers * 2.0**-22 > record.read("fused_precision")["tolerance"] * row["sigma"] ** 2
-        found.setdefault(row["k"], {})[row["sigma"]] = Plan(row["columns_50000"], numbers, exact)
+        found.setdefault(row["k"], {})[row["sigma"]] = Plan(row["columns_50000"], numbers, exact, row["pilot_50000"])
     return found
 
 
@@ -73,7 +74,7 @@ def plan_at(table: dict[int, dict[float, Plan]], k: int, sigma: float) -> Plan:
     scale = (k / nearest) ** 2
     numbers = SHAPE[0] * k * k
     columns = -(-round(of.columns * scale) // 32) * 32
-    return Plan(columns, numbers, of.exact)
+    return Plan(columns, numbers, of.exact, of.pilot)
 
 
 def steps() -> list[dict]:
@@ -87,7 +88,7 @@ def steps() -> list[dict]:
         plan = plan_at(table, k, sigma)
         seconds = {"auto": 0.0}
         # Rows of locked coordinates are pixels.
-        pixels = Plan(max(plan.columns, -(-(plan.size + 3) // 32) * 32), plan.size, plan.exact)
+        pixels = Plan(max(plan.columns, -(-(plan.size + 3) // 32) * 32), plan.size, plan.exact, pilot=False)
 
         def plan_of(group: cost.Group, plan: Plan = plan, pixels: Plan = pixels) -> Plan:
             return pixels if group.rows.locked or group.cols.locked else plan
@@ -144,7 +145,7 @@ def larger_banks() -> list[dict]:
 
 def dense(windows: float, pairs: float, queries: int, plan: Plan, bank_bytes: float, gpus: int) -> dict[str, float]:
     """`fused`: every pair; rows come from memory once for all queries that run at a time, from L2 once a tile."""
-    work = cost.fused(plan.columns, plan.size if plan.exact else 0)
+    work = cost.fused(plan.columns, plan.size if plan.exact else 0, pilot=plan.pilot)
     per_pair, efficiency = work.costs(DEVICE), cost.middle(cost.TRITON)
     rows = windows * 2 * (plan.columns + cost.VALUE_COLUMNS)
     fits = rows / gpus <= cost.KEPT * DEVICE.memory

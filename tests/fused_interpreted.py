@@ -8,14 +8,16 @@ import weakref
 import interpreted  # noqa: F401
 import pytest
 import torch
+import triton
+import triton.language as tl
 from conftest import MACHINES, machine_named, smooth_images
 
 import patchscore as ps
 from patchscore.engines import autotune, device
 from patchscore.engines.autotune import Configuration
-from patchscore.engines.fused import launch, naive, rows
+from patchscore.engines.fused import kernel, launch, naive, rows
 from patchscore.engines.fused.launch import Fused
-from patchscore.engines.fused.plan import Plan, choose_plan, spectrum_of
+from patchscore.engines.fused.plan import CUBIC_RANGE, Plan, choose_plan, spectrum_of
 from patchscore.engines.reference import Reference
 from patchscore.pixels import to_bytes, to_values
 from patchscore.windows import Axis, Competition, Group
@@ -472,7 +474,7 @@ PLANS = {
     "running maximum": Plan(27, q_lo=27, skip=True),
     "differences": Plan(9, q_lo=9, p_lo=9, exact=True, skip=True),
 }
-TILE = Configuration(16, 32, 4, 1)
+TILE = Configuration(16, 32, 4, 1, cubic=4)
 BLOCKS = Configuration(16, 32, 4, 1, block=64)
 
 
@@ -485,6 +487,33 @@ def test_the_kernel_is_its_definition(name, queries, windows, locked):
     tile = BLOCKS if plan.columns > 320 else TILE
     assert assert_kernel_is_naive(*work, plan, 3, tile) == 0
     assert_kernel_is_naive(*work, plan, 3, tile, ess=False)
+
+
+@triton.jit
+def powers(x, y, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(y + at, kernel._power(tl.load(x + at)))
+
+
+def test_powers_by_multiply_adds_are_as_near_as_the_error_model_has_it():
+    x = torch.cat([torch.linspace(-126.4, 15.9, 2**13 - 4), torch.tensor([-torch.inf, -1e5, 126.5, 3e4])])
+    y = torch.full_like(x, torch.nan)
+    powers[(1,)](x, y, N=2**13)
+    inside = (x >= -125.5) & (x < 16)
+    assert (y[inside].double() / torch.exp2(x[inside].double()) - 1).abs().max() < CUBIC_RANGE / 2 + 2**-23
+    assert ((y[~inside] >= 0) & ((y[~inside] < 2**-120) | (y[~inside].half() == torch.inf))).all()
+    assert torch.equal(y[~inside].half() == torch.inf, x[~inside] >= 16)
+
+
+def test_an_overflow_of_the_polynomial_is_seen_as_that_of_an_exponential():
+    # The window that sits on the queries is of the polynomial's share here, of the exponentials' beside it.
+    plan = Plan(27, pilot=True)
+    for at in (128, 136):
+        queries, patches = random_launch(plan, 20, 700)
+        patches.rows[:, at, :27] = queries.rows[:, 3, :27]
+        patches.rows[:, at, 27] = -0.5 * queries.rows[0, 3, :27].double().square().sum()
+        queries.scale.mul_(100)
+        assert assert_kernel_is_naive(queries, patches, plan, 3, TILE) > 0
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 132], indirect=True)

@@ -33,13 +33,18 @@ class KernelError(EngineError):
 
 @dataclass(frozen=True)
 class Configuration:
-    """A tile of queries x patches and how it is compiled; `block` columns at a time, or 0: whole rows."""
+    """A tile of queries x patches and how it is compiled.
+
+    block: columns at a time, or 0: whole rows.
+    cubic: of so many exponentials one is a cubic polynomial's, or 0: none.
+    """
 
     queries: int
     patches: int
     warps: int
     stages: int
     block: int = 0
+    cubic: int = 0
 
 
 # Starting a kernel.

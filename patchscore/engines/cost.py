@@ -144,32 +144,61 @@ def attention(head: int, cluster: int = 1) -> Work:
 
 VALUE_COLUMNS = 16  # values, their low halves and a column of ones: half floats
 VALUE_PRODUCTS = 32  # columns that the second product costs: wgmma reads 64 x 16 weights no faster than 32 columns take
-WHOLE_ROWS = 320  # columns up to which queries stay in registers and shared memory; beyond, blocks of 64 columns
+WHOLE_ROWS, WHOLE_RUNNING = 384, 320
+"""Columns up to which queries stay in registers and shared memory, with a fixed reference and a running maximum; beyond,
+blocks of 64 columns."""
 SOFTMAX_INSTRUCTIONS = 2.9  # of a pair and lane, where the reference log-weight is fixed
 RUNNING_INSTRUCTIONS = 3.6  # more, where it is a running maximum
-COPY_INSTRUCTIONS, BLOCK_INSTRUCTIONS = 1.0, 0.64  # of a byte a pair brings to shared memory; rows whole, in blocks
-"""Fitted to what benchmarks/compile_report.py counts, within a fifth (tests/test_cost.py)."""
+CUBIC_INSTRUCTIONS = 8  # more, where a polynomial takes the place of an exponential
+COPY_INSTRUCTIONS, BLOCK_INSTRUCTIONS = 0.9, 0.64  # of a byte a pair brings to shared memory; rows whole, in blocks
+"""Fitted to what benchmarks/compile_report.py counts, within a quarter (tests/test_cost.py)."""
 PILOT = 1 / 17  # share of the tiles that are multiplied and weighed before, to fix the reference
 DECISIVE = 0.08
 """Share of tiles whose weights an exact plan takes again from differences, at two instructions a number: 4 to 11% of
 the tiles of CIFAR-10 and Fashion-MNIST banks of 700 and 1,000 images."""
 
 
-def fused(columns: int, numbers: int = 0, tile: tuple[int, int] | None = None, whole: bool | None = None) -> Work:
+def cubic(columns: int) -> int:
+    """Of so many exponentials of a plan with a pilot one is a polynomial's, or 0: none.
+
+    A multiprocessor of sm_90 issues eight instructions for each exponential: where products and copies leave some of
+    them, one more of the polynomial's takes eight. The share keeps instructions at the exponentials' time or below.
+    """
+    return 4 if columns <= 128 else 8 if columns <= 256 else 0
+
+
+def fused(
+    columns: int,
+    numbers: int = 0,
+    tile: tuple[int, int] | None = None,
+    whole: bool | None = None,
+    pilot: bool = True,
+    share: int | None = None,
+) -> Work:
     """Engine `fused` at K columns; every tile evaluated, matrix products by warpgroups (sm_90).
 
-    numbers: C k^2 where the plan is exact (its reference is a running maximum), else 0.
-    tile: queries x patches; the engine's first choice if not given. whole: whether rows are multiplied whole.
+    numbers: C k^2 where the plan is exact, else 0. pilot: the reference is fixed; never where the plan is exact.
+    tile: queries x patches; the engine's first choice if not given. whole: whether rows are multiplied whole. share: of
+    the polynomial (`cubic`).
     """
-    whole = columns <= WHOLE_ROWS if whole is None else whole
-    queries, patches = tile or (QUERIES, 64 if whole or numbers else 128)
+    pilot = pilot and not numbers
+    whole = columns <= (WHOLE_ROWS if pilot else WHOLE_RUNNING) if whole is None else whole
+    if tile is None:
+        tile = (QUERIES, 128 if 192 < columns <= 256 and pilot else 64) if whole or numbers else (QUERIES, 128)
+        tile = (2 * QUERIES, 128) if pilot and not whole else tile
+    queries, patches = tile
     # Rows and values once a tile of queries; queries again for every tile of patches, where they do not stay.
     l2_bytes = 2 * (columns + VALUE_COLUMNS) / queries + (0 if whole else 2 * columns / patches)
     instructions = SOFTMAX_INSTRUCTIONS + (COPY_INSTRUCTIONS if whole else BLOCK_INSTRUCTIONS) * l2_bytes
-    if numbers:
+    exponentials = 1.0
+    share = cubic(columns) if share is None else share
+    if not pilot:
         instructions += RUNNING_INSTRUCTIONS + 2 * DECISIVE * numbers
-    loop = Work(exponentials=1, products=columns + VALUE_PRODUCTS, instructions=instructions, l2_bytes=l2_bytes)
-    return loop if numbers else loop.scaled(1 + PILOT)
+    elif share:
+        exponentials -= 1 / share
+        instructions += CUBIC_INSTRUCTIONS / share
+    loop = Work(exponentials, products=columns + VALUE_PRODUCTS, instructions=instructions, l2_bytes=l2_bytes)
+    return loop.scaled(1 + PILOT) if pilot else loop
 
 
 class Plan(Protocol):
@@ -181,6 +210,8 @@ class Plan(Protocol):
     def size(self) -> int: ...
     @property
     def exact(self) -> bool: ...
+    @property
+    def pilot(self) -> bool: ...
 
 
 ROWS_MULTIPLE = 128  # rows of a locked coordinate are filled up to a multiple of it
@@ -200,7 +231,7 @@ def fused_seconds(device: Device, group: Group, images: int, batch: int, plan: P
     queries = batch * group.pixels // locked
     rows = -(-images * group.windows_per_image // ROWS_MULTIPLE) * ROWS_MULTIPLE
     tiles = -(-queries // QUERIES)
-    work = fused(plan.columns, plan.size if plan.exact else 0)
+    work = fused(plan.columns, plan.size if plan.exact else 0, pilot=plan.pilot)
     computing = locked * tiles * QUERIES * rows * work.seconds(device, middle(TRITON))
     stored = 2 * (plan.columns + VALUE_COLUMNS) * locked * rows
     passes = 1 if stored <= KEPT * device.memory else 1 + MAKING

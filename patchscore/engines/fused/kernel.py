@@ -5,7 +5,7 @@ logits, exponentials base 2 turn them into weights, a second product with [value
 Weights are half floats relative to a reference log-weight, in one of two ways:
 
 - PILOT: the reference is fixed before the loop, by the mean weight of every PILOT-th tile. The loop has no maximum, no
-  rescaling and no reduction. Where the pilot was too low by so much that a weight overflows, its infinity stays in the
+  rescaling and no reduction, and instructions to spare: multiply-adds take the place of some exponentials (CUBIC). Where the pilot was too low by so much that a weight overflows, its infinity stays in the
   denominator, and the tile is done again the other way.
 - A running maximum, which rises by the tile; tiles without a visible weight are passed over (SKIP).
 
@@ -26,6 +26,11 @@ pilot overestimates the mean by, PILOT at most. Weights overflow from 2^16 on: a
 pilot's mean, so the pilot has underestimated the mean of a split of 2^20 windows by 2^6."""
 LEAST = tl.constexpr(-1e30)
 """A log-weight below all others, and finite: rows that fill the last tile have -inf, and -inf - (-inf) is NaN."""
+POWER_0, POWER_1 = tl.constexpr(0.99992807), tl.constexpr(0.69326099)
+POWER_2, POWER_3 = tl.constexpr(0.24261112), tl.constexpr(0.05517167)
+"""2^x for |x| <= 1/2 within 7.5e-5 of it: the cubic whose largest relative error is least (Remez exchange)."""
+INTEGERS = tl.constexpr(1.5 * 2.0**23)
+"""Where float32 numbers are whole: adding it rounds, and leaves the whole number in the low bits."""
 
 
 @triton.jit
@@ -59,6 +64,16 @@ def _logits(
     return b_l
 
 
+@triton.jit
+def _power(b_x):
+    """2^x by multiply-adds: a cubic of the fraction, whose exponent the whole part is added to."""
+    b_x = tl.minimum(tl.maximum(b_x, -126.0), 126.0)  # 2^126 overflows in half floats as more does
+    b_t = b_x + INTEGERS
+    b_f = b_x - (b_t - INTEGERS)
+    b_y = ((POWER_3 * b_f + POWER_2) * b_f + POWER_1) * b_f + POWER_0
+    return (b_y.to(tl.int32, bitcast=True) + (b_t.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
 # Sizes differ from call to call: none is worth a kernel of its own.
 @triton.jit(do_not_specialize=["n_coordinates", "n_queries", "n_patches", "n_filled", "patches_per_split", "n_columns"])
 def posterior_kernel(
@@ -84,6 +99,7 @@ def posterior_kernel(
     BQ: tl.constexpr,
     BP: tl.constexpr,
     PILOT: tl.constexpr,  # 0: a running maximum
+    CUBIC: tl.constexpr,  # after a pilot, weights of one in so many blocks of 8 patches are a polynomial's; 0: none
     ESS: tl.constexpr,
     SKIP: tl.constexpr,
     EXACT: tl.constexpr,
@@ -131,7 +147,11 @@ def posterior_kernel(
         p_u = p_v
         for _ in range(0, count, BP):
             b_l = _logits(p_q, b_qa, b_qb, p_t, o_p, n_columns, K, KA, KB, KC, BQ, BP)
-            b_w = tl.exp2(b_l * b_scale[:, None] - b_m[:, None])  # [BQ, BP]
+            b_x = b_l * b_scale[:, None] - b_m[:, None]  # [BQ, BP]
+            b_w = tl.exp2(b_x)
+            if CUBIC:
+                # A thread holds two of each 8 columns: which are the polynomial's is known when this is compiled.
+                b_w = tl.where((o_p // 8 % CUBIC == 0)[None, :], _power(b_x), b_w)
             if ESS:
                 b_s2 += tl.sum(b_w * b_w, 1)
             b_v = tl.load(p_u + o_p[:, None] * NV + o_v[None, :])  # [BP, NV]

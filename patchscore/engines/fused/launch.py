@@ -54,7 +54,8 @@ def _kernels() -> ModuleType:
 def configurations(plan: Plan, capability: tuple[int, int]) -> list[Configuration]:
     """What the kernel is compiled as for a plan, the likeliest first; none spills, all fit in shared memory.
 
-    benchmarks/compile_report.py checks that and counts instructions.
+    benchmarks/compile_report.py checks that and counts instructions. `cost.cubic` says which share of the exponentials a
+    polynomial takes; one choice is always without.
     """
     columns = plan.columns
     if capability < (9, 0):
@@ -67,19 +68,32 @@ def configurations(plan: Plan, capability: tuple[int, int]) -> list[Configuratio
         return [Configuration(128, 64, 4, 3), Configuration(64, 64, 4, 3)]
     if columns > 320:
         narrow = Configuration(128, 64, 4, 3, block=64)
-        return [narrow] if plan.exact else [Configuration(128, 128, 8, 3, block=64), narrow]
+        wide = Configuration(128, 128, 8, 3, block=64)
+        if plan.exact:
+            return [narrow]
+        if plan.skip:
+            return [wide, narrow]
+        # 256 queries read three quarters as much from L2 as 128; whole rows of 384 columns half of that.
+        widest = Configuration(256, 128, 8, 3, block=64)
+        return [Configuration(128, 64, 8, 2) if columns == 384 else widest, wide]
     if plan.exact:
         return [Configuration(128, 64, 4, 3) if columns <= 128 else Configuration(128, 32, 4, 2)]
     if columns > 256:
-        # Whole rows read half as much from L2, one program a multiprocessor; blocks run two.
-        return [Configuration(128, 64, 8, 2), Configuration(128, 128, 8, 3, block=64)]
-    if columns > 128:
-        return [Configuration(128, 64, 8 if columns > 192 else 4, 2)]
+        # Whole rows read half as much from L2, one program a multiprocessor; blocks run two with a running maximum.
+        blocks = Configuration(128, 128, 8, 3, block=64) if plan.skip else Configuration(256, 128, 8, 3, block=64)
+        return [Configuration(128, 64, 8, 2), blocks]
     if plan.skip:
+        if columns > 128:
+            return [Configuration(128, 64, 8 if columns > 192 else 4, 2)]
         return [Configuration(128, 64, 4, 3), Configuration(128, 128, 8, 3)]
+    share = cost.cubic(columns)
+    if columns > 192:
+        return [Configuration(128, 128, 8, 2, cubic=share), Configuration(128, 64, 8, 2)]
+    if columns > 128:
+        return [Configuration(128, 64, 4, 2, cubic=share), Configuration(128, 64, 4, 2)]
     # Three programs a multiprocessor, or two of fewer instructions, or five.
-    wide_or_many = Configuration(128, 128, 4, 3) if columns == 64 else Configuration(64, 64, 4, 3)
-    return [Configuration(128, 64, 4, 3), wide_or_many]
+    wide_or_many = Configuration(128, 128, 4, 3, cubic=share) if columns == 64 else Configuration(64, 64, 4, 3)
+    return [Configuration(128, 64, 4, 3, cubic=share), wide_or_many, Configuration(128, 64, 4, 3)]
 
 
 def kernel_constants(plan: Plan, channels: int, configuration: Configuration, ess: bool) -> dict[str, Any]:
@@ -97,6 +111,7 @@ def kernel_constants(plan: Plan, channels: int, configuration: Configuration, es
         "BQ": configuration.queries,
         "BP": configuration.patches,
         "PILOT": PILOT if plan.pilot else 0,
+        "CUBIC": configuration.cubic if plan.pilot else 0,
         "ESS": ess,
         "SKIP": plan.skip,
         "EXACT": plan.size if plan.exact else 0,
@@ -365,7 +380,8 @@ def launch(queries: Queries, patches: Patches, plan: Plan, channels: int, ess: b
     candidates = configurations(plan, torch.cuda.get_device_capability(device) if cuda else (9, 0))
     if not cuda:
         # Small arrays are what an interpreter likes.
-        candidates = [Configuration(32, 32, 4, 1, block=64 if plan.columns > 320 else 0)]
+        block = 64 if plan.columns > 320 else 0
+        candidates = [Configuration(32, 32, 4, 1, block, cubic=cost.cubic(plan.columns))]
     return first_that_serves(
         (name, plan, channels, ess),
         candidates,

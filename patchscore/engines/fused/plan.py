@@ -33,6 +33,8 @@ NOISE_DEVIATIONS, ROUNDING_DEVIATIONS = 4.0, 3.0
 e^-12.5, once in 250,000 pixels."""
 WEIGHTS_RANGE = 2 * UNIT_ROUNDOFF
 """How far rounding to half floats moves two weights apart, relative to them."""
+CUBIC_RANGE = 2 * 7.5e-5
+"""How far the polynomial that stands in for some exponentials does (`_power` in kernel.py)."""
 SPECTRUM_IMAGES = 512
 
 
@@ -123,7 +125,8 @@ def choose_plan(
     N prod_i sqrt(1 + 2 t) / (1 + t) e^(-t / (1 + 2 t)), t = l_i / sigma^2, divided by 300 for the worst pixel, and at
     least 1. Where float32 sums of products could be off by `tolerance` nats, 1.5 d 2^-22 / sigma^2 with pixels up
     to 1, the plan is `exact`; a logit error of x nats moves a mean of values in [-1, 1] by tanh(x) at most.
-    docs/notes/fused.md holds this against measured errors.
+    Where a pilot sets the reference some weights are a polynomial's, which errs by a function of the log-weight and so
+    need not average out: V CUBIC_RANGE / 4 is added. docs/notes/fused.md holds this against measured errors.
 
     Args:
         spectrum: of the windows that compete; without one the plan is pixels, split.
@@ -145,12 +148,15 @@ def choose_plan(
 
     log_share = sum(0.5 * math.log1p(2 * v / s2) - math.log1p(v / s2) - v / (2 * v + s2) for v in variances)
     ess = max(1.0, spectrum.windows * math.exp(log_share) / 300)
-    spread = range_of_values(max(sigma, largest)) / math.sqrt(ess) / 4
+    values = range_of_values(max(sigma, largest))
+    spread = values / math.sqrt(ess) / 4
     centre = 2 / d  # share of a pixel in an axis, at most about that
+    pilot = axes and not skip and ess >= PILOT_ESS
+    cubic = values * CUBIC_RANGE / 4 if pilot else 0.0
 
     def error(logit_variance: float, shift_variance: float) -> float:
         range_of_logit = ROUNDING_DEVIATIONS * math.sqrt(2 * logit_variance / s2) + WEIGHTS_RANGE
-        return spread * range_of_logit + 4 * math.sqrt(centre * shift_variance / s2)
+        return spread * range_of_logit + 4 * math.sqrt(centre * shift_variance / s2) + cubic
 
     # Pixels: patches exact or split, queries rounded or split.
     posterior = [v * s2 / (v + s2) for v in variances]
@@ -182,7 +188,7 @@ def choose_plan(
         # Columns that K has room for split more axes.
         split = min(best.size, (best.columns - BIAS_COLUMNS - best.size) // 2)
         best = replace(best, q_lo=split, p_lo=split)
-    return replace(best, pilot=not skip and ess >= PILOT_ESS)
+    return replace(best, pilot=pilot)
 
 
 _spectra: weakref.WeakKeyDictionary[PatchBank, dict[tuple[int, torch.device], tuple[Spectrum, Made]]] = (
