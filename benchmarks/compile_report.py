@@ -123,8 +123,8 @@ def loop_over_patches(sass: str, blocks: int, pairs: float) -> tuple[collections
     """Instructions of the loop over patches, by mnemonic; how many a skipped tile runs.
 
     It is the loop with an exponential for each of a lane's `pairs`, but for the polynomial's, and the fewest besides:
-    those of a running maximum, which the pilot and a tile done again have too, fade sums by one more. A skipped tile takes every long jump forward
-    inside the loop. An inner loop with products runs `blocks` times.
+    those of a running maximum, which the pilot and a tile done again have too, fade sums by one more. A skipped tile
+    takes every long jump forward inside the loop. An inner loop with products runs `blocks` times.
     """
     code = instructions(sass)
     labels = {label: i for i, (label, _, _) in enumerate(code) if label}

@@ -102,7 +102,9 @@ def competition_of(k, mode):
 def test_few_columns_go_to_fused_and_wide_patches_to_sliding(device):
     assert set(fastest(competition_of(5, "circular"), Plan(64), device=device).values()) == {"fused"}
     assert set(fastest(competition_of(17, "circular"), Plan(896), device=device).values()) == {"sliding"}
-    assert set(fastest(competition_of(17, "circular"), Plan(1792, 867, True, False), device=device).values()) == {"sliding"}
+    assert set(fastest(competition_of(17, "circular"), Plan(1792, 867, True, False), device=device).values()) == {
+        "sliding"
+    }
 
 
 def test_the_choice_changes_once_as_columns_grow():

@@ -153,12 +153,12 @@ def test_the_windows_of_a_group_are_those_that_compete_there():
     bank = ps.PatchBank(smooth_images(40, 3, 12, 12))
     machine = ps.EquivariantLocalScore(bank, 3, "zeros")
     competition = machine.competition(3)
-    asked, choose = [], launch.choose_plan
+    asked, choose, noise = [], launch.choose_plan, torch.ones(1).double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "choose_plan", lambda spectrum, *rest: asked.append(spectrum) or choose(spectrum, *rest))
-        call = launch._Call(bank.chunk(0, 1), torch.ones(1).double(), bank, competition, 0, 1e-3, False)
-        plans = [call.plan(group) for group in competition.groups if group.rows.locked or group.cols.locked]
-        call.plan(next(group for group in competition.groups if not (group.rows.locked or group.cols.locked)))
+        call = launch._Described(bank, competition, CPU, 1e-3)
+        plans = [call.plan(group, noise) for group in competition.groups if group.rows.locked or group.cols.locked]
+        call.plan(next(g for g in competition.groups if not (g.rows.locked or g.cols.locked)), noise)
     assert len(set(plans)) == 1
     # Of locked coordinates as many as corners have, so that edges and corners have one plan.
     assert sorted(spectrum.windows for spectrum in asked) == [40] * 8 + [4000]

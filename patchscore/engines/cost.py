@@ -143,7 +143,7 @@ def attention(head: int, cluster: int = 1) -> Work:
 # Engine `fused`.
 
 VALUE_COLUMNS = 16  # values, their low halves and a column of ones: half floats
-VALUE_PRODUCTS = 32  # columns that the second product costs: wgmma reads 64 x 16 weights no faster than 32 columns take
+VALUE_PRODUCTS = 32  # columns that the second costs: wgmma reads 64 x 16 weights no faster than 32 columns take
 WHOLE_ROWS, WHOLE_RUNNING = 384, 320
 """Columns up to which queries stay in registers and shared memory, with a fixed reference and a running maximum; beyond,
 blocks of 64 columns."""

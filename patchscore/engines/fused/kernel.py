@@ -5,8 +5,9 @@ logits, exponentials base 2 turn them into weights, a second product with [value
 Weights are half floats relative to a reference log-weight, in one of two ways:
 
 - PILOT: the reference is fixed before the loop, by the mean weight of every PILOT-th tile. The loop has no maximum, no
-  rescaling and no reduction, and instructions to spare: multiply-adds take the place of some exponentials (CUBIC). Where the pilot was too low by so much that a weight overflows, its infinity stays in the
-  denominator, and the tile is done again the other way.
+  rescaling and no reduction, and instructions to spare: multiply-adds take the place of some exponentials (CUBIC).
+  Where the pilot was too low by so much that a weight overflows, its infinity stays in the denominator, and the tile is
+  done again the other way.
 - A running maximum, which rises by the tile; tiles without a visible weight are passed over (SKIP).
 
 naive.py states the same sums in float64. Names: o_ offsets, p_ pointers, b_ blocks; a comment gives each block's shape,

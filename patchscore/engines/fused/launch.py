@@ -54,8 +54,8 @@ def _kernels() -> ModuleType:
 def configurations(plan: Plan, capability: tuple[int, int]) -> list[Configuration]:
     """What the kernel is compiled as for a plan, the likeliest first; none spills, all fit in shared memory.
 
-    benchmarks/compile_report.py checks that and counts instructions. `cost.cubic` says which share of the exponentials a
-    polynomial takes; one choice is always without.
+    benchmarks/compile_report.py checks that and counts instructions. `cost.cubic` says which share of the exponentials
+    a polynomial takes; one choice is always without.
     """
     columns = plan.columns
     if capability < (9, 0):
@@ -169,7 +169,7 @@ class Fused(Engine):
         if device is None:
             return None
         (group,) = competition.groups
-        plan = _Call(z, sigma, bank, competition, 0, self.tolerance, False).plan(group)
+        plan = _Described(bank, competition, z.device, self.tolerance).plan(group, sigma)
         return cost.fused_seconds(device, group, len(bank), len(z), plan)
 
     def posterior_sum(
@@ -192,7 +192,8 @@ class Fused(Engine):
         """
         try:
             with torch.cuda.device(z.device) if z.device.type == "cuda" else contextlib.nullcontext():
-                return _Call(z, sigma, bank, competition, memory_limit, self.tolerance, ess).posterior_sum()
+                described = _Described(bank, competition, z.device, self.tolerance)
+                return _posterior_sum(z, sigma, described, competition, memory_limit, ess)
         except KernelError as error:
             global _broken
             _broken = f"its kernel failed to compile ({error})"
@@ -211,17 +212,65 @@ class _Room:
     keep: bool = True
 
 
-@dataclass
-class _Call:
+def _posterior_sum(
+    z: Tensor, sigma: Tensor, described: _Described, competition: Competition, memory_limit: int, ess: bool
+) -> PosteriorSum:
     """The work of `Fused.posterior_sum`."""
+    total = PosteriorSum.empty(z.shape, z.device)
+    for group in competition.groups:
+        plan = described.plan(group, sigma)
+        # A query's row and its sums of every split take far less than a patch row's share of the limit.
+        per_item = group.pixels * (8 * described.numbers + 4 * plan.columns + 64 * value_columns(z.shape[1]))
+        room = _Room(min(len(z), max(1, memory_limit // 4 // per_item)), memory_limit)
+        first = 0
+        while first < len(z):
+            some = slice(first, first + room.items)
+            sums = None
+            try:
+                sums = _sums(z[some], sigma[some], described, competition, group, plan, room, ess)
+            except torch.OutOfMemoryError:
+                if room.items == 1 and not room.keep:
+                    room.bytes //= 2
+                if room.bytes < 2 * described.working_bytes(group, plan, 1):
+                    raise
+            if sums is None:
+                # What the try held is free by now. Give back what is kept; then fewer images at a time, then fewer
+                # patches.
+                room.items, room.keep = max(1, room.items // 2), False
+                cache.clear(z.device)
+                torch.cuda.empty_cache()
+                continue
+            total.add_(sums, some, span(group.rows.queries), span(group.cols.queries))
+            first += room.items
+    return total
 
-    z: Tensor
-    sigma: Tensor
+
+def _sums(
+    z: Tensor,
+    sigma: Tensor,
+    described: _Described,
+    competition: Competition,
+    group: Group,
+    plan: Plan,
+    room: _Room,
+    ess: bool,
+) -> PosteriorSum:
+    """Of the pixels of one group, with every window of the bank."""
+    channels, unit = z.shape[1], described.unit
+    queries = query_rows(z, _levels(sigma, z.device), competition, group, plan, described.spectrum, unit)
+    parts = [launch(queries, patches, plan, channels, ess) for patches in described.patches(group, plan, room)]
+    m, s, v, s2 = (rows_as_pixels(x, len(z), group) for x in merged(parts, queries, channels, unit))
+    return PosteriorSum(m, s, v, s2)
+
+
+@dataclass
+class _Described:
+    """The windows of a bank as one call describes them, whatever the noisy images."""
+
     bank: PatchBank
     competition: Competition
-    memory_limit: int
+    device: torch.device
     tolerance: float
-    ess: bool
     k: int = field(init=False)
     uint8: bool = field(init=False)
     numbers: int = field(init=False)  # in a window
@@ -231,75 +280,35 @@ class _Call:
     def __post_init__(self) -> None:
         self.k = self.competition.patch_size or 0
         self.uint8 = self.bank.images.dtype == torch.uint8
-        self.numbers = self.z.shape[1] * self.k * self.k
+        self.numbers = self.bank.shape[0] * self.k * self.k
         # Bytes become multiples of 1/256, which half floats hold.
         self.unit = 127.5 / 128 if self.uint8 else 1.0
         free = any(not (group.rows.locked or group.cols.locked) for group in self.competition.groups)
         few = self.numbers <= LARGEST_SPECTRUM
-        self.spectrum = spectrum_of(self.bank, self.k, self.z.device) if free and few else None
+        self.spectrum = spectrum_of(self.bank, self.k, self.device) if free and few else None
 
-    def plan(self, group: Group) -> Plan:
+    def plan(self, group: Group, sigma: Tensor) -> Plan:
         """Rows of locked coordinates are pixels: an unfold is cheaper than a rotation for so few queries. One window an
         image counts there, so that edges and corners have one plan: a CUDA graph that takes corners finds it compiled.
         """
         axes = not (group.rows.locked or group.cols.locked)
         windows = len(self.bank) * (group.windows_per_image if axes else 1)
         spectrum = self.spectrum and replace(self.spectrum, windows=windows)
-        least, largest = map(float, self.sigma.aminmax())
+        least, largest = map(float, sigma.aminmax())
         return choose_plan(spectrum, self.numbers, least, self.tolerance, self.uint8, axes, largest)
 
-    def posterior_sum(self) -> PosteriorSum:
-        total = PosteriorSum.empty(self.z.shape, self.z.device)
-        for group in self.competition.groups:
-            plan = self.plan(group)
-            # A query's row and its sums of every split take far less than a patch row's share of the limit.
-            per_item = group.pixels * (8 * self.numbers + 4 * plan.columns + 64 * value_columns(self.z.shape[1]))
-            room = _Room(min(len(self.z), max(1, self.memory_limit // 4 // per_item)), self.memory_limit)
-            first = 0
-            while first < len(self.z):
-                some = slice(first, first + room.items)
-                sums = self._tried(group, plan, some, room)
-                if sums is None:
-                    # Give back what is kept; then fewer images at a time, then fewer patches.
-                    room.items, room.keep = max(1, room.items // 2), False
-                    cache.clear(self.z.device)
-                    torch.cuda.empty_cache()
-                    continue
-                total.add_(sums, some, span(group.rows.queries), span(group.cols.queries))
-                first += room.items
-        return total
-
-    def _tried(self, group: Group, plan: Plan, some: slice, room: _Room) -> PosteriorSum | None:
-        """The sums of some noisy images, or None where there was no memory for them; what held it is free by then."""
-        try:
-            return self._sums(group, plan, some, room)
-        except torch.OutOfMemoryError:
-            if room.items == 1 and not room.keep:
-                room.bytes //= 2
-            if room.bytes < 2 * working_bytes(self.bank, self.k, group, plan, 1):
-                raise
-        return None
-
-    def _sums(self, group: Group, plan: Plan, some: slice, room: _Room) -> PosteriorSum:
-        z, sigma = self.z[some], _levels(self.sigma[some], self.z.device)
-        channels = z.shape[1]
-        queries = query_rows(z, sigma, self.competition, group, plan, self.spectrum, self.unit)
-        parts = [launch(queries, patches, plan, channels, self.ess) for patches in self._all_patches(group, plan, room)]
-        m, s, v, s2 = (rows_as_pixels(x, len(z), group) for x in merged(parts, queries, channels, self.unit))
-        return PosteriorSum(m, s, v, s2)
-
-    def _all_patches(self, group: Group, plan: Plan, room: _Room) -> Iterator[Patches]:
+    def patches(self, group: Group, plan: Plan, room: _Room) -> Iterator[Patches]:
         """Patch rows of the whole bank in chunks: kept ones, or made now and kept if there is room for all."""
         # Only what the patches' own columns depend on.
         where = group.rows.centres, group.cols.centres, group.rows.locked, group.cols.locked
         key = (self.k, where, plan.size, plan.axes, plan.q_lo, plan.p_lo)
-        device = self.z.device
-        kept = cache.get(self.bank, device, key)
+        kept = cache.get(self.bank, self.device, key)
         if kept is not None:
             yield from kept
             return
         count = self._chunk(group, plan, room)
-        keep = room.keep and stored_bytes(self.bank, group, plan, len(self.bank)) <= cache_limit(device)
+        limit = cache_limit(self.device)
+        keep = room.keep and stored_bytes(self.bank, group, plan, len(self.bank)) <= limit
         made: list[Patches] = []
         start = 0
         while start < len(self.bank):
@@ -308,7 +317,7 @@ class _Call:
             if patches is None:
                 # Give back what is kept, then go on in halves.
                 keep, made, count = False, [], max(1, count // 2)
-                cache.clear(device)
+                cache.clear(self.device)
                 torch.cuda.empty_cache()
                 continue
             if keep:
@@ -316,12 +325,12 @@ class _Call:
             yield patches
             start = stop
         if keep:
-            cache.put(self.bank, device, key, made, cache_limit(device))
+            cache.put(self.bank, self.device, key, made, limit)
 
     def _made(self, group: Group, plan: Plan, start: int, stop: int, can_retry: bool) -> Patches | None:
         """Patch rows of some images, or None where there was no memory for them."""
         try:
-            return patch_rows(self.bank, start, stop, self.k, group, plan, self.spectrum, self.unit, self.z.device)
+            return patch_rows(self.bank, start, stop, self.k, group, plan, self.spectrum, self.unit, self.device)
         except torch.OutOfMemoryError:
             if not can_retry:
                 raise
@@ -329,13 +338,17 @@ class _Call:
 
     def _chunk(self, group: Group, plan: Plan, room: _Room) -> int:
         """Images whose rows are made at a time: in half of the memory, one at least."""
-        one = working_bytes(self.bank, self.k, group, plan, 1)
+        one = self.working_bytes(group, plan, 1)
         if one > room.bytes:
             raise ValueError(f"memory_limit: got {room.bytes} bytes, the rows of one image take {one}")
         count = len(self.bank)
-        while count > 1 and (taken := working_bytes(self.bank, self.k, group, plan, count)) > room.bytes // 2:
+        while count > 1 and (taken := self.working_bytes(group, plan, count)) > room.bytes // 2:
             count = max(1, min(count - 1, count * (room.bytes // 2) // taken))
         return count
+
+    def working_bytes(self, group: Group, plan: Plan, images: int) -> int:
+        """What rows of so many images take while they are made."""
+        return working_bytes(self.bank, self.k, group, plan, images)
 
 
 def _levels(sigma: Tensor, device: torch.device) -> Tensor:
