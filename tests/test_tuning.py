@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def test_a_file_of_nonsense_is_as_good_as_none(folder, content):
     folder.mkdir()
     (folder / "tuned.json").write_bytes(content.encode("latin1"))
     assert served() == (FAST, [SLOW, FAST])
-    assert [128, 64, 4, 3, 0] in json.loads((folder / "tuned.json").read_text()).values()
+    assert list(astuple(FAST)) in json.loads((folder / "tuned.json").read_text()).values()
 
 
 def test_where_nothing_can_be_written_the_process_remembers(folder):

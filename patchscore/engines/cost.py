@@ -145,8 +145,8 @@ def attention(head: int, cluster: int = 1) -> Work:
 VALUE_COLUMNS = 16  # values, their low halves and a column of ones: half floats
 VALUE_PRODUCTS = 32  # columns that the second costs: wgmma reads 64 x 16 weights no faster than 32 columns take
 WHOLE_ROWS, WHOLE_RUNNING = 384, 320
-"""Columns up to which queries stay in registers and shared memory, with a fixed reference and a running maximum; beyond,
-blocks of 64 columns."""
+"""Columns up to which queries stay in registers and shared memory, with a fixed reference and a running maximum;
+beyond, blocks of 64 columns."""
 SOFTMAX_INSTRUCTIONS = 2.9  # of a pair and lane, where the reference log-weight is fixed
 RUNNING_INSTRUCTIONS = 3.6  # more, where it is a running maximum
 CUBIC_INSTRUCTIONS = 8  # more, where a polynomial takes the place of an exponential
