@@ -56,6 +56,8 @@ def full(given: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str]]:
     yield ("theories.py", "fashion-mnist"), ""
     shipped = "examples/fashion-mnist-resnet-zeros.safetensors"
     yield ("league.py", "fashion-mnist-resnet", shipped, "fashion-mnist"), ""
+    circular = "a network trained with --padding-mode circular, of examples/train_cnn.py"
+    yield ("circular.py", "fashion-mnist", "NETWORK", "fashion-mnist"), circular
     yield ("classification.py", *held_out), fashion
     yield ("theory.py", "fashion-mnist", "examples/fashion-mnist-resnet-zeros.safetensors", "fashion-mnist"), ""
     yield ("scales.py", "cifar10", cifar, "--limit", "1000"), images
