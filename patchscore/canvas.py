@@ -115,8 +115,7 @@ def posterior_sum(
             block = span(row.axis.queries), span(col.axis.queries)
             part = sums.block(slice(i * len(z), (i + 1) * len(z)), *block).to(total.m.device)
             total.add_(part, slice(None), span(row.queries), span(col.queries))
-        every = len(crops) * len(images) * competition.pairs_per_image
-        pairs += every if sums.pairs is None else sums.pairs
+        pairs += sums.pairs or 0
         names += served
     return total.with_pairs(pairs), names
 

@@ -282,12 +282,8 @@ class ScoreMachine(Denoiser):
         self, z: Tensor, sigmas: Tensor, bank: PatchBank, k: int | None, ess: bool = True, moments: bool = False
     ) -> tuple[PosteriorSum, list[str]]:
         """The sums of items that share a class and a patch size, with the pairs they took, and the engines' names."""
-        competition = self.competition(k)
-        total, names = engines.serve(
-            self.engines, self.engine, z, sigmas, bank, competition, self.memory_limit, ess, moments
-        )
-        every = len(z) * len(bank) * competition.pairs_per_image
-        return total.with_pairs(every) if total.pairs is None else total, names
+        serving, competition = (self.engines, self.engine), self.competition(k)
+        return engines.serve(*serving, z, sigmas, bank, competition, self.memory_limit, ess, moments)
 
     def vjp(self, z: Tensor, sigma: float | Tensor, u: Tensor, labels: Labels = None) -> Tensor:
         return self._product(True, z, sigma, u, labels)

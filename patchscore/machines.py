@@ -176,13 +176,13 @@ class EquivariantLocalScore(ScoreMachine):
         moments: bool = False,
     ) -> tuple[PosteriorSum, list[str]]:
         assert k is not None
-        found = []
+        found, memory = [], self.memory_limit
         for part in _parts(bank):
+            some = (self.engines, self.engine, z, sigmas, part)
             if tuple(z.shape[1:]) == part.shape == self.shape:
-                found.append(super().sums(z, sigmas, part, k, ess, moments))
+                found.append(engines.serve(*some, self.competition(k), memory, ess, moments))
             else:
-                some = (self.engines, self.engine, z, sigmas, part, k, self.padding_mode, self.memory_limit)
-                found.append(canvas.posterior_sum(*some, ess, moments))
+                found.append(canvas.posterior_sum(*some, k, self.padding_mode, memory, ess, moments))
         return found[0] if len(found) == 1 else merge_served(found)
 
     def product(

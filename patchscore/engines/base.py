@@ -193,7 +193,7 @@ def serve(
     ess: bool = True,
     moments: bool = False,
 ) -> tuple[PosteriorSum, list[str]]:
-    """The sums of every pixel, and the names of the engines that took them.
+    """The sums of every pixel, with the pairs they took, and the names of the engines that took them.
 
     Raises:
         ValueError: the bank's mapped file changed, before the call or meanwhile.
@@ -208,7 +208,8 @@ def serve(
     options = {"ess": ess, "moments": True} if moments else {"ess": ess}
     parts: list[tuple[PosteriorSum, Competition]] = []
     names: list[str] = []
-    for some, ordered in _by_preference(asked, named, z, sigma, bank, competition):
+    found = _by_preference(asked, z, sigma, bank, competition) if named == "auto" else [(competition, asked)]
+    for some, ordered in found:
         pending: Competition | None = some
         for engine, reason, worth_a_warning in ordered:
             if reason is not None:
@@ -230,7 +231,9 @@ def serve(
                 break
         assert pending is None, "engine reference always serves"
     bank.check_unchanged()
-    return _joined(parts, z, bank), names
+    total = _joined(parts, z, bank)
+    every = len(z) * len(bank) * competition.pairs_per_image
+    return total.with_pairs(every) if total.pairs is None else total, names
 
 
 def serve_product(
@@ -313,13 +316,13 @@ Asked = tuple[Engine, str | None, bool]
 
 
 def _by_preference(
-    asked: list[Asked], named: str, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition
+    asked: list[Asked], z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition
 ) -> list[tuple[Competition, list[Asked]]]:
     """The competition in parts, each with the engines in the order they are asked.
 
-    "auto" asks those whose time is known the fastest first, group of pixels by group; others keep their places.
+    Those whose time is known are asked the fastest first, group of pixels by group; others keep their positions.
     """
-    if named != "auto" or not competition.groups:
+    if not competition.groups:
         return [(competition, asked)]
     found: dict[tuple[int, ...], list[Group]] = {}
     for group in competition.groups:
@@ -352,7 +355,9 @@ def serve_each(
         totals = serve_each(engines, named, z, sigma, bank.unit, competitions, memory_limit)
         return [total.scaled(bank.scale) for total in totals]
     asked = list(candidates(engines, named, z.device, z.dtype))
-    parts = [part for one in competitions for part in _by_preference(asked, named, z, sigma, bank, one)]
+    parts = [(one, asked) for one in competitions]
+    if named == "auto":
+        parts = [part for one in competitions for part in _by_preference(asked, z, sigma, bank, one)]
     first, *others = {next(engine for engine, reason, _ in ordered if reason is None) for _, ordered in parts}
     if not others and all(first.lacks(z, sigma, bank, competition) is None for competition in competitions):
         bank.check_unchanged()

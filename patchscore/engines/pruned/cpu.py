@@ -51,10 +51,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Scanned:
-    """Sums [Q, ...], and whether they say anything: [Q] bool."""
+    """Sums [Q, ...], and [Q] bool: whether each is reliable, or the query unlike anything in the bank."""
 
     sums: PosteriorSum
     fits: Tensor
+
+    @property
+    def settled(self) -> PosteriorSum | None:
+        """The sums; None where some query is unlike anything in the bank."""
+        return self.sums if self.fits.all() else None
 
 
 def draw_key(seed: int, k: int, sigma: float, z: Tensor) -> int:

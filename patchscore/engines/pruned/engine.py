@@ -217,20 +217,16 @@ class Pruned(Engine):
             moments,
             None if held is None else held.recall(part, group),
         )
-        found = self._scan(request) if self.tolerance is None else self._within(request, held)
+        scanned = cpu.scan(request, self.policy) if self.tolerance is None else self._within(request, held)
         if held is not None and request.remembered is not None:
             held.keep(part, group, request.remembered)
+        found = None if scanned is None else scanned.settled
         if found is None:
             return None
         shape = (1, len(group.rows.queries), len(group.cols.queries))
         return found.mapped(lambda x: x.unflatten(0, shape).permute(0, 3, 1, 2))
 
-    def _scan(self, request: cpu.Request) -> PosteriorSum | None:
-        """Sums [Q, 1 or C]; None where too many pixels are unlike anything in the bank."""
-        found = cpu.scan(request, self.policy)
-        return None if found is None or not found.fits.all() else found.sums
-
-    def _within(self, request: cpu.Request, held: Remembered | None) -> PosteriorSum | None:
+    def _within(self, request: cpu.Request, held: Remembered | None) -> cpu.Scanned | None:
         """Sums whose rms standard error is at most the tolerance; None where exact ones are as fast.
 
         A pilot of some pixels finds the budget, all pixels confirm it. Along a trajectory the search begins at half the
@@ -253,11 +249,11 @@ class Pruned(Engine):
             known = found.fits
             over = _rms(found.sums.stderr[known]) / (0.8 * self.tolerance) if known.any() else 0.0
             if over <= 1:
-                sums = self._scan(dataclasses.replace(request, budget=budget))
-                if sums is None or _rms(sums.stderr) <= self.tolerance:
+                found = cpu.scan(dataclasses.replace(request, budget=budget), self.policy)
+                if found is None or found.settled is None or _rms(found.sums.stderr) <= self.tolerance:
                     if held is not None:
                         held.budget = budget
-                    return sums
+                    return found
                 over = 1.1
             # Errors fall at least as one over the root of the budget.
             budget *= 2 ** min(3, math.ceil(2 * math.log2(over)))
