@@ -96,6 +96,7 @@ def main() -> None:
                     "smallest": tables[machine].choices.min(1).tolist(),
                     "largest": tables[machine].choices.max(1).tolist(),
                     "agreement": chosen_agreement(tables[machine]),
+                    "walks": tables[machine].choices.shape[1],
                 }
                 for machine in tables
             },

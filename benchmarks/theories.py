@@ -38,6 +38,8 @@ def main() -> None:
         "PcaLocality": theories.PcaLocality(bank),
         "GoldenSubset": theories.GoldenSubset(bank),
         "PatchComposition": theories.PatchComposition(bank, k),
+        "FilteredMeans": theories.FilteredMeans(bank, theories.soft_squares(bank.shape, k)),
+        "WrappedScore": theories.WrappedScore(bank, k),
         "SmoothedScore": theories.SmoothedScore(bank, 0.1),
         "NearestScore": theories.NearestScore(bank),
     }
