@@ -29,7 +29,7 @@ from patchscore.pixels import to_values
 @dataclass(frozen=True)
 class Case:
     """engine, patch size (None: whole images), noise, padding, side and number of the images, their type, and whether
-    the variance is asked for."""
+    the variance or products with the Jacobian are asked for."""
 
     engine: str
     k: int | None
@@ -40,6 +40,7 @@ class Case:
     floats: bool = False
     local: bool = False
     moments: bool = False
+    gradients: bool = False
 
 
 CASES = {
@@ -53,6 +54,8 @@ CASES = {
     "sliding-local": Case("sliding", 3, 0.5, local=True),
     "sliding-floats": Case("sliding", 3, 0.2, floats=True),
     "sliding-moments": Case("sliding", 5, 0.5, moments=True),
+    "sliding-gradients": Case("sliding", 5, 0.5, gradients=True),
+    "sliding-gradients-zeros": Case("sliding", 3, 0.5, "zeros", gradients=True),
     "whole-images": Case("sliding", None, 1.0),
 }
 LARGE = {"side": 32, "images": 10_000}
@@ -64,6 +67,21 @@ def machine_of(case: Case, bank: ps.PatchBank, engine: str, **options) -> ps.Den
     if case.local:
         return ps.LocalScore(bank, case.k, engine=engine, **options)
     return ps.EquivariantLocalScore(bank, case.k, padding_mode=case.padding, engine=engine, **options)
+
+
+def gradients(name: str, case: Case, bank: ps.PatchBank, z: torch.Tensor, device: torch.device, large: bool) -> None:
+    """J^T u and J u, within a thousandth of their largest number."""
+    machine, exact = machine_of(case, bank, case.engine), machine_of(case, bank, "reference")
+    u = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
+    for product in ("vjp", "jvp"):
+        found = getattr(machine, product)(z.to(device), case.sigma, u.to(device)).cpu()
+        if large:
+            continue
+        expected = getattr(exact, product)(z.double(), case.sigma, u.double())
+        error = (found - expected).abs().max().item() / expected.abs().max().item()
+        print(f"{name} on {device}: {product} off by {error:.2g} of its largest number, 1e-3 promised")
+        if not error <= 1e-3:
+            sys.exit(1)
 
 
 def main() -> None:
@@ -84,6 +102,8 @@ def main() -> None:
     x0 = bank.chunk(0, batch)
     z = x0 + case.sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
 
+    if case.gradients:
+        return gradients(options.case, case, bank, z, device, options.large)
     est = machine_of(case, bank, case.engine).estimate(z.to(device), case.sigma, moments=case.moments)
     if options.large:
         return

@@ -14,6 +14,7 @@ from competitions import LIMIT, assert_same, assert_same_moments, broken, circul
 from conftest import smooth_images
 
 import patchscore as ps
+from patchscore.engines import EngineError
 from patchscore.engines import device as resident
 from patchscore.engines.reference import Reference
 from patchscore.engines.sliding import cuda as sliding_cuda
@@ -125,6 +126,88 @@ def compare_moments(bank, competition, sigma, limit=LIMIT, device="cpu"):
     torch.testing.assert_close(got.mean, plain.mean, rtol=0, atol=1e-6)
     expected = Reference().posterior_sum(z.double(), sigma, bank, competition, LIMIT, moments=True)
     assert_same_moments(got, expected, z, sigma.to(z.device), around_z=True)
+
+
+# Products with the Jacobian, and windows' sums.
+
+
+@pytest.mark.parametrize(
+    ("kind", "k", "channels", "height", "width", "dtype"),
+    [
+        (circular, 1, 1, 7, 9, torch.uint8),
+        (circular, 3, 3, 8, 11, torch.uint8),
+        (circular, 7, 2, 7, 9, torch.float32),
+        (broken, 3, 5, 7, 6, torch.uint8),
+        (broken, 5, 3, 11, 8, torch.uint8),
+        (local, 3, 2, 7, 35, torch.uint8),
+        (local, 9, 3, 7, 6, torch.float32),
+    ],
+)
+def test_products_are_the_references(kernels, kind, k, channels, height, width, dtype):
+    bank = ps.PatchBank(smooth_images(7, channels, height, width, dtype=dtype), torch.arange(7) % 2)
+    compare_products(bank, kind(k, height, width), [0.15, 0.5, 3.0])
+    compare_products(bank.select(1), kind(k, height, width), [0.5])
+
+
+def test_products_in_parts_are_the_references(kernels, monkeypatch):
+    bank, competition = ps.PatchBank(smooth_images(5, 3, 9, 8)), broken(3, 9, 8)
+    monkeypatch.setattr(sliding_cuda, "SECOND_PASS_WARPS", 3)  # several images a warp
+    compare_products(bank, competition, [0.3, 1.0])
+    image = 4 * bank.images[0].numel()
+    compare_products(bank, competition, [0.3, 1.0], limit=4 * 8 * image)  # slabs; an item at a time
+    z, sigma = noisy_batch(bank, [0.3])
+    total = Reference().posterior_sum(z, sigma, bank, competition, LIMIT)
+    with pytest.raises(ValueError, match=r"^memory_limit: got \d+ bytes, one image takes \d+"):
+        sliding_cuda._second_pass(sliding_cuda.BACKWARD, z, sigma, z, bank, competition, total, 4 * image)
+    monkeypatch.setattr(sliding_cuda, "_shared_limit", lambda device: 3 * 12 * 9 * 9)  # three warps of a block work
+    compare_products(bank, competition, [0.3, 1.0])
+    monkeypatch.setattr(sliding_cuda, "_shared_limit", lambda device: 12 * 9 * 9 - 1)
+    with pytest.raises(EngineError, match="too small for gradients of images of 9 x 8"):
+        sliding_cuda.SlidingCuda().product(True, z, sigma, z, bank, competition, LIMIT)
+
+
+def compare_products(bank, competition, sigma, limit=LIMIT, device="cpu"):
+    """To a thousandth of the largest number of an image's product, and dual to 1e-4."""
+    z, sigma = noisy_batch(bank, sigma, device)
+    u, t = torch.randn(2, *z.shape, generator=torch.Generator().manual_seed(2)).to(device)
+    exact = Reference().posterior_sum(z.double(), sigma, bank, competition, LIMIT)
+    found = []
+    for kind, direction in ((1, u), (0, t)):
+        got = sliding_cuda._second_pass(kind, z, sigma, direction, bank, competition, exact, limit)
+        got = got / sigma.to(device).square()[:, None, None, None]
+        expected = Reference().product(kind == 1, z.double(), sigma, direction.double(), bank, competition, LIMIT)
+        assert_close_to_the_largest(got, expected)
+        found.append(got)
+    dual = (u * found[1]).flatten(1).sum(1), (found[0] * t).flatten(1).sum(1)
+    scale = found[0].flatten(1).norm(dim=1) * t.flatten(1).norm(dim=1)
+    assert ((dual[0] - dual[1]).abs() <= 1e-5 * scale).all()
+    nothing = torch.zeros_like(z)
+    got = sliding_cuda._second_pass(2, z, sigma, nothing, bank, competition, exact, limit)
+    assert_close_to_the_largest(got, Reference().window_sums(z.double(), sigma, bank, competition, LIMIT)[1])
+
+
+def assert_close_to_the_largest(got, expected):
+    assert torch.isfinite(got).all()
+    largest = expected.abs().flatten(1).amax(1)[:, None, None, None]
+    # Where one window decides, what is left is how float32 rounds its value and the mean, over sigma^2.
+    assert ((got - expected).abs() <= 1e-3 * largest + 1e-5).all()
+
+
+def test_the_engine_has_products_after_a_first_pass_of_its_own(kernels):
+    bank, engine = ps.PatchBank(smooth_images(7, 3, 9, 8)), sliding_cuda.SlidingCuda()
+    for competition in (broken(3, 9, 8), WHOLE_IMAGE):
+        z, sigma = noisy_batch(bank, [0.5])
+        for transposed in (True, False):
+            got = engine.product(transposed, z, sigma, z, bank, competition, LIMIT)
+            assert got.dtype == z.dtype
+            expected = Reference().product(transposed, z.double(), sigma, z.double(), bank, competition, LIMIT)
+            assert_close_to_the_largest(got, expected)
+    total, windows = engine.window_sums(z, sigma, bank, broken(3, 9, 8), LIMIT)
+    expected, expected_windows = Reference().window_sums(z.double(), sigma, bank, broken(3, 9, 8), LIMIT)
+    assert_same(total, expected, 1e-4)
+    assert_close_to_the_largest(windows, expected_windows)
+    with pytest.raises(ValueError, match=r"^z: got float64, engine \"sliding\" has gradients in float32"):
+        engine.product(True, z.double(), sigma, z, bank, broken(3, 9, 8), LIMIT)
 
 
 @pytest.mark.skipif(not EVERYTHING, reason="minutes: make emulate")
@@ -727,6 +810,32 @@ def test_gpu_moments_are_the_references(kind, channels, height, width):
         bank = ps.PatchBank(smooth_images(100, channels, height, width, dtype=dtype))
         lowest = 0.15 if kind is circular else 0.02  # as in the emulation's test
         compare_moments(bank, kind(5, height, width) if kind else WHOLE_IMAGE, [lowest, 0.3, 2.0], device="cuda")
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", [circular, broken, local])
+@pytest.mark.parametrize(("channels", "height", "width"), [(3, 32, 32), (1, 28, 28), (5, 20, 23)])
+def test_gpu_products_are_the_references(kind, channels, height, width):
+    for k, dtype in ((3, torch.uint8), (7, torch.float32)):
+        bank = ps.PatchBank(smooth_images(40, channels, height, width, dtype=dtype))
+        compare_products(bank, kind(k, height, width), [0.15, 0.5, 3.0], device="cuda")
+
+
+@gpu
+@needs_gpu
+def test_gpu_machines_have_gradients_from_sliding(monkeypatch):
+    monkeypatch.setenv("PATCHSCORE_STRICT", "1")
+    bank = ps.PatchBank(smooth_images(50, 3, 16, 16), torch.arange(50) % 2)
+    z = (bank.chunk(0, 2) + 0.4 * torch.randn(2, 3, 16, 16)).cuda()
+    for machine in (ps.EquivariantLocalScore(bank, 5), ps.LocalScore(bank, 5), ps.IdealScore(bank)):
+        machine.engine = "sliding"
+        for product in ("vjp", "jvp"):
+            found = getattr(machine, product)(z, 0.4, z, [0, 1])
+            assert found.is_cuda
+            machine_of = type(machine)(bank, *((5,) if machine.patch_size else ()), engine="reference")
+            expected = getattr(machine_of, product)(z.cpu().double(), 0.4, z.cpu().double(), [0, 1])
+            assert_close_to_the_largest(found.cpu(), expected)
 
 
 @gpu

@@ -713,6 +713,179 @@ __global__ void __launch_bounds__(THREADS) average_kernel(const Average t) {
         for (int i = 0; i < COUNT; ++i) to[int64_t(item) * t.values + i] = sums[item][i];
 }
 
+// Products with the Jacobian of the posterior mean, and sums of the posterior-mean windows that cover a pixel: a second
+// pass, in which every window's weight is known. A warp takes one displacement between noisy and training image at a
+// time: squared differences of pixels, their box sums (distances), weights, and for J^T u the box sums of what windows
+// give, back along the same diagonal. ctypes mirrors it.
+struct Jacobian {
+    int kind;                   // see below
+    int channels, height, width, patch_size, circular;
+    Axis rows, cols;
+    int images, items;
+    int images_per_worker, parts;  // a warp takes so many images, and one of `parts` shares of the displacements
+    int workers;                // warps of a block that work
+    const float* noisy;         // [items][channels][height][width]
+    const float* training;      // [images][channels][height][width]
+    const float* direction;     // [items][channels][height][width], u or t
+    const float* evidence;      // [items][height][width] a squared distance: w = 2^((evidence - distance) scale), sum 1
+    const float* mean;          // [items][channels][height][width]
+    const float* scale;         // [items]
+    float* sums;                // [warps][items][channels][height][width]: a warp's addend, to be divided by sigma^2
+};
+
+enum Kind {
+    FORWARD,   // J t:   sum_d w (x - D) Box[t.(x - z)]
+    BACKWARD,  // J^T u: sum_d (x - z) Box[w u.(x - D)], z counting for nothing but digits
+    AVERAGING  // windows: sum_d x Box[w]
+};
+
+constexpr float LEAST_WEIGHT = 0x1p-60f;  // a displacement whose windows all weigh less is passed over
+
+// A warp's share of shared memory: distances or what windows give; t.(x - z); half-made box sums.
+constexpr int PLANES_OF_WARP = 3;
+
+__host__ __device__ inline int plane_floats(const Jacobian& t) { return t.height * (t.width | 1); }  // odd: no conflicts
+
+// Displacements window - query along an axis: how many, and the first.
+__host__ __device__ inline int displacements(const Jacobian& t, const Axis& axis, int size) {
+    return axis.locked ? 1 : t.circular ? size : axis.w1 - axis.w0 + axis.q1 - axis.q0 - 1;
+}
+__host__ __device__ inline int first_displacement(const Jacobian& t, const Axis& axis) {
+    return axis.locked || t.circular ? 0 : axis.w0 - (axis.q1 - 1);
+}
+
+__device__ __forceinline__ bool competes(const Axis& axis, int query, int window) {
+    if (query < axis.q0 || query >= axis.q1) return false;
+    return axis.locked ? window == query : window >= axis.w0 && window < axis.w1;
+}
+
+// Sums of k neighbours along every line, nothing lying beyond its ends. A task is k sums: what they have of the elements
+// up to the middle of the first window, summed from there backwards, then what they have beyond it, forwards. Nothing is
+// taken away again, so nothing cancels.
+__device__ __forceinline__ void sum_lines(const float* from, float* to, int lines, int length, int line_stride,
+                                          int stride, int k, int lane) {
+    const int r = k / 2, tasks = lines * ((length + k - 1) / k);
+#pragma unroll 1
+    for (int task = lane; task < tasks; task += 32) {
+        const int line = task % lines * line_stride, start = task / lines * k;
+        float sum = 0.f;
+#pragma unroll 1
+        for (int x = start + k - 1; x >= start; --x) {
+            if (x - r >= 0 && x - r < length) sum += from[line + (x - r) * stride];
+            if (x < length) to[line + x * stride] = sum;
+        }
+        sum = 0.f;
+#pragma unroll 1
+        for (int x = start + 1; x < start + k && x < length; ++x) {
+            if (x + r < length) sum += from[line + (x + r) * stride];
+            to[line + x * stride] += sum;
+        }
+    }
+    __syncwarp();
+}
+
+// Box sums of a plane, in place. All lanes have written it.
+__device__ __forceinline__ void box_sums(float* plane, float* between, const Jacobian& t, int lane) {
+    const int pitch = t.width | 1;
+    sum_lines(plane, between, t.height, t.width, pitch, 1, t.patch_size, lane);
+    sum_lines(between, plane, t.width, t.height, 1, pitch, t.patch_size, lane);
+}
+
+template <int KIND>
+__global__ void __launch_bounds__(THREADS, 2) jacobian_kernel(const Jacobian t) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, item = blockIdx.z;
+    if (warp >= t.workers) return;
+    const int H = t.height, W = t.width, pixels = H * W, pitch = W | 1;
+    const int64_t worker = int64_t(blockIdx.x) * t.workers + warp;
+    const int part = int(worker % t.parts);
+    const int64_t first = worker / t.parts * t.images_per_worker;
+    const int last = int(first + t.images_per_worker < t.images ? first + t.images_per_worker : t.images);
+    float* const plane = reinterpret_cast<float*>(shared_memory()) + warp * PLANES_OF_WARP * plane_floats(t);
+    float* const products = plane + plane_floats(t);
+    float* const between = products + plane_floats(t);
+    const int64_t of_item = int64_t(item) * t.channels * pixels;
+    const float *const z = t.noisy + of_item, *const direction = t.direction + of_item, *const mean = t.mean + of_item;
+    const float* const evidence = t.evidence + int64_t(item) * pixels;
+    const float scale = t.scale[item];
+    // A noisy pixel's sums belong to one lane.
+    float* const sums = t.sums + (worker * t.items + item) * t.channels * pixels;
+#pragma unroll 1
+    for (int i = 0; i < H; ++i)
+        for (int j = lane; j < W; j += 32)
+            for (int c = 0; c < t.channels; ++c) sums[c * pixels + i * W + j] = 0.f;
+
+    const int across = displacements(t, t.cols, W), all = displacements(t, t.rows, H) * across;
+#pragma unroll 1
+    for (int64_t image = first; image < last; ++image) {
+        const float* const x = t.training + image * t.channels * pixels;
+#pragma unroll 1
+        for (int d = part; d < all; d += t.parts) {
+            const int down = first_displacement(t, t.rows) + d / across;
+            const int right = first_displacement(t, t.cols) + d % across;
+            // Training pixels and the noisy pixels that lie on them: squared distances.
+#pragma unroll 1
+            for (int y = 0; y < H; ++y)
+                for (int col = lane; col < W; col += 32) {
+                    int i = y - down, j = col - right;
+                    if (t.circular) i += i < 0 ? H : 0, j += j < 0 ? W : 0;
+                    const bool inside = i >= 0 && i < H && j >= 0 && j < W;
+                    float square = 0.f, product = 0.f;
+                    for (int c = 0; c < t.channels; ++c) {
+                        const float p = x[c * pixels + y * W + col];
+                        const float away = p - (inside ? z[c * pixels + i * W + j] : 0.f);
+                        square += away * away;
+                        if (KIND == FORWARD && inside) product += direction[c * pixels + i * W + j] * away;
+                    }
+                    plane[y * pitch + col] = square;
+                    if (KIND == FORWARD) products[y * pitch + col] = product;
+                }
+            __syncwarp();
+            box_sums(plane, between, t, lane);
+            if (KIND == FORWARD) box_sums(products, between, t, lane);
+            // Windows by their centres: weights, and what they give.
+            bool weighs = false;
+#pragma unroll 1
+            for (int y = 0; y < H; ++y)
+                for (int col = lane; col < W; col += 32) {
+                    int i = y - down, j = col - right;
+                    if (t.circular) i += i < 0 ? H : 0, j += j < 0 ? W : 0;
+                    float w = 0.f;
+                    if (competes(t.rows, i, y) && competes(t.cols, j, col)) {
+                        const int at = i * W + j;
+                        w = power_of_two((evidence[at] - plane[y * pitch + col]) * scale);
+                        weighs = weighs || w > LEAST_WEIGHT;
+                        if (KIND == BACKWARD) {
+                            float along = 0.f;
+                            for (int c = 0; c < t.channels; ++c)
+                                along += direction[c * pixels + at] * (x[c * pixels + y * W + col] - mean[c * pixels + at]);
+                            w *= along;
+                        }
+                    }
+                    plane[y * pitch + col] = w;
+                }
+            if (!any_lane(weighs)) continue;
+            __syncwarp();
+            if (KIND != FORWARD) box_sums(plane, between, t, lane);
+#pragma unroll 1
+            for (int i = 0; i < H; ++i)
+                for (int j = lane; j < W; j += 32) {
+                    int y = i + down, col = j + right;
+                    if (t.circular) y -= y >= H ? H : 0, col -= col >= W ? W : 0;
+                    if (y < 0 || y >= H || col < 0 || col >= W) continue;
+                    float given = plane[y * pitch + col];
+                    if (KIND == FORWARD) given *= products[y * pitch + col];
+                    if (given == 0.f) continue;
+                    for (int c = 0; c < t.channels; ++c) {
+                        const int at = c * pixels + i * W + j;
+                        const float from = KIND == FORWARD ? mean[at] : KIND == BACKWARD ? z[at] : 0.f;
+                        sums[at] += given * (x[c * pixels + y * W + col] - from);
+                    }
+                }
+            __syncwarp();
+        }
+    }
+}
+
 // What went wrong, with the kernel's name, for Python to raise; null if nothing did. CUDA forgets it, or it would blame
 // the next call.
 static const char* told(const char* kernel, cudaError_t error) {
@@ -774,7 +947,8 @@ using namespace patchscore;
 // Sizes of the structures ctypes mirrors: a build that does not fit the Python beside it is not used.
 PS_EXPORT int64_t patchscore_layout() {
     int64_t layout = 0;
-    for (const size_t size : {sizeof(Average), sizeof(Products), sizeof(Norms), sizeof(Pack), sizeof(Windows)})
+    for (const size_t size :
+         {sizeof(Jacobian), sizeof(Average), sizeof(Products), sizeof(Norms), sizeof(Pack), sizeof(Windows)})
         layout = 1000 * layout + int64_t(size);
     return layout;
 }
@@ -814,6 +988,23 @@ PS_EXPORT const char* patchscore_windows(const Windows* task, int device, void* 
         error = launched(*task, blocks, device, stream);
     }
     return told("windows_kernel", error);
+}
+
+// `sums` has room for whole blocks of `workers` warps.
+PS_EXPORT const char* patchscore_jacobian(const Jacobian* task, int device, void* stream) {
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess && (task->workers < 1 || task->workers > WARPS || task->parts < 1 || task->images_per_worker < 1))
+        error = cudaErrorInvalidValue;
+    if (error == cudaSuccess) {
+        const int64_t chunks = (int64_t(task->images) + task->images_per_worker - 1) / task->images_per_worker;
+        const int64_t blocks = (chunks * task->parts + task->workers - 1) / task->workers;
+        const auto kernel = task->kind == FORWARD    ? jacobian_kernel<FORWARD>
+                            : task->kind == BACKWARD ? jacobian_kernel<BACKWARD>
+                                                     : jacobian_kernel<AVERAGING>;
+        const int floats = task->workers * PLANES_OF_WARP * plane_floats(*task);
+        error = launch(kernel, blocks, task->items, 4 * floats, device, stream, *task);
+    }
+    return told("jacobian_kernel", error);
 }
 
 PS_EXPORT const char* patchscore_pack(const Pack* task, int device, void* stream) {

@@ -23,11 +23,13 @@ from ...posterior import PosteriorSum
 from ...windows import Axis, Competition, Group
 from .. import cost
 from .. import device as resident
-from ..base import Engine
+from ..base import Combine, Engine, EngineError
+from ..whole import whole_product
 
 STEPS = 127.5
 """Steps of a byte pixel in a unit of v."""
 STRIP = 32  # query rows of a block
+WARPS = 8  # of a block, as in the kernels
 TILE, TILES = 8, 4  # window columns of a tile, tiles of a group; as in the kernel
 LARGEST_CHUNK = 16  # groups a block adds up in float32 before float64 takes over
 CHUNKS = 512  # a bank is cut into about so many, if it has as many groups
@@ -40,6 +42,8 @@ BLOCKS = 1024  # a product is cut into about so many, if it has as many values
 ITEMS = 64  # of whole images, in one pass
 SMALLEST_WEIGHT_BITS = 66  # below the largest of a slab: a lighter image is left out
 SLAB_BYTES = 2**29  # larger slabs were not found to be of use
+FORWARD, BACKWARD, AVERAGING = 0, 1, 2  # what a second pass sums, as in the kernel
+SECOND_PASS_WARPS = 132 * 64  # of a second pass: four times as many as 132 multiprocessors hold, if there is work
 
 
 class _Axis(ctypes.Structure):
@@ -90,15 +94,26 @@ class _Average(ctypes.Structure):
     ]
 
 
+class _Jacobian(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("kind", "channels", "height", "width", "patch_size", "circular")),
+        ("rows", _Axis),
+        ("cols", _Axis),
+        *((name, ctypes.c_int) for name in ("images", "items", "images_per_worker", "parts", "workers")),
+        *((name, ctypes.c_void_p) for name in ("noisy", "training", "direction", "evidence", "mean", "scale", "sums")),
+    ]
+
+
+STRUCTURES = (_Windows, _Pack, _Norms, _Products, _Average, _Jacobian)
+
+
 def load(path: str) -> ctypes.CDLL:
     """The kernels' library at `path`; OSError if it cannot be loaded or was built from other sources."""
     library = ctypes.CDLL(path)
     library.patchscore_layout.restype = ctypes.c_int64
-    if library.patchscore_layout() != sum(
-        ctypes.sizeof(structure) * 1000**i for i, structure in enumerate((_Windows, _Pack, _Norms, _Products, _Average))
-    ):
+    if library.patchscore_layout() != sum(ctypes.sizeof(structure) * 1000**i for i, structure in enumerate(STRUCTURES)):
         raise OSError(f"{path} was built from other sources; build it again")
-    for name in ("windows", "pack", "norms", "products", "average"):
+    for name in ("windows", "pack", "norms", "products", "average", "jacobian"):
         name = f"patchscore_{name}"
         getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
         getattr(library, name).restype = ctypes.c_char_p
@@ -127,6 +142,7 @@ class SlidingCuda(Engine):
 
     name = "sliding"
     moments = True
+    gradients = True
 
     def runs_on(self, device: torch.device) -> bool:
         return device.type == "cuda"
@@ -164,6 +180,42 @@ class SlidingCuda(Engine):
         self, z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
     ) -> list[PosteriorSum]:
         return posterior_sums(z, sigma, bank, competitions, memory_limit)
+
+    def product(
+        self,
+        transposed: bool,
+        z: Tensor,
+        sigma: Tensor,
+        direction: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        combine: Combine | None = None,
+    ) -> Tensor:
+        """A second pass over the pairs, after one for weights and means.
+
+        Raises:
+            ValueError: z in float64; `memory_limit` cannot hold one image.
+            EngineError: images too large for the kernel.
+        """
+        total = _first_pass(z, sigma, bank, competition, memory_limit, combine)
+        if competition.patch_size is None:
+            return whole_product(z, sigma, direction, bank, total, memory_limit)
+        kind = BACKWARD if transposed else FORWARD
+        sums = _second_pass(kind, z, sigma, direction, bank, competition, total, memory_limit)
+        return (sums / sigma.to(z.device, torch.float64).square().reshape(-1, 1, 1, 1)).to(direction.dtype)
+
+    def window_sums(
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        combine: Combine | None = None,
+    ) -> tuple[PosteriorSum, Tensor]:
+        total = _first_pass(z, sigma, bank, competition, memory_limit, combine)
+        return total, _second_pass(AVERAGING, z, sigma, torch.zeros_like(z), bank, competition, total, memory_limit)
 
 
 def unavailable() -> str | None:
@@ -612,6 +664,97 @@ def _query_norms(squares: Tensor, channels: int, competition: Competition, group
         else:
             squares = F.pad(squares, padding, value=0.0 if locked else 0.25 * channels)
     return squares.unfold(2, k, 1).sum(-1).unfold(3, k, 1).sum(-1)
+
+
+# Products with the Jacobian: a second pass, over float32 images.
+
+
+def _first_pass(
+    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int, combine: Combine | None
+) -> PosteriorSum:
+    if z.dtype == torch.float64:
+        raise ValueError('z: got float64, engine "sliding" has gradients in float32; engine="reference" has both')
+    if competition.patch_size is not None:
+        _workers(*bank.shape[1:], z.device)
+    (total,) = posterior_sums(z, sigma, bank, [competition], memory_limit)
+    return total if combine is None else combine(total)
+
+
+def _second_pass(
+    kind: int,
+    z: Tensor,
+    sigma: Tensor,
+    direction: Tensor,
+    bank: PatchBank,
+    competition: Competition,
+    total: PosteriorSum,
+    memory_limit: int,
+) -> Tensor:
+    """[B, C, H, W] float64: the sums of the kernel's kind, over all windows of the bank."""
+    device, (channels, height, width) = z.device, z.shape[1:]
+    sigma2 = sigma.to(device, torch.float64).square().reshape(-1, 1, 1, 1)
+    # Pixels that the competition leaves out have no weights.
+    evidence = torch.where(total.s > 0, -2 * sigma2 * (total.m + total.s.log()), 0.0)
+    mean = torch.where(total.s > 0, total.mean, 0.0)
+    noisy, along, levels, means = (
+        x.detach().to(device, torch.float32).contiguous() for x in (z, direction, evidence, mean)
+    )
+    scale = (math.log2(math.e) / (2 * sigma2)).flatten().to(torch.float32)
+    task = _Jacobian(
+        kind=kind, channels=channels, height=height, width=width, patch_size=competition.patch_size,
+        circular=competition.padding_mode == "circular", workers=_workers(height, width, device),
+    )  # fmt: skip
+    result = torch.zeros(z.shape, dtype=torch.float64, device=device)
+    image_bytes = 4 * z[0].numel()
+    room = min(SLAB_BYTES, memory_limit // 2) // 2 // image_bytes  # for images; as much for sums of warps
+    if room < task.workers:
+        raise ValueError(f"memory_limit: got {memory_limit} bytes, one image takes {4 * task.workers * image_bytes}")
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for start in range(0, len(bank), room):
+            training = bank.chunk(start, min(start + room, len(bank)), torch.float32, device).contiguous()
+            task.images, task.training = len(training), training.data_ptr()
+            at_a_time = min(len(z), 65535, room // task.workers)
+            for first in range(0, len(z), at_a_time):
+                items = slice(first, min(first + at_a_time, len(z)))
+                task.items = items.stop - items.start
+                task.noisy, task.direction = noisy[items].data_ptr(), along[items].data_ptr()
+                task.evidence, task.mean = levels[items].data_ptr(), means[items].data_ptr()
+                task.scale = scale[items].data_ptr()
+                for group in competition.groups:
+                    task.rows, task.cols = _axis(group.rows), _axis(group.cols)
+                    # As many warps as fill a device, if there is the work: of images, then of displacements.
+                    wanted = max(task.workers, min(SECOND_PASS_WARPS, room // task.items))
+                    task.images_per_worker = -(-len(training) // wanted)
+                    chunks = -(-len(training) // task.images_per_worker)
+                    task.parts = max(1, min(wanted // chunks, _displacements(group, competition, height, width)))
+                    warps = -(-chunks * task.parts // task.workers) * task.workers
+                    sums = torch.empty(warps, task.items, channels, height, width, device=device)
+                    task.sums = sums.data_ptr()
+                    _run("patchscore_jacobian", task, device)
+                    result[items] += sums.sum(0, dtype=torch.float64)
+    return result
+
+
+def _workers(height: int, width: int, device: torch.device) -> int:
+    """Warps of a block that have room in shared memory for what they work on.
+
+    Raises:
+        EngineError: not one.
+    """
+    workers = min(WARPS, _shared_limit(device) // (12 * height * (width | 1)))
+    if workers < 1:
+        raise EngineError(f"its shared memory is too small for gradients of images of {height} x {width}")
+    return workers
+
+
+def _displacements(group: Group, competition: Competition, height: int, width: int) -> int:
+    """Of noisy and training images in which some windows of a group compete."""
+    count = 1
+    for axis, size in ((group.rows, height), (group.cols, width)):
+        if not axis.locked:
+            circular = competition.padding_mode == "circular"
+            count *= size if circular else len(axis.queries) + len(axis.centres) - 1
+    return count
 
 
 # Whole images: distances from one product of bytes, then sums of the bank's images by weight.
