@@ -35,6 +35,7 @@ smoke-zeros        7  20  build             smoke sliding-zeros
 smoke-local        7  20  build             smoke sliding-local
 smoke-floats       7  20  build             smoke sliding-floats
 smoke-moments      7  20  build             smoke sliding-moments
+smoke-gradients    7  20  build             smoke sliding-gradients
 smoke-whole        7  20  build             smoke whole-images
 tests-fused       50 110  smoke-fused       tests fused
 tests-sliding     45  90  smoke-circular    tests sliding
