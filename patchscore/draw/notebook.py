@@ -16,6 +16,7 @@ from torch import Tensor
 from ..denoiser import Estimate
 from ..evaluate import Comparison
 from ..explain import Explanation
+from ..pixels import to_values
 from .images import default_zoom, grid, pairs, png
 from .mosaic import source_colour
 
@@ -39,8 +40,8 @@ def explanation_html(explanation: Explanation) -> str:
     noisy, spread = explanation.z[:count], max(1.0, 2 * float(explanation.z.std()))
     owners = explanation.owners()[0][:count].cpu()
     number, rank = owners.unique(return_inverse=True)
-    colours = np.array([source_colour(r) for r in range(len(number))], np.float32)
-    sources = torch.from_numpy(colours[rank.numpy()]).movedim(-1, 1) / 127.5 - 1
+    colours = np.array([source_colour(r) for r in range(len(number))], np.uint8)
+    sources = to_values(torch.from_numpy(colours[rank.numpy()]).movedim(-1, 1))
     rows = {"noisy": noisy / spread, "denoised": explanation.mean[:count], "source": sources}
     if noisy.shape[2:] != sources.shape[2:]:
         return _block(repr(explanation))  # one pixel alone

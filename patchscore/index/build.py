@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ..bank import PatchBank
 from ..files import errors_name, write_atomically
 from ..native import native, pack
-from ..pixels import MOST_CHANNELS
+from ..pixels import MOST_CHANNELS, to_values
 from . import storage
 from .kmeans import SIBLINGS, Tree, each_in_threads, in_threads
 
@@ -351,8 +351,7 @@ class Builder:
         return max(1, windows // self.per_image)
 
     def images(self, members: Tensor) -> Tensor:
-        raw = self.bank.stored_at(members)
-        return raw.float() / 127.5 - 1 if raw.dtype == torch.uint8 else raw.float()
+        return to_values(self.bank.stored_at(members))
 
     def features(
         self, members: Tensor, axes: np.ndarray, centre: np.ndarray

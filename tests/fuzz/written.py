@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import json
+import os
 import random
 import shutil
 import warnings
@@ -345,6 +346,11 @@ def _type(place: Path, path: Path) -> str:
     }  # fmt: skip
     for name, at in names.items():
         words = [word.replace(name, str(at)) if isinstance(word, str) else word for word in words]
-    with contextlib.chdir(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return command(*words)
+    before = os.getcwd()
+    os.chdir(path)  # contextlib.chdir is of Python 3.11
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return command(*words)
+    finally:
+        os.chdir(before)
