@@ -66,10 +66,12 @@ def main() -> None:
             "sigmas": found.sigmas,
             "rows": [rows[name] for name in league],
             "neighbours": [told[pair] for pair in pairwise(league)],
+            "behind_the_first": [told[league[0], name] for name in league[1:]],
         }
     )
     write("league", "All theories against a network, from the same noise", networks=networks)
     shown = {"network": found.images, **{name: found.machines[name].images for name in league}}
+    shown = {name: images[:10] for name, images in shown.items()}
     PICTURES.mkdir(parents=True, exist_ok=True)
     (PICTURES / f"league-{options.name}.png").write_bytes(png(pairs(shown, zoom=2)))
 

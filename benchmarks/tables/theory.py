@@ -108,7 +108,11 @@ def league() -> str:
         ]
         kind = of["architecture"] + (" with attention" if of["attention"] else "")
         title = f"`{name}`: {kind}, {of['images_seen']:,} images seen, {of['bank']:,} training images, n = {of['n']}"
-        parts.append(f"{title}:\n\n{table(header, rows)}")
+        parts.append(f"{title}, patch sizes {of['table']}:\n\n{table(header, rows)}")
+        if behind := of.get("behind_the_first"):
+            first = behind[0]["first"]
+            level = [f"`{row['second']}`" for row in behind if row["nearer"] is None]
+            parts.append(f"Not told apart from `{first}`, image by image: {', '.join(level) or 'none'}.")
     return "\n\n".join([*parts, f"Medians, with 95% intervals {measured_on(record)}."])
 
 
