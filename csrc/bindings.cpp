@@ -168,11 +168,13 @@ void sliding_product(bool transposed, bool averaging, const py::buffer& z, const
     if (!finished) throw py::error_already_set();
 }
 
-patchscore::ByteImages bytes_of(const py::buffer& images, int patch_size, std::list<py::buffer_info>& held) {
+patchscore::Images images_of(const py::buffer& images, int patch_size, std::list<py::buffer_info>& held) {
     const py::buffer_info& info = held.emplace_back(images.request());
     if (info.ndim != 4) throw py::value_error("images: got shape " + shape_text(info.shape) + ", takes [N, C, H, W]");
-    patchscore::ByteImages found{};
-    found.pixels = data_of<uint8_t>("images", info, info.shape, false);
+    patchscore::Images found{};
+    found.floats = info.itemsize != 1;
+    found.pixels = found.floats ? static_cast<const void*>(data_of<float>("images", info, info.shape, false))
+                                : static_cast<const void*>(data_of<uint8_t>("images", info, info.shape, false));
     found.count = info.shape[0], found.channels = size_of("images", info.shape[1]);
     found.height = size_of("images", info.shape[2]), found.width = size_of("images", info.shape[3]);
     found.patch_size = patch_size;
@@ -184,7 +186,7 @@ patchscore::ByteImages bytes_of(const py::buffer& images, int patch_size, std::l
 }
 
 // Sizes of cells, which with the ids of their windows must fit the images: [cells], [sum].
-int64_t check_ids(const patchscore::ByteImages& images, const int64_t* sizes, int64_t cells, const int64_t* ids,
+int64_t check_ids(const patchscore::Images& images, const int64_t* sizes, int64_t cells, const int64_t* ids,
                   int64_t count, bool each) {
     int64_t total = 0, tiles = 0;
     for (int64_t c = 0; c < cells; ++c) {
@@ -202,15 +204,17 @@ int64_t check_ids(const patchscore::ByteImages& images, const int64_t* sizes, in
 void pruned_pack(const py::buffer& images, const py::buffer& ids, const py::buffer& sizes, int patch_size,
                  const py::buffer& tiles, int threads) {
     std::list<py::buffer_info> held;
-    const patchscore::ByteImages source = bytes_of(images, patch_size, held);
+    const patchscore::Images source = images_of(images, patch_size, held);
     const py::buffer_info &ids_info = held.emplace_back(ids.request()),
                           &sizes_info = held.emplace_back(sizes.request());
     if (ids_info.ndim != 1 || sizes_info.ndim != 1) throw py::value_error("ids, sizes: take one dimension");
     const int64_t* windows = data_of<int64_t>("ids", ids_info, ids_info.shape, false);
     const int64_t* counts = data_of<int64_t>("sizes", sizes_info, sizes_info.shape, false);
     const int64_t needed = check_ids(source, counts, sizes_info.shape[0], windows, ids_info.shape[0], true);
-    int8_t* out =
-        data_of<int8_t>("tiles", held.emplace_back(tiles.request(true)), {needed * source.tile_bytes()}, true);
+    const py::buffer_info& tiles_info = held.emplace_back(tiles.request(true));
+    const std::vector<py::ssize_t> room = {needed * source.tile_values()};
+    void* out = source.floats ? static_cast<void*>(data_of<float>("tiles", tiles_info, room, true))
+                              : static_cast<void*>(data_of<int8_t>("tiles", tiles_info, room, true));
     const py::gil_scoped_release release;
     patchscore::pruned_pack(source, windows, counts, sizes_info.shape[0], out, threads);
 }
@@ -235,7 +239,7 @@ patchscore::Strata strata_of(const char* name, const StrataArguments& given, int
 void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& sizes, const py::buffer& ids,
                  const std::optional<py::buffer>& tiles, const std::optional<py::buffer>& allowed,
                  const StrataArguments& parents, const StrataArguments& children, const py::buffer& features,
-                 const py::buffer& rest, const py::buffer& digits, const py::buffer& shift, const py::buffer& bits,
+                 const py::buffer& rest, const py::buffer& windows, const py::buffer& shift, const py::buffer& bits,
                  const py::buffer& base, int columns, double budget, double largest_budget, bool whole, uint64_t key,
                  double certain_from, double prior_degrees, double trimming, double misfit, double unknown,
                  double further, double whole_pixels, double opened_from, double pilot, int known, const py::buffer& m,
@@ -246,7 +250,7 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
                  const std::optional<py::buffer>& remembered, int threads, const std::string& simd) {
     std::list<py::buffer_info> held;
     patchscore::Request request{};
-    request.images = bytes_of(images, patch_size, held);
+    request.images = images_of(images, patch_size, held);
     const auto info = [&](const py::buffer& buffer, bool writable = false) -> const py::buffer_info& {
         return held.emplace_back(buffer.request(writable));
     };
@@ -260,7 +264,13 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
     request.ids = data_of<int64_t>("ids", ids_info, ids_info.shape, false);
     const int64_t needed =
         check_ids(request.images, request.sizes, request.cells, request.ids, ids_info.shape[0], !tiles);
-    if (tiles) request.tiles = data_of<int8_t>("tiles", info(*tiles), {needed * request.images.tile_bytes()}, false);
+    // Of the type that the images ask for.
+    const auto typed = [&](auto of_bytes, auto of_floats, const char* name, const py::buffer& buffer,
+                           const std::vector<py::ssize_t>& shape) -> const void* {
+        if (request.images.floats) return data_of<decltype(of_floats)>(name, info(buffer), shape, false);
+        return data_of<decltype(of_bytes)>(name, info(buffer), shape, false);
+    };
+    if (tiles) request.tiles = typed(int8_t(), float(), "tiles", *tiles, {needed * request.images.tile_values()});
     if (allowed) request.allowed = data_of<uint8_t>("allowed", info(*allowed), {request.images.count}, false);
     const py::ssize_t queries = features_info.shape[0], channels = request.images.channels;
     request.queries = size_of("features", queries), request.rank = size_of("features", features_info.shape[1]);
@@ -269,7 +279,7 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
         strata_of("parents", parents, request.cells / patchscore::LANES, request.rank, int(channels), held);
     request.features = data_of<float>("features", features_info, features_info.shape, false);
     request.rest = data_of<float>("rest", info(rest), {queries}, false);
-    request.digits = data_of<int16_t>("digits", info(digits), {queries, 2 * request.images.pairs()}, false);
+    request.windows = typed(int16_t(), float(), "windows", windows, {queries, 2 * request.images.pairs()});
     request.shift = data_of<int32_t>("shift", info(shift), {queries}, false);
     for (py::ssize_t q = 0; q < queries; ++q)
         if (request.shift[q] < 0 || request.shift[q] > 13)
@@ -334,16 +344,15 @@ PYBIND11_MODULE(_native, module) {
                "Adds the Jacobian of the posterior mean times direction [B, C, H, W], or its transpose times it, to "
                "result; evidence [B, 1, H, W] is ln sum e^l and mean [B, C, H, W] the posterior mean.");
     module.def("pruned_pack", &pruned_pack, py::arg("images"), py::arg("ids"), py::arg("sizes"), py::arg("patch_size"),
-               py::arg("tiles"), py::arg("threads"), "Copies the bytes of windows into tiles, cell by cell.");
+               py::arg("tiles"), py::arg("threads"), "Copies windows into tiles, cell by cell.");
     module.def("pruned_scan", &pruned_scan, py::kw_only(), py::arg("images"), py::arg("patch_size"), py::arg("sizes"),
                py::arg("ids"), py::arg("tiles"), py::arg("allowed"), py::arg("parents"), py::arg("children"),
-               py::arg("features"), py::arg("rest"), py::arg("digits"), py::arg("shift"), py::arg("bits"),
+               py::arg("features"), py::arg("rest"), py::arg("windows"), py::arg("shift"), py::arg("bits"),
                py::arg("base"), py::arg("columns"), py::arg("budget"), py::arg("largest_budget"), py::arg("whole"),
                py::arg("key"), py::arg("certain_from"), py::arg("prior_degrees"), py::arg("trimming"),
                py::arg("misfit"), py::arg("unknown"), py::arg("further"), py::arg("whole_pixels"),
                py::arg("opened_from"), py::arg("pilot"), py::arg("known"), py::arg("m"), py::arg("s"), py::arg("s2"),
                py::arg("v"), py::arg("ss"), py::arg("vs"), py::arg("vv"), py::arg("v2"), py::arg("sl"), py::arg("qq"),
                py::arg("ee"), py::arg("fits"), py::arg("pairs"), py::arg("remembered"), py::arg("threads"),
-               py::arg("simd"),
-               "Estimates the posterior sums of queries; see struct Request in csrc/pruned/pruned.h.");
+               py::arg("simd"), "Estimates the posterior sums of queries; see struct Request in csrc/pruned/pruned.h.");
 }

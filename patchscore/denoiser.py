@@ -355,7 +355,7 @@ class ScoreMachine(Denoiser):
             return self
         if self.pruned.index is None:
             raise ValueError("tolerance: takes a machine with an index, or one that sums over all windows")
-        return self._sampling(budget=None, tolerance=tolerance)
+        return self._sampling(budget=None, tolerance=tolerance / self.bank.scale)
 
     def following(self) -> ScoreMachine:
         if self.pruned is None or self.pruned.index is None:

@@ -250,8 +250,6 @@ def _check_pruned(
         return None
     if index is None:
         return engines.Pruned(None, budget, None, seed)
-    if bank.value_range is not None:
-        raise ValueError("index: takes images of bytes, and this bank has a value_range; a budget alone draws images")
     if isinstance(bank, MixedBank):
         raise ValueError("index: takes images of one size; pool a machine with an index for each of MixedBank.banks")
     if not isinstance(index, PatchIndex):
@@ -263,4 +261,5 @@ def _check_pruned(
     if index.bank is not bank:
         # The same images, held otherwise: selections are lists of places in the bank they are from.
         index = PatchIndex(index.path, bank, index.meta)
-    return engines.Pruned(index, budget, tolerance, seed)
+    # Engines sum images divided by the bank's scale, and so is what their pixels may be off by.
+    return engines.Pruned(index, budget, None if tolerance is None else tolerance / bank.scale, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 try:
@@ -14,13 +15,18 @@ except ImportError as error:  # not built, or built for another Python
     missing = f"the C++ extension was not built ({error})"
 
 TILE = 8
-"""Windows that lie side by side in a tile: [pairs of bytes, TILE, 2], each byte less 128."""
+"""Windows that lie side by side in a tile: of bytes [pairs, TILE, 2], each less 128; of floats [2 pairs, TILE]."""
 
 
 def pack(images: Tensor, ids: np.ndarray, sizes: np.ndarray, k: int, threads: int) -> np.ndarray:
-    """The bytes of some windows of uint8 images, cell by cell in whole tiles: [tiles, pairs, TILE, 2]."""
+    """Some windows of images, cell by cell in whole tiles: [tiles, 2 pairs TILE] int8, or float32 of such images."""
     assert native is not None
-    pairs = -(-images.shape[1] * k * k // 2)
-    tiles = np.empty((int((-(-sizes // TILE)).sum()), pairs, TILE, 2), np.int8)
+    values = 2 * -(-images.shape[1] * k * k // 2) * TILE
+    tiles: np.ndarray = np.empty((int((-(-sizes // TILE)).sum()), values), tile_type(images))
     native.pruned_pack(images.numpy(), ids, np.ascontiguousarray(sizes), k, tiles.reshape(-1), threads)
     return tiles
+
+
+def tile_type(images: Tensor) -> type:
+    """Of what tiles of these images hold."""
+    return np.int8 if images.dtype == torch.uint8 else np.float32

@@ -247,22 +247,25 @@ def test_what_little_weight_was_found_says_is_bounded_by_the_values():
     assert (ps.merge(nothing, nothing).stderr == 2 * SCALE).all()
 
 
-@pytest.mark.parametrize("channels", [8, 16])
-def test_an_index_of_more_than_four_channels_is_left_to_exact_sums_with_a_warning(channels, tmp_path):
+@pytest.mark.parametrize("channels", [4, 16])
+def test_an_index_of_latents_finds_the_heaviest_windows_in_their_own_units(channels, tmp_path):
+    """Opened again; k = 3 of four channels lies in the cells, of 16 it is read from the images."""
     pytest.importorskip("faiss", reason="FAISS cannot be imported")
-    bank = ps.PatchBank(smooth_images(20, channels, 18, 18))
-    index = ps.PatchIndex.build(bank, 3, tmp_path / "index", progress=False)
-    z = noisy(bank, 1.0, dtype=torch.float32)
-    with pytest.warns(RuntimeWarning, match=f"'pruned' cannot serve: it takes up to 4 channels, not {channels}; the"):
-        found = ps.EquivariantLocalScore(bank, 3, engine="pruned", index=index, budget=0.1).estimate(z, 1.0)
-    assert found.engine == "sliding"
-    assert (found.mean == ps.EquivariantLocalScore(bank, 3, engine="sliding").denoise(z, 1.0)).all()
-
-
-def test_an_index_of_latents_is_refused_as_it_compares_bytes(tmp_path):
-    bank = ps.PatchBank(latents(), value_range="data")
-    with pytest.raises(ValueError, match="index: takes images of bytes, and this bank has a value_range; a budget"):
-        ps.EquivariantLocalScore(bank, 3, index=object(), budget=0.1)
+    bank = ps.PatchBank(latents(8, channels), value_range="data")
+    ps.PatchIndex.build(bank, 3, tmp_path / "index", progress=False)
+    index = ps.PatchIndex.open(tmp_path / "index", bank, verify=True)
+    z, sigma, pixels = noisy(bank, 2.0, dtype=torch.float32)[0], 2.0, [(1, 1), (5, 4)]
+    hits = index.search(z, sigma, k=6, pixels=pixels)
+    windows = bank.chunk(0, len(bank), torch.float64).unfold(2, 3, 1).unfold(3, 3, 1)  # [N, C, rows, cols, 3, 3]
+    for pixel, (i, j) in enumerate(pixels):
+        query = z[None, :, i - 1 : i + 2, j - 1 : j + 2].double()
+        away = (windows - query[:, :, None, None]).square().sum((1, 4, 5)).flatten()
+        nearest = away.sort().values[:6]
+        assert torch.allclose(hits.distance[pixel], nearest, rtol=1e-5)
+        assert torch.allclose(hits.weight[pixel], torch.exp(-(nearest - nearest[0]) / (2 * sigma**2)), rtol=1e-3)
+        where = hits.image[pixel] * windows[0, 0, ..., 0, 0].numel() + (hits.row[pixel] - 1) * windows.shape[3]
+        assert torch.allclose(away[where + hits.col[pixel] - 1], nearest, rtol=1e-5)
+    assert hits.proven.all()
 
 
 @pytest.mark.parametrize("engine", ["reference", "sliding"])

@@ -15,24 +15,27 @@ namespace {
 
 constexpr double LN2 = 0.693147180559945309;
 
+template <int MOST>
 struct VisitedMoments {  // sums over the windows of a visit
-    float wu[MOST_CHANNELS], wq[MOST_CHANNELS], wx;
-    float w2u[MOST_CHANNELS], w2q[MOST_CHANNELS], w2uq[MOST_CHANNELS], w2qq[MOST_CHANNELS], w2x, w2x2;
+    float wu[MOST], wq[MOST], wx;
+    float w2u[MOST], w2q[MOST], w2uq[MOST], w2qq[MOST], w2x, w2x2;
 };
 
-struct Totals {  // of w u, w q, w x
-    double u[MOST_CHANNELS], q[MOST_CHANNELS], x;
+template <int MOST>
+struct TotalsOf {  // of w u, w q, w x
+    double u[MOST], q[MOST], x;
 
-    void add(double times, const Totals& of, int channels) {
+    void add(double times, const TotalsOf& of, int channels) {
         for (int c = 0; c < channels; ++c) u[c] += times * of.u[c], q[c] += times * of.q[c];
         x += times * of.x;
     }
 };
 
-struct Products {  // second moments of totals, w that of the weights
-    double uw[MOST_CHANNELS], uu[MOST_CHANNELS], qw[MOST_CHANNELS], qu[MOST_CHANNELS], qq[MOST_CHANNELS], xw, xx;
+template <int MOST>
+struct ProductsOf {  // second moments of totals, w that of the weights
+    double uw[MOST], uu[MOST], qw[MOST], qu[MOST], qq[MOST], xw, xx;
 
-    void add(double times, const Products& of, int channels) {
+    void add(double times, const ProductsOf& of, int channels) {
         for (int c = 0; c < channels; ++c) {
             uw[c] += times * of.uw[c], uu[c] += times * of.uu[c], qw[c] += times * of.qw[c];
             qu[c] += times * of.qu[c], qq[c] += times * of.qq[c];
@@ -41,7 +44,7 @@ struct Products {  // second moments of totals, w that of the weights
     }
 
     // The outer product of (w, totals) with itself.
-    void add_outer(double times, double w, const Totals& of, int channels) {
+    void add_outer(double times, double w, const TotalsOf<MOST>& of, int channels) {
         for (int c = 0; c < channels; ++c) {
             uw[c] += times * of.u[c] * w, uu[c] += times * of.u[c] * of.u[c], qw[c] += times * of.q[c] * w;
             qu[c] += times * of.q[c] * of.u[c], qq[c] += times * of.q[c] * of.q[c];
@@ -51,7 +54,11 @@ struct Products {  // second moments of totals, w that of the weights
 };
 
 // What a query has added up over the cells of one part.
-struct MomentSums {
+template <int MOST>
+struct MomentSumsOf {
+    using Totals = TotalsOf<MOST>;
+    using Products = ProductsOf<MOST>;
+
     Totals all{}, hits{};
     Products within{}, of_hits{};  // covariance in surely visited strata; raw second moments of the others' totals
     Totals heavy[TRIMMED];         // weighted means of the visits in Sums::heavy
@@ -62,14 +69,14 @@ struct MomentSums {
         heavy[at] = mean;
     }
 
-    void add(const MomentSums& from, int channels) {
+    void add(const MomentSumsOf& from, int channels) {
         all.add(1, from.all, channels), hits.add(1, from.hits, channels);
         within.add(1, from.within, channels), of_hits.add(1, from.of_hits, channels);
     }
 
     // A visit of n windows with weights w, by the factor they are expanded by; it is a hit, or `a` takes what is
     // squared in the sample to the variance of the stratum's total.
-    void enter(double w, const VisitedMoments& lanes, double factor, bool hit, double a, double n, int channels) {
+    void enter(double w, const VisitedMoments<MOST>& lanes, double factor, bool hit, double a, double n, int channels) {
         const Totals visit = totals_of(lanes, channels);
         all.add(factor, visit, channels);
         if (hit) {
@@ -87,7 +94,7 @@ struct MomentSums {
         within.add_outer(-a / n, w, visit, channels);
     }
 
-    static Totals totals_of(const VisitedMoments& lanes, int channels) {
+    static Totals totals_of(const VisitedMoments<MOST>& lanes, int channels) {
         Totals visit{};
         for (int c = 0; c < channels; ++c) visit.u[c] = lanes.wu[c], visit.q[c] = lanes.wq[c];
         visit.x = lanes.wx;
@@ -123,7 +130,8 @@ void add_expected(double a, const float* value, const float* square, int channel
 struct VarianceOf {
     double variance, observed;
 
-    VarianceOf(double s, double ss, const Totals& total, const Products& covariance, int c) {
+    template <int MOST>
+    VarianceOf(double s, double ss, const TotalsOf<MOST>& total, const ProductsOf<MOST>& covariance, int c) {
         const double mean = total.u[c] / s;
         variance = std::max(0.0, total.q[c] / s - mean * mean);
         // s times the derivatives by the totals of w and w u; that by the total of w q is 1.

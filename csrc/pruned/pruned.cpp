@@ -5,8 +5,10 @@
 #include "pruned.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -22,24 +24,61 @@ constexpr int PARTS = 32;
 constexpr int TOGETHER = 64;     // queries that are planned together, so that a table of moments is read once for all
 constexpr int PILOT_CELLS = 64;  // where the first known windows of a query are looked for, at most
 constexpr int SWEEPS = 4;        // over the pixels, of neighbours proposing their known windows
+constexpr int FEW_CHANNELS = 4;  // up to so many are added up in less room
+
+// How images of a type of pixels are held in tiles, and compared. A score grows with the weight.
+template <typename Pixel>
+struct Held;
+
+template <>
+struct Held<uint8_t> {
+    using Stored = int8_t;
+    using Query = int16_t;
+    using Score = int32_t;
+    static constexpr Score NONE = INT32_MIN;
+    static constexpr uint8_t NOTHING = 0x80;
+    static double value(uint8_t pixel) { return pixel / 127.5 - 1; }
+    static constexpr Score about(Score score) { return score; }
+};
+
+template <>
+struct Held<float> {
+    using Stored = float;
+    using Query = float;
+    using Score = float;
+    static constexpr Score NONE = -FLT_MAX;
+    static constexpr float NOTHING = 0;
+    static double value(float pixel) { return pixel; }
+    // What a score of the same window may be where its terms are added up in another order.
+    static constexpr Score about(Score score) { return score * 1.00001f; }
+};
+
+template <typename Pixel>
+using StoredOf = typename Held<Pixel>::Stored;
+template <typename Pixel>
+using QueryOf = typename Held<Pixel>::Query;
+template <typename Pixel>
+using ScoreOf = typename Held<Pixel>::Score;
 
 struct ScanVisit {
     int32_t query, cell;
     int32_t first, tiles;  // tiles first, first + 1, .. of the cell, wrapping around
     float units;           // 0: a stratum that is surely visited; else tiles of the stratum over the expected hits
-    int32_t ref;
 };
 
+template <typename Pixel, int MOST>
 struct Visited {  // sums over the windows of a visit
-    float w, w2, wv[MOST_CHANNELS], w2v[MOST_CHANNELS], w2v2[MOST_CHANNELS];
-    int32_t largest;
+    float w, w2, wv[MOST], w2v[MOST], w2v2[MOST];
+    ScoreOf<Pixel> largest;
 };
 
 // The heaviest windows known of a query, the heaviest first. They are counted surely and weigh nothing in the sample.
-struct Known {
-    int32_t least = INT32_MAX;  // of t
+template <typename Pixel>
+struct KnownOf {
+    using Score = ScoreOf<Pixel>;
+    Score least = std::numeric_limits<Score>::max();  // of the scores
     int32_t count = 0;
-    int32_t t[MOST_KNOWN];  // dot - 2^shift |p|^2
+    Score t[MOST_KNOWN];  // scores
     int64_t id[MOST_KNOWN];
     int8_t sweep[MOST_KNOWN];  // of neighbours' proposals in which it was found, 0 before them
 
@@ -49,7 +88,7 @@ struct Known {
         return false;
     }
 
-    void offer(int32_t value, int64_t window, int since, int most) {
+    void offer(Score value, int64_t window, int since, int most) {
         if (count == most && value < least) return;
         int at = count;
         while (at > 0 && (value > t[at - 1] || (value == t[at - 1] && window < id[at - 1]))) --at;
@@ -60,7 +99,7 @@ struct Known {
         least = t[count - 1];
     }
 
-    void offer(const Known& others, int most) {
+    void offer(const KnownOf& others, int most) {
         for (int i = 0; i < others.count; ++i) offer(others.t[i], others.id[i], 0, most);
     }
 };
@@ -68,40 +107,42 @@ struct Known {
 #define PS_KERNEL "../pruned/scan-inl.h"
 #include "../common/each-level-inl.h"
 
+template <typename Pixel, int MOST>
 struct Level {
     const char* name;
     decltype(&plain::moments) moments;
     decltype(&plain::measures) measures;
     decltype(&plain::windows_at) windows_at;
-    decltype(&plain::pack) pack;
-    decltype(&plain::facts_of) facts_of;
-    decltype(&plain::compare_tile) compare_tile;
-    decltype(&plain::compare_window) compare_window;
-    decltype(&plain::scan_tiles<false>) scan_tiles;
-    decltype(&plain::scan_tiles<true>) scan_moments;
+    decltype(&plain::pack<Pixel>) pack;
+    decltype(&plain::facts_of<Pixel, MOST>) facts_of;
+    decltype(&plain::compare_tile<Pixel, MOST>) compare_tile;
+    decltype(&plain::compare_window<Pixel>) compare_window;
+    decltype(&plain::scan_tiles<false, Pixel, MOST>) scan_tiles;
+    decltype(&plain::scan_tiles<true, Pixel, MOST>) scan_moments;
 };
 
 // TileFacts is laid out alike in every namespace.
-using TileFacts = plain::TileFacts;
+using plain::TileFacts;
 
 template <typename F, typename G>
 F as(G g) {
     return reinterpret_cast<F>(g);
 }
 
-#define PS_LEVEL_OF(name)                                               \
-    {#name,                                                             \
-     name::moments,                                                     \
-     name::measures,                                                    \
-     name::windows_at,                                                  \
-     name::pack,                                                        \
-     as<decltype(&plain::facts_of)>(&name::facts_of),                   \
-     as<decltype(&plain::compare_tile)>(&name::compare_tile),           \
-     name::compare_window,                                              \
-     as<decltype(&plain::scan_tiles<false>)>(&name::scan_tiles<false>), \
-     as<decltype(&plain::scan_tiles<true>)>(&name::scan_tiles<true>)}
+#define PS_LEVEL_OF(name)                                                                         \
+    {#name,                                                                                       \
+     name::moments,                                                                               \
+     name::measures,                                                                              \
+     name::windows_at,                                                                            \
+     name::pack<Pixel>,                                                                           \
+     as<decltype(&plain::facts_of<Pixel, MOST>)>(&name::facts_of<Pixel, MOST>),                   \
+     as<decltype(&plain::compare_tile<Pixel, MOST>)>(&name::compare_tile<Pixel, MOST>),           \
+     name::compare_window<Pixel>,                                                                 \
+     as<decltype(&plain::scan_tiles<false, Pixel, MOST>)>(&name::scan_tiles<false, Pixel, MOST>), \
+     as<decltype(&plain::scan_tiles<true, Pixel, MOST>)>(&name::scan_tiles<true, Pixel, MOST>)}
 
-const Level LEVELS[] = {
+template <typename Pixel, int MOST>
+const Level<Pixel, MOST> LEVELS[] = {
 #if defined(__x86_64__)
     PS_LEVEL_OF(avx512),
     PS_LEVEL_OF(avx2),
@@ -122,23 +163,25 @@ double uniform(uint64_t key, uint64_t number) { return double(mixed(key ^ mixed(
 int64_t tiles_of(int64_t windows) { return (windows + TILE - 1) / TILE; }
 
 // The heaviest window of a visit to a part of a stratum: its weight, expanded and as it is; mean values of the visit.
+template <int MOST>
 struct Heavy {
-    double expanded, weight, mean[MOST_CHANNELS];
+    double expanded, weight, mean[MOST];
 };
 
 // What a query has added up over the cells of one part.
-struct Sums {
-    double s = 0, s2 = 0, v[MOST_CHANNELS] = {};
-    double ss = 0, vs[MOST_CHANNELS] = {}, vv[MOST_CHANNELS] = {}, fourth = 0;  // surely visited strata
-    double hits = 0, y = 0, yv[MOST_CHANNELS] = {}, yy = 0, yyv[MOST_CHANNELS] = {}, yvv[MOST_CHANNELS] = {}, y4 = 0;
+template <typename Pixel, int MOST>
+struct SumsOf {
+    double s = 0, s2 = 0, v[MOST] = {};
+    double ss = 0, vs[MOST] = {}, vv[MOST] = {}, fourth = 0;  // surely visited strata
+    double hits = 0, y = 0, yv[MOST] = {}, yy = 0, yyv[MOST] = {}, yvv[MOST] = {}, y4 = 0;
     int64_t windows = 0;
-    int32_t largest = INT32_MIN;
+    ScoreOf<Pixel> largest = Held<Pixel>::NONE;
     int heavies = 0;
-    Known found;           // windows heavier than the lightest that was known
-    Heavy heavy[TRIMMED];  // the largest, in descending order
+    KnownOf<Pixel> found;        // windows heavier than the lightest that was known
+    Heavy<MOST> heavy[TRIMMED];  // the largest, in descending order
 
     // Where it was put, TRIMMED if nowhere.
-    int take(const Heavy& found) {
+    int take(const Heavy<MOST>& found) {
         int at = heavies;
         while (at > 0 && found.expanded > heavy[at - 1].expanded) --at;
         if (at >= TRIMMED) return TRIMMED;
@@ -149,9 +192,20 @@ struct Sums {
     }
 };
 
+template <typename Pixel, int MOST>
 class Scan {
+    using Tile = StoredOf<Pixel>;
+    using Score = ScoreOf<Pixel>;
+    using Known = KnownOf<Pixel>;
+    using Sums = SumsOf<Pixel, MOST>;
+    using Facts = TileFacts<Pixel, MOST>;
+    using Totals = TotalsOf<MOST>;
+    using Products = ProductsOf<MOST>;
+    using MomentSums = MomentSumsOf<MOST>;
+    static constexpr Score NONE = Held<Pixel>::NONE;
+
     const Request& request;
-    const Level& level;
+    const Level<Pixel, MOST>& level;
     ThreadPool& pool;
     Interrupt& interrupt;
     const int channels;
@@ -162,7 +216,7 @@ class Scan {
     std::vector<Known> known;
     std::vector<std::vector<ScanVisit>> pilots;  // cells of each query that hold heavy windows
     std::vector<double> budget;                  // windows of each query
-    std::vector<int32_t> refs;
+    std::vector<Score> refs;
     std::vector<double> expected;  // log2 of the expected sum
     std::vector<double> sampled;   // and of that of the strata that are not evaluated whole
     std::vector<double> model;     // [queries, 1 + 2 channels] expected variance, about 2^ref
@@ -173,7 +227,7 @@ class Scan {
     std::vector<MomentSums> moment_sums;  // [queries] of a scan
 
 public:
-    Scan(const Request& request, const Level& level, ThreadPool& pool, Interrupt& interrupt)
+    Scan(const Request& request, const Level<Pixel, MOST>& level, ThreadPool& pool, Interrupt& interrupt)
         : request(request),
           level(level),
           pool(pool),
@@ -239,10 +293,11 @@ private:
 
     bool is_whole(int q) const { return request.whole || budget[size_t(q)] > request.largest_budget; }
 
-    const int8_t* tile_at(int64_t cell, int64_t tile, int8_t* scratch) const {
-        if (request.tiles) return request.tiles + (tile_start[size_t(cell)] + tile) * request.images.tile_bytes();
-        thread_local std::vector<uint8_t> rows;
-        rows.resize(size_t(request.images.tile_bytes()));
+    const Tile* tile_at(int64_t cell, int64_t tile, Tile* scratch) const {
+        const int64_t values = request.images.tile_values();
+        if (request.tiles) return static_cast<const Tile*>(request.tiles) + (tile_start[size_t(cell)] + tile) * values;
+        thread_local std::vector<Pixel> rows;
+        rows.resize(size_t(values));
         level.pack(request.images, ids_of(cell, tile), windows_in(cell, tile), rows.data(), scratch);
         return scratch;
     }
@@ -290,7 +345,7 @@ private:
     void plan_whole(int q) {
         for (int64_t c = 0; c < request.cells; ++c)
             if (request.sizes[c])
-                planned[size_t(q)].push_back({q, int32_t(c), 0, int32_t(tiles_of(request.sizes[c])), 0, 0});
+                planned[size_t(q)].push_back({q, int32_t(c), 0, int32_t(tiles_of(request.sizes[c])), 0});
     }
 
     void plan_together(const int* queries, int count, Scratch& x) {
@@ -394,7 +449,7 @@ private:
                 const int64_t taken = wanted >= request.policy.certain_from * n || tiles <= 2
                                           ? tiles
                                           : std::min(tiles, std::max<int64_t>(2, tiles_of(int64_t(std::ceil(wanted)))));
-                visits.push_back({q, int32_t(cell), int32_t(start_of(cell, tiles)), int32_t(taken), 0, 0});
+                visits.push_back({q, int32_t(cell), int32_t(start_of(cell, tiles)), int32_t(taken), 0});
                 whole = taken == tiles;
                 const double f = double(taken) / double(tiles);
                 a = g1 * g1 * (1 - f) / (double(taken) * TILE);
@@ -435,17 +490,17 @@ private:
         pilots[size_t(q)].clear();
         for (int i = 0; i < bests && left > 0; ++i) {
             const int64_t tiles = std::min(left, tiles_of(request.sizes[best[i]]));
-            pilots[size_t(q)].push_back({q, best[i], 0, int32_t(tiles), 0, 0});
+            pilots[size_t(q)].push_back({q, best[i], 0, int32_t(tiles), 0});
             left -= tiles;
         }
     }
 
     ScanVisit hit(int q, int64_t parent, int64_t cell, int64_t tile, float units) const {
-        if (parent < 0) return {q, int32_t(cell), int32_t(tile), 1, units, 0};
+        if (parent < 0) return {q, int32_t(cell), int32_t(tile), 1, units};
         const int64_t at = tile_start[size_t(parent) * LANES] + tile;
         const auto begin = tile_start.begin() + parent * LANES, end = begin + LANES + 1;
         const int64_t c = (std::upper_bound(begin, end, at) - tile_start.begin()) - 1;
-        return {q, int32_t(c), int32_t(at - tile_start[size_t(c)]), 1, units, 0};
+        return {q, int32_t(c), int32_t(at - tile_start[size_t(c)]), 1, units};
     }
 
     static float largest(const float* first, const float* competing, int64_t count) {
@@ -494,13 +549,13 @@ private:
                 int32_t tiles = 0;
                 for (int i = 0; i < many; ++i) tiles = std::max(tiles, some[at + i].tiles);
                 for (int32_t tile = 0; tile < tiles; ++tile) {
-                    int32_t t[4][TILE];
+                    Score t[4][TILE];
                     prepare(cell, c, tile);
                     level.compare_tile(request, some + at, many, cell.tiles[size_t(tile)], cell.facts[size_t(tile)], t);
                     for (int i = 0; i < many; ++i) {
                         Known& own = parts[size_t(part)][size_t(some[at + i].query)];
                         for (int l = 0; l < TILE && tile < some[at + i].tiles; ++l)
-                            if (t[i][l] != INT32_MIN) own.offer(t[i][l], cell.facts[size_t(tile)].ids[l], 0, most);
+                            if (t[i][l] != NONE) own.offer(t[i][l], cell.facts[size_t(tile)].ids[l], 0, most);
                     }
                 }
             }
@@ -515,16 +570,15 @@ private:
         for (int sweep = 1; width && sweep <= SWEEPS; ++sweep) {
             const std::vector<Known> before = known;
             pool.each(height, [&](int64_t y, int) {
-                std::vector<uint8_t> bytes(size_t(request.images.values()));
+                std::vector<Pixel> room(size_t(request.images.values()));
                 for (int x = 0; x < width; ++x) {
                     if (y > 0)
-                        propose(int(y) * width + x, before[size_t((y - 1) * width + x)], 1, 0, sweep, bytes.data());
+                        propose(int(y) * width + x, before[size_t((y - 1) * width + x)], 1, 0, sweep, room.data());
                     if (y + 1 < height)
-                        propose(int(y) * width + x, before[size_t((y + 1) * width + x)], -1, 0, sweep, bytes.data());
-                    if (x > 0)
-                        propose(int(y) * width + x, before[size_t(y * width + x - 1)], 0, 1, sweep, bytes.data());
+                        propose(int(y) * width + x, before[size_t((y + 1) * width + x)], -1, 0, sweep, room.data());
+                    if (x > 0) propose(int(y) * width + x, before[size_t(y * width + x - 1)], 0, 1, sweep, room.data());
                     if (x + 1 < width)
-                        propose(int(y) * width + x, before[size_t(y * width + x + 1)], 0, -1, sweep, bytes.data());
+                        propose(int(y) * width + x, before[size_t(y * width + x + 1)], 0, -1, sweep, room.data());
                 }
             });
             if (interrupt.stopped(true)) return false;
@@ -536,13 +590,13 @@ private:
     bool recall() {
         const int64_t per_image = int64_t(request.images.rows()) * request.images.cols();
         pool.each((request.queries + TOGETHER - 1) / TOGETHER, [&](int64_t block, int) {
-            std::vector<uint8_t> bytes(size_t(request.images.values()));
+            std::vector<Pixel> room(size_t(request.images.values()));
             for (int q = int(block) * TOGETHER; q < std::min(request.queries, int(block + 1) * TOGETHER); ++q) {
                 Known& own = known[size_t(q)];
                 for (int i = 0; i < MOST_KNOWN; ++i) {
                     const int64_t id = request.remembered[q * MOST_KNOWN + i];
                     if (id < 0 || own.holds(id) || (request.allowed && !request.allowed[id / per_image])) continue;
-                    own.offer(level.compare_window(request, q, id, bytes.data()), id, 0, request.policy.known);
+                    own.offer(level.compare_window(request, q, id, room.data()), id, 0, request.policy.known);
                     ++request.pairs[q];
                 }
             }
@@ -551,8 +605,8 @@ private:
     }
 
     // What a neighbour has known for longer it has proposed before.
-    void propose(int q, const Known& neighbour, int down, int right, int sweep, uint8_t* bytes) {
-        const ByteImages& images = request.images;
+    void propose(int q, const Known& neighbour, int down, int right, int sweep, Pixel* room) {
+        const Images& images = request.images;
         const int64_t cols = images.cols(), per_image = images.rows() * cols;
         Known& own = known[size_t(q)];
         for (int i = 0; i < neighbour.count; ++i) {
@@ -560,18 +614,19 @@ private:
             const int64_t at = neighbour.id[i] % per_image;
             const int64_t row = at / cols + down, col = at % cols + right, id = neighbour.id[i] + down * cols + right;
             if (row < 0 || col < 0 || row >= images.rows() || col >= cols || own.holds(id)) continue;
-            own.offer(level.compare_window(request, q, id, bytes), id, sweep, request.policy.known);
+            own.offer(level.compare_window(request, q, id, room), id, sweep, request.policy.known);
             ++request.pairs[q];
         }
     }
 
     // Where sums are accumulated about: the heaviest window known, or one of a few that are visited.
-    int32_t reference_of(int q) {
+    Score reference_of(int q) {
         float* centre = request.v2 ? &centres[size_t(q) * size_t(channels)] : nullptr;
         if (known[size_t(q)].count) {
-            double sums[1 + MOST_CHANNELS] = {}, values[MOST_CHANNELS];
+            double sums[1 + MOST] = {}, values[MOST];
             for (int i = 0; centre && i < known[size_t(q)].count; ++i) {
-                const double w = std::exp2((double(known[size_t(q)].t[i]) - known[size_t(q)].t[0]) * request.bits[q]);
+                const double off = double(known[size_t(q)].t[i]) - double(known[size_t(q)].t[0]);
+                const double w = std::exp2(off * request.bits[q]);
                 value_of(known[size_t(q)].id[i], values);
                 sums[0] += w;
                 for (int c = 0; c < channels; ++c) sums[1 + c] += w * values[c];
@@ -579,16 +634,16 @@ private:
             for (int c = 0; centre && c < channels; ++c) centre[c] = float(sums[1 + c] / sums[0]);
             return known[size_t(q)].t[0];
         }
-        std::vector<int8_t> scratch(size_t(request.images.tile_bytes()));
+        std::vector<Tile> scratch(size_t(request.images.tile_values()));
         for (const ScanVisit& visit : planned[size_t(q)]) {
-            const int8_t* bytes = tile_at(visit.cell, visit.first, scratch.data());
-            TileFacts facts;
-            int32_t t[1][TILE];
-            level.facts_of(bytes, request, ids_of(visit.cell, visit.first), windows_in(visit.cell, visit.first), facts);
-            level.compare_tile(request, &visit, 1, bytes, facts, t);
+            const Tile* tile = tile_at(visit.cell, visit.first, scratch.data());
+            Facts facts;
+            Score t[1][TILE];
+            level.facts_of(tile, request, ids_of(visit.cell, visit.first), windows_in(visit.cell, visit.first), facts);
+            level.compare_tile(request, &visit, 1, tile, facts, t);
             const int64_t at = std::max_element(t[0], t[0] + TILE) - t[0];
             for (int c = 0; centre && c < channels; ++c) centre[c] = facts.value[c][at];
-            if (t[0][at] != INT32_MIN) return t[0][at];
+            if (t[0][at] != NONE) return t[0][at];
         }
         return 0;
     }
@@ -602,9 +657,9 @@ private:
             std::vector<int> again;
             for (const int q : left) {
                 const Sums& sum = sums[size_t(q)];
-                const double off = (double(sum.largest) - refs[size_t(q)]) * request.bits[q];
+                const double off = (double(sum.largest) - double(refs[size_t(q)])) * request.bits[q];
                 // A known window is the heaviest, unless a heavier one is found.
-                const bool far = off > 50 || (off < -50 && sum.largest != INT32_MIN && !known[size_t(q)].count);
+                const bool far = off > 50 || (off < -50 && sum.largest != NONE && !known[size_t(q)].count);
                 if (far && round < 3) {
                     refs[size_t(q)] = sum.largest, again.push_back(q);
                     for (int c = 0; request.v2 && sum.s > 0 && c < channels; ++c)
@@ -621,8 +676,6 @@ private:
     }
 
     bool scan(const std::vector<int>& queries, std::vector<Sums>& total) {
-        for (int q : queries)
-            for (ScanVisit& visit : planned[size_t(q)]) visit.ref = refs[size_t(q)];
         std::vector<std::vector<Sums>> parts(PARTS, std::vector<Sums>(size_t(request.queries)));
         std::vector<std::vector<MomentSums>> moments(PARTS,
                                                      std::vector<MomentSums>(request.v2 ? size_t(request.queries) : 0));
@@ -637,13 +690,13 @@ private:
                 int many = 1;
                 while (many < 4 && at + many < count && visits[at + many].first == visits[at].first) ++many;
                 for (int t = 0; t < visits[at].tiles; ++t) prepare(cell, c, (visits[at].first + t) % tiles);
-                Visited found[4];
+                Visited<Pixel, MOST> found[4];
                 Known* heavier[4];
                 for (int i = 0; i < many; ++i) heavier[i] = &parts[size_t(part)][size_t(visits[at + i].query)].found;
-                VisitedMoments more[4];
-                (request.v2 ? level.scan_moments : level.scan_tiles)(request, cell.tiles.data(), cell.facts.data(),
-                                                                     int(tiles), visits + at, many, known.data(),
-                                                                     centres.data(), heavier, found, more);
+                VisitedMoments<MOST> more[4];
+                (request.v2 ? level.scan_moments : level.scan_tiles)(
+                    request, cell.tiles.data(), cell.facts.data(), int(tiles), visits + at, many, refs.data(),
+                    known.data(), centres.data(), heavier, found, more);
                 for (int i = 0; i < many; ++i) {
                     const size_t q = size_t(visits[at + i].query);
                     enter(visits[at + i], found[i], tiles, c, parts[size_t(part)][q],
@@ -661,11 +714,11 @@ private:
         return true;
     }
 
-    // The tiles of the cell that is looked at, and what they hold besides bytes; ready once they were asked for.
+    // The tiles of the cell that is looked at, and what they hold besides windows; ready once they were asked for.
     struct Cell {
-        std::vector<int8_t> bytes;
-        std::vector<const int8_t*> tiles;
-        std::vector<TileFacts> facts;
+        std::vector<Tile> gathered;
+        std::vector<const Tile*> tiles;
+        std::vector<Facts> facts;
         std::vector<uint8_t> ready;
     };
 
@@ -673,7 +726,7 @@ private:
         if (cell.ready[size_t(tile)]) return;
         cell.ready[size_t(tile)] = 1;
         if (!request.tiles && tile + 1 < tiles_of(request.sizes[c])) fetch(c, tile + 1);
-        int8_t* room = request.tiles ? nullptr : cell.bytes.data() + tile * request.images.tile_bytes();
+        Tile* room = request.tiles ? nullptr : cell.gathered.data() + tile * request.images.tile_values();
         cell.tiles[size_t(tile)] = tile_at(c, tile, room);
         level.facts_of(cell.tiles[size_t(tile)], request, ids_of(c, tile), windows_in(c, tile),
                        cell.facts[size_t(tile)]);
@@ -681,18 +734,21 @@ private:
 
     // Has what a tile is made of brought from memory.
     void fetch(int64_t c, int64_t tile) const {
-        const ByteImages& images = request.images;
-        const auto lines = [](const void* from, int64_t bytes) {
-            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at);
+        const Images& images = request.images;
+        const auto lines = [](const auto* from, int64_t count) {
+            for (int64_t at = 0; at < count * int64_t(sizeof *from); at += 64)
+                __builtin_prefetch((const char*)from + at);
         };
         if (request.tiles)
-            return lines(request.tiles + (tile_start[size_t(c)] + tile) * images.tile_bytes(), 2 * images.tile_bytes());
+            return lines(
+                static_cast<const Tile*>(request.tiles) + (tile_start[size_t(c)] + tile) * images.tile_values(),
+                2 * images.tile_values());
         const int64_t plane = int64_t(images.height) * images.width, per_image = int64_t(images.rows()) * images.cols();
         const int64_t* ids = ids_of(c, tile);
         for (int l = 0; l < windows_in(c, tile); ++l) {
             const int64_t image = ids[l] / per_image, row = ids[l] % per_image / images.cols();
             for (int ch = 0; ch < channels; ++ch)
-                lines(images.pixels + (image * channels + ch) * plane + row * images.width,
+                lines(static_cast<const Pixel*>(images.pixels) + (image * channels + ch) * plane + row * images.width,
                       int64_t(images.patch_size) * images.width);
         }
     }
@@ -713,7 +769,7 @@ private:
         for (int part = 1; part < PARTS; ++part)
             edges[size_t(part)] =
                 std::lower_bound(begin.begin(), begin.end() - 1, begin.back() / PARTS * part) - begin.begin();
-        const int64_t tile_bytes = request.images.tile_bytes();
+        const int64_t tile_values = request.images.tile_values();
         pool.each(PARTS, [&](int64_t part, int) {
             Cell cell;
             const int64_t end = edges[size_t(part) + 1];
@@ -727,8 +783,8 @@ private:
                 const size_t tiles = size_t(tiles_of(request.sizes[c]));
                 cell.ready.assign(tiles, 0);
                 if (cell.tiles.size() < tiles) cell.tiles.resize(tiles), cell.facts.resize(tiles);
-                if (!request.tiles && cell.bytes.size() < tiles * size_t(tile_bytes))
-                    cell.bytes.resize(tiles * size_t(tile_bytes));
+                if (!request.tiles && cell.gathered.size() < tiles * size_t(tile_values))
+                    cell.gathered.resize(tiles * size_t(tile_values));
                 look(part, c, cell, &visits[size_t(begin[size_t(c)])], count);
             }
         });
@@ -736,8 +792,8 @@ private:
     }
 
     // Adds a visit's windows to its query: Horvitz-Thompson totals, and their variance.
-    void enter(const ScanVisit& visit, const Visited& lanes, int64_t tiles, int64_t c, Sums& sum, MomentSums* more,
-               const VisitedMoments& more_lanes) const {
+    void enter(const ScanVisit& visit, const Visited<Pixel, MOST>& lanes, int64_t tiles, int64_t c, Sums& sum,
+               MomentSums* more, const VisitedMoments<MOST>& more_lanes) const {
         const double w = lanes.w, w2 = lanes.w2;
         double n = double(visit.tiles) * TILE;
         const int64_t last = tiles * TILE - request.sizes[c];  // lanes that the last tile lacks
@@ -749,10 +805,10 @@ private:
         const double y = factor * w;
         sum.s += y, sum.s2 += factor * w2;
         if (factor > 1 && w > 0) {
-            const double heaviest =
-                std::min(w, std::exp2((double(lanes.largest) - visit.ref) * request.bits[visit.query]));
+            const double heaviest = std::min(
+                w, std::exp2((double(lanes.largest) - double(refs[size_t(visit.query)])) * request.bits[visit.query]));
             if (sum.heavies < TRIMMED || factor * heaviest > sum.heavy[TRIMMED - 1].expanded) {
-                Heavy heavy{factor * heaviest, heaviest, {}};
+                Heavy<MOST> heavy{factor * heaviest, heaviest, {}};
                 for (int ch = 0; ch < channels; ++ch) heavy.mean[ch] = lanes.wv[ch] / w;
                 const int at = sum.take(heavy);
                 if (more && at < TRIMMED) {
@@ -801,13 +857,13 @@ private:
 
     // The values of a window's centre pixel.
     void value_of(int64_t id, double* values) const {
-        const ByteImages& images = request.images;
+        const Images& images = request.images;
         const int64_t cols = images.cols(), per_image = images.rows() * cols,
                       plane = int64_t(images.height) * images.width;
         const int64_t image = id / per_image, at = id % per_image, r = images.patch_size / 2;
-        const uint8_t* pixel =
-            images.pixels + image * channels * plane + (at / cols + r) * images.width + at % cols + r;
-        for (int c = 0; c < channels; ++c) values[c] = pixel[c * plane] / 127.5 - 1;
+        const Pixel* pixel = static_cast<const Pixel*>(images.pixels) + image * channels * plane +
+                             (at / cols + r) * images.width + at % cols + r;
+        for (int c = 0; c < channels; ++c) values[c] = Held<Pixel>::value(pixel[c * plane]);
     }
 
     // The sums that moments take, and their errors. Expected variances are `about` times those of the model, whose
@@ -818,7 +874,7 @@ private:
         const double* variance = &model[size_t(q) * (1 + 2 * size_t(C))];
         const double* more = &moments_model[size_t(q) * (2 + 2 * size_t(C))];
         const double share = degrees < 0 ? 1 : degrees / (degrees + request.policy.prior_degrees);
-        double found[MOST_CHANNELS], foreseen[MOST_CHANNELS], all_found = 0, all_foreseen = 0;
+        double found[MOST], foreseen[MOST], all_found = 0, all_foreseen = 0;
         for (int c = 0; c < C; ++c) {
             const VarianceOf of(s, ss, total, covariance, c);
             const double mean = v[c] / s;
@@ -843,13 +899,14 @@ private:
     // The sums of a query; false where the sample knows nothing.
     bool finish(int q, const Sums& sum) const {
         const int C = channels;
-        const double m = request.bits[q] * refs[size_t(q)] - request.base[q];  // log2 of the reference weight
-        double s = sum.s, s2 = sum.s2, v[MOST_CHANNELS];
+        const double m = request.bits[q] * double(refs[size_t(q)]) - request.base[q];  // log2 of the reference weight
+        double s = sum.s, s2 = sum.s2, v[MOST];
         std::copy(sum.v, sum.v + C, v);
         Totals more = request.v2 ? moment_sums[size_t(q)].all : Totals{};
         for (int i = 0; i < known[size_t(q)].count; ++i) {
-            const double x = (double(known[size_t(q)].t[i]) - refs[size_t(q)]) * request.bits[q], w = std::exp2(x);
-            double value[MOST_CHANNELS];
+            const double x = (double(known[size_t(q)].t[i]) - double(refs[size_t(q)])) * request.bits[q];
+            const double w = std::exp2(x);
+            double value[MOST];
             value_of(known[size_t(q)].id[i], value);
             s += w, s2 += w * w, more.x += w * x;
             for (int c = 0; c < C; ++c) v[c] += w * value[c];
@@ -861,7 +918,7 @@ private:
         // Expanded weights beyond a share of the sum are trimmed.
         const double share = std::pow(double(std::max<int64_t>(sum.windows, 1)), -request.policy.trimming);
         for (int i = 0; share < 1 && i < sum.heavies; ++i) {
-            const Heavy& heavy = sum.heavy[i];
+            const Heavy<MOST>& heavy = sum.heavy[i];
             const double most = std::max(heavy.weight, share / (1 - share) * (s - heavy.expanded));
             const double cut = std::max(0.0, heavy.expanded - most);
             s -= cut, s2 -= cut * heavy.weight;
@@ -876,7 +933,7 @@ private:
         const double ss = sum.ss + hh;
         const double fourth = sum.fourth + (h > 0 ? std::max(sum.y4 - mean * sum.yy * sum.yy, hh * hh / h) : 0);
         const double degrees = fourth > 0 ? ss * ss / fourth : 0;
-        double vs[MOST_CHANNELS], vv[MOST_CHANNELS], found = 0, foreseen = 0;  // and the variances of the ratio
+        double vs[MOST], vv[MOST], found = 0, foreseen = 0;  // and the variances of the ratio
         const double* variance = &model[size_t(q) * (1 + 2 * size_t(C))];
         // Where the sample holds more weight than was expected, so does its variance: the coefficient of variation
         // stays.
@@ -919,31 +976,49 @@ private:
     }
 };
 
-}  // namespace
-
-bool pruned_scan(const Request& request, int threads, const std::string& simd, Poll poll) {
-    Interrupt interrupt;
-    interrupt.poll = poll;
+template <typename Pixel, int MOST>
+bool scan(const Request& request, int threads, const std::string& simd, Interrupt& interrupt) {
     ThreadPool pool(std::max(1, threads), interrupt);
-    return Scan(request, choose_level(LEVELS, simd), pool, interrupt)();
+    return Scan<Pixel, MOST>(request, choose_level(LEVELS<Pixel, MOST>, simd), pool, interrupt)();
 }
 
-void pruned_pack(const ByteImages& images, const int64_t* ids, const int64_t* sizes, int64_t cells, int8_t* tiles,
-                 int threads) {
+template <typename Pixel>
+void pack(const Images& images, const int64_t* ids, const int64_t* sizes, int64_t cells, StoredOf<Pixel>* tiles,
+          int threads) {
     std::vector<int64_t> windows(size_t(cells) + 1), starts(size_t(cells) + 1);
     for (int64_t c = 0; c < cells; ++c) {
         windows[size_t(c) + 1] = windows[size_t(c)] + sizes[c];
         starts[size_t(c) + 1] = starts[size_t(c)] + tiles_of(sizes[c]);
     }
-    const Level& level = choose_level(LEVELS, "");
+    const auto& level = choose_level(LEVELS<Pixel, FEW_CHANNELS>, "");
     Interrupt interrupt;
     ThreadPool pool(std::max(1, threads), interrupt);
     pool.each(cells, [&](int64_t c, int) {
-        std::vector<uint8_t> rows(size_t(images.tile_bytes()));
+        std::vector<Pixel> rows(size_t(images.tile_values()));
         for (int64_t t = 0; t < tiles_of(sizes[c]); ++t)
             level.pack(images, ids + windows[size_t(c)] + t * TILE, int(std::min<int64_t>(TILE, sizes[c] - t * TILE)),
-                       rows.data(), tiles + (starts[size_t(c)] + t) * images.tile_bytes());
+                       rows.data(), tiles + (starts[size_t(c)] + t) * images.tile_values());
     });
+}
+
+}  // namespace
+
+bool pruned_scan(const Request& request, int threads, const std::string& simd, Poll poll) {
+    Interrupt interrupt;
+    interrupt.poll = poll;
+    const bool few = request.images.channels <= FEW_CHANNELS;
+    const auto run = request.images.floats ? few ? &scan<float, FEW_CHANNELS> : &scan<float, MOST_CHANNELS>
+                     : few                 ? &scan<uint8_t, FEW_CHANNELS>
+                                           : &scan<uint8_t, MOST_CHANNELS>;
+    return run(request, threads, simd, interrupt);
+}
+
+void pruned_pack(const Images& images, const int64_t* ids, const int64_t* sizes, int64_t cells, void* tiles,
+                 int threads) {
+    if (images.floats)
+        pack<float>(images, ids, sizes, cells, static_cast<float*>(tiles), threads);
+    else
+        pack<uint8_t>(images, ids, sizes, cells, static_cast<int8_t*>(tiles), threads);
 }
 
 }  // namespace patchscore

@@ -12,7 +12,7 @@ namespace patchscore {
 
 constexpr int LANES = 16;  // strata whose moments are computed together; cells under one parent
 constexpr int TILE = 8;    // windows side by side: the sampling unit
-constexpr int MOST_CHANNELS = 4;
+constexpr int MOST_CHANNELS = 16;
 constexpr int MOST_KNOWN = 16;
 constexpr int TRIMMED = 8;  // windows of a query whose weights may be trimmed
 
@@ -38,25 +38,27 @@ struct Strata {
     const float *value, *value_square;  // [count, channels] means over the stratum's windows
 };
 
-struct ByteImages {
-    const uint8_t* pixels;  // [count, channels, height, width]
+struct Images {
+    const void* pixels;  // [count, channels, height, width], bytes or floats
+    bool floats;
     int64_t count;
     int channels, height, width, patch_size;
     int rows() const { return height - patch_size + 1; }
     int cols() const { return width - patch_size + 1; }
     int values() const { return channels * patch_size * patch_size; }
-    int pairs() const { return (values() + 1) / 2; }  // of bytes, one step of a dot product
-    int64_t tile_bytes() const { return int64_t(pairs()) * 2 * TILE; }
+    int pairs() const { return (values() + 1) / 2; }  // of values, one step of a comparison
+    int64_t tile_values() const { return int64_t(pairs()) * 2 * TILE; }
 };
 
 // Queries of one noisy image at one noise level.
 struct Request {
-    ByteImages images;
+    Images images;
     int64_t cells;  // whole parents of LANES
     int rank;
     const int64_t* sizes;    // [cells] stored windows
     const int64_t* ids;      // [windows] image * rows * cols + row * cols + col, cell by cell
-    const int8_t* tiles;     // the windows' bytes less 128, cell by cell in tiles [pairs][TILE][2]; null reads images
+    const void* tiles;       // the windows, cell by cell: int8 bytes less 128 in tiles [pairs][TILE][2], or floats in
+                             // tiles [2 pairs][TILE]; null reads images
     const uint8_t* allowed;  // [images] which compete, null for all
     Strata parents, children;
 
@@ -64,9 +66,11 @@ struct Request {
     int columns;            // of the grid of pixels that the queries are; 0 if they are none
     const float* features;  // [queries, rank]
     const float* rest;      // [queries] squared norm beyond the axes
-    const int16_t* digits;  // [queries, 2 pairs] query in units of a byte, less 128, times 2^(1 + shift)
-    const int32_t* shift;   // [queries]
-    const double* bits;     // [queries] log2 of the weight for each unit of (dot - 2^shift |p|^2)
+    const void* windows;    // [queries, 2 pairs] of bytes: int16, in units of a byte, less 128, times 2^(1 + shift);
+                            // of floats: float
+    const int32_t* shift;   // [queries] 0 of floats
+    const double* bits;     // [queries] log2 of the weight for each unit of the score: of bytes dot - 2^shift |p|^2, of
+                            // floats -|q - p|^2
     const double* base;     // [queries] to be taken off that
     double budget;          // windows a query
     double largest_budget;  // beyond which every window of a query is evaluated
@@ -86,8 +90,8 @@ struct Request {
 // False if `poll` asked to stop.
 bool pruned_scan(const Request& request, int threads, const std::string& simd, Poll poll);
 
-// The tiles of some windows, cell by cell: sizes [cells], ids [sum of sizes].
-void pruned_pack(const ByteImages& images, const int64_t* ids, const int64_t* sizes, int64_t cells, int8_t* tiles,
+// The tiles of some windows, cell by cell: sizes [cells], ids [sum of sizes]; int8 of bytes, float of floats.
+void pruned_pack(const Images& images, const int64_t* ids, const int64_t* sizes, int64_t cells, void* tiles,
                  int threads);
 
 }  // namespace patchscore

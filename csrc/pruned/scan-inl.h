@@ -1,5 +1,8 @@
 // The arithmetic of engine `pruned`, compiled once for each instruction set: expected weights of LANES strata, and the
 // sums over the windows of one cell. Included by pruned.cpp through common/each-level-inl.h.
+//
+// Windows of bytes are compared by dot products in integers, windows of floats by the squares of their differences;
+// what differs between the two are overloads on the type of a tile. The rest is written once, for both.
 
 typedef float v8 __attribute__((vector_size(32), aligned(16)));
 typedef int32_t i8 __attribute__((vector_size(32), aligned(16)));
@@ -106,91 +109,115 @@ PS_INLINE bool any_of(i8 mask) {
 #endif
 }
 
-// What a cell's tiles hold besides their bytes.
-struct TileFacts {
-    i8 norm;     // |p|^2
-    i8 present;  // -1 where the lane holds a window that competes
-    const int64_t* ids;
-    v8 value[MOST_CHANNELS];
+template <typename Pixel>
+struct VectorOf;
+template <>
+struct VectorOf<uint8_t> {
+    typedef i8 Scores;
+};
+template <>
+struct VectorOf<float> {
+    typedef v8 Scores;
 };
 
-static void facts_of(const int8_t* tile, const Request& request, const int64_t* ids, int count, TileFacts& facts) {
-    const ByteImages& images = request.images;
+// What a cell's tiles hold besides their windows.
+template <typename Pixel, int MOST>
+struct TileFacts {
+    typename VectorOf<Pixel>::Scores norm;  // of bytes, |p|^2
+    i8 present;                             // -1 where the lane holds a window that competes
+    const int64_t* ids;
+    v8 value[MOST];
+};
+
+PS_INLINE i8 norm_of(const int8_t* tile, int pairs) {
     i8 norm{};
 #if PS_LEVEL >= 256
     __m256i sum = _mm256_setzero_si256();
-    for (int d = 0; d < images.pairs(); ++d) {
+    for (int d = 0; d < pairs; ++d) {
         const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(tile + d * 2 * TILE)));
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, a));
     }
     norm = (i8)sum;
 #else
-    for (int d = 0; d < images.pairs(); ++d)
+    for (int d = 0; d < pairs; ++d)
         for (int l = 0; l < TILE; ++l) {
             const int a = tile[(d * TILE + l) * 2], b = tile[(d * TILE + l) * 2 + 1];
             norm[l] += a * a + b * b;
         }
 #endif
-    facts.norm = norm, facts.ids = ids;
+    return norm;
+}
+
+PS_INLINE v8 norm_of(const float*, int) { return v8{}; }
+
+// The values of pixel number `at` of a tile's windows.
+PS_INLINE v8 values_at(const int8_t* tile, int at) {
+    v8 x{};
+    for (int l = 0; l < TILE; ++l) x[l] = (tile[(at / 2 * TILE + l) * 2 + at % 2] + 0.5f) / 127.5f;
+    return x;
+}
+
+PS_INLINE v8 values_at(const float* tile, int at) {
+    const v8 x = load(tile + at * TILE);
+    return x - x == 0.0f ? x : v8{};  // a damaged file may hold anything
+}
+
+template <typename Pixel, int MOST>
+static void facts_of(const StoredOf<Pixel>* tile, const Request& request, const int64_t* ids, int count,
+                     TileFacts<Pixel, MOST>& facts) {
+    const Images& images = request.images;
+    facts.norm = norm_of(tile, images.pairs()), facts.ids = ids;
     const int64_t per_image = int64_t(images.rows()) * images.cols();
     for (int l = 0; l < TILE; ++l)
         facts.present[l] = l < count && (!request.allowed || request.allowed[ids[l] / per_image]) ? -1 : 0;
     const int area = images.patch_size * images.patch_size;
-    for (int c = 0; c < images.channels; ++c) {
-        const int at = c * area + area / 2;
-        for (int l = 0; l < TILE; ++l) facts.value[c][l] = (tile[(at / 2 * TILE + l) * 2 + at % 2] + 0.5f) / 127.5f;
-    }
+    for (int c = 0; c < images.channels; ++c) facts.value[c] = values_at(tile, c * area + area / 2);
 }
 
-// The bytes of a window, row by row.
-template <int SIDE>
-PS_INLINE void copy_window(const ByteImages& images, int64_t id, uint8_t* to) {
+// The pixels of a window, row by row.
+template <int SIDE, typename Pixel>
+PS_INLINE void copy_window_of(const Images& images, int64_t id, Pixel* to) {
     const int side = SIDE > 0 ? SIDE : images.patch_size;
     const int64_t cols = images.cols(), per_image = images.rows() * cols, plane = int64_t(images.height) * images.width;
     const int64_t image = id / per_image, at = id % per_image;
-    const uint8_t* from = images.pixels + image * images.channels * plane + at / cols * images.width + at % cols;
+    const Pixel* from = static_cast<const Pixel*>(images.pixels) + image * images.channels * plane +
+                        at / cols * images.width + at % cols;
     for (int c = 0; c < images.channels; ++c, from += plane)
-        for (int y = 0; y < side; ++y, to += side) __builtin_memcpy(to, from + y * images.width, size_t(side));
+        for (int y = 0; y < side; ++y, to += side)
+            __builtin_memcpy(to, from + y * images.width, size_t(side) * sizeof(Pixel));
 }
 
-PS_INLINE void copy_window(const ByteImages& images, int64_t id, uint8_t* to) {
+template <typename Pixel>
+PS_INLINE void copy_window(const Images& images, int64_t id, Pixel* to) {
     switch (images.patch_size) {
         case 3:
-            return copy_window<3>(images, id, to);
+            return copy_window_of<3>(images, id, to);
         case 5:
-            return copy_window<5>(images, id, to);
+            return copy_window_of<5>(images, id, to);
         case 7:
-            return copy_window<7>(images, id, to);
+            return copy_window_of<7>(images, id, to);
         case 9:
-            return copy_window<9>(images, id, to);
+            return copy_window_of<9>(images, id, to);
         case 11:
-            return copy_window<11>(images, id, to);
+            return copy_window_of<11>(images, id, to);
         case 13:
-            return copy_window<13>(images, id, to);
+            return copy_window_of<13>(images, id, to);
         case 15:
-            return copy_window<15>(images, id, to);
+            return copy_window_of<15>(images, id, to);
         case 17:
-            return copy_window<17>(images, id, to);
+            return copy_window_of<17>(images, id, to);
         default:
-            return copy_window<0>(images, id, to);
+            return copy_window_of<0>(images, id, to);
     }
 }
 
-// Gathers up to TILE windows from their images into a tile. `rows` has room for as many bytes as a tile.
-static void pack(const ByteImages& images, const int64_t* ids, int count, uint8_t* rows, int8_t* out) {
-    const int pairs = images.pairs(), values = images.values(), stride = 2 * pairs;
-    for (int l = 0; l < TILE; ++l) {
-        uint8_t* to = rows + l * stride;
-        to[stride - 1] = 0x80;  // where the number of values is odd
-        if (l >= count)
-            std::memset(to, 0x80, size_t(values));
-        else
-            copy_window(images, ids[l], to);
-    }
+// Eight windows, a row each, as a tile [pairs][TILE][2] of bytes less 128.
+PS_INLINE void transpose(const uint8_t* rows, int pairs, int8_t* out) {
+    const int stride = 2 * pairs;
     int d = 0;
 #if PS_LEVEL >= 256
     const __m128i middle = _mm_set1_epi8(int8_t(0x80));
-    for (; d + TILE <= pairs; d += TILE) {  // transposes TILE x TILE pairs
+    for (; d + TILE <= pairs; d += TILE) {  // TILE x TILE pairs
         __m128i x[TILE], y[TILE];
         for (int l = 0; l < TILE; ++l) x[l] = _mm_loadu_si128((const __m128i*)(rows + l * stride + 2 * d));
         for (int l = 0; l < TILE / 2; ++l) {
@@ -211,10 +238,51 @@ static void pack(const ByteImages& images, const int64_t* ids, int count, uint8_
             for (int i = 0; i < 2; ++i) out[(d * TILE + l) * 2 + i] = int8_t(rows[l * stride + 2 * d + i] ^ 0x80);
 }
 
+// The same of floats, as a tile [2 pairs][TILE].
+PS_INLINE void transpose(const float* rows, int pairs, float* out) {
+    const int stride = 2 * pairs;
+    int d = 0;
+#if PS_LEVEL >= 256
+    for (; d + TILE <= stride; d += TILE) {  // TILE x TILE values: by ones, by twos, by fours
+        __m256 x[TILE], y[TILE];
+        for (int l = 0; l < TILE; ++l) x[l] = _mm256_loadu_ps(rows + l * stride + d);
+        for (int l = 0; l < TILE; l += 2) {
+            y[l] = _mm256_unpacklo_ps(x[l], x[l + 1]), y[l + 1] = _mm256_unpackhi_ps(x[l], x[l + 1]);
+        }
+        for (int l = 0; l < TILE; l += 4)
+            for (int h = 0; h < 2; ++h) {
+                x[l + 2 * h] = _mm256_shuffle_ps(y[l + h], y[l + h + 2], 0x44);
+                x[l + 2 * h + 1] = _mm256_shuffle_ps(y[l + h], y[l + h + 2], 0xEE);
+            }
+        for (int l = 0; l < TILE / 2; ++l) {
+            _mm256_storeu_ps(out + (d + l) * TILE, _mm256_permute2f128_ps(x[l], x[l + 4], 0x20));
+            _mm256_storeu_ps(out + (d + l + 4) * TILE, _mm256_permute2f128_ps(x[l], x[l + 4], 0x31));
+        }
+    }
+#endif
+    for (; d < stride; ++d)
+        for (int l = 0; l < TILE; ++l) out[d * TILE + l] = rows[l * stride + d];
+}
+
+// Gathers up to TILE windows from their images into a tile. `rows` has room for as many pixels as a tile.
+template <typename Pixel>
+static void pack(const Images& images, const int64_t* ids, int count, Pixel* rows, StoredOf<Pixel>* out) {
+    const int pairs = images.pairs(), values = images.values(), stride = 2 * pairs;
+    for (int l = 0; l < TILE; ++l) {
+        Pixel* to = rows + l * stride;
+        to[stride - 1] = Held<Pixel>::NOTHING;  // where the number of values is odd
+        if (l >= count)
+            std::fill(to, to + values, Held<Pixel>::NOTHING);
+        else
+            copy_window(images, ids[l], to);
+    }
+    transpose(rows, pairs, out);
+}
+
 // Dot products of QUERIES queries with TILES tiles of windows.
 // Not inlined: what the caller holds would push the sums out of the registers.
 template <int QUERIES, int TILES>
-__attribute__((noinline)) static void dots(const int8_t* const* tiles, int pairs, const int16_t* const* digits,
+__attribute__((noinline)) static void meet(const int8_t* const* tiles, int pairs, const int16_t* const* windows,
                                            i8 (*out)[4]) {
 #if PS_LEVEL >= 256
     __m256i acc[TILES][QUERIES];
@@ -226,7 +294,7 @@ __attribute__((noinline)) static void dots(const int8_t* const* tiles, int pairs
             window[t] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(tiles[t] + d * 2 * TILE)));
         for (int q = 0; q < QUERIES; ++q) {
             int32_t pair;
-            __builtin_memcpy(&pair, digits[q] + 2 * d, 4);
+            __builtin_memcpy(&pair, windows[q] + 2 * d, 4);
             const __m256i x = _mm256_set1_epi32(pair);
             for (int t = 0; t < TILES; ++t) acc[t][q] = _mm256_add_epi32(acc[t][q], _mm256_madd_epi16(window[t], x));
         }
@@ -239,53 +307,99 @@ __attribute__((noinline)) static void dots(const int8_t* const* tiles, int pairs
             i8 sum{};
             for (int d = 0; d < pairs; ++d)
                 for (int l = 0; l < TILE; ++l)
-                    sum[l] += digits[q][2 * d] * tiles[t][(d * TILE + l) * 2] +
-                              digits[q][2 * d + 1] * tiles[t][(d * TILE + l) * 2 + 1];
+                    sum[l] += windows[q][2 * d] * tiles[t][(d * TILE + l) * 2] +
+                              windows[q][2 * d + 1] * tiles[t][(d * TILE + l) * 2 + 1];
             out[t][q] = sum;
         }
 #endif
 }
 
-// Dot products of the queries of up to 4 visits with one tile or two.
-PS_INLINE void dots_of(const int8_t* const* tiles, int count, int pairs, const int16_t* const* digits, int many,
-                       i8 (*out)[4]) {
-    if (count == 2) {
-        if (many == 1)
-            dots<1, 2>(tiles, pairs, digits, out);
-        else if (many == 2)
-            dots<2, 2>(tiles, pairs, digits, out);
-        else
-            dots<4, 2>(tiles, pairs, digits, out);
-    } else {
-        if (many == 1)
-            dots<1, 1>(tiles, pairs, digits, out);
-        else if (many == 2)
-            dots<2, 1>(tiles, pairs, digits, out);
-        else
-            dots<4, 1>(tiles, pairs, digits, out);
+// Less the squared distances of QUERIES queries from TILES tiles of windows; even and odd values apart where that fills
+// the pipeline. Sums of RUN values are added up apart, which keeps the rounding error of wide windows small.
+template <int QUERIES, int TILES>
+__attribute__((noinline)) static void meet(const float* const* tiles, int pairs, const float* const* windows,
+                                           v8 (*out)[4]) {
+    constexpr int STEP = QUERIES * TILES < 8 ? 2 : 1, RUN = 64;
+    for (int t = 0; t < TILES; ++t)
+        for (int q = 0; q < QUERIES; ++q) out[t][q] = v8{};
+    for (int d = 0; d < 2 * pairs;) {
+        v8 acc[STEP][TILES][QUERIES];
+        for (auto& half : acc)
+            for (auto& tile : half)
+                for (v8& sum : tile) sum = v8{};
+        for (const int end = d + RUN < 2 * pairs ? d + RUN : 2 * pairs; d < end; d += STEP)
+            for (int h = 0; h < STEP; ++h) {
+                v8 window[TILES];
+                for (int t = 0; t < TILES; ++t) window[t] = load(tiles[t] + (d + h) * TILE);
+                for (int q = 0; q < QUERIES; ++q)
+                    for (int t = 0; t < TILES; ++t) {
+                        const v8 away = window[t] - windows[q][d + h];
+                        acc[h][t][q] -= away * away;
+                    }
+            }
+        for (int t = 0; t < TILES; ++t)
+            for (int q = 0; q < QUERIES; ++q)
+                out[t][q] += STEP == 2 ? acc[0][t][q] + acc[STEP - 1][t][q] : acc[0][t][q];
     }
 }
 
-// dot - 2^shift |p|^2 of up to 4 queries with a tile; INT32_MIN where no window competes.
-static void compare_tile(const Request& request, const ScanVisit* visits, int many, const int8_t* tile,
-                         const TileFacts& facts, int32_t (*out)[TILE]) {
-    const int pairs = request.images.pairs();
-    const int16_t* digits[4];
-    for (int i = 0; i < 4; ++i) digits[i] = request.digits + int64_t(visits[i < many ? i : 0].query) * 2 * pairs;
-    i8 dot[1][4];
-    dots_of(&tile, 1, pairs, digits, many, dot);
+// The queries of up to 4 visits with one tile or two.
+template <typename Tile, typename Query, typename Scores>
+PS_INLINE void meet_all(const Tile* const* tiles, int count, int pairs, const Query* const* windows, int many,
+                        Scores (*out)[4]) {
+    if (count == 2) {
+        if (many == 1)
+            meet<1, 2>(tiles, pairs, windows, out);
+        else if (many == 2)
+            meet<2, 2>(tiles, pairs, windows, out);
+        else
+            meet<4, 2>(tiles, pairs, windows, out);
+    } else {
+        if (many == 1)
+            meet<1, 1>(tiles, pairs, windows, out);
+        else if (many == 2)
+            meet<2, 1>(tiles, pairs, windows, out);
+        else
+            meet<4, 1>(tiles, pairs, windows, out);
+    }
+}
+
+// A score, of a tile's facts and what `meet` found: of bytes dot - 2^shift |p|^2, of floats -|q - p|^2.
+PS_INLINE i8 score_of(i8 dot, i8 norm, int shift) { return dot - (norm << shift); }
+PS_INLINE v8 score_of(v8 score, v8, int) { return score; }
+
+template <typename Pixel>
+PS_INLINE const QueryOf<Pixel>* window_of(const Request& request, int query) {
+    return static_cast<const QueryOf<Pixel>*>(request.windows) + int64_t(query) * 2 * request.images.pairs();
+}
+
+// The scores of up to 4 queries with a tile; NONE where no window competes.
+template <typename Pixel, int MOST>
+static void compare_tile(const Request& request, const ScanVisit* visits, int many, const StoredOf<Pixel>* tile,
+                         const TileFacts<Pixel, MOST>& facts, ScoreOf<Pixel> (*out)[TILE]) {
+    typedef typename VectorOf<Pixel>::Scores Scores;
+    const QueryOf<Pixel>* windows[4];
+    for (int i = 0; i < 4; ++i) windows[i] = window_of<Pixel>(request, visits[i < many ? i : 0].query);
+    Scores met[1][4];
+    meet_all(&tile, 1, request.images.pairs(), windows, many, met);
     for (int i = 0; i < many; ++i) {
-        const i8 t = dot[0][i] - (facts.norm << request.shift[visits[i].query]);
-        const i8 seen = facts.present ? t : i8{} + INT32_MIN;
+        const Scores t = score_of(met[0][i], facts.norm, request.shift[visits[i].query]);
+        const Scores seen = facts.present & (t == t) ? t : Scores{} + Held<Pixel>::NONE;
         for (int l = 0; l < TILE; ++l) out[i][l] = seen[l];
     }
 }
 
-// The same of one query with a window in its image. `bytes` has room for it.
-static int32_t compare_window(const Request& request, int query, int64_t id, uint8_t* bytes) {
-    const int pairs = request.images.pairs(), values = request.images.values();
-    const int16_t* digits = request.digits + int64_t(query) * 2 * pairs;
-    copy_window(request.images, id, bytes);
+PS_INLINE float sum_of(v8 x) {
+    typedef float v4 __attribute__((vector_size(16)));
+    v4 low, high;
+    __builtin_memcpy(&low, &x, 16);
+    __builtin_memcpy(&high, (const char*)&x + 16, 16);
+    low += high;
+    return (low[0] + low[2]) + (low[1] + low[3]);
+}
+
+// The score of one query with one window, whose pixels are at hand.
+PS_INLINE int32_t compare_pixels(const int16_t* query, const uint8_t* bytes, int values, int shift) {
     int32_t dot = 0, norm = 0;
     int d = 0;
 #if PS_LEVEL >= 256
@@ -294,36 +408,58 @@ static int32_t compare_window(const Request& request, int query, int64_t id, uin
         const __m128i centred =
             _mm_xor_si128(_mm_loadu_si128((const __m128i*)(bytes + d)), _mm_set1_epi8(int8_t(0x80)));
         const __m256i p = _mm256_cvtepi8_epi16(centred);
-        dots = _mm256_add_epi32(dots, _mm256_madd_epi16(p, _mm256_loadu_si256((const __m256i*)(digits + d))));
+        dots = _mm256_add_epi32(dots, _mm256_madd_epi16(p, _mm256_loadu_si256((const __m256i*)(query + d))));
         norms = _mm256_add_epi32(norms, _mm256_madd_epi16(p, p));
     }
     for (int l = 0; l < TILE; ++l) dot += ((i8)dots)[l], norm += ((i8)norms)[l];
 #endif
     for (; d < values; ++d) {
         const int32_t byte = int32_t(bytes[d]) - 128;
-        dot += digits[d] * byte, norm += byte * byte;
+        dot += query[d] * byte, norm += byte * byte;
     }
-    return dot - (norm << request.shift[query]);
+    return dot - (norm << shift);
+}
+
+PS_INLINE float compare_pixels(const float* query, const float* pixels, int values, int) {
+    v8 sums{};
+    int d = 0;
+    for (; d + TILE <= values; d += TILE) {
+        const v8 away = load(query + d) - load(pixels + d);
+        sums += away * away;
+    }
+    float sum = sum_of(sums);
+    for (; d < values; ++d) sum += (query[d] - pixels[d]) * (query[d] - pixels[d]);
+    return -sum;
+}
+
+// The score of one query with a window in its image. `room` is for its pixels.
+template <typename Pixel>
+static ScoreOf<Pixel> compare_window(const Request& request, int query, int64_t id, Pixel* room) {
+    copy_window(request.images, id, room);
+    return compare_pixels(window_of<Pixel>(request, query), room, request.images.values(), request.shift[query]);
 }
 
 // Lane sums of a visit: w, w^2, then w v, w^2 v, w^2 v^2 of each channel.
+template <typename Pixel, int MOST>
 struct Lanes {
-    v8 w, w2, wv[MOST_CHANNELS], w2v[MOST_CHANNELS], w2v2[MOST_CHANNELS];
-    i8 largest;
+    v8 w, w2, wv[MOST], w2v[MOST], w2v2[MOST];
+    typename VectorOf<Pixel>::Scores largest;
 };
 
 // And what moments take, about the query's centre: see VisitedMoments.
+template <int MOST>
 struct MomentLanes {
-    v8 wu[MOST_CHANNELS], wq[MOST_CHANNELS], wx;
-    v8 w2u[MOST_CHANNELS], w2q[MOST_CHANNELS], w2uq[MOST_CHANNELS], w2qq[MOST_CHANNELS], w2x, w2x2;
+    v8 wu[MOST], wq[MOST], wx;
+    v8 w2u[MOST], w2q[MOST], w2uq[MOST], w2qq[MOST], w2x, w2x2;
 };
 
-template <bool MOMENTS>
-PS_INLINE void weigh(i8 dot, const TileFacts& facts, int shift, int32_t ref, float bits, const Known& known,
-                     int channels, const float* centre, Lanes& sums, MomentLanes& more, Known& found) {
-    const i8 t = dot - (facts.norm << shift);
-    i8 present = facts.present;
-    const i8 heavy = present & (t >= known.least);
+template <bool MOMENTS, typename Pixel, int MOST>
+PS_INLINE void weigh(typename VectorOf<Pixel>::Scores t, const TileFacts<Pixel, MOST>& facts, ScoreOf<Pixel> ref,
+                     float bits, const KnownOf<Pixel>& known, int channels, const float* centre,
+                     Lanes<Pixel, MOST>& sums, MomentLanes<MOST>& more, KnownOf<Pixel>& found) {
+    typedef typename VectorOf<Pixel>::Scores Scores;
+    i8 present = facts.present & (t == t);
+    const i8 heavy = present & (t >= Held<Pixel>::about(known.least));
     if (__builtin_expect(any_of(heavy), 0))
         for (int l = 0; l < TILE; ++l)
             if (heavy[l]) {
@@ -332,7 +468,7 @@ PS_INLINE void weigh(i8 dot, const TileFacts& facts, int shift, int32_t ref, flo
                 else
                     found.offer(t[l], facts.ids[l], 0, MOST_KNOWN);
             }
-    const i8 seen = present ? t : i8{} + INT32_MIN;
+    const Scores seen = present ? t : Scores{} + Held<Pixel>::NONE;
     sums.largest = seen > sums.largest ? seen : sums.largest;
     v8 x = __builtin_convertvector(t - ref, v8) * bits;
     x = x < 60.0f ? x : v8{} + 60.0f;
@@ -355,63 +491,57 @@ PS_INLINE void weigh(i8 dot, const TileFacts& facts, int shift, int32_t ref, flo
     }
 }
 
-PS_INLINE float sum_of(v8 x) {
-    typedef float v4 __attribute__((vector_size(16)));
-    v4 low, high;
-    __builtin_memcpy(&low, &x, 16);
-    __builtin_memcpy(&high, (const char*)&x + 16, 16);
-    low += high;
-    return (low[0] + low[2]) + (low[1] + low[3]);
-}
-
 // Sums of up to 4 visits over their tiles; tile t of a visit is tiles[(first + t) % count]. All start at the same tile,
-// the first has the most. out: w, w^2, then w v, w^2 v, w^2 v^2 of each channel; more with MOMENTS alone.
-template <bool MOMENTS>
-static void scan_tiles(const Request& request, const int8_t* const* tiles, const TileFacts* facts, int count,
-                       const ScanVisit* visits, int many, const Known* known, const float* centres, Known* const* found,
-                       Visited* out, VisitedMoments* more_out) {
+// the first has the most. refs: scores of each query about which it sums. out: w, w^2, then w v, w^2 v, w^2 v^2 of each
+// channel; more with MOMENTS alone.
+template <bool MOMENTS, typename Pixel, int MOST>
+static void scan_tiles(const Request& request, const StoredOf<Pixel>* const* tiles, const TileFacts<Pixel, MOST>* facts,
+                       int count, const ScanVisit* visits, int many, const ScoreOf<Pixel>* refs,
+                       const KnownOf<Pixel>* known, const float* centres, KnownOf<Pixel>* const* found,
+                       Visited<Pixel, MOST>* out, VisitedMoments<MOST>* more_out) {
+    typedef typename VectorOf<Pixel>::Scores Scores;
     const int pairs = request.images.pairs(), channels = request.images.channels, all = many;
-    const int16_t* digits[4];
-    Lanes sums[4];
-    MomentLanes more[MOMENTS ? 4 : 1];
-    for (int i = 0; i < 4; ++i) digits[i] = request.digits + int64_t(visits[i < many ? i : 0].query) * 2 * pairs;
+    const QueryOf<Pixel>* windows[4];
+    Lanes<Pixel, MOST> sums[4];
+    MomentLanes<MOST> more[MOMENTS ? 4 : 1];
+    for (int i = 0; i < 4; ++i) windows[i] = window_of<Pixel>(request, visits[i < many ? i : 0].query);
     for (int i = 0; i < many; ++i) {
-        sums[i] = Lanes{};
-        sums[i].largest = i8{} + INT32_MIN;
-        if (MOMENTS) more[i] = MomentLanes{};
+        sums[i] = Lanes<Pixel, MOST>{};
+        sums[i].largest = Scores{} + Held<Pixel>::NONE;
+        if (MOMENTS) more[i] = MomentLanes<MOST>{};
     }
     for (int t = 0; t < visits[0].tiles;) {
         while (many > 1 && visits[many - 1].tiles <= t) --many;
         const int both = many > 1 && t + 1 < visits[many - 1].tiles ? 2 : many == 1 && t + 1 < visits[0].tiles ? 2 : 1;
-        const int8_t* of[2];
-        const TileFacts* about[2];
+        const StoredOf<Pixel>* of[2];
+        const TileFacts<Pixel, MOST>* about[2];
         for (int j = 0; j < both; ++j) {
             const int at = (visits[0].first + t + j) % count;
             of[j] = tiles[at], about[j] = &facts[at];
         }
-        i8 dot[2][4];
-        dots_of(of, both, pairs, digits, many, dot);
+        Scores met[2][4];
+        meet_all(of, both, pairs, windows, many, met);
         for (int i = 0; i < many; ++i) {
-            const ScanVisit& visit = visits[i];
-            const float bits = float(request.bits[visit.query]);
+            const int query = visits[i].query;
+            const float bits = float(request.bits[query]);
             for (int j = 0; j < both; ++j)
-                weigh<MOMENTS>(dot[j][i], *about[j], request.shift[visit.query], visit.ref, bits, known[visit.query],
-                               channels, MOMENTS ? centres + int64_t(visit.query) * channels : nullptr, sums[i],
+                weigh<MOMENTS>(score_of(met[j][i], about[j]->norm, request.shift[query]), *about[j], refs[query], bits,
+                               known[query], channels, MOMENTS ? centres + int64_t(query) * channels : nullptr, sums[i],
                                more[MOMENTS ? i : 0], *found[i]);
         }
         t += both;
     }
     for (int i = 0; i < all; ++i) {
-        Visited& to = out[i];
+        Visited<Pixel, MOST>& to = out[i];
         to.w = sum_of(sums[i].w), to.w2 = sum_of(sums[i].w2);
         for (int c = 0; c < channels; ++c)
             to.wv[c] = sum_of(sums[i].wv[c]), to.w2v[c] = sum_of(sums[i].w2v[c]), to.w2v2[c] = sum_of(sums[i].w2v2[c]);
-        to.largest = INT32_MIN;
+        to.largest = Held<Pixel>::NONE;
         for (int l = 0; l < TILE; ++l)
             if (sums[i].largest[l] > to.largest) to.largest = sums[i].largest[l];
         if (!MOMENTS) continue;
-        VisitedMoments& to_more = more_out[i];
-        const MomentLanes& of = more[MOMENTS ? i : 0];
+        VisitedMoments<MOST>& to_more = more_out[i];
+        const MomentLanes<MOST>& of = more[MOMENTS ? i : 0];
         to_more.wx = sum_of(of.wx), to_more.w2x = sum_of(of.w2x), to_more.w2x2 = sum_of(of.w2x2);
         for (int c = 0; c < channels; ++c) {
             to_more.wu[c] = sum_of(of.wu[c]), to_more.wq[c] = sum_of(of.wq[c]);

@@ -13,7 +13,7 @@ import click
 from ..distributed import Team, build_shards, join
 from ..files import check_writable
 from ..index import PatchIndex
-from .options import Computing, Source, named_table, numbers, one_line_errors, say, source_options
+from .options import VALUE_RANGE, Computing, Source, named_table, numbers, one_line_errors, say, source_options
 
 
 @click.command(
@@ -23,6 +23,7 @@ Examples:
   patchscore index fashion-mnist --patch-sizes 3,5,7 --out fashion.index
   patchscore index cifar.npz --table cifar10-resnet-zeros --out cifar.index
   patchscore sample cifar.npz --index cifar.index --budget 0.01
+  patchscore index latents.safetensors --value-range data --patch-sizes 3,5 --out latents.index
 
 The same command again continues an interrupted build and keeps the sizes that are there.
 """
@@ -36,7 +37,7 @@ The same command again continues an interrupted build and keeps the sizes that a
     type=click.Choice(["zeros", "circular"]),
     default="zeros",
     show_default=True,
-    help="zeros also indexes windows along edges; circular does not need them.",
+    help="Noted in the index; one serves both.",
 )
 @click.option("--rank", type=int, help="Principal axes to keep of a window.  [default: 32, or all]")
 @click.option("--cells", type=int, help="Cells of similar windows.  [default: 16 sqrt(windows)]")
@@ -51,6 +52,7 @@ The same command again continues an interrupted build and keeps the sizes that a
     help="Divide SOURCE into this many parts and index each in its own folder below --out; `sample` opens them on as "
     "many ranks or fewer.  [default: under torchrun one per rank, else no division]",
 )
+@VALUE_RANGE
 @click.option("--verify", is_flag=True, help="Verify the checksum of every file after the build.")
 @one_line_errors
 def index(

@@ -1,7 +1,7 @@
 """PatchIndex: every interior window of a bank, in cells of similar windows, on disk.
 
 Windows are sorted into cells by their principal axes. Moments summarise a cell, so that an engine can predict its
-weight from them alone; the windows themselves are compared byte by byte. Files are mapped, not read.
+weight from them alone; the windows themselves are compared exactly. Files are mapped, not read.
 """
 
 from __future__ import annotations
@@ -235,5 +235,7 @@ class PatchIndex:
             if i not in part.rows or j not in part.cols:
                 raise ValueError(f"pixels: the window of ({i}, {j}) reaches over the border at patch size {part.k}")
         r = part.k // 2
-        windows = torch.stack([z[:, i - r : i + r + 1, j - r : j + r + 1].float() for i, j in pixels])
-        return part.search(windows, sigma, k, nprobe)
+        scale = self.bank.scale  # what is stored is divided by it
+        windows = torch.stack([z[:, i - r : i + r + 1, j - r : j + r + 1].float() for i, j in pixels]) / scale
+        hits = part.search(windows, sigma / scale, k, nprobe)
+        return hits._replace(distance=hits.distance * scale**2)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ..bank import PatchBank
 from ..files import errors_name, write_atomically
 from ..native import native, pack
-from ..pixels import MOST_CHANNELS, to_values
+from ..pixels import to_values
 from . import storage
 from .kmeans import SIBLINGS, Tree, each_in_threads, in_threads
 
@@ -46,7 +46,8 @@ TRAINING_SHARE = 4
 PCA_WINDOWS = 100_000
 
 ROW_BYTES = 147
-"""Windows of at most so many bytes (k = 7 in colour) are stored in the cells; wider ones are read from the images."""
+"""Windows of at most so many bytes (k = 7 in colour, k = 3 of four channels of floats) are stored in the cells; wider
+ones are read from the images."""
 
 CHUNK_WINDOWS = 1 << 18
 """Windows whose cells are found together; fixed, for sums are added up by chunk."""
@@ -239,16 +240,15 @@ class Builder:
 
     def write(self, arrays: dict[str, Tensor], cell: np.ndarray) -> None:
         """Where the windows of each cell lie, in random order, and their bytes."""
-        # Tiles are for the scan of `pruned`, which takes bytes of at most four channels.
-        bytes_ = self.bank.images.dtype == torch.uint8 and self.bank.shape[0] <= MOST_CHANNELS
-        stored = native is not None and bytes_ and self.values <= ROW_BYTES
+        bytes_ = self.values * self.bank.images.itemsize
+        stored = native is not None and bytes_ <= ROW_BYTES
         # Of a mapped file windows are read in the order in which they lie there, and not in that of the cells.
         copied = stored and self.bank.mapped
         sizes = arrays["sizes"].numpy()
         ends = np.cumsum(sizes)
         draws = self.generator.get_state()
         give_back()
-        most = max(CHUNK_WINDOWS, self.memory_limit // 2 // (SORT_BYTES + (self.values if copied else 0)))
+        most = max(CHUNK_WINDOWS, self.memory_limit // 2 // (SORT_BYTES + (bytes_ if copied else 0)))
         with (
             errors_name(self.folder / "ids.bin"),
             open(self.folder / "ids.bin", "wb") as ids_file,
@@ -283,7 +283,8 @@ class Builder:
         And where they are copied: their bytes [count, C, k, k] in the order of their numbers, and where each stands.
         """
         number, key = np.empty(count, np.int64), np.empty(count, np.int64)
-        rows = torch.empty((count, self.bank.shape[0], self.k, self.k), dtype=torch.uint8) if copied else None
+        shape = (count, self.bank.shape[0], self.k, self.k)
+        rows = torch.empty(shape, dtype=self.bank.images.dtype) if copied else None
         filled, step = 0, self.images_in(SCANNED_WINDOWS)
         for image in range(0, len(self.members), step):
             first = image * self.per_image

@@ -1,7 +1,8 @@
 """One patch size of an index: its cells and their moments, its mapped files, and the search through them.
 
 A cell is a run of windows in random order. `ids` says where each lies: image * rows * cols + row * cols + col, counted
-from the first interior window. Small windows also lie in `tiles` as bytes; wider ones are read from the images.
+from the first interior window. Small windows also lie in `tiles`, as bytes or floats; wider ones are read from the
+images.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..native import tile_type
 from ..pixels import to_values
 from .kmeans import SIBLINGS
 
@@ -77,7 +79,7 @@ class IndexedSize:
         if not whole or sum(self.cells.size.tolist()) != len(self.ids):
             raise ValueError(f"{self.folder / 'ids.bin'}: damaged; build the index again")
         rows = self.folder / "rows.bin"
-        self.tiles = np.memmap(rows, np.int8, "r") if rows.stat().st_size else None
+        self.tiles = np.memmap(rows, tile_type(images), "r") if rows.stat().st_size else None
 
     @property
     def windows_per_image(self) -> int:

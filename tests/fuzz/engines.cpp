@@ -167,12 +167,20 @@ void sliding(Bytes& in) {
 
 void pruned(Bytes& in) {
     patchscore::Request request{};
-    patchscore::ByteImages& images = request.images;
-    images.channels = in.between(1, patchscore::MOST_CHANNELS), images.patch_size = 2 * in.between(0, 4) + 1;
+    patchscore::Images& images = request.images;
+    images.floats = in.flip(), images.channels = in.between(1, patchscore::MOST_CHANNELS),
+    images.patch_size = 2 * in.between(0, 4) + 1;
     images.height = images.patch_size + in.between(0, 5), images.width = images.patch_size + in.between(0, 5);
     images.count = in.between(1, 6);
-    const auto pixels = in.array<uint8_t>(size_t(images.count * images.channels * images.height * images.width));
-    images.pixels = pixels.data();
+    const size_t held = size_t(images.count * images.channels * images.height * images.width);
+    std::vector<uint8_t> pixels;
+    std::vector<float> float_pixels;
+    if (images.floats) {
+        for (size_t i = 0; i < held; ++i) float_pixels.push_back(in.unit());
+        images.pixels = float_pixels.data();
+    } else {
+        pixels = in.array<uint8_t>(held), images.pixels = pixels.data();
+    }
     const int parents = in.between(1, 3);
     request.cells = int64_t(parents) * LANES;
     request.rank = in.between(1, std::min(8, images.values()));
@@ -185,12 +193,17 @@ void pruned(Bytes& in) {
         sizes.push_back(size), needed += (size + patchscore::TILE - 1) / patchscore::TILE;
     }
     request.sizes = sizes.data(), request.ids = ids.data();
-    std::vector<int8_t> tiles(size_t(needed * images.tile_bytes()));
+    const size_t room = size_t(needed * images.tile_values());
+    std::vector<int8_t> tiles(images.floats ? 0 : room);
+    std::vector<float> float_tiles(images.floats ? room : 0);
+    void* to = images.floats ? static_cast<void*>(float_tiles.data()) : static_cast<void*>(tiles.data());
     if (in.flip()) {
-        patchscore::pruned_pack(images, ids.data(), sizes.data(), request.cells, tiles.data(), in.between(1, 2));
-        request.tiles = tiles.data();
+        patchscore::pruned_pack(images, ids.data(), sizes.data(), request.cells, to, in.between(1, 2));
+        request.tiles = to;
     } else if (in.flip()) {
-        tiles = in.array<int8_t>(tiles.size()), request.tiles = tiles.data();
+        for (int8_t& x : tiles) x = in.any<int8_t>();
+        for (float& x : float_tiles) x = in.wild();
+        request.tiles = to;
     }
     std::vector<uint8_t> allowed;
     if (in.flip()) {
@@ -230,18 +243,27 @@ void pruned(Bytes& in) {
     std::vector<float> features, rest;
     for (size_t i = 0; i < count * size_t(request.rank); ++i) features.push_back(in.wild());
     for (size_t i = 0; i < count; ++i) rest.push_back(in.wild());
-    std::vector<int16_t> digits(count * width);
+    std::vector<int16_t> digits(images.floats ? 0 : count * width);
+    std::vector<float> windows(images.floats ? count * width : 0);
     std::vector<int32_t> shift;
     std::vector<double> bits, base;
     for (size_t q = 0; q < count; ++q) {
+        bits.push_back(std::exp2(in.between(-60, 4))), base.push_back(double(in.wild()));
+        if (images.floats) {
+            // None larger than engines/pruned/cpu.py lets through.
+            for (int d = 0; d < images.values(); ++d)
+                windows[q * width + size_t(d)] = in.unit() * (in.flip() ? 2.f : 1e12f);
+            shift.push_back(0);
+            continue;
+        }
         // No dot product leaves 30 bits, as engines/pruned/cpu.py sees to.
         const int doublings = in.between(0, 4), values = images.values();
         const int room = (1 << 30) - (1 << doublings) * 16384 * values, most = std::min(32767, room / 128 / values - 1);
         for (int d = 0; d < values; ++d) digits[q * width + size_t(d)] = int16_t(in.any<int16_t>() % (most + 1));
         shift.push_back(doublings);
-        bits.push_back(std::exp2(in.between(-60, 4))), base.push_back(double(in.wild()));
     }
-    request.features = features.data(), request.rest = rest.data(), request.digits = digits.data();
+    request.features = features.data(), request.rest = rest.data(), request.windows = digits.data();
+    if (images.floats) request.windows = windows.data();
     request.shift = shift.data(), request.bits = bits.data(), request.base = base.data();
     request.budget = std::exp2(in.between(0, 12)), request.largest_budget = std::exp2(in.between(0, 12));
     request.whole = in.between(0, 5) == 0, request.key = in.any<uint64_t>();
@@ -261,6 +283,8 @@ void pruned(Bytes& in) {
     std::vector<int64_t> pairs(count);
     request.m = m.data(), request.s = s.data(), request.s2 = s2.data(), request.v = v.data(), request.ss = ss.data();
     request.vs = vs.data(), request.vv = vv.data(), request.fits = fits.data(), request.pairs = pairs.data();
+    std::vector<double> v2(colours), sl(count), qq(colours), ee(count);
+    if (in.flip()) request.v2 = v2.data(), request.sl = sl.data(), request.qq = qq.data(), request.ee = ee.data();
     if (!patchscore::pruned_scan(request, in.between(1, 3), level_of(in), nullptr)) fail("stopped by nobody");
 }
 

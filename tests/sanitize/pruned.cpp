@@ -34,8 +34,10 @@ static T one_of(std::initializer_list<T> choices) {
 // An index of random images whose windows are dealt to cells, and some queries with moments that say little of them.
 struct Case {
     int channels, k, rank, parents, queries;
+    bool moments;
     patchscore::Request request{};
     std::vector<uint8_t> pixels, allowed, fits;
+    std::vector<float> float_pixels, float_tiles, float_windows;
     std::vector<int64_t> sizes, ids, pairs;
     std::vector<int8_t> tiles;
     std::vector<float> features, rest, tables[2], competing[2], value[2], value_square[2];
@@ -43,13 +45,18 @@ struct Case {
     std::vector<int32_t> shift;
     std::vector<double> bits, base;
 
-    Case(int channels, int k, int rank) : channels(channels), k(k), rank(rank) {
-        patchscore::ByteImages& images = request.images;
-        images.channels = channels, images.patch_size = k, images.count = 1 + below(12);
+    Case(bool floats, int channels, int k, int rank) : channels(channels), k(k), rank(rank), moments(chance(0.4f)) {
+        patchscore::Images& images = request.images;
+        images.floats = floats, images.channels = channels, images.patch_size = k, images.count = 1 + below(12);
         images.height = k + below(9), images.width = k + below(9);
-        pixels.resize(size_t(images.count * channels * images.height * images.width));
-        for (uint8_t& x : pixels) x = uint8_t(below(256));
-        images.pixels = pixels.data();
+        const size_t held = size_t(images.count * channels * images.height * images.width);
+        if (floats) {
+            for (size_t i = 0; i < held; ++i) float_pixels.push_back(between(-1, 1));
+            images.pixels = float_pixels.data();
+        } else {
+            for (size_t i = 0; i < held; ++i) pixels.push_back(uint8_t(below(256)));
+            images.pixels = pixels.data();
+        }
         parents = 1 + below(5);
         request.cells = int64_t(parents) * LANES, request.rank = rank;
         deal();
@@ -72,7 +79,7 @@ struct Case {
     }
 
     void deal() {
-        const patchscore::ByteImages& images = request.images;
+        const patchscore::Images& images = request.images;
         std::vector<std::vector<int64_t>> cells(size_t(request.cells));
         const int64_t windows = images.count * images.rows() * images.cols();
         const int used = 1 + below(int(request.cells));  // the others are empty
@@ -85,9 +92,11 @@ struct Case {
         if (chance(0.5f)) {
             int64_t count = 0;
             for (const int64_t size : sizes) count += (size + patchscore::TILE - 1) / patchscore::TILE;
-            tiles.resize(size_t(count * images.tile_bytes()));
-            patchscore::pruned_pack(images, ids.data(), sizes.data(), request.cells, tiles.data(), 2);
-            request.tiles = tiles.data();
+            const size_t room = size_t(count * images.tile_values());
+            void* to = images.floats ? (float_tiles.resize(room), static_cast<void*>(float_tiles.data()))
+                                     : (tiles.resize(room), static_cast<void*>(tiles.data()));
+            patchscore::pruned_pack(images, ids.data(), sizes.data(), request.cells, to, 2);
+            request.tiles = to;
         }
         if (chance(0.3f)) {
             for (int64_t i = 0; i < images.count; ++i) allowed.push_back(i == 0 || chance(0.5f));
@@ -124,7 +133,7 @@ struct Case {
     }
 
     void query() {
-        const patchscore::ByteImages& images = request.images;
+        const patchscore::Images& images = request.images;
         const int columns = 1 + below(6);
         queries = columns * (1 + below(6));
         request.queries = queries, request.columns = chance(0.8f) ? columns : 0;
@@ -132,6 +141,12 @@ struct Case {
         for (int q = 0; q < queries; ++q) {
             for (int j = 0; j < rank; ++j) features.push_back(between(-3, 3));
             rest.push_back(between(0, 20));
+            if (images.floats) {
+                for (int d = 0; d < 2 * images.pairs(); ++d)
+                    float_windows.push_back(d < images.values() ? between(-2, 2) : 0);
+                shift.push_back(0), bits.push_back(1e4 * scale), base.push_back(0);
+                continue;
+            }
             shift.push_back(below(4));
             double square = 0;
             for (int d = 0; d < 2 * images.pairs(); ++d) {
@@ -142,7 +157,8 @@ struct Case {
             const double unit = double(2 << shift.back());
             bits.push_back(2 * scale / unit), base.push_back(scale * square / unit / unit);
         }
-        request.features = features.data(), request.rest = rest.data(), request.digits = digits.data();
+        request.features = features.data(), request.rest = rest.data(), request.windows = digits.data();
+        if (images.floats) request.windows = float_windows.data();
         request.shift = shift.data(), request.bits = bits.data(), request.base = base.data();
     }
 
@@ -152,10 +168,13 @@ struct Case {
         fits.assign(count, 0), pairs.assign(count, 0);
         request.m = m.data(), request.s = s.data(), request.s2 = s2.data(), request.v = v.data();
         request.ss = ss.data(), request.vs = vs.data(), request.vv = vv.data();
+        std::vector<double> v2(colours), sl(count), qq(colours), ee(count);
+        if (moments) request.v2 = v2.data(), request.sl = sl.data(), request.qq = qq.data(), request.ee = ee.data();
         request.fits = fits.data(), request.pairs = pairs.data();
         if (!patchscore::pruned_scan(request, threads, level, nullptr)) std::abort();
         std::vector<double> all;
-        for (const auto* part : {&m, &s, &s2, &v, &ss, &vs, &vv}) all.insert(all.end(), part->begin(), part->end());
+        for (const auto* part : {&m, &s, &s2, &v, &ss, &vs, &vv, &v2, &sl, &qq, &ee})
+            all.insert(all.end(), part->begin(), part->end());
         all.insert(all.end(), fits.begin(), fits.end());
         all.insert(all.end(), pairs.begin(), pairs.end());
         return all;
@@ -165,11 +184,12 @@ struct Case {
 int main() {
     int runs = 0, complaints = 0;
     for (const int k : {1, 3, 5, 7, 17})
-        for (const int channels : {1, 2, 3, 4})
+        for (const int channels : {1, 2, 3, 4, 6, 16})
             for (const int rank : {1, 4, 12, 32})
                 for (int turn = 0; turn < 4; ++turn) {
                     if (rank > channels * k * k) continue;  // no index has more axes
-                    Case one(channels, k, rank);
+                    const bool floats = turn % 2;
+                    Case one(floats, channels, k, rank);
                     for (const std::string& level : patchscore::simd_levels()) {
                         const std::vector<double> alone = one.run(level, 1), together = one.run(level, 3);
                         runs += 2;
@@ -177,8 +197,9 @@ int main() {
                         for (const double x : alone) finite = finite && std::isfinite(x);
                         if (finite && alone == together) continue;
                         ++complaints;
-                        std::printf("%s: k = %d, %d channels, rank %d, turn %d: %s\n", level.c_str(), k, channels, rank,
-                                    turn, finite ? "threads differ" : "not finite");
+                        std::printf("%s: %s, k = %d, %d channels, rank %d, turn %d: %s\n", level.c_str(),
+                                    floats ? "floats" : "bytes", k, channels, rank, turn,
+                                    finite ? "threads differ" : "not finite");
                     }
                 }
     std::printf("%d runs, %d complaints\n", runs, complaints);

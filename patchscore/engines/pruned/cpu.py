@@ -6,9 +6,11 @@ import hashlib
 import math
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ...index import IndexedSize, Strata
 from ...native import native
@@ -21,6 +23,9 @@ KNOWN = 16
 
 BYTE = 127.5
 """Bytes for a pixel value of 1."""
+
+LARGEST = 1e12
+"""Values of a query of floats up to which its squared distances are float32; the exact engines take no larger ones."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +75,14 @@ def draw_key(seed: int, k: int, sigma: float, z: Tensor) -> int:
 
 
 def scan(request: Request, policy: Policy) -> Scanned | None:
-    """The sums of a request; None where a query is too far outside the pixels' range to be compared in integers."""
+    """The sums of a request; None where a query is too far outside the pixels' range to be compared."""
     part, sigma = request.part, request.sigma
-    encoded = _integers(request.windows)
+    encode = _of_bytes if part.images.dtype == torch.uint8 else _of_floats
+    encoded = encode(request.windows, math.log2(math.e) / (2 * sigma**2))
     if encoded is None:
         return None
-    digits, shift = encoded
-    unit = 2.0 ** (1 + shift.double())
     count, channels = len(request.windows), request.windows.shape[1]
     features, rest = part.project(request.windows)
-    scale = math.log2(math.e) / (2 * sigma**2 * BYTE**2)
     out = {name: torch.zeros(count, dtype=torch.float64) for name in ("m", "s", "s2", "ss")}
     out |= {name: torch.zeros(count, channels, dtype=torch.float64) for name in ("v", "vs", "vv")}
     if request.moments:
@@ -100,10 +103,10 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
         children=_strata(part.cells, competing, part, sigma),
         features=features.contiguous().numpy(),
         rest=rest.numpy(),
-        digits=digits.numpy(),
-        shift=shift.numpy(),
-        bits=(2 * scale / unit).numpy(),
-        base=(scale * digits.double().square().sum(1) / unit.square()).numpy(),
+        windows=encoded.windows.numpy(),
+        shift=encoded.shift.numpy(),
+        bits=encoded.bits.numpy(),
+        base=encoded.base.numpy(),
         columns=request.columns,
         budget=max(1.0, (request.budget or 1.0) * request.competing),
         largest_budget=policy.exact_budget * request.competing,
@@ -144,7 +147,7 @@ def table(strata: Strata, sigma: float, dims: int) -> Tensor:
             torch.cat([-inverse / 2, inverse * mean, (-1 / (noise + spread) / 2)[:, None], constant[:, None]], 1)
         )
     whole = torch.stack(columns, 1) * math.log2(math.e)  # [strata, 2, columns]
-    padded = torch.nn.functional.pad(whole, (0, 0, 0, 0, 0, -len(whole) % LANES))
+    padded = functional.pad(whole, (0, 0, 0, 0, 0, -len(whole) % LANES))
     return padded.unflatten(0, (-1, LANES)).permute(0, 2, 3, 1).float().contiguous()
 
 
@@ -173,10 +176,26 @@ def _competing(part: IndexedSize, allowed: Tensor | None) -> Tensor:
     return held[id(allowed)][1]
 
 
-def _integers(windows: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Queries in bytes less 128, times 2^(1 + shift) and rounded: [Q, 2 pairs] int16; and the shift [Q] int32.
+class Encoded(NamedTuple):
+    """Queries as they are compared. The log2 of a weight is bits times a score, less base.
+
+    windows: [Q, 2 pairs], the last column 0 where the number of values is odd.
+    shift: [Q] int32; bits, base: [Q] float64.
+    """
+
+    windows: Tensor
+    shift: Tensor
+    bits: Tensor
+    base: Tensor
+
+
+def _of_bytes(windows: Tensor, scale: float) -> Encoded | None:
+    """For scores dot - 2^shift |p|^2: queries in bytes less 128, times 2^(1 + shift) and rounded to int16.
 
     The largest shift for which no dot product with a window leaves 30 bits.
+
+    Args:
+        scale: of the log2 of a weight, for each squared unit of pixels.
     """
     u = windows.flatten(1).double() * BYTE - 0.5
     largest, total = u.abs().amax(1), u.abs().sum(1)
@@ -189,5 +208,23 @@ def _integers(windows: Tensor) -> tuple[Tensor, Tensor] | None:
         shift[fits] = candidate
     if (shift < 0).any():
         return None
-    digits = (u * 2.0 ** (1 + shift.double())[:, None]).round().to(torch.int16)
-    return torch.nn.functional.pad(digits, (0, digits.shape[1] % 2)).contiguous(), shift
+    units = 2.0 ** (1 + shift.double())
+    digits = (u * units[:, None]).round()
+    per_byte = scale / BYTE**2
+    return Encoded(
+        _even(digits.to(torch.int16)), shift, 2 * per_byte / units, per_byte * digits.square().sum(1) / units.square()
+    )
+
+
+def _of_floats(windows: Tensor, scale: float) -> Encoded | None:
+    """For scores -|q - p|^2: queries as they are."""
+    flat = windows.flatten(1).float()
+    if flat.abs().max().item() > LARGEST:
+        return None
+    count = len(flat)
+    bits = torch.full((count,), scale, dtype=torch.float64)
+    return Encoded(_even(flat), torch.zeros(count, dtype=torch.int32), bits, torch.zeros_like(bits))
+
+
+def _even(windows: Tensor) -> Tensor:
+    return functional.pad(windows, (0, windows.shape[1] % 2)).contiguous()

@@ -29,7 +29,8 @@ from . import cpu, images
 from .memory import Memory, Remembered
 from .policy import POLICY, Policy
 
-MOST_CHANNELS = 4
+MOST_CHANNELS = 16
+"""Of an index; the scan keeps sums of so many in registers and on the stack."""
 
 
 class Pruned(Engine):
@@ -73,10 +74,8 @@ class Pruned(Engine):
             return missing
         if self.index is None:
             return None
-        if self.index.bank.images.dtype != torch.uint8:
-            return "an index compares bytes, and this bank holds floats"
         if self.index.bank.shape[0] > MOST_CHANNELS:
-            return f"it takes up to {MOST_CHANNELS} channels, not {self.index.bank.shape[0]}"
+            return f"with an index it takes up to {MOST_CHANNELS} channels, not {self.index.bank.shape[0]}"
         return None
 
     def lacks(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> str | None:
@@ -92,7 +91,7 @@ class Pruned(Engine):
             return "windows along edges compete with few others"
         if (self.budget or 0) >= self.policy.exact_budget and self._sampled_images() == len(self.index.bank):
             return f"from a budget of {self.policy.exact_budget} on exact sums are as fast"
-        if float(sigma.min()) < self.policy.sharpest:
+        if bank.images.dtype == torch.uint8 and float(sigma.min()) < self.policy.sharpest:
             return f"below sigma = {self.policy.sharpest} a query cannot be rounded to parts of a byte"
         return None
 
