@@ -74,7 +74,8 @@ if Pybind11Extension is not None and os.environ.get("PATCHSCORE_NATIVE") != "0":
             ["csrc/bindings.cpp", "csrc/sliding/sliding.cpp", "csrc/pruned/pruned.cpp"],
             depends=glob("csrc/**/*.h", recursive=True),
             cxx_std=17,
-            extra_compile_args=["-O3", "-fno-math-errno", "-pthread"],
+            # Vectors wider than a register have no calling convention; functions that take them are inlined.
+            extra_compile_args=["-O3", "-fno-math-errno", "-pthread", "-Wno-psabi"],
             extra_link_args=["-pthread"],
             optional=True,
         )
