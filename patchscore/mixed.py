@@ -147,7 +147,7 @@ class MixedBank:
         return found
 
     def _ranked(self) -> list[tuple[PatchBank, Tensor]]:
-        """Banks with places from 0 to N - 1: those of `numbers` among all that this bank has."""
+        """Banks numbered from 0 to N - 1: those of `numbers` among all that this bank has."""
         held = torch.cat(self.numbers).sort().values
         return [(bank, torch.searchsorted(held, own)) for bank, own in zip(self.banks, self.numbers, strict=True)]
 

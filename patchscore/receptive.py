@@ -94,7 +94,7 @@ class ReceptiveFields:
 
     @property
     def apart(self) -> tuple[list[int], list[int]]:
-        """The most of `rows` and of `cols`, by their place in these, whose windows have no pixel in common."""
+        """The most of `rows` and of `cols`, by their position in these, whose windows have no pixel in common."""
         k = self.maps.shape[-1]
         rows, cols = (max(_side_by_side(axis, k, None), key=len) for axis in (self.rows, self.cols))
         return rows, cols
@@ -158,7 +158,7 @@ def _spread(length: int, k: int) -> list[int]:
 
 
 def _side_by_side(at: Sequence[int], k: int, period: int | None) -> list[list[int]]:
-    """The places of coordinates, in lists of those at least k apart; with a period, also around the ends."""
+    """The positions of coordinates, in lists of those at least k apart; with a period, also around the ends."""
 
     def apart(a: int, b: int) -> bool:
         distance = abs(at[a] - at[b])

@@ -251,7 +251,7 @@ def _weights(q: Tensor, p: Tensor, z: Tensor, sigma: Tensor, group: Group, total
 
 
 def _add_windows(padded: Tensor, rows: Tensor, group: Group, k: int) -> None:
-    """Adds windows [L, Q, C k^2] at their places in padded images [B, C, H + k - 1, W + k - 1]."""
+    """Adds windows [L, Q, C k^2] at their positions in padded images [B, C, H + k - 1, W + k - 1]."""
     high, wide = len(group.rows.queries), len(group.cols.queries)
     windows = rows_as_pixels(rows, len(padded), group).unflatten(1, (-1, k, k))
     top, left = group.rows.queries.start, group.cols.queries.start

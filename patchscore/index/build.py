@@ -60,7 +60,7 @@ BLOCK_WINDOWS = 1 << 15
 (blocks under 32 MB), which halves the time of a build."""
 
 SORT_BYTES = 56
-"""Memory that each window of a range takes while it is sorted: its number, key and place, and copies of them."""
+"""Memory that each window of a range takes while it is sorted: its number, key and position, and copies of them."""
 
 SCANNED_WINDOWS = 1 << 20
 """Windows whose cells are looked through together for those of a range."""
@@ -343,7 +343,7 @@ class Builder:
         rows_file.write(tiles.tobytes())
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """Some images at a time: the number of their first window, and their places in the bank."""
+        """Some images at a time: the number of their first window, and their positions in the bank."""
         step = self.images_in(CHUNK_WINDOWS)
         for start in range(0, len(self.members), step):
             yield start * self.per_image, self.members[start : start + step]

@@ -1,4 +1,7 @@
-"""Every constant of the engine `pruned`, with its unit, its source and its effect. C++ gets them from here."""
+"""Every constant of the engine `pruned`, with its unit, its source and its effect. C++ gets them from here.
+
+The sampling fraction of a cell follows from them: `allocation` in naive.py, and `solve` in csrc/pruned/pruned.cpp.
+"""
 
 from __future__ import annotations
 
