@@ -6,6 +6,7 @@ a pixel of z exactly where the window itself matches that pixel of the mirrored 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -144,29 +145,47 @@ SYMMETRIES = {
 class Symmetric(Composed):
     """A machine whose mirrored or turned training images compete too, as networks see them that train on such.
 
-    It is exactly the machine of a bank that holds them, which are read backwards and not stored.
+    It is exactly the machine of a bank that holds them, which are read backwards and not stored. A machine with an index
+    or a budget draws a sample for each orientation, independently of the others, and a tolerance is met by each of them;
+    the standard error is that of the whole sum.
 
     Args:
-        machine: IdealScore, LocalScore, EquivariantLocalScore or Pooled; without an index or a budget.
+        machine: IdealScore, LocalScore, EquivariantLocalScore or Pooled.
         symmetry: "flip" (left and right), "rotations" (by 90, 180 and 270 degrees) or "all" (the eight of a square).
 
     Raises:
         TypeError: not such a machine.
-        ValueError: an unknown symmetry, an index or a budget, or turned images that are not square for a machine that
-            takes one size only.
+        ValueError: an unknown symmetry, or turned images that are not square for a machine that takes one size only.
     """
 
     def __init__(self, machine: ScoreMachine, symmetry: str = "flip"):
         if not isinstance(machine, ScoreMachine) or isinstance(machine, Symmetric):
             raise TypeError(f"machine: got {type(machine).__name__}, takes one that sums over training windows")
         self.symmetry = checks.one_of("symmetry", symmetry, SYMMETRIES)
-        if machine.pruned is not None:
-            raise ValueError("machine: samples its windows (an index or a budget); takes one that sums over all")
         _, height, width = machine.shape
         if symmetry != "flip" and height != width and not machine.any_size:
             raise ValueError(f'symmetry: got "{symmetry}", and turned {height} x {width} images have another size')
         self.machine = machine
+        # A machine for each orientation; where they sample, with draws of their own.
+        self.turned = [machine.redrawn(i) if i else machine for i in range(len(SYMMETRIES[symmetry]))]
         self.take_over(machine)
+
+    def redrawn(self, draw: int) -> Symmetric:
+        machine = self.machine.redrawn(draw)
+        return self if machine is self.machine else Symmetric(machine, self.symmetry)
+
+    def within(self, tolerance: float) -> Symmetric:
+        machine = self.machine.within(tolerance)
+        return self if machine is self.machine else Symmetric(machine, self.symmetry)
+
+    def following(self) -> Symmetric:
+        turned = [machine.following() for machine in self.turned]
+        if all(new is old for new, old in zip(turned, self.turned, strict=True)):
+            return self
+        same = copy.copy(self)
+        same.machine, same.turned = turned[0], turned
+        same.take_over(turned[0])
+        return same
 
     def check_size(self, size: tuple[int, int], sigmas: Sequence[float], name: str = "size") -> None:
         self.machine.check_size(size, sigmas, name)
@@ -180,8 +199,8 @@ class Symmetric(Composed):
         self, label: int | None, z: Tensor, sigmas: Tensor, k: int | None, ess: bool = True, moments: bool = False
     ) -> tuple[PosteriorSum, list[str]]:
         parts = []
-        for change, back in SYMMETRIES[self.symmetry]:
-            total, names = self.machine.sums_of(label, change(z).contiguous(), sigmas, k, ess, moments)
+        for machine, (change, back) in zip(self.turned, SYMMETRIES[self.symmetry], strict=True):
+            total, names = machine.sums_of(label, change(z).contiguous(), sigmas, k, ess, moments)
             parts.append((total.mapped(back), names))
         return merge_served(parts)
 

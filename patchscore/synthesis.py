@@ -165,8 +165,6 @@ def synthesize(
     seed = checks.integer("seed", seed)
     if symmetry is not None:
         checks.one_of("symmetry", symmetry, SYMMETRIES)
-        if tolerance is not None:
-            raise ValueError("symmetry, tolerance: got both, and an index has no mirrored windows")
         if source_map:
             raise ValueError("symmetry, source_map: got both, and a map cannot tell which windows are mirrored")
     if tolerance is not None and isinstance(bank, MixedBank):

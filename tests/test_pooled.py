@@ -82,6 +82,31 @@ def test_symmetric_is_the_machine_of_the_bank_that_holds_them(name, symmetry, en
         assert a.pairs == b.pairs
 
 
+@pytest.mark.parametrize(("padding_mode", "symmetry"), [("zeros", "flip"), ("circular", "all")])
+def test_an_index_serves_mirrored_windows_within_its_stated_error(padding_mode, symmetry, tmp_path):
+    pytest.importorskip("faiss", reason="FAISS cannot be imported")
+    bank = ps.PatchBank(smooth_images(60, 1, 18, 18))
+    index = ps.PatchIndex.build(bank, 3, tmp_path / "index", progress=False)
+    options = {"engine": "pruned", "index": index, "budget": 0.03}
+    sampled = ps.Symmetric(ps.EquivariantLocalScore(bank, 3, padding_mode, **options), symmetry)
+    truth = ps.Symmetric(ps.EquivariantLocalScore(bank, 3, padding_mode), symmetry)
+    for size, sigma in (((18, 18), 1.0), ((20, 25), 1.5)):
+        z = canvas(1, size)
+        found, exact = sampled.estimate(z, sigma), truth.estimate(z, sigma)
+        assert "pruned" in found.engine
+        assert found.pairs < exact.pairs / 2
+        error = (found.mean - exact.mean).abs()
+        assert 0 < error.max()
+        assert (error <= 5 * found.stderr + 1e-4).double().mean() > 0.99
+        assert error.square().mean() < 2 * found.stderr.square().mean()
+    # Orientations have draws of their own, even of a z that is its own mirror image.
+    assert len({machine.pruned.seed for machine in sampled.turned}) == len(sampled.turned)
+    assert sampled.redrawn(1).turned[0].pruned.seed != sampled.turned[0].pruned.seed
+    assert sampled.within(0.05).turned[1].pruned.tolerance == 0.05
+    z = canvas(1, (18, 18))
+    assert torch.equal(sampled.following().denoise(z, 1.0), sampled.denoise(z, 1.0))  # nothing to remember at first
+
+
 def test_turned_images_that_are_not_square_compete_as_they_stand():
     """A bank of both orientations, which no single bank can hold, is a pool of two."""
     images = smooth_images(2, 1, 8, 12)
