@@ -145,9 +145,9 @@ SYMMETRIES = {
 class Symmetric(Composed):
     """A machine whose mirrored or turned training images compete too, as networks see them that train on such.
 
-    It is exactly the machine of a bank that holds them, which are read backwards and not stored. A machine with an index
-    or a budget draws a sample for each orientation, independently of the others, and a tolerance is met by each of them;
-    the standard error is that of the whole sum.
+    It is exactly the machine of a bank that holds them, which are read backwards and not stored. A machine with an
+    index or a budget draws a sample for each orientation, independently of the others, and a tolerance is met by each
+    of them; the standard error is that of the whole sum.
 
     Args:
         machine: IdealScore, LocalScore, EquivariantLocalScore or Pooled.
