@@ -49,6 +49,14 @@ def mean_of(
     return w @ values / s, (s.square() / w.square().sum(1, keepdim=True))[:, 0]
 
 
+def variance_of(logits: torch.Tensor, values: torch.Tensor, half: bool) -> torch.Tensor:
+    """Posterior variance about the mean, float64 sums; of weights as `mean_of` has them."""
+    w = torch.exp2(logits - logits.amax(1, keepdim=True) + 14)
+    w = w.half().double() if half else w.double()
+    w /= w.sum(1, keepdim=True)
+    return w @ values.square() - (w @ values).square()
+
+
 def measure(bank: ps.PatchBank, unseen: torch.Tensor, k: int, queries: int) -> list[dict]:
     """Rows of errors at every noise; queries are pixels of a noisy image of the bank and of two that are not in it."""
     generator = torch.Generator().manual_seed(k)
@@ -71,7 +79,8 @@ def measure(bank: ps.PatchBank, unseen: torch.Tensor, k: int, queries: int) -> l
     for sigma in SIGMAS:
         z = x + sigma * torch.randn(x.shape, generator=generator, dtype=torch.float64)
         q = windows(z, k, axis.queries, "circular")[pick]
-        exact, ess = mean_of((q @ p.T - half_square) * (LOG2E / sigma**2), v)
+        exact_bits = (q @ p.T - half_square) * (LOG2E / sigma**2)
+        exact, ess = mean_of(exact_bits, v)
 
         plan = choose_plan(spectrum, d, sigma, TOLERANCE, uint8=True, axes=True)
         sigmas = torch.full((len(x),), sigma, dtype=torch.float64)
@@ -91,6 +100,10 @@ def measure(bank: ps.PatchBank, unseen: torch.Tensor, k: int, queries: int) -> l
             bits[i, j] = (q[i].float() - p[j].float()).square().sum(1) * (-0.5 * LOG2E / sigma**2)
         share = cost.cubic(plan.columns) if plan.pilot else 0
         error = (mean_of(bits, v, half=True, cubic=share)[0] - exact).abs()
+        # What a divergence adds up.
+        variance = variance_of(exact_bits, v, half=False)
+        apart = [variance_of(bits, v, half) - variance for half in (False, True)]
+        off = [(x.abs() / variance.clamp(min=1e-4 * sigma**2)).flatten() for x in apart]
         rows.append(
             {
                 "k": k,
@@ -105,6 +118,9 @@ def measure(bank: ps.PatchBank, unseen: torch.Tensor, k: int, queries: int) -> l
                 "ess_median": ess.median().item(),
                 "rms": error.square().mean().sqrt().item(),
                 "worst": error.max().item(),
+                "variance_median": [x.median().item() for x in off],  # relative; by log-weights, and rounded weights too
+                "variance_worst": [x.max().item() for x in off],
+                "divergence": [(x.sum() / variance.sum()).abs().item() for x in apart],
             }
         )
         print(rows[-1], flush=True)
