@@ -118,8 +118,8 @@ def log_likelihood(
             white noise N(0, sigma_max^2), which is what `sample` starts from.
         seed: of the dequantisation; image i depends on (seed, i) alone.
         replicates: how often a denoiser that samples (`budget=`, an index) is run, with draws of its own at every
-            step of every run, from 2. The result is the mean, and `sampling_error` its standard error. One that draws
-            nothing runs once.
+            step of every run, from 2. The result is the mean, and `sampling_error` its standard error, which does not
+            cover the bias of sampled variances (docs/moments.md). One that draws nothing runs once.
         batch_size: images evaluated together.
         dtype: torch.float32 or torch.float64, of z.
         progress: show a bar on stderr once it has taken two seconds.
