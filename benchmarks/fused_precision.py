@@ -118,7 +118,8 @@ def measure(bank: ps.PatchBank, unseen: torch.Tensor, k: int, queries: int) -> l
                 "ess_median": ess.median().item(),
                 "rms": error.square().mean().sqrt().item(),
                 "worst": error.max().item(),
-                "variance_median": [x.median().item() for x in off],  # relative; by log-weights, and rounded weights too
+                # Relative; by the errors of log-weights alone, and by rounded weights too.
+                "variance_median": [x.median().item() for x in off],
                 "variance_worst": [x.max().item() for x in off],
                 "divergence": [(x.sum() / variance.sum()).abs().item() for x in apart],
             }
