@@ -13,6 +13,7 @@ where there is no GPU, and writes nothing.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 os.environ["PATCHSCORE_STRICT"] = "1"
 if "--dry" in sys.argv:
@@ -42,10 +44,10 @@ from tables import gpu as tables
 
 import patchscore as ps
 from patchscore import engines
-from patchscore.engines import cost
+from patchscore.engines import autotune, cost
 from patchscore.engines import device as resident
 from patchscore.engines.fused import launch as fused
-from patchscore.engines.fused.plan import choose_plan, spectrum_of
+from patchscore.engines.fused.plan import Plan, choose_plan, spectrum_of
 
 TABLE = "cifar10-resnet-zeros"
 CASES = ((3, 0.02), (3, 0.16), (5, 0.1), (5, 0.5), (7, 0.99), (11, 1.92), (17, 3.98), (7, 30.0))
@@ -290,11 +292,17 @@ def rated(times: dict[str, float], pairs: int, batch: int) -> dict[str, float]:
     return {**times, "pairs_per_second": pairs / seconds, "seconds_per_image": seconds / batch}
 
 
-def described(call: Call, device: torch.device) -> dict[str, object]:
-    """How `fused` describes a window there, and the rate that the cost model derives."""
+def plan_of(call: Call, device: torch.device) -> Plan:
+    """How `fused` describes a window there."""
     d = call.bank.shape[0] * call.k**2
     uint8 = call.bank.images.dtype == torch.uint8
-    plan = choose_plan(spectrum_of(call.bank, call.k, device), d, call.sigma, fused.TOLERANCE, uint8, axes=True)
+    return choose_plan(spectrum_of(call.bank, call.k, device), d, call.sigma, fused.TOLERANCE, uint8, axes=True)
+
+
+def described(call: Call, device: torch.device) -> dict[str, object]:
+    """The columns of a window there, and the rate that the cost model derives."""
+    d = call.bank.shape[0] * call.k**2
+    plan = plan_of(call, device)
     precision = "exact" if plan.exact else "fp16 split" if plan.q_lo else "fp16"
     work = cost.fused(plan.columns, d if plan.exact else 0, pilot=plan.pilot)
     about = {"rank": plan.size if plan.axes else d, "columns": plan.columns, "precision": precision}
@@ -490,6 +498,22 @@ def warps_specialised(bench: Bench, bank: ps.PatchBank) -> None:
         bench.add(engine=name, **about, error=errors[name], **rated(times, call.pairs, BATCH))
 
 
+def each_configuration(bench: Bench, bank: ps.PatchBank) -> None:
+    """The configurations that `fused` chooses from, one by one: what a polynomial's share and larger tiles give."""
+    for k, sigma in ((3, 2.0),) if bench.dry else ((5, 10.0), (17, 11.0)):
+        if bench.out_of_time(f"{bench.name_of_section}: k = {k}, sigma = {sigma:g}"):
+            return
+        call = Call(first_images(bank, 5_000), k, sigma, noisy(bank, sigma, BATCH, bench.device))
+        capability = torch.cuda.get_device_capability() if bench.device.type == "cuda" else (9, 0)
+        for configuration in fused.configurations(plan_of(call, bench.device), capability):
+            alone = mock.patch.object(fused, "configurations", lambda *_, one=configuration: [one])
+            with alone, mock.patch.dict(autotune._chosen, clear=True):
+                error = call.error("fused")
+                times = bench.seconds(call.work("fused"))
+            about = call.about() | described(call, bench.device) | {"configuration": dataclasses.asdict(configuration)}
+            bench.add(engine="fused", **about, error=error, **rated(times, call.pairs, BATCH))
+
+
 def golddiff_of(call: Call, engine: str) -> Callable[[], torch.Tensor]:
     """The images that GoldDiff chooses for each noisy image, summed by an exact engine."""
     everything = call.bank.chunk(0, len(call.bank), device=call.z.device)
@@ -565,7 +589,7 @@ def images_of(path: Path | None, options: argparse.Namespace) -> torch.Tensor:
 
 SECTIONS = (
     "ceilings", "peers", "banks", "batches", "graph", "samples", "golddiff", "steps", "sliding",
-    "several sizes", "whole images", "streamed", "specialised",
+    "several sizes", "whole images", "streamed", "specialised", "configurations",
 )  # fmt: skip
 
 
@@ -618,6 +642,7 @@ def main() -> None:
         bench.section("whole images", whole_images, bank)
         bench.section("streamed", streamed, bank)
     bench.section("specialised", warps_specialised, bank)
+    bench.section("configurations", each_configuration, bank)
     bench.flush()
     bench.sensors.close()
     print(tables.gpu_table(bench.content["rows"]))

@@ -46,7 +46,7 @@ memcheck-fused    20  40  smoke-exact       sanitize memcheck fused-exact
 bench-fused       80 110  smoke-fused       bench ceilings peers batches graph
 bench-sliding     30  50  smoke-circular    bench sliding
 samples           40  80  smoke-fused       bench samples
-bench-specialised 25  60  smoke-fused       bench specialised
+bench-specialised 40  75  smoke-fused       bench specialised configurations
 profile           25  45  smoke-fused       profile fused sliding-circular
 build-native      45 110  -                 build native
 STEPS

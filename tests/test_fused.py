@@ -66,6 +66,7 @@ PLANS = {
     "exact, float bank": Plan(27, q_lo=27, p_lo=27, exact=True, skip=True),
     "exact, long rows": Plan(867, q_lo=867, exact=True, skip=True),
     "split queries, skipping": Plan(27, q_lo=27, skip=True),
+    "split queries": Plan(147, q_lo=147),
     "two blocks of columns": Plan(75, pilot=True),
     "rank 61": Plan(61, axes=True, pilot=True),
     "axes, eight split": Plan(147, axes=True, q_lo=8, p_lo=8, pilot=True),

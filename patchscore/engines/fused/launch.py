@@ -71,7 +71,7 @@ def configurations(plan: Plan, capability: tuple[int, int]) -> list[Configuratio
         wide = Configuration(128, 128, 8, 3, block=64)
         if plan.exact:
             return [narrow]
-        if plan.skip:
+        if not plan.pilot:
             return [wide, narrow]
         # 256 queries read three quarters as much from L2 as 128; whole rows of 384 columns half of that.
         widest = Configuration(256, 128, 8, 3, block=64)
@@ -80,9 +80,9 @@ def configurations(plan: Plan, capability: tuple[int, int]) -> list[Configuratio
         return [Configuration(128, 64, 4, 3) if columns <= 128 else Configuration(128, 32, 4, 2)]
     if columns > 256:
         # Whole rows read half as much from L2, one program a multiprocessor; blocks run two with a running maximum.
-        blocks = Configuration(128, 128, 8, 3, block=64) if plan.skip else Configuration(256, 128, 8, 3, block=64)
+        blocks = Configuration(256 if plan.pilot else 128, 128, 8, 3, block=64)
         return [Configuration(128, 64, 8, 2), blocks]
-    if plan.skip:
+    if not plan.pilot:
         if columns > 128:
             return [Configuration(128, 64, 8 if columns > 192 else 4, 2)]
         return [Configuration(128, 64, 4, 3), Configuration(128, 128, 8, 3)]
