@@ -237,7 +237,7 @@ def jobs(capabilities: Sequence[int], ess: bool) -> list[tuple[str, Plan, Config
         (title, plan, configuration, capability, ess)
         for capability in capabilities
         for title, plan in PLANS.items()
-        for configuration in configurations(plan, divmod(capability, 10))
+        for configuration in configurations(plan, divmod(capability, 10), ess)
     ]
 
 

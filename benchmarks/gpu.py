@@ -505,7 +505,7 @@ def each_configuration(bench: Bench, bank: ps.PatchBank) -> None:
             return
         call = Call(first_images(bank, 5_000), k, sigma, noisy(bank, sigma, BATCH, bench.device))
         capability = torch.cuda.get_device_capability() if bench.device.type == "cuda" else (9, 0)
-        for configuration in fused.configurations(plan_of(call, bench.device), capability):
+        for configuration in fused.configurations(plan_of(call, bench.device), capability, ess=False):
             alone = mock.patch.object(fused, "configurations", lambda *_, one=configuration: [one])
             with alone, mock.patch.dict(autotune._chosen, clear=True):
                 error = call.error("fused")

@@ -93,12 +93,12 @@ def compiled_jobs():
     """Every configuration with ALL, else the first of each plan, each capability in turn."""
     for number, plan in enumerate(PLANS.values()):
         for turn, capability in enumerate((90, 80, 100)):
-            for configuration in launch.configurations(plan, divmod(capability, 10)):
-                for ess in (False, True):
+            for ess in (False, True):
+                for configuration in launch.configurations(plan, divmod(capability, 10), ess):
                     if ALL or (turn == number % 2 and not ess):
                         yield capability, plan, configuration, ess
-                if not ALL:
-                    break
+                    if not ALL:
+                        break
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -133,7 +133,7 @@ def _compile_as_called(plan):
     )
     driver.set_active(device)
     half, single = MockTensor(torch.float16), MockTensor(torch.float32)
-    configuration = launch.configurations(plan, (9, 0))[0]
+    configuration = launch.configurations(plan, (9, 0), False)[0]
     kernel = launch._kernels().posterior_kernel.warmup(
         *(half, single, half, half, single, single),
         *(1, 1, 128, 1, 128, plan.columns, -30.0),
@@ -156,7 +156,7 @@ def test_the_kernels_keep_what_the_engine_assumes():
         assert plan.columns % 16 == 0
         assert plan.columns >= plan.bias + BIAS_COLUMNS
         for capability in ((8, 0), (9, 0), (10, 0)):
-            for configuration in launch.configurations(plan, capability):
+            for configuration in launch.configurations(plan, capability, False):
                 assert rows.PATCH_MULTIPLE % configuration.patches == 0
                 assert launch.LARGEST_SPLIT % configuration.patches == 0
                 constants = launch.kernel_constants(plan, 3, configuration, True)

@@ -51,11 +51,11 @@ def _kernels() -> ModuleType:
 # Configurations.
 
 
-def configurations(plan: Plan, capability: tuple[int, int]) -> list[Configuration]:
+def configurations(plan: Plan, capability: tuple[int, int], ess: bool) -> list[Configuration]:
     """What the kernel is compiled as for a plan, the likeliest first; none spills, all fit in shared memory.
 
     benchmarks/compile_report.py checks that and counts instructions. `cost.cubic` says which share of the exponentials
-    a polynomial takes; one choice is always without.
+    a polynomial takes; one choice is always without. The largest tiles have no registers left for sums of squares.
     """
     columns = plan.columns
     if capability < (9, 0):
@@ -71,7 +71,7 @@ def configurations(plan: Plan, capability: tuple[int, int]) -> list[Configuratio
         wide = Configuration(128, 128, 8, 3, block=64)
         if plan.exact:
             return [narrow]
-        if not plan.pilot:
+        if not plan.pilot or (ess and columns != 384):
             return [wide, narrow]
         # 256 queries read three quarters as much from L2 as 128; whole rows of 384 columns half of that.
         widest = Configuration(256, 128, 8, 3, block=64)
@@ -80,7 +80,7 @@ def configurations(plan: Plan, capability: tuple[int, int]) -> list[Configuratio
         return [Configuration(128, 64, 4, 3) if columns <= 128 else Configuration(128, 32, 4, 2)]
     if columns > 256:
         # Whole rows read half as much from L2, one program a multiprocessor; blocks run two with a running maximum.
-        blocks = Configuration(256 if plan.pilot else 128, 128, 8, 3, block=64)
+        blocks = Configuration(256 if plan.pilot and not ess else 128, 128, 8, 3, block=64)
         return [Configuration(128, 64, 8, 2), blocks]
     if not plan.pilot:
         if columns > 128:
@@ -92,8 +92,9 @@ def configurations(plan: Plan, capability: tuple[int, int]) -> list[Configuratio
     if columns > 128:
         return [Configuration(128, 64, 4, 2, cubic=share), Configuration(128, 64, 4, 2)]
     # Three programs a multiprocessor, or two of fewer instructions, or five.
-    wide_or_many = Configuration(128, 128, 4, 3, cubic=share) if columns == 64 else Configuration(64, 64, 4, 3)
-    return [Configuration(128, 64, 4, 3, cubic=share), wide_or_many, Configuration(128, 64, 4, 3)]
+    wide, many = Configuration(128, 128, 4, 3, cubic=share), Configuration(64, 64, 4, 3)
+    other = wide if columns == 64 and not ess else many
+    return [Configuration(128, 64, 4, 3, cubic=share), other, Configuration(128, 64, 4, 3)]
 
 
 def kernel_constants(plan: Plan, channels: int, configuration: Configuration, ess: bool) -> dict[str, Any]:
@@ -390,7 +391,7 @@ def launch(queries: Queries, patches: Patches, plan: Plan, channels: int, ess: b
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else "interpreter"
     pairs = queries.rows.shape[0] * queries.rows.shape[1] * patches.rows.shape[1]
-    candidates = configurations(plan, torch.cuda.get_device_capability(device) if cuda else (9, 0))
+    candidates = configurations(plan, torch.cuda.get_device_capability(device) if cuda else (9, 0), ess)
     if not cuda:
         # Small arrays are what an interpreter likes.
         block = 64 if plan.columns > 320 else 0
