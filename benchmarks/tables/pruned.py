@@ -55,6 +55,29 @@ def pruned_indexes() -> str:
     return table(["index", "windows", "bytes a window", "built in", "opened in"], rows)
 
 
+def latents() -> str:
+    record = result("latents")
+    header = ["channels, k", "sigma", "exact", "`pruned`", "pairs", "rms", "stated", "rms of some images, in that time"]
+    rows = [
+        [
+            f"{row['channels']}, {row['k']}",
+            f"{row['sigma']:g}",
+            f"{row['exact_seconds']:.2f} s",
+            f"{row['seconds']:.2f} s",
+            f"{row['pairs']:.1%}",
+            f"{row['rms']:.4f}",
+            f"{row['stated']:.4f}",
+            f"{row['subset_rms']:.4f}",
+            "exact" if row["stated"] == 0 else " / ".join(f"{100 * part:.1f}" for part in row["within"]),
+        ]
+        for row in record["rows"]
+    ]
+    return (
+        f"{record['latents']:,} latents of 32 x 32, {record['band']} rows of another one, at a budget of "
+        f"{record['budget']:.0%} {measured_on(record)}:\n\n{table([*header, 'within 1 / 2 / 3 stderr'], rows)}"
+    )
+
+
 def pruned_samples() -> str:
     record = result("pruned_cpu")
     rows = [
