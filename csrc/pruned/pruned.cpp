@@ -870,6 +870,7 @@ private:
     // log2 weights are over `reference`; degrees of the observed ones, negative where nothing is sampled.
     void finish_moments(int q, double s, const double* v, double ss, const Totals& total, const Products& covariance,
                         double about, double reference, double degrees) const {
+        if (!(s > 0)) return;  // nothing was found, and nothing is known
         const int C = channels;
         const double* variance = &model[size_t(q) * (1 + 2 * size_t(C))];
         const double* more = &moments_model[size_t(q) * (2 + 2 * size_t(C))];

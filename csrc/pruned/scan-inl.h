@@ -12,10 +12,11 @@ typedef float v8_anywhere __attribute__((vector_size(32), aligned(4), may_alias)
 PS_INLINE v8 load(const float* at) { return *(const v8_anywhere*)at; }
 PS_INLINE void store(float* at, v8 x) { *(v8_anywhere*)at = x; }
 
-// 2^x for x <= 126; 0 below -126. A polynomial of degree 6 on [-1/2, 1/2], right to 2e-7 (coefficients: ln(2)^n / n!).
+// 2^x for x <= 126; 0 below -126, and of what is no number. A polynomial of degree 6 on [-1/2, 1/2], right to 2e-7
+// (coefficients: ln(2)^n / n!).
 PS_INLINE v8 exp2_of(v8 x) {
-    const i8 tiny = x < -126.0f;
-    x = x < -126.0f ? v8{} - 126.0f : x;
+    const i8 normal = x >= -126.0f;
+    x = normal ? x : v8{} - 126.0f;
     const v8 magic = v8{} + 12582912.0f;  // 1.5 2^23: adding it rounds to an integer
     const v8 shifted = x + magic, whole = shifted - magic, f = x - whole;
     v8 p = v8{} + 1.5403530e-4f;
@@ -25,7 +26,7 @@ PS_INLINE v8 exp2_of(v8 x) {
     p = p * f + 2.4022651e-1f;
     p = p * f + 6.9314718e-1f;
     p = p * f + 1.0f;
-    return (v8)(((i8)p + ((i8)shifted << 23)) & ~tiny);
+    return (v8)(((i8)p + ((i8)shifted << 23)) & normal);
 }
 
 // log2 E[w] and log2 E[w^2] of LANES strata at a query: out[2][LANES].
@@ -366,7 +367,8 @@ PS_INLINE void meet_all(const Tile* const* tiles, int count, int pairs, const Qu
 
 // A score, of a tile's facts and what `meet` found: of bytes dot - 2^shift |p|^2, of floats -|q - p|^2.
 PS_INLINE i8 score_of(i8 dot, i8 norm, int shift) { return dot - (norm << shift); }
-PS_INLINE v8 score_of(v8 score, v8, int) { return score; }
+// A damaged tile may hold anything: what is no finite distance is no window.
+PS_INLINE v8 score_of(v8 score, v8, int) { return score - score == 0.0f ? score : v8{} - FLT_MAX; }
 
 template <typename Pixel>
 PS_INLINE const QueryOf<Pixel>* window_of(const Request& request, int query) {
@@ -384,7 +386,7 @@ static void compare_tile(const Request& request, const ScanVisit* visits, int ma
     meet_all(&tile, 1, request.images.pairs(), windows, many, met);
     for (int i = 0; i < many; ++i) {
         const Scores t = score_of(met[0][i], facts.norm, request.shift[visits[i].query]);
-        const Scores seen = facts.present & (t == t) ? t : Scores{} + Held<Pixel>::NONE;
+        const Scores seen = facts.present ? t : Scores{} + Held<Pixel>::NONE;
         for (int l = 0; l < TILE; ++l) out[i][l] = seen[l];
     }
 }
@@ -458,7 +460,7 @@ PS_INLINE void weigh(typename VectorOf<Pixel>::Scores t, const TileFacts<Pixel, 
                      float bits, const KnownOf<Pixel>& known, int channels, const float* centre,
                      Lanes<Pixel, MOST>& sums, MomentLanes<MOST>& more, KnownOf<Pixel>& found) {
     typedef typename VectorOf<Pixel>::Scores Scores;
-    i8 present = facts.present & (t == t);
+    i8 present = facts.present & (t != Held<Pixel>::NONE);
     const i8 heavy = present & (t >= Held<Pixel>::about(known.least));
     if (__builtin_expect(any_of(heavy), 0))
         for (int l = 0; l < TILE; ++l)
