@@ -246,16 +246,45 @@ ONCE = dataclasses.replace(UNTRIMMED, unknown=1e9, misfit=1e9)
 """No pixel is sampled again: what decides that is the sample itself, which biases the sums that are kept."""
 
 
+# The contract: what the definition and the scan both promise, for one pixel and many draws.
+
+
+def drawn_by_definition(request, draws, policy, known):
+    budget = request.competing * request.budget
+    found, mean, total = naive_estimates(request.part, request.windows[0], request.sigma, budget, draws, known, policy)
+    return [(x.s / total, x.mean, x.stderr, x.s**2 / x.s2) for x in found], mean
+
+
+def drawn_by_scan(request, draws, policy, known):
+    policy = dataclasses.replace(policy, known=known)
+    whole = cpu.scan(dataclasses.replace(request, budget=None), policy).sums
+    found = []
+    for seed in range(draws):
+        x = cpu.scan(dataclasses.replace(request, key=1000 + seed), policy).sums
+        found.append(((x.s.log() + x.m - whole.s.log() - whole.m).exp()[0, 0], x.mean[0], x.stderr[0], x.ess[0, 0]))
+    return found, whole.mean[0]
+
+
+BACKENDS = {"definition": drawn_by_definition, "scan": drawn_by_scan}
+
+
+def pixel_of(larger, folder, sigma, pixel, budget):
+    bank, _ = larger
+    index = ps.PatchIndex.build(bank, 3, folder / "i", cells=96, progress=False)
+    z = noisy(bank, sigma, dtype=torch.float32)
+    request, _ = request_of(pruned(bank, index, budget=budget), z[0], sigma)
+    return dataclasses.replace(request, windows=request.windows[pixel : pixel + 1], columns=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("known", [0, 8])
 @pytest.mark.parametrize("sigma", [0.5, 3.0])
-def test_the_definition_is_unbiased(larger, tmp_path, sigma, known):
-    bank, _ = larger
-    part = ps.PatchIndex.build(bank, 3, tmp_path / "i", cells=96, progress=False).at(3)
-    window = noisy(bank, sigma, dtype=torch.float32)[0, :, 4:7, 4:7]
-    found, _, total = naive_estimates(part, window, sigma, 400, 60, known, UNTRIMMED)
-    s = torch.stack([x.s for x in found])
-    z = (s.mean() - total) / (s.std() / len(s) ** 0.5)
-    assert abs(z.item()) < LARGEST_Z
+def test_the_sum_of_weights_is_unbiased(larger, tmp_path, backend, known, sigma):
+    request = pixel_of(larger, tmp_path, sigma, 70, 0.02)
+    found, _ = BACKENDS[backend](request, 60, UNTRIMMED, known)
+    s = torch.stack([x[0] for x in found])
+    t = (s.mean() - 1) / (s.std() / len(s) ** 0.5).clamp(min=1e-6)
+    assert z_of_t(abs(t.item()), len(s) - 1) < LARGEST_Z
 
 
 @pytest.mark.parametrize(
@@ -278,6 +307,47 @@ def test_the_engine_is_unbiased(request, which, sigma, policy):
     s = torch.stack([(x.s.log() + x.m - whole.s.log() - whole.m).exp() for x in seeds])[..., 0]
     scores = (s.mean(0) - 1) / (s.std(0) / len(s) ** 0.5).clamp(min=1e-6)
     assert z_of_t(scores.abs().max().item(), len(s) - 1) < NormalDist().inv_cdf(1 - SURE / 2 / s.shape[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sigma", [0.5, 1.5, 6.0])
+def test_the_standard_error_of_a_pixel_covers(larger, tmp_path, backend, sigma):
+    hits, draws = {1: 0, 2: 0, 3: 0}, 0
+    for pixel in (18, 70, 133, 200):
+        request = pixel_of(larger, tmp_path / str(pixel), sigma, pixel, 0.05)
+        found, truth = BACKENDS[backend](request, 40, POLICY, 8)
+        for _, mean, stderr, _ in found:
+            # Channels share their draws.
+            away = ((mean - truth).abs() / stderr.clamp(min=1e-4)).amax().item()
+            for times in hits:
+                hits[times] += away <= times
+            draws += 1
+    # The largest of three correlated errors: what independent normal ones promise, and 1 / 2 / 3 of 63 / 93 / 98.5%.
+    for times, promised in ((1, 0.63**3), (2, 0.93**3), (3, 0.985**3)):
+        assert proportion_at_least(hits[times], draws, promised), (times, hits[times] / draws)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 6.0])
+def test_an_estimate_is_a_convex_combination(larger, tmp_path, backend, sigma):
+    request = pixel_of(larger, tmp_path, sigma, 70, 0.01)
+    values = request.part.pixels(request.part.ids)[:, :, 1, 1]
+    for _, mean, stderr, ess in BACKENDS[backend](request, 20, POLICY, 8)[0]:
+        assert (values.amin(0) - 1e-6 <= mean).all()
+        assert (mean <= values.amax(0) + 1e-6).all()
+        assert ess >= 1 - 1e-6
+        assert stderr.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("known", [0, 8])
+def test_of_all_windows_nothing_is_left_to_chance(larger, tmp_path, backend, known):
+    request = pixel_of(larger, tmp_path, 1.0, 70, 1.0)
+    found, truth = BACKENDS[backend](request, 3, POLICY, known)
+    for s, mean, stderr, _ in found:
+        assert abs(s - 1) < 1e-6
+        assert ((mean - truth).abs() < 1e-6).all()
+        assert not stderr.any()
 
 
 def test_what_is_beyond_a_share_of_the_sum_is_trimmed():
