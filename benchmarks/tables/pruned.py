@@ -5,7 +5,7 @@ import statistics
 from .results import measured_on, result, table
 
 
-def coverage(row: dict) -> str:
+def shares_within(row: dict) -> str:
     """Shares within one, two and three standard errors; results of 0.1.0 have two alone."""
     shares = [row.get(f"within_{n}_stderr") for n in (1, 2, 3)]
     return " / ".join("" if share is None else f"{100 * share:.1f}" for share in shares)
@@ -32,7 +32,7 @@ def pruned_steps() -> str:
                 f"{row['pairs_share']:.1%}",
                 f"{row['rms']:.4f}",
                 f"{row['worst']:.2f}",
-                coverage(row),
+                shares_within(row),
                 str(row["silent"]),
                 f"{row['faster']:.1f}x",
                 f"{row['least_budget']:g}: {row['least_rms']:.4f}, {row['least_faster']:.1f}x",
