@@ -25,6 +25,7 @@ import torch
 from peers import screening, top_k, uniform
 
 import patchscore as ps
+from patchscore import engines
 from patchscore.engines.pruned.engine import Pruned
 from patchscore.engines.sliding.cpu import SlidingCpu
 from patchscore.pixels import to_values
@@ -47,6 +48,11 @@ def timed(run: Callable, *given, **options) -> tuple:
 
 def exact(z, sigma, bank, competition):
     return SlidingCpu().posterior_sum(z, sigma, bank, competition, MEMORY)
+
+
+def estimated(pruned: Pruned, z, sigma, bank, competition):
+    """What a machine serves that names the engine: edges and what it leaves alone by exact sums."""
+    return engines.serve((pruned, *engines.EXACT), "pruned", z, sigma, bank, competition, MEMORY)[0]
 
 
 def subset(z, sigma, bank, competition, images):
@@ -92,7 +98,7 @@ def steps_of(setting: str, bank, held_out, index, table, repeats):
         for _ in range(repeats):
             truth, spent = timed(exact, z, sigma, bank, competition)
             seconds["exact"].append(spent)
-            sums, spent = timed(pruned.posterior_sum, z, sigma, bank, competition, MEMORY)
+            sums, spent = timed(estimated, pruned, z, sigma, bank, competition)
             seconds["pruned"].append(spent)
         error, stderr = sums.mean - truth.mean, sums.stderr
         row = {
@@ -118,7 +124,7 @@ def steps_of(setting: str, bank, held_out, index, table, repeats):
 
         # Others, in the time `pruned` takes for the interior.
         reference = inside(truth.mean, k)
-        estimate, limit = timed(pruned.posterior_sum, z, sigma, bank, inner, MEMORY)
+        estimate, limit = timed(estimated, pruned, z, sigma, bank, inner)
         row["interior_rms"], row["interior_seconds"] = rms(inside(estimate.mean, k) - reference), limit
         _, whole = timed(exact, z, sigma, bank, inner)
         count = max(16, round(len(bank) * limit / whole))
@@ -159,10 +165,10 @@ def least_budget(z, sigma, bank, competition, index, truth, aim: float, repeats:
     """The least budget whose error meets the aim, and its time."""
     for budget in (*LESS, BUDGET):
         engine = Pruned(index, budget, None, seed=0)
-        error = rms(engine.posterior_sum(z, sigma, bank, competition, MEMORY).mean - truth)
+        error = rms(estimated(engine, z, sigma, bank, competition).mean - truth)
         if error <= aim:
             break
-    spent = [timed(engine.posterior_sum, z, sigma, bank, competition, MEMORY)[1] for _ in range(repeats)]
+    spent = [timed(estimated, engine, z, sigma, bank, competition)[1] for _ in range(repeats)]
     return {"aim": aim, "least_budget": budget, "least_rms": error, "least_seconds": statistics.median(spent)}
 
 
@@ -189,7 +195,7 @@ def curve(setting, z, sigma, bank, coarse, index, k, level, inner, reference, ge
     point("exact", 1, exact, z, sigma, bank, inner)
     for budget in SWEEP["budget"]:
         engine = Pruned(index, budget, None, seed=0)
-        point("pruned", budget, engine.posterior_sum, z, sigma, bank, inner, MEMORY)
+        point("pruned", budget, estimated, engine, z, sigma, bank, inner)
     for share in SWEEP["share"]:
         some = uniform.images(max(16, round(share * len(bank))), len(bank), generator)
         point("uniform subset", share, subset, z, sigma, bank, inner, some)
