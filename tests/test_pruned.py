@@ -757,6 +757,22 @@ def test_the_whole_bank_in_groups_has_no_error():
 # Latents: floats of several channels, in units of their own.
 
 
+def test_where_most_pixels_are_unknown_exact_sums_serve_at_once(larger, monkeypatch):
+    """Sampled again and again they would take several times what exact sums do."""
+    bank, index = larger
+    z = torch.randn(1, *bank.shape, generator=torch.Generator().manual_seed(1))  # noise, unlike the bank
+    machine = pruned(bank, index, budget=0.01)
+    asked, scan = [], cpu.scan
+    monkeypatch.setattr(cpu, "scan", lambda *given: asked.append(scan(*given)) or asked[-1])
+    found = machine.estimate(z, 0.05)
+    assert not asked[0].fits.all()
+    # Budgets of 1%, 2% and 4%, of which the next would exceed a quarter of 20%.
+    count = asked[0].fits.numel()
+    assert asked[0].sums.pairs < 0.12 * len(index.at(3).ids) * count
+    assert torch.equal(found.mean, exact(bank).denoise(z, 0.05))
+    assert not found.stderr.any()
+
+
 @pytest.mark.parametrize("k", [3, 5])
 @pytest.mark.parametrize("sigma", [1.5, 5.0])
 def test_the_standard_error_of_latents_covers(latents, k, sigma):
@@ -765,7 +781,9 @@ def test_the_standard_error_of_latents_covers(latents, k, sigma):
     truth = exact(bank, k).denoise(z, sigma)
     hits, draws = {1: 0, 2: 0, 3: 0}, 0
     for seed in range(20):
-        found = pruned(bank, index, k, budget=0.03, seed=seed).estimate(z, sigma)
+        machine = pruned(bank, index, k, budget=0.03, seed=seed)
+        machine.pruned.policy = dataclasses.replace(POLICY, further_most=math.inf)  # or else exact sums serve
+        found = machine.estimate(z, sigma)
         sampled = found.stderr > 0
         error = (found.mean - truth).abs()[sampled]
         for times in hits:

@@ -279,6 +279,9 @@ public:
             for (int q : unknown)
                 if ((budget[size_t(q)] *= request.policy.further) > request.largest_budget) whole.push_back(q);
             if (double(whole.size()) > request.policy.whole_pixels * request.queries) break;
+            double asked = 0;
+            for (int q : unknown) asked += std::min(budget[size_t(q)], request.largest_budget);
+            if (asked > request.policy.further_most * request.largest_budget * request.queries) break;
             left = std::move(unknown);
         }
         for (int q = 0; request.remembered && q < request.queries; ++q)

@@ -23,6 +23,7 @@ struct Policy {
     double misfit;         // difference of expected and estimated log sum, in bits, from which moments are rejected
     double unknown;        // standard error from which nothing is known
     double further;        // by how much the budget of such a query grows
+    double further_most;   // share of exact sums' work that such queries may ask for together
     double whole_pixels;   // share of the queries of which every window may be evaluated
     double opened_from;    // tiles that a parent is to get for its cells to be told apart
     double pilot;          // share of a budget in which heavy windows are looked for

@@ -118,6 +118,7 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
         misfit=policy.misfit,
         unknown=policy.unknown,
         further=policy.further,
+        further_most=policy.further_most,
         whole_pixels=policy.whole_pixels,
         opened_from=policy.opened_from,
         pilot=policy.recalled_pilot if recalled else policy.pilot,

@@ -43,6 +43,12 @@ class Policy:
     """By how much that budget grows: a pixel then costs at most twice what the budget would that suffices. (With 8, one
     pixel in fifty took as much as all others: it shares what it reads with none.)"""
 
+    further_most: float = 0.25
+    """Of the work of exact sums, taken as a budget of `exact_budget` for every pixel, the share that such pixels may ask
+    for together; where they ask for more the exact engine serves. Few pixels share what they read, so that a window
+    costs them up to fifty sliding sums; without a limit, sixteen channels at little noise took twelve times what exact
+    sums did before these served."""
+
     whole_pixels: float = 0.125
     """Fraction of an image's pixels that may be evaluated completely, once their budgets have grown to `exact_budget`;
     beyond it they are left to the exact engine, which sums an image at once."""
