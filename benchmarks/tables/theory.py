@@ -155,18 +155,20 @@ def theories_cost() -> str:
     rows = [
         [
             f"`{row['theory']}`",
+            f"{row['step_seconds']:.2g}",
             f"{row['step_seconds'] / least:.0f}",
             f"{row['once_seconds'] / least:.0f}",
             f"{row['pairs']:,}",
+            f"{row['pairs'] / row['step_seconds']:.1e}" if row["pairs"] else "",
         ]
         for row in sorted(record["rows"], key=lambda row: row["step_seconds"])
     ]
     about = (
         f"One step of one image of {channels} x {height} x {width}, {record['images']:,} training images, sigma = "
-        f"{record['sigma']:g}, k = {record['patch_size']}, one thread: CPU time in units of the fastest theory's "
+        f"{record['sigma']:g}, k = {record['patch_size']}, one thread: CPU seconds, and in units of the fastest theory's "
         f"{measured_on(record)}. A pair is an image or window weighed for a pixel, a square, or the whole image."
     )
-    header = ["theory", "a step", "once a noise level or class", "pairs"]
+    header = ["theory", "a step (s)", "a step", "once a noise level or class", "pairs", "pairs/s"]
     return f"{about}\n\n{table(header, rows)}"
 
 
