@@ -165,10 +165,10 @@ def theories_cost() -> str:
     ]
     about = (
         f"One step of one image of {channels} x {height} x {width}, {record['images']:,} training images, sigma = "
-        f"{record['sigma']:g}, k = {record['patch_size']}, one thread: CPU seconds, and in units of the fastest theory's "
+        f"{record['sigma']:g}, k = {record['patch_size']}, one thread: CPU seconds, and times the fastest theory's "
         f"{measured_on(record)}. A pair is an image or window weighed for a pixel, a square, or the whole image."
     )
-    header = ["theory", "a step (s)", "a step", "once a noise level or class", "pairs", "pairs/s"]
+    header = ["theory", "a step (s)", "times the fastest", "once a noise level or class", "pairs", "pairs/s"]
     return f"{about}\n\n{table(header, rows)}"
 
 
