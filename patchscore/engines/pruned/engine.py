@@ -140,7 +140,8 @@ class Pruned(Engine):
         total = PosteriorSum.empty(z.shape, "cpu", sampled=True, moments=moments)
         pairs = 0
         for group in competition.groups:
-            assert not (group.rows.locked or group.cols.locked), "lacks() leaves edges to exact engines"
+            assert not group.rows.locked, "lacks() leaves edges to exact engines"
+            assert not group.cols.locked, "lacks() leaves edges to exact engines"
             left: list[int] = []
             for item in range(len(z)):
                 level, only = float(sigma[item]), competition.only((group,))

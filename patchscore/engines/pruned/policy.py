@@ -44,8 +44,8 @@ class Policy:
     pixel in fifty took as much as all others: it shares what it reads with none.)"""
 
     further_most: float = 0.25
-    """Of the work of exact sums, taken as a budget of `exact_budget` for every pixel, the share that such pixels may ask
-    for together; where they ask for more the exact engine serves. Few pixels share what they read, so that a window
+    """Of the work of exact sums, taken as a budget of `exact_budget` for every pixel, the share that such pixels may
+    ask for together; where they ask for more the exact engine serves. Few pixels share what they read, so that a window
     costs them up to fifty sliding sums; without a limit, sixteen channels at little noise took twelve times what exact
     sums did before these served."""
 
