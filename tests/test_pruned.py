@@ -313,7 +313,7 @@ def test_the_engine_is_unbiased(request, which, sigma, policy):
 @pytest.mark.parametrize("sigma", [0.5, 1.5, 6.0])
 def test_the_standard_error_of_a_pixel_covers(larger, tmp_path, backend, sigma):
     hits, draws = {1: 0, 2: 0, 3: 0}, 0
-    for pixel in (18, 70, 133, 200):
+    for pixel in (18, 133):
         request = pixel_of(larger, tmp_path / str(pixel), sigma, pixel, 0.05)
         found, truth = BACKENDS[backend](request, 40, POLICY, 8)
         for _, mean, stderr, _ in found:

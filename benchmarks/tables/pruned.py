@@ -2,6 +2,8 @@
 
 import statistics
 
+from patchscore.engines.pruned.policy import POLICY
+
 from .results import measured_on, result, table
 
 
@@ -44,6 +46,24 @@ def pruned_steps() -> str:
         images = next(row["images"] for row in record["rows"] if row["setting"] == setting)
         parts.append(f"{setting}, {images} noisy images at a time:\n\n{table(header, rows)}")
     return "\n\n".join([*parts, measured_on(record)])
+
+
+def pruned_policy() -> str:
+    """Every constant at other values, over all settings."""
+    record = result("pruned_policy")
+    changes = dict.fromkeys((row["constant"], row["value"]) for row in record["rows"])
+    rows = []
+    for constant, value in changes:
+        of = [row for row in record["rows"] if (row["constant"], row["value"]) == (constant, value)]
+        ratios = [row["rms"] / row["usual_rms"] for row in of]
+        within, usual = (100 * min(row[f"{name}within_2"] for row in of) for name in ("", "usual_"))
+        rows.append([
+            f"{constant} {getattr(POLICY, constant):g} -> {value:g}",
+            f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+            f"{within:.1f}% ({usual:.1f}%)",
+            f"{statistics.geometric_mean(row['seconds'] / row['usual_seconds'] for row in of):.2f}",
+        ])  # fmt: skip
+    return f"{table(['constant', 'rms error', 'within 2, least', 'time'], rows)}\n\n{measured_on(record)}"
 
 
 def pruned_indexes() -> str:
