@@ -96,12 +96,13 @@ class Pruned(Engine):
         return None
 
     def seconds(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> float | None:
-        if self.index is None or self.budget is None or competition.patch_size is None:
+        """Of a tolerance, at least: what the budget takes that the search for one begins with."""
+        if self.index is None or competition.patch_size is None:
             return None
         (group,) = competition.groups
         part, policy = self.index.at(competition.patch_size), self.policy
         window = policy.window_seconds if part.tiles is not None else policy.gathered_seconds
-        drawn = self.budget * len(bank) * group.windows_per_image
+        drawn = (self.budget or policy.pilot_budget) * len(bank) * group.windows_per_image
         pixel = policy.pixel_seconds + policy.cell_seconds * len(part.cells.size) + window * drawn
         return len(z) * group.pixels * pixel
 
