@@ -38,7 +38,7 @@ struct Case {
     patchscore::Request request{};
     std::vector<uint8_t> pixels, allowed, fits;
     std::vector<float> float_pixels, float_tiles, float_windows;
-    std::vector<int64_t> sizes, ids, pairs;
+    std::vector<int64_t> sizes, ids, pairs, remembered;
     std::vector<int8_t> tiles;
     std::vector<float> features, rest, tables[2], competing[2], value[2], value_square[2];
     std::vector<int16_t> digits;
@@ -161,6 +161,9 @@ struct Case {
         request.features = features.data(), request.rest = rest.data(), request.windows = digits.data();
         if (images.floats) request.windows = float_windows.data();
         request.shift = shift.data(), request.bits = bits.data(), request.base = base.data();
+        if (chance(0.5f))  // windows once or twice, or none
+            for (int i = 0; i < queries * patchscore::MOST_KNOWN; ++i)
+                remembered.push_back(chance(0.2f) ? -1 : ids[size_t(below(int(ids.size())))]);
     }
 
     std::vector<double> run(const std::string& level, int threads) {
@@ -172,12 +175,15 @@ struct Case {
         std::vector<double> v2(colours), sl(count), qq(colours), ee(count);
         if (moments) request.v2 = v2.data(), request.sl = sl.data(), request.qq = qq.data(), request.ee = ee.data();
         request.fits = fits.data(), request.pairs = pairs.data();
+        std::vector<int64_t> known = remembered;
+        request.remembered = known.empty() ? nullptr : known.data();
         if (!patchscore::pruned_scan(request, threads, level, nullptr)) std::abort();
         std::vector<double> all;
         for (const auto* part : {&m, &s, &s2, &v, &ss, &vs, &vv, &v2, &sl, &qq, &ee})
             all.insert(all.end(), part->begin(), part->end());
         all.insert(all.end(), fits.begin(), fits.end());
         all.insert(all.end(), pairs.begin(), pairs.end());
+        all.insert(all.end(), known.begin(), known.end());
         return all;
     }
 };
