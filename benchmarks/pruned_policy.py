@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import record
 import torch
+from pruned_cpu import inside, interior
 
 import patchscore as ps
 from patchscore.engines.pruned.engine import Pruned
@@ -48,16 +49,6 @@ VALUES = {
 """Of each constant, besides the one it has."""
 
 MEMORY = 2**31
-
-
-def interior(machine: ps.EquivariantLocalScore, k: int) -> Competition:
-    whole = machine.competition(k)
-    return whole.only([group for group in whole.groups if not (group.rows.locked or group.cols.locked)])
-
-
-def inside(x: torch.Tensor, k: int) -> torch.Tensor:
-    r = k // 2
-    return x[:, :, r : x.shape[2] - r, r : x.shape[3] - r]
 
 
 def measured(
@@ -110,7 +101,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         index = ps.PatchIndex.build(bank, list(LEVELS), Path(folder) / "index")
         for k, level in LEVELS.items():
-            only = interior(ps.EquivariantLocalScore(bank, k), k)
+            only = interior(ps.EquivariantLocalScore(bank, k).competition(k))
             z = held_out + level * torch.randn(held_out.shape, generator=torch.Generator().manual_seed(k))
             sigma = torch.full((len(z),), level, dtype=torch.float64)
             truth = SlidingCpu().posterior_sum(z, sigma, bank, only, MEMORY).mean

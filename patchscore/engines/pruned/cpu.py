@@ -38,8 +38,7 @@ class Request:
     budget: fraction of them to evaluate; None for every window.
     columns: of the grid of pixels that the queries are; 0 if they are none.
     moments: whether the sums have moments.
-    remembered: [Q, KNOWN] int64 windows of the part that are to be known, and in return those that were; -1 is none.
-        None where nothing is remembered.
+    remembered: [Q, KNOWN] int64 windows of the part that are to be known, -1 for none; None where nothing is remembered.
     """
 
     part: IndexedSize
@@ -56,10 +55,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Scanned:
-    """Sums [Q, ...], and [Q] bool: whether each is reliable, or the query unlike anything in the bank."""
+    """What a scan found.
+
+    sums: [Q, ...].
+    fits: [Q] bool, whether each is reliable, or the query unlike anything in the bank.
+    remembered: [Q, KNOWN] as of the request: the heaviest windows met, or None.
+    """
 
     sums: PosteriorSum
     fits: Tensor
+    remembered: Tensor | None
 
     @property
     def settled(self) -> PosteriorSum | None:
@@ -88,7 +93,8 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
     if request.moments:
         out |= {name: torch.zeros_like(out["s"]) for name in ("sl", "ee")}
         out |= {name: torch.zeros_like(out["v"]) for name in ("v2", "qq")}
-    recalled = request.remembered is not None and bool((request.remembered >= 0).any())
+    remembered = None if request.remembered is None else request.remembered.clone()  # the scan writes to it
+    recalled = remembered is not None and bool((remembered >= 0).any())
     fits, pairs = torch.zeros(count, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64)
     competing = _competing(part, request.allowed)
     assert native is not None
@@ -126,12 +132,12 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
         **{"v2": None, "sl": None, "qq": None, "ee": None} | {name: x.numpy() for name, x in out.items()},
         fits=fits.numpy(),
         pairs=pairs.numpy(),
-        remembered=None if request.remembered is None else request.remembered.numpy(),
+        remembered=None if remembered is None else remembered.numpy(),
         threads=torch.get_num_threads(),
         simd=os.environ.get("PATCHSCORE_SIMD", ""),
     )  # fmt: skip
     sums = {name: x if x.ndim == 2 else x[:, None] for name, x in out.items()}
-    return Scanned(PosteriorSum(**sums, span=1.0, pairs=int(pairs.sum())), fits.bool())
+    return Scanned(PosteriorSum(**sums, span=1.0, pairs=int(pairs.sum())), fits.bool(), remembered)
 
 
 def table(strata: Strata, sigma: float, dims: int) -> Tensor:

@@ -220,8 +220,8 @@ class Pruned(Engine):
             None if held is None else held.recall(part, group),
         )
         scanned = cpu.scan(request, self.policy) if self.tolerance is None else self._within(request, held)
-        if held is not None and request.remembered is not None:
-            held.keep(part, group, request.remembered)
+        if held is not None and scanned is not None and scanned.remembered is not None:
+            held.keep(part, group, scanned.remembered)
         found = None if scanned is None else scanned.settled
         if found is None:
             return None
