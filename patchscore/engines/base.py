@@ -124,6 +124,19 @@ class Engine(ABC):
         """
         raise NotImplementedError(f"engine {self.name!r} takes no gradients")
 
+    def first_pass(
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        combine: Combine | None,
+    ) -> PosteriorSum:
+        """The sums that `product` and `window_sums` begin with: over the whole bank, where `bank` is a part."""
+        total = self.posterior_sum(z, sigma, bank, competition, memory_limit)
+        return total if combine is None else combine(total)
+
     def posterior_sums(
         self, z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
     ) -> list[PosteriorSum]:

@@ -70,8 +70,7 @@ class Reference(Engine):
         memory_limit: int,
         combine: Combine | None = None,
     ) -> Tensor:
-        total = self.posterior_sum(z, sigma, bank, competition, memory_limit)
-        total = total if combine is None else combine(total)
+        total = self.first_pass(z, sigma, bank, competition, memory_limit, combine)
         if competition.patch_size is None:
             return whole_product(z, sigma, direction, bank, total, memory_limit)
         product = _vjp if transposed else _jvp
@@ -87,8 +86,7 @@ class Reference(Engine):
         combine: Combine | None = None,
     ) -> tuple[PosteriorSum, Tensor]:
         # The transpose of cutting windows, of every query's posterior-mean window.
-        total, k = self.posterior_sum(z, sigma, bank, competition, memory_limit), competition.patch_size
-        total = total if combine is None else combine(total)
+        total, k = self.first_pass(z, sigma, bank, competition, memory_limit, combine), competition.patch_size
         assert k is not None
         padded = F.pad(torch.zeros_like(total.v), (k // 2,) * 4)
         for group in competition.groups:

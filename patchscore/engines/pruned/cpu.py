@@ -38,7 +38,7 @@ class Request:
     budget: fraction of them to evaluate; None for every window.
     columns: of the grid of pixels that the queries are; 0 if they are none.
     moments: whether the sums have moments.
-    remembered: [Q, KNOWN] int64 windows of the part that are to be known, -1 for none; None where nothing is remembered.
+    remembered: [Q, KNOWN] int64 windows of the part that are to be known, or -1; None where nothing is remembered.
     """
 
     part: IndexedSize

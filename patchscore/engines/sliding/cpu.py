@@ -74,9 +74,8 @@ class SlidingCpu(Engine):
         memory_limit: int,
         combine: Combine | None = None,
     ) -> Tensor:
-        _check_float32(z)  # a second pass over the pairs, after one for weights and means
-        total = self.posterior_sum(z, sigma, bank, competition, memory_limit)
-        total = total if combine is None else combine(total)
+        check_float32(z)  # a second pass over the pairs, after one for weights and means
+        total = self.first_pass(z, sigma, bank, competition, memory_limit, combine)
         if competition.patch_size is None:
             return whole_product(z, sigma, direction, bank, total, memory_limit)
         result = _second_pass(transposed, False, z, sigma, direction, bank, competition, total, memory_limit)
@@ -91,9 +90,8 @@ class SlidingCpu(Engine):
         memory_limit: int,
         combine: Combine | None = None,
     ) -> tuple[PosteriorSum, Tensor]:
-        _check_float32(z)
-        total = self.posterior_sum(z, sigma, bank, competition, memory_limit)
-        total = total if combine is None else combine(total)
+        check_float32(z)
+        total = self.first_pass(z, sigma, bank, competition, memory_limit, combine)
         nothing = torch.zeros(z.shape, dtype=torch.float32)
         return total, _second_pass(True, True, z, sigma, nothing, bank, competition, total, memory_limit)
 
@@ -147,7 +145,7 @@ def _sums_of_piece(
     return totals
 
 
-def _check_float32(z: Tensor) -> None:
+def check_float32(z: Tensor) -> None:
     if z.dtype == torch.float64:
         raise ValueError('z: got float64, engine "sliding" has gradients in float32; engine="reference" has both')
 

@@ -25,6 +25,7 @@ from .. import cost
 from .. import device as resident
 from ..base import Combine, Engine, EngineError
 from ..whole import whole_product
+from .cpu import check_float32
 
 STEPS = 127.5
 """Steps of a byte pixel in a unit of v."""
@@ -176,6 +177,20 @@ class SlidingCuda(Engine):
     ) -> PosteriorSum:
         return posterior_sums(z, sigma, bank, [competition], memory_limit, moments)[0]
 
+    def first_pass(
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        bank: PatchBank,
+        competition: Competition,
+        memory_limit: int,
+        combine: Combine | None,
+    ) -> PosteriorSum:
+        check_float32(z)
+        if competition.patch_size is not None:
+            _workers(*bank.shape[1:], z.device)  # whether the second pass has room, before the first
+        return super().first_pass(z, sigma, bank, competition, memory_limit, combine)
+
     def posterior_sums(
         self, z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int
     ) -> list[PosteriorSum]:
@@ -198,7 +213,7 @@ class SlidingCuda(Engine):
             ValueError: z in float64; `memory_limit` cannot hold one image.
             EngineError: images too large for the kernel.
         """
-        total = _first_pass(z, sigma, bank, competition, memory_limit, combine)
+        total = self.first_pass(z, sigma, bank, competition, memory_limit, combine)
         if competition.patch_size is None:
             return whole_product(z, sigma, direction, bank, total, memory_limit)
         kind = BACKWARD if transposed else FORWARD
@@ -214,7 +229,7 @@ class SlidingCuda(Engine):
         memory_limit: int,
         combine: Combine | None = None,
     ) -> tuple[PosteriorSum, Tensor]:
-        total = _first_pass(z, sigma, bank, competition, memory_limit, combine)
+        total = self.first_pass(z, sigma, bank, competition, memory_limit, combine)
         return total, _second_pass(AVERAGING, z, sigma, torch.zeros_like(z), bank, competition, total, memory_limit)
 
 
@@ -667,17 +682,6 @@ def _query_norms(squares: Tensor, channels: int, competition: Competition, group
 
 
 # Products with the Jacobian: a second pass, over float32 images.
-
-
-def _first_pass(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition, memory_limit: int, combine: Combine | None
-) -> PosteriorSum:
-    if z.dtype == torch.float64:
-        raise ValueError('z: got float64, engine "sliding" has gradients in float32; engine="reference" has both')
-    if competition.patch_size is not None:
-        _workers(*bank.shape[1:], z.device)
-    (total,) = posterior_sums(z, sigma, bank, [competition], memory_limit)
-    return total if combine is None else combine(total)
 
 
 def _second_pass(
