@@ -151,7 +151,7 @@ SOFTMAX_INSTRUCTIONS = 2.9  # of a pair and lane, where the reference log-weight
 RUNNING_INSTRUCTIONS = 3.6  # more, where it is a running maximum
 CUBIC_INSTRUCTIONS = 8  # more, where a polynomial takes the place of an exponential
 COPY_INSTRUCTIONS, BLOCK_INSTRUCTIONS = 0.9, 0.64  # of a byte a pair brings to shared memory; rows whole, in blocks
-"""Fitted to what benchmarks/compile_report.py counts, within a quarter (tests/test_cost.py)."""
+"""Fitted to what benchmarks/compile_report.py counts, within a fifth (tests/test_cost.py)."""
 PILOT = 1 / 17  # share of the tiles that are multiplied and weighed before, to fix the reference
 DECISIVE = 0.08
 """Share of tiles whose weights an exact plan takes again from differences, at two instructions a number: 4 to 11% of
