@@ -20,6 +20,7 @@ import patchscore as ps
 from patchscore import native
 from patchscore.engines.pruned import cpu, engine, images, naive
 from patchscore.engines.pruned.policy import POLICY
+from patchscore.engines.pruned.request import BYTE, KNOWN, Request, encoded
 
 pytest.importorskip("faiss")
 if native.missing:
@@ -104,7 +105,7 @@ def request_of(machine, z, sigma, **changes):
     (group,) = (g for g in competition.groups if not g.rows.locked and not g.cols.locked)
     windows = engine._windows(z, part.k, competition.padding_mode, group)
     columns = len(group.cols.queries)
-    request = cpu.Request(part, windows, sigma, None, len(part.ids), machine.pruned.budget, 1, columns)
+    request = Request(part, windows, sigma, None, len(part.ids), machine.pruned.budget, 1, columns)
     return dataclasses.replace(request, **changes), group
 
 
@@ -193,7 +194,7 @@ def test_a_scan_of_every_window_gives_the_exact_numbers(indexed, channels, dtype
         unit, bound = 0.0, 1e-4 if sigma >= 0.05 else 1e-3  # of float32, as the exact engines promise
         if dtype == torch.uint8:
             bound = 1e-4
-            unit = 2.0 ** -(1 + cpu._of_bytes(request.windows, 1.0).shift.double()) / 2 / cpu.BYTE
+            unit = 2.0 ** -(1 + encoded(request.windows, torch.uint8, 1.0).shift.double()) / 2 / BYTE
         part = index.at(k)
         # No window is nearer than s lets it be: its log-weight is at least log(s / N).
         nearest = (2 * sigma**2 * (math.log(len(part.ids)) - found.m - found.s.log()).clamp(min=0)[:, 0]).sqrt()
@@ -1000,7 +1001,7 @@ def test_a_scan_of_every_window_gives_the_exact_moments(indexed, channels, dtype
         unit, bound = 0.0, 1e-4 if sigma >= 0.05 else 1e-3
         if dtype == torch.uint8:
             bound = 1e-4
-            unit = 2.0 ** -(1 + cpu._of_bytes(request.windows, 1.0).shift.double()) / 2 / cpu.BYTE
+            unit = 2.0 ** -(1 + encoded(request.windows, torch.uint8, 1.0).shift.double()) / 2 / BYTE
         count = len(request.part.ids)
         nearest = (2 * sigma**2 * (math.log(count) - found.m - found.s.log()).clamp(min=0)[:, 0]).sqrt()
         moved = 2 * unit * (request.windows[0].numel() ** 0.5) * (nearest + 4 * sigma) / sigma**2
@@ -1127,7 +1128,7 @@ def test_heavy_windows_are_remembered_and_counted_surely(larger):
     nearest = weights.topk(5, dim=1).indices
     share = []
     for machine in (fresh, following):
-        ids = torch.full((len(request.windows), cpu.KNOWN), -1)
+        ids = torch.full((len(request.windows), KNOWN), -1)
         if machine is following:
             ids = remembered_of(following).recall(request.part, group)
         asked = dataclasses.replace(request, remembered=ids.clone())

@@ -28,6 +28,7 @@ from ..sliding.cpu import SlidingCpu
 from . import cpu, images
 from .memory import Memory, Remembered
 from .policy import POLICY, Policy
+from .request import Request, Scanned, draw_key
 
 MOST_CHANNELS = 16
 """Of an index; the scan keeps sums of so many in registers and on the stack."""
@@ -124,8 +125,7 @@ class Pruned(Engine):
             return self.exactly.posterior_sum(z32[items], sigma[items], bank, some, memory_limit, moments=moments)
 
         keys = [
-            cpu.draw_key(self.seed, competition.patch_size or 0, float(sigma[item]), z32[item])
-            for item in range(len(z))
+            draw_key(self.seed, competition.patch_size or 0, float(sigma[item]), z32[item]) for item in range(len(z))
         ]
         if self.index is None:
             assert self.budget is not None
@@ -207,7 +207,7 @@ class Pruned(Engine):
         held = None if self.memory is None else self.memory.of(bank, item, z, sigma)
         allowed = self._competing_images(bank)
         competing = self._sampled_images() if allowed is None else int(allowed.sum())
-        request = cpu.Request(
+        request = Request(
             part,
             _windows(z, part.k, competition.padding_mode, group),
             sigma,
@@ -228,7 +228,7 @@ class Pruned(Engine):
         shape = (1, len(group.rows.queries), len(group.cols.queries))
         return found.mapped(lambda x: x.unflatten(0, shape).permute(0, 3, 1, 2))
 
-    def _within(self, request: cpu.Request, held: Remembered | None) -> cpu.Scanned | None:
+    def _within(self, request: Request, held: Remembered | None) -> Scanned | None:
         """Sums whose rms standard error is at most the tolerance; None where exact ones are as fast.
 
         A pilot of some pixels finds the budget, all pixels confirm it. Along a trajectory the search begins at half the

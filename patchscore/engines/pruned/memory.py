@@ -12,7 +12,7 @@ from torch import Tensor
 from ...bank import PatchBank
 from ...index import IndexedSize
 from ...windows import Group, span
-from .cpu import KNOWN
+from .request import KNOWN
 
 
 class Memory:
