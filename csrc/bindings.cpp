@@ -219,17 +219,17 @@ void pruned_pack(const py::buffer& images, const py::buffer& ids, const py::buff
     patchscore::pruned_pack(source, windows, counts, sizes_info.shape[0], out, threads);
 }
 
-// Tables and moments of strata: (table [groups, 2, 2 rank + 2, LANES], sizes, value, value_square).
+// Tables and moments of strata: (table [groups, 2, 2 rank + 2, SIBLINGS], sizes, value, value_square).
 using StrataArguments = std::tuple<py::buffer, py::buffer, py::buffer, py::buffer>;
 
 patchscore::Strata strata_of(const char* name, const StrataArguments& given, int64_t count, int rank, int channels,
                              std::list<py::buffer_info>& held) {
     const auto& [table, sizes, value, value_square] = given;
-    const int64_t groups = (count + patchscore::LANES - 1) / patchscore::LANES;
+    const int64_t groups = (count + patchscore::SIBLINGS - 1) / patchscore::SIBLINGS;
     patchscore::Strata strata{};
     strata.count = count;
     strata.table =
-        data_of<float>(name, held.emplace_back(table.request()), {groups, 2, 2 * rank + 2, patchscore::LANES}, false);
+        data_of<float>(name, held.emplace_back(table.request()), {groups, 2, 2 * rank + 2, patchscore::SIBLINGS}, false);
     strata.sizes = data_of<float>(name, held.emplace_back(sizes.request()), {count}, false);
     strata.value = data_of<float>(name, held.emplace_back(value.request()), {count, channels}, false);
     strata.value_square = data_of<float>(name, held.emplace_back(value_square.request()), {count, channels}, false);
@@ -258,7 +258,7 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
     if (sizes_info.ndim != 1 || ids_info.ndim != 1) throw py::value_error("sizes, ids: take one dimension");
     if (features_info.ndim != 2) throw py::value_error("features: takes [queries, rank]");
     request.cells = sizes_info.shape[0];
-    if (request.cells < 1 || request.cells % patchscore::LANES || request.cells > INT32_MAX)
+    if (request.cells < 1 || request.cells % patchscore::SIBLINGS || request.cells > INT32_MAX)
         throw py::value_error("sizes: got " + std::to_string(request.cells) + " cells, takes whole parents");
     request.sizes = data_of<int64_t>("sizes", sizes_info, {request.cells}, false);
     request.ids = data_of<int64_t>("ids", ids_info, ids_info.shape, false);
@@ -276,7 +276,7 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
     request.queries = size_of("features", queries), request.rank = size_of("features", features_info.shape[1]);
     request.children = strata_of("children", children, request.cells, request.rank, int(channels), held);
     request.parents =
-        strata_of("parents", parents, request.cells / patchscore::LANES, request.rank, int(channels), held);
+        strata_of("parents", parents, request.cells / patchscore::SIBLINGS, request.rank, int(channels), held);
     request.features = data_of<float>("features", features_info, features_info.shape, false);
     request.rest = data_of<float>("rest", info(rest), {queries}, false);
     request.windows = typed(int16_t(), float(), "windows", windows, {queries, 2 * request.images.pairs()});

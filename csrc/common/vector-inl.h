@@ -23,28 +23,27 @@ using Unsigned = uint32_t;
 #endif
 constexpr int LANES = PS_LANES;
 constexpr size_t VECTOR_BYTES = LANES * sizeof(Real);
-typedef Real F __attribute__((vector_size(VECTOR_BYTES)));
-typedef Integer I __attribute__((vector_size(VECTOR_BYTES)));
-typedef Unsigned U __attribute__((vector_size(VECTOR_BYTES)));
+// The alignment is named since GCC's own depends on the level, and what holds vectors is to be laid out alike.
+typedef Real F __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES)));
+typedef Integer I __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES)));
+typedef Unsigned U __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES)));
 
-// Where a vector is one register, instructions that the vector extension has no name for.
-#if PS_LANES * PS_REAL_BITS != PS_LEVEL || PS_LEVEL == 128
+typedef Real Unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(Real)), may_alias));
+
+// Bits of a vector that is one register: instructions that the vector extension has no name for.
+#if PS_LANES * PS_REAL_BITS > PS_LEVEL || PS_LANES * PS_REAL_BITS < 256
 #define PS_REGISTER 0
 #else
-#define PS_REGISTER PS_LEVEL
+#define PS_REGISTER (PS_LANES * PS_REAL_BITS)
 #endif
 #define PS_JOIN_(prefix, name, suffix) prefix##name##_##suffix
 #define PS_JOIN(prefix, name, suffix) PS_JOIN_(prefix, name, suffix)
 #define PS_512(name) PS_JOIN(_mm512_, name, PS_SUFFIX)
 #define PS_256(name) PS_JOIN(_mm256_, name, PS_SUFFIX)
 
-PS_INLINE F load(const Real* at) {
-    F x;
-    __builtin_memcpy(&x, at, sizeof x);
-    return x;
-}
-
-PS_INLINE void store(Real* at, F x) { __builtin_memcpy(at, &x, sizeof x); }
+// Not memcpy, which compilers may split into halves that pass through memory.
+PS_INLINE F load(const Real* at) { return *(const Unaligned*)at; }
+PS_INLINE void store(Real* at, F x) { *(Unaligned*)at = x; }
 
 PS_INLINE F broadcast(Real x) {
 #if PS_REGISTER == 512
@@ -103,14 +102,22 @@ PS_INLINE unsigned above(F a, F b) {
 #endif
 }
 
+// Whether any lane of a comparison holds.
+PS_INLINE bool any(I mask) {
+#if PS_REGISTER == 256
+    return PS_256(movemask)(F(mask)) != 0;
+#else
+    Integer all = 0;
+    for (int i = 0; i < LANES; ++i) all |= mask[i];
+    return all != 0;
+#endif
+}
+
 PS_INLINE bool any_above(F a, F b) {
 #if PS_REGISTER
     return above(a, b) != 0;
 #else
-    const I mask = a > b;
-    Integer all = 0;
-    for (int i = 0; i < LANES; ++i) all |= mask[i];
-    return all != 0;
+    return any(a > b);
 #endif
 }
 

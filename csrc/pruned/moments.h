@@ -61,9 +61,9 @@ struct MomentSumsOf {
 
     Totals all{}, hits{};
     Products within{}, of_hits{};  // covariance in surely visited strata; raw second moments of the others' totals
-    Totals heavy[TRIMMED];         // weighted means of the visits in Sums::heavy
+    Totals heavy[TRIMMED];         // weighted means of the visits in SumsOf::heavy
 
-    // As Sums::take has put a visit at `at` among the first `count`.
+    // As SumsOf::heavy has put a visit at `at` among the first `count`.
     void take(int at, int count, const Totals& mean) {
         for (int i = count - 1; i > at; --i) heavy[i] = heavy[i - 1];
         heavy[at] = mean;

@@ -72,35 +72,55 @@ struct Visited {  // sums over the windows of a visit
     ScoreOf<Pixel> largest;
 };
 
-// The heaviest windows known of a query, the heaviest first. They are counted surely and weigh nothing in the sample.
-template <typename Pixel>
-struct KnownOf {
-    using Score = ScoreOf<Pixel>;
-    Score least = std::numeric_limits<Score>::max();  // of the scores
-    int32_t count = 0;
-    Score t[MOST_KNOWN];  // scores
-    int64_t id[MOST_KNOWN];
-    int8_t sweep[MOST_KNOWN];  // of neighbours' proposals in which it was found, 0 before them
+// Of the items that were offered those before all others, in order; of equal ones the first that came.
+template <typename Item, int ROOM>
+struct Ranking {
+    int count = 0;
+    Item items[ROOM];
 
-    bool holds(int64_t window) const {
-        for (int i = 0; i < count; ++i)
-            if (id[i] == window) return true;
-        return false;
+    const Item* begin() const { return items; }
+    const Item* end() const { return items + count; }
+
+    // The item's place, `most` if it is not among the first `most`.
+    int offer(const Item& item, int most = ROOM) {
+        int at = count;
+        while (at > 0 && item.before(items[at - 1])) --at;
+        if (at >= most) return most;
+        count = std::min(count + 1, most);
+        std::copy_backward(items + at, items + count - 1, items + count);
+        items[at] = item;
+        return at;
+    }
+};
+
+template <typename Pixel>
+struct KnownWindow {
+    int64_t id;
+    ScoreOf<Pixel> score;
+    int8_t sweep;  // of neighbours' proposals in which it was found, 0 before them
+
+    bool before(const KnownWindow& other) const {
+        return score > other.score || (score == other.score && id < other.id);
+    }
+};
+
+// The heaviest windows known of a query. They are counted surely and weigh nothing in the sample.
+template <typename Pixel>
+struct KnownOf : Ranking<KnownWindow<Pixel>, MOST_KNOWN> {
+    ScoreOf<Pixel> least = std::numeric_limits<ScoreOf<Pixel>>::max();  // of the scores
+
+    bool holds(int64_t id) const {
+        return std::any_of(this->begin(), this->end(), [id](const auto& known) { return known.id == id; });
     }
 
-    void offer(Score value, int64_t window, int since, int most) {
-        if (count == most && value < least) return;
-        int at = count;
-        while (at > 0 && (value > t[at - 1] || (value == t[at - 1] && window < id[at - 1]))) --at;
-        if (at >= most) return;
-        count = std::min(count + 1, most);
-        for (int i = count - 1; i > at; --i) t[i] = t[i - 1], id[i] = id[i - 1], sweep[i] = sweep[i - 1];
-        t[at] = value, id[at] = window, sweep[at] = int8_t(since);
-        least = t[count - 1];
+    void offer(ScoreOf<Pixel> score, int64_t id, int sweep, int most) {
+        if (this->count == most && score < least) return;
+        Ranking<KnownWindow<Pixel>, MOST_KNOWN>::offer({id, score, int8_t(sweep)}, most);
+        least = this->items[this->count - 1].score;
     }
 
     void offer(const KnownOf& others, int most) {
-        for (int i = 0; i < others.count; ++i) offer(others.t[i], others.id[i], 0, most);
+        for (const auto& known : others) offer(known.score, known.id, 0, most);
     }
 };
 
@@ -166,6 +186,14 @@ int64_t tiles_of(int64_t windows) { return (windows + TILE - 1) / TILE; }
 template <int MOST>
 struct Heavy {
     double expanded, weight, mean[MOST];
+    bool before(const Heavy& other) const { return expanded > other.expanded; }
+};
+
+// A cell in which heavy windows may be, by log2 of its expected weight.
+struct PilotCell {
+    float first;
+    int32_t cell;
+    bool before(const PilotCell& other) const { return first > other.first; }
 };
 
 // What a query has added up over the cells of one part.
@@ -176,20 +204,8 @@ struct SumsOf {
     double hits = 0, y = 0, yv[MOST] = {}, yy = 0, yyv[MOST] = {}, yvv[MOST] = {}, y4 = 0;
     int64_t windows = 0;
     ScoreOf<Pixel> largest = Held<Pixel>::NONE;
-    int heavies = 0;
-    KnownOf<Pixel> found;        // windows heavier than the lightest that was known
-    Heavy<MOST> heavy[TRIMMED];  // the largest, in descending order
-
-    // Where it was put, TRIMMED if nowhere.
-    int take(const Heavy<MOST>& found) {
-        int at = heavies;
-        while (at > 0 && found.expanded > heavy[at - 1].expanded) --at;
-        if (at >= TRIMMED) return TRIMMED;
-        heavies = std::min(heavies + 1, TRIMMED);
-        for (int i = heavies - 1; i > at; --i) heavy[i] = heavy[i - 1];
-        heavy[at] = found;
-        return at;
-    }
+    KnownOf<Pixel> found;  // windows heavier than the lightest that was known
+    Ranking<Heavy<MOST>, TRIMMED> heavy;
 };
 
 template <typename Pixel, int MOST>
@@ -211,7 +227,7 @@ class Scan {
     const int channels;
     uint64_t key;
     std::vector<int64_t> window_start, tile_start;
-    std::vector<float> child_size, parent_size, parent_competing;  // parents padded to whole groups of LANES
+    std::vector<float> child_size, parent_size, parent_competing;  // parents padded to whole groups of SIBLINGS
     std::vector<std::vector<ScanVisit>> planned;
     std::vector<Known> known;
     std::vector<std::vector<ScanVisit>> pilots;  // cells of each query that hold heavy windows
@@ -254,10 +270,10 @@ public:
             tile_start[size_t(c) + 1] = tile_start[size_t(c)] + tiles_of(request.sizes[c]);
             child_size[size_t(c)] = float(request.sizes[c]);
         }
-        const size_t padded = size_t((request.parents.count + LANES - 1) / LANES * LANES);
+        const size_t padded = size_t((request.parents.count + SIBLINGS - 1) / SIBLINGS * SIBLINGS);
         parent_size.assign(padded, 0), parent_competing.assign(padded, 0);
         for (int64_t p = 0; p < request.parents.count; ++p) {
-            parent_size[size_t(p)] = float(window_start[size_t(p + 1) * LANES] - window_start[size_t(p) * LANES]);
+            parent_size[size_t(p)] = float(window_start[size_t(p + 1) * SIBLINGS] - window_start[size_t(p) * SIBLINGS]);
             parent_competing[size_t(p)] = request.parents.sizes[p];
         }
     }
@@ -286,7 +302,7 @@ public:
         }
         for (int q = 0; request.remembered && q < request.queries; ++q)
             for (int i = 0; i < MOST_KNOWN; ++i)
-                request.remembered[q * MOST_KNOWN + i] = i < known[size_t(q)].count ? known[size_t(q)].id[i] : -1;
+                request.remembered[q * MOST_KNOWN + i] = i < known[size_t(q)].count ? known[size_t(q)].items[i].id : -1;
         return true;
     }
 
@@ -353,18 +369,18 @@ private:
 
     void plan_together(const int* queries, int count, Scratch& x) {
         const int rank = request.rank;
-        const int64_t table = int64_t(2) * (2 * rank + 2) * LANES, padded = int64_t(parent_size.size());
+        const int64_t table = int64_t(2) * (2 * rank + 2) * SIBLINGS, padded = int64_t(parent_size.size());
         x.parents.resize(size_t(count * 2 * padded)), x.scale.resize(size_t(count));
         x.cells.resize(TOGETHER), x.opened.resize(TOGETHER), x.is_opened.assign(size_t(padded * TOGETHER), 0);
         const auto moments = [&](const float* of, int q, float* out) {
             level.moments(of, rank, request.features + int64_t(q) * rank, request.rest[q], out);
         };
-        for (int64_t g = 0; g < padded / LANES; ++g)
+        for (int64_t g = 0; g < padded / SIBLINGS; ++g)
             for (int i = 0; i < count; ++i) {
-                float out[2 * LANES], *to = &x.parents[size_t(2 * padded * i + g * LANES)];
+                float out[2 * SIBLINGS], *to = &x.parents[size_t(2 * padded * i + g * SIBLINGS)];
                 moments(request.parents.table + g * table, queries[i], out);
-                std::memcpy(to, out, sizeof(float) * LANES);
-                std::memcpy(to + padded, out + LANES, sizeof(float) * LANES);
+                std::memcpy(to, out, sizeof(float) * SIBLINGS);
+                std::memcpy(to + padded, out + SIBLINGS, sizeof(float) * SIBLINGS);
             }
         // Parents that would get some tiles are opened.
         resize(x, padded);
@@ -383,9 +399,9 @@ private:
         for (int64_t p = 0; p < request.parents.count; ++p)
             for (int i = 0; i < count; ++i)
                 if (x.is_opened[size_t(p * TOGETHER + i)]) {
-                    float out[2 * LANES];
+                    float out[2 * SIBLINGS];
                     moments(request.children.table + p * table, queries[i], out);
-                    x.cells[size_t(i)].insert(x.cells[size_t(i)].end(), out, out + 2 * LANES);
+                    x.cells[size_t(i)].insert(x.cells[size_t(i)].end(), out, out + 2 * SIBLINGS);
                     x.opened[size_t(i)].push_back(int32_t(p));
                 }
         for (int i = 0; i < count; ++i) plan(queries[i], i, x);
@@ -400,19 +416,19 @@ private:
     void plan(int q, int i, Scratch& x) {
         const int64_t padded = int64_t(parent_size.size());
         const std::vector<int32_t>& opened = x.opened[size_t(i)];
-        const int64_t count = padded + LANES * int64_t(opened.size());
+        const int64_t count = padded + SIBLINGS * int64_t(opened.size());
         resize(x, count);
         std::memcpy(x.first.data(), &x.parents[size_t(2 * padded * i)], sizeof(float) * size_t(padded));
         std::memcpy(x.second.data(), &x.parents[size_t(2 * padded * i + padded)], sizeof(float) * size_t(padded));
         std::memcpy(x.size.data(), parent_size.data(), sizeof(float) * size_t(padded));
         std::memcpy(x.competing.data(), parent_competing.data(), sizeof(float) * size_t(padded));
         for (size_t j = 0; j < opened.size(); ++j) {
-            const int64_t p = opened[j], at = padded + int64_t(j) * LANES;
-            const float* moments = &x.cells[size_t(i)][j * 2 * LANES];
-            std::memcpy(&x.first[size_t(at)], moments, sizeof(float) * LANES);
-            std::memcpy(&x.second[size_t(at)], moments + LANES, sizeof(float) * LANES);
-            std::memcpy(&x.size[size_t(at)], &child_size[size_t(p * LANES)], sizeof(float) * LANES);
-            std::memcpy(&x.competing[size_t(at)], request.children.sizes + p * LANES, sizeof(float) * LANES);
+            const int64_t p = opened[j], at = padded + int64_t(j) * SIBLINGS;
+            const float* moments = &x.cells[size_t(i)][j * 2 * SIBLINGS];
+            std::memcpy(&x.first[size_t(at)], moments, sizeof(float) * SIBLINGS);
+            std::memcpy(&x.second[size_t(at)], moments + SIBLINGS, sizeof(float) * SIBLINGS);
+            std::memcpy(&x.size[size_t(at)], &child_size[size_t(p * SIBLINGS)], sizeof(float) * SIBLINGS);
+            std::memcpy(&x.competing[size_t(at)], request.children.sizes + p * SIBLINGS, sizeof(float) * SIBLINGS);
             x.size[size_t(p)] = x.competing[size_t(p)] = 0;
         }
         const float ref = largest(x.first.data(), x.competing.data(), count);
@@ -427,22 +443,15 @@ private:
         std::fill(variance, variance + 1 + 2 * channels, 0.0);
         double* more = request.v2 ? &moments_model[size_t(q) * (2 + 2 * size_t(channels))] : nullptr;
         if (more) std::fill(more, more + 2 + 2 * channels, 0.0);
-        int32_t best[PILOT_CELLS];
-        float best_first[PILOT_CELLS];
-        int bests = 0;
+        Ranking<PilotCell, PILOT_CELLS> best;
         for (int64_t h = 0; h < count; ++h) {
             const double n = x.size[size_t(h)], expect = x.expected[size_t(h)], g1 = x.g1[size_t(h)];
             if (!(x.g2[size_t(h)] > 0)) continue;
             const bool is_parent = h < padded;
-            const int64_t p = is_parent ? h : opened[size_t((h - padded) / LANES)];
-            const int64_t cell = p * LANES + (h - padded) % LANES;
+            const int64_t p = is_parent ? h : opened[size_t((h - padded) / SIBLINGS)];
+            const int64_t cell = p * SIBLINGS + (h - padded) % SIBLINGS;
             total += n * expect;
-            if (!is_parent && (bests < PILOT_CELLS || x.first[size_t(h)] > best_first[bests - 1])) {
-                int at = bests < PILOT_CELLS ? bests++ : PILOT_CELLS - 1;
-                for (; at > 0 && x.first[size_t(h)] > best_first[at - 1]; --at)
-                    best[at] = best[at - 1], best_first[at] = best_first[at - 1];
-                best[at] = int32_t(cell), best_first[at] = x.first[size_t(h)];
-            }
+            if (!is_parent) best.offer({x.first[size_t(h)], int32_t(cell)});
             const double wanted =
                 std::min(n, std::max(kappa * g1, std::min(double(kappa) * x.g2[size_t(h)], double(TILE))));
             double a = 0;  // expected variance of the stratum's sum
@@ -461,8 +470,8 @@ private:
                 climb += hits;
                 if (climb > next) {
                     const int64_t of = is_parent ? -1 - p : cell,
-                                  begin = tile_start[size_t(is_parent ? p * LANES : cell)];
-                    const int64_t tiles = tile_start[size_t(is_parent ? (p + 1) * LANES : cell + 1)] - begin;
+                                  begin = tile_start[size_t(is_parent ? p * SIBLINGS : cell)];
+                    const int64_t tiles = tile_start[size_t(is_parent ? (p + 1) * SIBLINGS : cell + 1)] - begin;
                     const int64_t drawn = int64_t(std::ceil(climb - next)), start = start_of(of, tiles);
                     for (int64_t j = 0; j < drawn; ++j)
                         visits.push_back(hit(q, is_parent ? p : -1, cell, (start + j * tiles / drawn) % tiles,
@@ -491,17 +500,18 @@ private:
         sampled[size_t(q)] = ref + std::log2(std::max(rest, 1e-300));
         int64_t left = std::max<int64_t>(1, int64_t(request.policy.pilot * budget[size_t(q)] / TILE));
         pilots[size_t(q)].clear();
-        for (int i = 0; i < bests && left > 0; ++i) {
-            const int64_t tiles = std::min(left, tiles_of(request.sizes[best[i]]));
-            pilots[size_t(q)].push_back({q, best[i], 0, int32_t(tiles), 0});
+        for (const PilotCell& pilot : best) {
+            if (left <= 0) break;
+            const int64_t tiles = std::min(left, tiles_of(request.sizes[pilot.cell]));
+            pilots[size_t(q)].push_back({q, pilot.cell, 0, int32_t(tiles), 0});
             left -= tiles;
         }
     }
 
     ScanVisit hit(int q, int64_t parent, int64_t cell, int64_t tile, float units) const {
         if (parent < 0) return {q, int32_t(cell), int32_t(tile), 1, units};
-        const int64_t at = tile_start[size_t(parent) * LANES] + tile;
-        const auto begin = tile_start.begin() + parent * LANES, end = begin + LANES + 1;
+        const int64_t at = tile_start[size_t(parent) * SIBLINGS] + tile;
+        const auto begin = tile_start.begin() + parent * SIBLINGS, end = begin + SIBLINGS + 1;
         const int64_t c = (std::upper_bound(begin, end, at) - tile_start.begin()) - 1;
         return {q, int32_t(c), int32_t(at - tile_start[size_t(c)]), 1, units};
     }
@@ -612,10 +622,10 @@ private:
         const Images& images = request.images;
         const int64_t cols = images.cols(), per_image = images.rows() * cols;
         Known& own = known[size_t(q)];
-        for (int i = 0; i < neighbour.count; ++i) {
-            if (neighbour.sweep[i] != sweep - 1) continue;
-            const int64_t at = neighbour.id[i] % per_image;
-            const int64_t row = at / cols + down, col = at % cols + right, id = neighbour.id[i] + down * cols + right;
+        for (const auto& proposed : neighbour) {
+            if (proposed.sweep != sweep - 1) continue;
+            const int64_t at = proposed.id % per_image;
+            const int64_t row = at / cols + down, col = at % cols + right, id = proposed.id + down * cols + right;
             if (row < 0 || col < 0 || row >= images.rows() || col >= cols || own.holds(id)) continue;
             own.offer(level.compare_window(request, q, id, room), id, sweep, request.policy.known);
             ++request.pairs[q];
@@ -627,15 +637,16 @@ private:
         float* centre = request.v2 ? &centres[size_t(q) * size_t(channels)] : nullptr;
         if (known[size_t(q)].count) {
             double sums[1 + MOST] = {}, values[MOST];
+            const Score heaviest = known[size_t(q)].items[0].score;
             for (int i = 0; centre && i < known[size_t(q)].count; ++i) {
-                const double off = double(known[size_t(q)].t[i]) - double(known[size_t(q)].t[0]);
-                const double w = std::exp2(off * request.bits[q]);
-                value_of(known[size_t(q)].id[i], values);
+                const auto& window = known[size_t(q)].items[i];
+                const double w = std::exp2((double(window.score) - double(heaviest)) * request.bits[q]);
+                value_of(window.id, values);
                 sums[0] += w;
                 for (int c = 0; c < channels; ++c) sums[1 + c] += w * values[c];
             }
             for (int c = 0; centre && c < channels; ++c) centre[c] = float(sums[1 + c] / sums[0]);
-            return known[size_t(q)].t[0];
+            return heaviest;
         }
         std::vector<Tile> scratch(size_t(request.images.tile_values()));
         for (const ScanVisit& visit : planned[size_t(q)]) {
@@ -810,14 +821,14 @@ private:
         if (factor > 1 && w > 0) {
             const double heaviest = std::min(
                 w, std::exp2((double(lanes.largest) - double(refs[size_t(visit.query)])) * request.bits[visit.query]));
-            if (sum.heavies < TRIMMED || factor * heaviest > sum.heavy[TRIMMED - 1].expanded) {
+            if (sum.heavy.count < TRIMMED || factor * heaviest > sum.heavy.items[TRIMMED - 1].expanded) {
                 Heavy<MOST> heavy{factor * heaviest, heaviest, {}};
                 for (int ch = 0; ch < channels; ++ch) heavy.mean[ch] = lanes.wv[ch] / w;
-                const int at = sum.take(heavy);
+                const int at = sum.heavy.offer(heavy);
                 if (more && at < TRIMMED) {
                     Totals mean{};
                     mean.add(1 / w, MomentSums::totals_of(more_lanes, channels), channels);
-                    more->take(at, sum.heavies, mean);
+                    more->take(at, sum.heavy.count, mean);
                 }
             }
         }
@@ -847,9 +858,9 @@ private:
         to.y += from.y, to.yy += from.yy, to.y4 += from.y4, to.windows += from.windows;
         to.largest = std::max(to.largest, from.largest);
         if (more) more->add(*more_from, channels);
-        for (int i = 0; i < from.heavies; ++i) {
-            const int at = to.take(from.heavy[i]);
-            if (more && at < TRIMMED) more->take(at, to.heavies, more_from->heavy[i]);
+        for (int i = 0; i < from.heavy.count; ++i) {
+            const int at = to.heavy.offer(from.heavy.items[i]);
+            if (more && at < TRIMMED) more->take(at, to.heavy.count, more_from->heavy[i]);
         }
         to.found.offer(from.found, MOST_KNOWN);
         for (int c = 0; c < channels; ++c) {
@@ -907,11 +918,11 @@ private:
         double s = sum.s, s2 = sum.s2, v[MOST];
         std::copy(sum.v, sum.v + C, v);
         Totals more = request.v2 ? moment_sums[size_t(q)].all : Totals{};
-        for (int i = 0; i < known[size_t(q)].count; ++i) {
-            const double x = (double(known[size_t(q)].t[i]) - double(refs[size_t(q)])) * request.bits[q];
+        for (const auto& window : known[size_t(q)]) {
+            const double x = (double(window.score) - double(refs[size_t(q)])) * request.bits[q];
             const double w = std::exp2(x);
             double value[MOST];
-            value_of(known[size_t(q)].id[i], value);
+            value_of(window.id, value);
             s += w, s2 += w * w, more.x += w * x;
             for (int c = 0; c < C; ++c) v[c] += w * value[c];
             for (int c = 0; request.v2 && c < C; ++c) {
@@ -921,8 +932,8 @@ private:
         }
         // Expanded weights beyond a share of the sum are trimmed.
         const double share = std::pow(double(std::max<int64_t>(sum.windows, 1)), -request.policy.trimming);
-        for (int i = 0; share < 1 && i < sum.heavies; ++i) {
-            const Heavy<MOST>& heavy = sum.heavy[i];
+        for (int i = 0; share < 1 && i < sum.heavy.count; ++i) {
+            const Heavy<MOST>& heavy = sum.heavy.items[i];
             const double most = std::max(heavy.weight, share / (1 - share) * (s - heavy.expanded));
             const double cut = std::max(0.0, heavy.expanded - most);
             s -= cut, s2 -= cut * heavy.weight;

@@ -10,8 +10,8 @@
 
 namespace patchscore {
 
-constexpr int LANES = 16;  // strata whose moments are computed together; cells under one parent
-constexpr int TILE = 8;    // windows side by side: the sampling unit
+constexpr int SIBLINGS = 16;  // strata whose moments are computed together; cells under one parent
+constexpr int TILE = 8;       // windows side by side: the sampling unit
 constexpr int MOST_CHANNELS = 16;
 constexpr int MOST_KNOWN = 16;
 constexpr int TRIMMED = 8;  // windows of a query whose weights may be trimmed
@@ -30,10 +30,10 @@ struct Policy {
     int known;             // heavy windows of each query that are counted surely, at most MOST_KNOWN
 };
 
-// A table of moments: [groups][2][columns][LANES]; log2 E[w^t] is column 2 rank + 1, plus that before it times the
+// A table of moments: [groups][2][columns][SIBLINGS]; log2 E[w^t] is column 2 rank + 1, plus that before it times the
 // residual norm, plus linear and quadratic terms of the features (columns rank + j and j).
 struct Strata {
-    int64_t count;  // strata; whole groups of LANES, those beyond hold nothing
+    int64_t count;  // strata; whole groups of SIBLINGS, those beyond hold nothing
     const float* table;
     const float* sizes;                 // [count] competing windows
     const float *value, *value_square;  // [count, channels] means over the stratum's windows
@@ -54,7 +54,7 @@ struct Images {
 // Queries of one noisy image at one noise level.
 struct Request {
     Images images;
-    int64_t cells;  // whole parents of LANES
+    int64_t cells;  // whole parents of SIBLINGS
     int rank;
     const int64_t* sizes;    // [cells] stored windows
     const int64_t* ids;      // [windows] image * rows * cols + row * cols + col, cell by cell

@@ -1,82 +1,48 @@
-// The arithmetic of engine `pruned`, compiled once for each instruction set: expected weights of LANES strata, and the
-// sums over the windows of one cell. Included by pruned.cpp through common/each-level-inl.h.
+// The arithmetic of engine `pruned`, compiled once for each instruction set: expected weights of SIBLINGS strata, and
+// the sums over the windows of one cell. Included by pruned.cpp through common/each-level-inl.h.
 //
 // Windows of bytes are compared by dot products in integers, windows of floats by the squares of their differences;
 // what differs between the two are overloads on the type of a tile. The rest is written once, for both.
 
-typedef float v8 __attribute__((vector_size(32), aligned(16)));
-typedef int32_t i8 __attribute__((vector_size(32), aligned(16)));
-typedef float v8_anywhere __attribute__((vector_size(32), aligned(4), may_alias));
+#define PS_LANES 8
+#include "../common/vector-inl.h"
+static_assert(LANES == TILE, "a vector holds a number of each window of a tile");
 
-// Not memcpy, which compilers split into halves that pass through memory.
-PS_INLINE v8 load(const float* at) { return *(const v8_anywhere*)at; }
-PS_INLINE void store(float* at, v8 x) { *(v8_anywhere*)at = x; }
+// 2^x, 0 below -126 and of what is no number.
+PS_INLINE F weight_at(F x) { return x >= -126.0f ? exp2(x) : F{}; }
 
-// 2^x for x <= 126; 0 below -126, and of what is no number. A polynomial of degree 6 on [-1/2, 1/2], right to 2e-7
-// (coefficients: ln(2)^n / n!).
-PS_INLINE v8 exp2_of(v8 x) {
-    const i8 normal = x >= -126.0f;
-    x = normal ? x : v8{} - 126.0f;
-    const v8 magic = v8{} + 12582912.0f;  // 1.5 2^23: adding it rounds to an integer
-    const v8 shifted = x + magic, whole = shifted - magic, f = x - whole;
-    v8 p = v8{} + 1.5403530e-4f;
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
-    return (v8)(((i8)p + ((i8)shifted << 23)) & normal);
-}
-
-// log2 E[w] and log2 E[w^2] of LANES strata at a query: out[2][LANES].
+// log2 E[w] and log2 E[w^2] of SIBLINGS strata at a query: out[2][SIBLINGS].
 static void moments(const float* table, int rank, const float* features, float rest, float* out) {
-    const int columns = 2 * rank + 2;
-    for (int t = 0; t < 2; ++t, table += int64_t(columns) * LANES, out += LANES) {
-        v8 a, b, x, y;
-        a = load(table + (2 * rank + 1) * LANES);
-        b = load(table + (2 * rank + 1) * LANES + 8);
-        x = load(table + 2 * rank * LANES);
-        y = load(table + 2 * rank * LANES + 8);
-        a += x * rest, b += y * rest;
+    constexpr int VECTORS = SIBLINGS / LANES;
+    for (int t = 0; t < 2; ++t, table += int64_t(2 * rank + 2) * SIBLINGS, out += SIBLINGS) {
+        F sum[VECTORS];
+        PS_EACH(VECTORS)
+        sum[i] =
+            load(table + (2 * rank + 1) * SIBLINGS + i * LANES) + load(table + 2 * rank * SIBLINGS + i * LANES) * rest;
         for (int j = 0; j < rank; ++j) {
+            const float *quadratic = table + j * SIBLINGS, *linear = table + (rank + j) * SIBLINGS;
             const float f = features[j];
-            v8 qa, qb, la, lb;
-            qa = load(table + j * LANES);
-            qb = load(table + j * LANES + 8);
-            la = load(table + (rank + j) * LANES);
-            lb = load(table + (rank + j) * LANES + 8);
-            a += (qa * f + la) * f, b += (qb * f + lb) * f;
+            PS_EACH(VECTORS) sum[i] += (load(quadratic + i * LANES) * f + load(linear + i * LANES)) * f;
         }
-        store(out, a);
-        store(out + 8, b);
+        PS_EACH(VECTORS) store(out + i * LANES, sum[i]);
     }
 }
 
 // Of n strata: E and the size measures g1 = N sd(w), g2 = N sqrt(var(w) + TILE E[w]^2), relative to 2^ref.
 static void measures(const float* first, const float* second, const float* windows, const float* competing, int64_t n,
                      float ref, float* expected, float* g1, float* g2) {
-    for (int64_t i = 0; i < n; i += 8) {
-        v8 l1, l2, size, part;
-        l1 = load(first + i);
-        l2 = load(second + i);
-        size = load(windows + i);
-        part = load(competing + i);
-        const v8 share = part / (size < 1.0f ? v8{} + 1.0f : size);
-        v8 x1 = l1 - ref, x2 = l2 - 2 * ref;
-        x1 = x1 > 60.0f ? v8{} + 60.0f : x1, x2 = x2 > 120.0f ? v8{} + 120.0f : x2;
-        const v8 e = exp2_of(x1) * share, bound = size * e * e;
-        v8 e2 = exp2_of(x2) * share;
-        e2 = e2 < bound ? e2 : bound;  // of N numbers that are not negative, the squares add up to at most the square
-        v8 variance = e2 - e * e;
-        variance = variance < 1e-6f * e2 ? 1e-6f * e2 : variance;
-        v8 a, b;
-        const v8 c = variance + float(TILE) * e * e;
-        for (int l = 0; l < 8; ++l) a[l] = __builtin_sqrtf(variance[l]), b[l] = __builtin_sqrtf(c[l]);
-        a *= size, b *= size;
+    for (int64_t i = 0; i < n; i += LANES) {
+        const F size = load(windows + i), share = load(competing + i) / maximum(size, broadcast(1));
+        // What is no number stays that, and weighs nothing.
+        const F e = weight_at(minimum(broadcast(60), load(first + i) - ref)) * share;
+        F e2 = weight_at(minimum(broadcast(120), load(second + i) - 2 * ref)) * share;
+        e2 = minimum(e2, size * e * e);  // of N numbers that are not negative, the squares add up to at most the square
+        const F variance = maximum(e2 - e * e, 1e-6f * e2), about_zero = variance + float(TILE) * e * e;
+        F a, b;
+        for (int l = 0; l < LANES; ++l) a[l] = __builtin_sqrtf(variance[l]), b[l] = __builtin_sqrtf(about_zero[l]);
         store(expected + i, e);
-        store(g1 + i, a);
-        store(g2 + i, b);
+        store(g1 + i, size * a);
+        store(g2 + i, size * b);
     }
 }
 
@@ -84,61 +50,45 @@ static void measures(const float* first, const float* second, const float* windo
 static double windows_at(const float* windows, const float* g1, const float* g2, int64_t n, float scale) {
     double total = 0;
     for (int64_t i = 0; i < n;) {
-        v8 sum{};
-        for (const int64_t end = n < i + 4096 ? n : i + 4096; i < end; i += 8) {
-            v8 size, a, b;
-            size = load(windows + i);
-            a = load(g1 + i);
-            b = load(g2 + i);
-            a *= scale, b *= scale;
-            b = b < float(TILE) ? b : v8{} + float(TILE);
-            a = a > b ? a : b;
-            sum += a < size ? a : size;
+        F sum{};
+        for (const int64_t end = n < i + 4096 ? n : i + 4096; i < end; i += LANES) {
+            const F sampled = minimum(scale * load(g2 + i), broadcast(TILE));
+            sum += minimum(load(windows + i), maximum(scale * load(g1 + i), sampled));
         }
-        for (int l = 0; l < 8; ++l) total += sum[l];
+        for (int l = 0; l < LANES; ++l) total += sum[l];
     }
     return total;
-}
-
-PS_INLINE bool any_of(i8 mask) {
-#if PS_LEVEL >= 256
-    return _mm256_movemask_ps((__m256)mask);
-#else
-    int found = 0;
-    for (int l = 0; l < TILE; ++l) found |= mask[l];
-    return found;
-#endif
 }
 
 template <typename Pixel>
 struct VectorOf;
 template <>
 struct VectorOf<uint8_t> {
-    typedef i8 Scores;
+    typedef I Scores;
 };
 template <>
 struct VectorOf<float> {
-    typedef v8 Scores;
+    typedef F Scores;
 };
 
 // What a cell's tiles hold besides their windows.
 template <typename Pixel, int MOST>
 struct TileFacts {
     typename VectorOf<Pixel>::Scores norm;  // of bytes, |p|^2
-    i8 present;                             // -1 where the lane holds a window that competes
+    I present;                              // -1 where the lane holds a window that competes
     const int64_t* ids;
-    v8 value[MOST];
+    F value[MOST];
 };
 
-PS_INLINE i8 norm_of(const int8_t* tile, int pairs) {
-    i8 norm{};
+PS_INLINE I norm_of(const int8_t* tile, int pairs) {
+    I norm{};
 #if PS_LEVEL >= 256
     __m256i sum = _mm256_setzero_si256();
     for (int d = 0; d < pairs; ++d) {
         const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(tile + d * 2 * TILE)));
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, a));
     }
-    norm = (i8)sum;
+    norm = (I)sum;
 #else
     for (int d = 0; d < pairs; ++d)
         for (int l = 0; l < TILE; ++l) {
@@ -149,18 +99,18 @@ PS_INLINE i8 norm_of(const int8_t* tile, int pairs) {
     return norm;
 }
 
-PS_INLINE v8 norm_of(const float*, int) { return v8{}; }
+PS_INLINE F norm_of(const float*, int) { return F{}; }
 
 // The values of pixel number `at` of a tile's windows.
-PS_INLINE v8 values_at(const int8_t* tile, int at) {
-    v8 x{};
+PS_INLINE F values_at(const int8_t* tile, int at) {
+    F x{};
     for (int l = 0; l < TILE; ++l) x[l] = (tile[(at / 2 * TILE + l) * 2 + at % 2] + 0.5f) / 127.5f;
     return x;
 }
 
-PS_INLINE v8 values_at(const float* tile, int at) {
-    const v8 x = load(tile + at * TILE);
-    return x - x == 0.0f ? x : v8{};  // a damaged file may hold anything
+PS_INLINE F values_at(const float* tile, int at) {
+    const F x = load(tile + at * TILE);
+    return x - x == 0.0f ? x : F{};  // a damaged file may hold anything
 }
 
 template <typename Pixel, int MOST>
@@ -284,7 +234,7 @@ static void pack(const Images& images, const int64_t* ids, int count, Pixel* row
 // Not inlined: what the caller holds would push the sums out of the registers.
 template <int QUERIES, int TILES>
 __attribute__((noinline)) static void meet(const int8_t* const* tiles, int pairs, const int16_t* const* windows,
-                                           i8 (*out)[4]) {
+                                           I (*out)[4]) {
 #if PS_LEVEL >= 256
     __m256i acc[TILES][QUERIES];
     for (int t = 0; t < TILES; ++t)
@@ -301,11 +251,11 @@ __attribute__((noinline)) static void meet(const int8_t* const* tiles, int pairs
         }
     }
     for (int t = 0; t < TILES; ++t)
-        for (int q = 0; q < QUERIES; ++q) out[t][q] = (i8)acc[t][q];
+        for (int q = 0; q < QUERIES; ++q) out[t][q] = (I)acc[t][q];
 #else
     for (int t = 0; t < TILES; ++t)
         for (int q = 0; q < QUERIES; ++q) {
-            i8 sum{};
+            I sum{};
             for (int d = 0; d < pairs; ++d)
                 for (int l = 0; l < TILE; ++l)
                     sum[l] += windows[q][2 * d] * tiles[t][(d * TILE + l) * 2] +
@@ -319,22 +269,22 @@ __attribute__((noinline)) static void meet(const int8_t* const* tiles, int pairs
 // the pipeline. Sums of RUN values are added up apart, which keeps the rounding error of wide windows small.
 template <int QUERIES, int TILES>
 __attribute__((noinline)) static void meet(const float* const* tiles, int pairs, const float* const* windows,
-                                           v8 (*out)[4]) {
+                                           F (*out)[4]) {
     constexpr int STEP = QUERIES * TILES < 8 ? 2 : 1, RUN = 64;
     for (int t = 0; t < TILES; ++t)
-        for (int q = 0; q < QUERIES; ++q) out[t][q] = v8{};
+        for (int q = 0; q < QUERIES; ++q) out[t][q] = F{};
     for (int d = 0; d < 2 * pairs;) {
-        v8 acc[STEP][TILES][QUERIES];
+        F acc[STEP][TILES][QUERIES];
         for (auto& half : acc)
             for (auto& tile : half)
-                for (v8& sum : tile) sum = v8{};
+                for (F& sum : tile) sum = F{};
         for (const int end = d + RUN < 2 * pairs ? d + RUN : 2 * pairs; d < end; d += STEP)
             for (int h = 0; h < STEP; ++h) {
-                v8 window[TILES];
+                F window[TILES];
                 for (int t = 0; t < TILES; ++t) window[t] = load(tiles[t] + (d + h) * TILE);
                 for (int q = 0; q < QUERIES; ++q)
                     for (int t = 0; t < TILES; ++t) {
-                        const v8 away = window[t] - windows[q][d + h];
+                        const F away = window[t] - windows[q][d + h];
                         acc[h][t][q] -= away * away;
                     }
             }
@@ -366,9 +316,9 @@ PS_INLINE void meet_all(const Tile* const* tiles, int count, int pairs, const Qu
 }
 
 // A score, of a tile's facts and what `meet` found: of bytes dot - 2^shift |p|^2, of floats -|q - p|^2.
-PS_INLINE i8 score_of(i8 dot, i8 norm, int shift) { return dot - (norm << shift); }
+PS_INLINE I score_of(I dot, I norm, int shift) { return dot - (norm << shift); }
 // A damaged tile may hold anything: what is no finite distance is no window.
-PS_INLINE v8 score_of(v8 score, v8, int) { return score - score == 0.0f ? score : v8{} - FLT_MAX; }
+PS_INLINE F score_of(F score, F, int) { return score - score == 0.0f ? score : broadcast(-FLT_MAX); }
 
 template <typename Pixel>
 PS_INLINE const QueryOf<Pixel>* window_of(const Request& request, int query) {
@@ -391,7 +341,7 @@ static void compare_tile(const Request& request, const ScanVisit* visits, int ma
     }
 }
 
-PS_INLINE float sum_of(v8 x) {
+PS_INLINE float sum_of(F x) {
     typedef float v4 __attribute__((vector_size(16)));
     v4 low, high;
     __builtin_memcpy(&low, &x, 16);
@@ -413,7 +363,7 @@ PS_INLINE int32_t compare_pixels(const int16_t* query, const uint8_t* bytes, int
         dots = _mm256_add_epi32(dots, _mm256_madd_epi16(p, _mm256_loadu_si256((const __m256i*)(query + d))));
         norms = _mm256_add_epi32(norms, _mm256_madd_epi16(p, p));
     }
-    for (int l = 0; l < TILE; ++l) dot += ((i8)dots)[l], norm += ((i8)norms)[l];
+    for (int l = 0; l < TILE; ++l) dot += ((I)dots)[l], norm += ((I)norms)[l];
 #endif
     for (; d < values; ++d) {
         const int32_t byte = int32_t(bytes[d]) - 128;
@@ -423,10 +373,10 @@ PS_INLINE int32_t compare_pixels(const int16_t* query, const uint8_t* bytes, int
 }
 
 PS_INLINE float compare_pixels(const float* query, const float* pixels, int values, int) {
-    v8 sums{};
+    F sums{};
     int d = 0;
     for (; d + TILE <= values; d += TILE) {
-        const v8 away = load(query + d) - load(pixels + d);
+        const F away = load(query + d) - load(pixels + d);
         sums += away * away;
     }
     float sum = sum_of(sums);
@@ -444,15 +394,15 @@ static ScoreOf<Pixel> compare_window(const Request& request, int query, int64_t 
 // Lane sums of a visit: w, w^2, then w v, w^2 v, w^2 v^2 of each channel.
 template <typename Pixel, int MOST>
 struct Lanes {
-    v8 w, w2, wv[MOST], w2v[MOST], w2v2[MOST];
+    F w, w2, wv[MOST], w2v[MOST], w2v2[MOST];
     typename VectorOf<Pixel>::Scores largest;
 };
 
 // And what moments take, about the query's centre: see VisitedMoments.
 template <int MOST>
 struct MomentLanes {
-    v8 wu[MOST], wq[MOST], wx;
-    v8 w2u[MOST], w2q[MOST], w2uq[MOST], w2qq[MOST], w2x, w2x2;
+    F wu[MOST], wq[MOST], wx;
+    F w2u[MOST], w2q[MOST], w2uq[MOST], w2qq[MOST], w2x, w2x2;
 };
 
 template <bool MOMENTS, typename Pixel, int MOST>
@@ -460,9 +410,9 @@ PS_INLINE void weigh(typename VectorOf<Pixel>::Scores t, const TileFacts<Pixel, 
                      float bits, const KnownOf<Pixel>& known, int channels, const float* centre,
                      Lanes<Pixel, MOST>& sums, MomentLanes<MOST>& more, KnownOf<Pixel>& found) {
     typedef typename VectorOf<Pixel>::Scores Scores;
-    i8 present = facts.present & (t != Held<Pixel>::NONE);
-    const i8 heavy = present & (t >= Held<Pixel>::about(known.least));
-    if (__builtin_expect(any_of(heavy), 0))
+    I present = facts.present & (t != Held<Pixel>::NONE);
+    const I heavy = present & (t >= Held<Pixel>::about(known.least));
+    if (__builtin_expect(any(heavy), 0))
         for (int l = 0; l < TILE; ++l)
             if (heavy[l]) {
                 if (known.holds(facts.ids[l]))
@@ -472,21 +422,21 @@ PS_INLINE void weigh(typename VectorOf<Pixel>::Scores t, const TileFacts<Pixel, 
             }
     const Scores seen = present ? t : Scores{} + Held<Pixel>::NONE;
     sums.largest = seen > sums.largest ? seen : sums.largest;
-    v8 x = __builtin_convertvector(t - ref, v8) * bits;
-    x = x < 60.0f ? x : v8{} + 60.0f;
-    v8 w = exp2_of(x);
-    w = present ? w : v8{};
-    const v8 w2 = w * w;
+    F x = __builtin_convertvector(t - ref, F) * bits;
+    x = x < 60.0f ? x : broadcast(60);
+    F w = weight_at(x);
+    w = present ? w : F{};
+    const F w2 = w * w;
     sums.w += w, sums.w2 += w2;
     for (int c = 0; c < channels; ++c) {
-        const v8 v = facts.value[c], w2v = w2 * v;
+        const F v = facts.value[c], w2v = w2 * v;
         sums.wv[c] += w * v, sums.w2v[c] += w2v, sums.w2v2[c] += w2v * v;
     }
     if (MOMENTS) {
-        const v8 wx = w * x;
+        const F wx = w * x;
         more.wx += wx, more.w2x += w * wx, more.w2x2 += wx * wx;
         for (int c = 0; c < channels; ++c) {
-            const v8 u = facts.value[c] - centre[c], q = u * u, w2q = w2 * q;
+            const F u = facts.value[c] - centre[c], q = u * u, w2q = w2 * q;
             more.wu[c] += w * u, more.wq[c] += w * q;
             more.w2u[c] += w2 * u, more.w2q[c] += w2q, more.w2uq[c] += w2q * u, more.w2qq[c] += w2q * q;
         }

@@ -20,7 +20,7 @@
 
 namespace {
 
-using patchscore::LANES;
+using patchscore::SIBLINGS;
 
 // Reads the input from its beginning, and again and again, so that a short one fills any array.
 class Bytes {
@@ -182,7 +182,7 @@ void pruned(Bytes& in) {
         pixels = in.array<uint8_t>(held), images.pixels = pixels.data();
     }
     const int parents = in.between(1, 3);
-    request.cells = int64_t(parents) * LANES;
+    request.cells = int64_t(parents) * SIBLINGS;
     request.rank = in.between(1, std::min(8, images.values()));
     std::vector<int64_t> sizes, ids;
     int64_t needed = 0;
@@ -215,13 +215,13 @@ void pruned(Bytes& in) {
     std::vector<float> tables[2], competing[2], value[2], value_square[2];
     for (const int which : {0, 1}) {
         const int64_t count = which ? request.cells : parents;
-        const size_t groups = size_t(count + LANES - 1) / LANES;
-        for (size_t i = 0; i < groups * 2 * size_t(2 * request.rank + 2) * LANES; ++i)
+        const size_t groups = size_t(count + SIBLINGS - 1) / SIBLINGS;
+        for (size_t i = 0; i < groups * 2 * size_t(2 * request.rank + 2) * SIBLINGS; ++i)
             tables[which].push_back(in.wild());
         int64_t at = 0;
         for (int64_t s = 0; s < count; ++s) {
             float held = 0;
-            for (int64_t c = s * (which ? 1 : LANES); c < (s + 1) * (which ? 1 : LANES); ++c)
+            for (int64_t c = s * (which ? 1 : SIBLINGS); c < (s + 1) * (which ? 1 : SIBLINGS); ++c)
                 for (int64_t i = 0; i < sizes[size_t(c)]; ++i) {
                     const int64_t image = ids[size_t(at++)] / (images.rows() * images.cols());
                     held += float(allowed.empty() || allowed[size_t(image)]);

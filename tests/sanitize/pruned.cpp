@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-using patchscore::LANES;
+using patchscore::SIBLINGS;
 
 static uint32_t state = 1;
 
@@ -58,7 +58,7 @@ struct Case {
             images.pixels = pixels.data();
         }
         parents = 1 + below(5);
-        request.cells = int64_t(parents) * LANES, request.rank = rank;
+        request.cells = int64_t(parents) * SIBLINGS, request.rank = rank;
         deal();
         strata(0, parents), strata(1, int(request.cells));
         request.parents = of(0), request.children = of(1);
@@ -106,9 +106,9 @@ struct Case {
     }
 
     void strata(int which, int count) {
-        const int columns = 2 * rank + 2, groups = (count + LANES - 1) / LANES, each = which ? 1 : LANES;
-        for (int i = 0; i < groups * 2 * columns * LANES; ++i) {
-            const int column = i / LANES % columns;
+        const int columns = 2 * rank + 2, groups = (count + SIBLINGS - 1) / SIBLINGS, each = which ? 1 : SIBLINGS;
+        for (int i = 0; i < groups * 2 * columns * SIBLINGS; ++i) {
+            const int column = i / SIBLINGS % columns;
             const bool negative = column < rank || column == 2 * rank;
             tables[which].push_back(negative ? -between(0, 9) : between(-5, 5));
         }

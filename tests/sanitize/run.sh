@@ -6,7 +6,7 @@ out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 build() {
     "${CXX:-c++}" -std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all \
-        -pthread -Wall "$@"
+        -pthread -Wall -Wno-psabi "$@"
 }
 build -o "$out/common" "$here/common.cpp"
 # The sliding engine also tells which instruction sets there are.
