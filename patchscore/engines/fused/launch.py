@@ -80,8 +80,10 @@ def configurations(plan: Plan, capability: tuple[int, int], ess: bool) -> list[C
         return [Configuration(128, 64, 4, 3) if columns <= 128 else Configuration(128, 32, 4, 2)]
     if columns > 256:
         # Whole rows read half as much from L2, one program a multiprocessor; blocks run two with a running maximum.
-        blocks = Configuration(256 if plan.pilot and not ess else 128, 128, 8, 3, block=64)
-        return [Configuration(128, 64, 8, 2), blocks]
+        rows = Configuration(128, 64, 8, 2)
+        if ess and not plan.pilot:
+            return [rows]
+        return [rows, Configuration(128 if ess or not plan.pilot else 256, 128, 8, 3, block=64)]
     if not plan.pilot:
         if columns > 128:
             return [Configuration(128, 64, 8 if columns > 192 else 4, 2)]
