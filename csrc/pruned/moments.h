@@ -1,4 +1,4 @@
-// What the posterior variance and the entropy take beyond weights and values, and their errors: see naive.py.
+// The sums of the posterior variance and the entropy beyond those of the mean, and their errors: see naive.py.
 //
 // Values u are about a centre near the posterior mean, so that a variance far below its square keeps its digits in
 // float; q = u^2, and x is the log2 of a weight over that of the reference.
@@ -60,7 +60,7 @@ struct MomentSumsOf {
     using Products = ProductsOf<MOST>;
 
     Totals all{}, hits{};
-    Products within{}, of_hits{};  // covariance in surely visited strata; raw second moments of the others' totals
+    Products within{}, of_hits{};  // covariance in certainty strata; raw second moments of the others' totals
     Totals heavy[TRIMMED];         // weighted means of the visits in SumsOf::heavy
 
     // As SumsOf::heavy has put a visit at `at` among the first `count`.
@@ -140,7 +140,7 @@ struct VarianceOf {
                    2 * (by_w * by_u * covariance.uw[c] + by_w * covariance.qw[c] + by_u * covariance.qu[c]);
     }
 
-    // What the strata let expect, from `a` (weights), `first` and `second` (values) and the sums of add_expected.
+    // The expected variance, from `a` (weights), `first` and `second` (values) and the sums of add_expected.
     double expected(double mean, double a, double first, double second, double third, double fourth) const {
         const double about2 = second - 2 * mean * first + mean * mean * a;
         const double about4 = fourth + mean * (-4 * third + mean * (6 * second + mean * (-4 * first + mean * a)));

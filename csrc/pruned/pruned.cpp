@@ -21,10 +21,10 @@ namespace patchscore {
 namespace {
 
 constexpr int PARTS = 32;
-constexpr int TOGETHER = 64;     // queries that are planned together, so that a table of moments is read once for all
-constexpr int PILOT_CELLS = 64;  // where the first known windows of a query are looked for, at most
+constexpr int TOGETHER = 64;     // queries that are planned together, which read the table of moments once
+constexpr int PILOT_CELLS = 64;  // cells that a query searches for its first known windows, at most
 constexpr int SWEEPS = 4;        // over the pixels, of neighbours proposing their known windows
-constexpr int FEW_CHANNELS = 4;  // up to so many are added up in less room
+constexpr int FEW_CHANNELS = 4;  // up to as many take less memory
 
 // How images of a type of pixels are held in tiles, and compared. A score grows with the weight.
 template <typename Pixel>
@@ -49,7 +49,7 @@ struct Held<float> {
     static constexpr Score NONE = -FLT_MAX;
     static constexpr float NOTHING = 0;
     static double value(float pixel) { return pixel; }
-    // What a score of the same window may be where its terms are added up in another order.
+    // Below all scores that another order of summation may give the same window.
     static constexpr Score about(Score score) { return score * 1.00001f; }
 };
 
@@ -63,7 +63,7 @@ using ScoreOf = typename Held<Pixel>::Score;
 struct ScanVisit {
     int32_t query, cell;
     int32_t first, tiles;  // tiles first, first + 1, .. of the cell, wrapping around
-    float units;           // 0: a stratum that is surely visited; else tiles of the stratum over the expected hits
+    float units;           // 0: a stratum that is visited with certainty; else its tiles over the expected hits
 };
 
 template <typename Pixel, int MOST>
@@ -72,7 +72,7 @@ struct Visited {  // sums over the windows of a visit
     ScoreOf<Pixel> largest;
 };
 
-// Of the items that were offered those before all others, in order; of equal ones the first that came.
+// The first items, in their order, of all that were offered; of equal ones the earlier.
 template <typename Item, int ROOM>
 struct Ranking {
     int count = 0;
@@ -104,7 +104,7 @@ struct KnownWindow {
     }
 };
 
-// The heaviest windows known of a query. They are counted surely and weigh nothing in the sample.
+// The heaviest windows known of a query. They are certainty units, left out of the sample.
 template <typename Pixel>
 struct KnownOf : Ranking<KnownWindow<Pixel>, MOST_KNOWN> {
     ScoreOf<Pixel> least = std::numeric_limits<ScoreOf<Pixel>>::max();  // of the scores
@@ -200,7 +200,7 @@ struct PilotCell {
 template <typename Pixel, int MOST>
 struct SumsOf {
     double s = 0, s2 = 0, v[MOST] = {};
-    double ss = 0, vs[MOST] = {}, vv[MOST] = {}, fourth = 0;  // surely visited strata
+    double ss = 0, vs[MOST] = {}, vv[MOST] = {}, fourth = 0;  // certainty strata
     double hits = 0, y = 0, yv[MOST] = {}, yy = 0, yyv[MOST] = {}, yvv[MOST] = {}, y4 = 0;
     int64_t windows = 0;
     ScoreOf<Pixel> largest = Held<Pixel>::NONE;
@@ -289,7 +289,7 @@ public:
             std::vector<int> unknown;
             if (!scan_all(left, unknown)) return false;
             if (request.whole) break;
-            // A sample that knows nothing is drawn again, larger; at the end every window is evaluated, unless an
+            // A rejected sample is drawn again, larger; at the end every window is evaluated, unless an
             // engine that sums a whole image exactly does that sooner.
             std::vector<int> whole;
             for (int q : unknown)
@@ -482,7 +482,7 @@ private:
                 a = std::max(a, g1 * g1 / wanted * (1 - std::min(1.0, wanted / n)));
             }
             if (!whole) rest += n * expect;
-            if (a > 1e-6 * variance[0]) {  // what is left out adds up to less than a hundredth
+            if (a > 1e-6 * variance[0]) {  // those left out are less than a hundredth together
                 const Strata& of = is_parent ? request.parents : request.children;
                 const int64_t at = (is_parent ? p : cell) * channels;
                 variance[0] += a;
@@ -617,7 +617,7 @@ private:
         return !interrupt.stopped(true);
     }
 
-    // What a neighbour has known for longer it has proposed before.
+    // A neighbour has already proposed what it has known for longer.
     void propose(int q, const Known& neighbour, int down, int right, int sweep, Pixel* room) {
         const Images& images = request.images;
         const int64_t cols = images.cols(), per_image = images.rows() * cols;
@@ -662,9 +662,9 @@ private:
         return 0;
     }
 
-    // Scans and finishes queries; those about which the sample knows nothing go to `unknown`.
+    // Scans and finishes queries; those with a rejected sample go to `unknown`.
     bool scan_all(std::vector<int> left, std::vector<int>& unknown) {
-        // Where the reference turns out far from the heaviest window, once more with that window's.
+        // A query whose reference turns out far from its heaviest window is scanned again with that window's.
         for (int round = 0; round < 4 && !left.empty(); ++round) {
             std::vector<Sums> sums;
             if (!scan(left, sums)) return false;
@@ -728,7 +728,7 @@ private:
         return true;
     }
 
-    // The tiles of the cell that is looked at, and what they hold besides windows; ready once they were asked for.
+    // The current cell's tiles and their facts, filled in as they are asked for.
     struct Cell {
         std::vector<Tile> gathered;
         std::vector<const Tile*> tiles;
@@ -746,7 +746,7 @@ private:
                        cell.facts[size_t(tile)]);
     }
 
-    // Has what a tile is made of brought from memory.
+    // Prefetches the memory of a tile.
     void fetch(int64_t c, int64_t tile) const {
         const Images& images = request.images;
         const auto lines = [](const auto* from, int64_t count) {
@@ -810,7 +810,7 @@ private:
                MomentSums* more, const VisitedMoments<MOST>& more_lanes) const {
         const double w = lanes.w, w2 = lanes.w2;
         double n = double(visit.tiles) * TILE;
-        const int64_t last = tiles * TILE - request.sizes[c];  // lanes that the last tile lacks
+        const int64_t last = tiles * TILE - request.sizes[c];  // empty lanes of the last tile
         if ((visit.first + visit.tiles - 1) % tiles == tiles - 1 || visit.first + visit.tiles > tiles)
             n -= double(last);
         const double factor = visit.units > 0 ? visit.units : double(tiles) / visit.tiles;
@@ -880,11 +880,11 @@ private:
         for (int c = 0; c < channels; ++c) values[c] = Held<Pixel>::value(pixel[c * plane]);
     }
 
-    // The sums that moments take, and their errors. Expected variances are `about` times those of the model, whose
+    // The sums of moments, and their errors. Expected variances are `about` times those of the model, whose
     // log2 weights are over `reference`; degrees of the observed ones, negative where nothing is sampled.
     void finish_moments(int q, double s, const double* v, double ss, const Totals& total, const Products& covariance,
                         double about, double reference, double degrees) const {
-        if (!(s > 0)) return;  // nothing was found, and nothing is known
+        if (!(s > 0)) return;  // no window was found
         const int C = channels;
         const double* variance = &model[size_t(q) * (1 + 2 * size_t(C))];
         const double* more = &moments_model[size_t(q) * (2 + 2 * size_t(C))];
@@ -911,7 +911,7 @@ private:
         request.ee[q] = own * observed + (1 - own) * expected;
     }
 
-    // The sums of a query; false where the sample knows nothing.
+    // The sums of a query; false where the sample is rejected.
     bool finish(int q, const Sums& sum) const {
         const int C = channels;
         const double m = request.bits[q] * double(refs[size_t(q)]) - request.base[q];  // log2 of the reference weight
@@ -942,7 +942,7 @@ private:
         }
         request.m[q] = m * std::log(2.0), request.s[q] = s, request.s2[q] = s2;
         for (int c = 0; c < C; ++c) request.v[q * C + c] = v[c];
-        // Hansen & Hurwitz for the strata visited by chance; a single hit is its own variance.
+        // Hansen & Hurwitz for strata sampled by hits; the square of a single hit is its variance.
         const double h = sum.hits, spread = h > 1 ? h / (h - 1) : 1, mean = h > 1 ? 1 / h : 0;
         const double hh = spread * std::max(0.0, sum.yy - mean * sum.y * sum.y);
         const double ss = sum.ss + hh;

@@ -18,16 +18,16 @@ constexpr int TRIMMED = 8;  // windows of a query whose weights may be trimmed
 
 struct Policy {
     double certain_from;   // sampling fraction from which a stratum is evaluated whole
-    double prior_degrees;  // weight of the expected variance beside the observed one, in degrees of freedom
-    double trimming;       // power of the windows evaluated: share of a sum that an expanded weight may be
-    double misfit;         // difference of expected and estimated log sum, in bits, from which moments are rejected
-    double unknown;        // standard error from which nothing is known
-    double further;        // by how much the budget of such a query grows
+    double prior_degrees;  // weight of the expected variance relative to the observed one, in degrees of freedom
+    double trimming;       // p: an expanded weight is at most n^-p of the sum, of n windows evaluated
+    double misfit;         // difference of expected and estimated log2 sums from which a sample is rejected
+    double unknown;        // standard error from which a sample is rejected
+    double further;        // factor on the budget of such a query
     double further_most;   // share of exact sums' work that such queries may ask for together
     double whole_pixels;   // share of the queries of which every window may be evaluated
-    double opened_from;    // tiles that a parent is to get for its cells to be told apart
-    double pilot;          // share of a budget in which heavy windows are looked for
-    int known;             // heavy windows of each query that are counted surely, at most MOST_KNOWN
+    double opened_from;    // expected tiles of a parent from which its cells are planned one by one
+    double pilot;          // share of a budget that the search for heavy windows takes
+    int known;             // heavy windows of each query that are certainty units, at most MOST_KNOWN
 };
 
 // A table of moments: [groups][2][columns][SIBLINGS]; log2 E[w^t] is column 2 rank + 1, plus that before it times the
@@ -72,19 +72,19 @@ struct Request {
     const int32_t* shift;   // [queries] 0 of floats
     const double* bits;     // [queries] log2 of the weight for each unit of the score: of bytes dot - 2^shift |p|^2, of
                             // floats -|q - p|^2
-    const double* base;     // [queries] to be taken off that
+    const double* base;     // [queries] subtracted from that
     double budget;          // windows a query
     double largest_budget;  // beyond which every window of a query is evaluated
     bool whole;             // evaluate every window, whatever the budget
     uint64_t key;           // of the random draws
-    int64_t* remembered;    // [queries, MOST_KNOWN] windows to be known, then those that were, or -1; null for neither
+    int64_t* remembered;    // [queries, MOST_KNOWN] known windows, or -1: those of an earlier call, replaced; or null
     Policy policy;
 
     double *m, *s, *s2, *v;  // [queries], v [queries, channels]
     double *ss, *vs, *vv;    // variances and covariance of s and v
     double *v2, *sl;         // [queries, channels] and [queries], null where moments are not asked for
     double *qq, *ee;         // variances of s times the posterior variance and of s times the entropy, likewise
-    uint8_t* fits;           // [queries] 0 where nothing is known
+    uint8_t* fits;           // [queries] 0 where the sample was rejected
     int64_t* pairs;          // [queries] windows evaluated
 };
 

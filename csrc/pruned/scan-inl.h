@@ -8,7 +8,7 @@
 #include "../common/vector-inl.h"
 static_assert(LANES == TILE, "a vector holds a number of each window of a tile");
 
-// 2^x, 0 below -126 and of what is no number.
+// 2^x; 0 below -126 and of NaN.
 PS_INLINE F weight_at(F x) { return x >= -126.0f ? exp2(x) : F{}; }
 
 // log2 E[w] and log2 E[w^2] of SIBLINGS strata at a query: out[2][SIBLINGS].
@@ -33,7 +33,7 @@ static void measures(const float* first, const float* second, const float* windo
                      float ref, float* expected, float* g1, float* g2) {
     for (int64_t i = 0; i < n; i += LANES) {
         const F size = load(windows + i), share = load(competing + i) / maximum(size, broadcast(1));
-        // What is no number stays that, and weighs nothing.
+        // The order of arguments keeps a NaN, whose weight is 0.
         const F e = weight_at(minimum(broadcast(60), load(first + i) - ref)) * share;
         F e2 = weight_at(minimum(broadcast(120), load(second + i) - 2 * ref)) * share;
         e2 = minimum(e2, size * e * e);  // of N numbers that are not negative, the squares add up to at most the square
@@ -71,7 +71,7 @@ struct VectorOf<float> {
     typedef F Scores;
 };
 
-// What a cell's tiles hold besides their windows.
+// What is known of a tile's windows besides their pixels.
 template <typename Pixel, int MOST>
 struct TileFacts {
     typename VectorOf<Pixel>::Scores norm;  // of bytes, |p|^2
@@ -265,8 +265,9 @@ __attribute__((noinline)) static void meet(const int8_t* const* tiles, int pairs
 #endif
 }
 
-// Less the squared distances of QUERIES queries from TILES tiles of windows; even and odd values apart where that fills
-// the pipeline. Sums of RUN values are added up apart, which keeps the rounding error of wide windows small.
+// Negated squared distances of QUERIES queries from TILES tiles of windows; even and odd values in separate sums where
+// that fills the pipeline. Every RUN values have a sum of their own, which keeps the rounding error of wide windows
+// small.
 template <int QUERIES, int TILES>
 __attribute__((noinline)) static void meet(const float* const* tiles, int pairs, const float* const* windows,
                                            F (*out)[4]) {
@@ -315,9 +316,9 @@ PS_INLINE void meet_all(const Tile* const* tiles, int count, int pairs, const Qu
     }
 }
 
-// A score, of a tile's facts and what `meet` found: of bytes dot - 2^shift |p|^2, of floats -|q - p|^2.
+// A score from a tile's facts and the result of `meet`: dot - 2^shift |p|^2 of bytes, -|q - p|^2 of floats.
 PS_INLINE I score_of(I dot, I norm, int shift) { return dot - (norm << shift); }
-// A damaged tile may hold anything: what is no finite distance is no window.
+// A damaged tile may hold anything: a distance that is not finite is that of no window.
 PS_INLINE F score_of(F score, F, int) { return score - score == 0.0f ? score : broadcast(-FLT_MAX); }
 
 template <typename Pixel>
@@ -398,7 +399,7 @@ struct Lanes {
     typename VectorOf<Pixel>::Scores largest;
 };
 
-// And what moments take, about the query's centre: see VisitedMoments.
+// The further sums of moments, about the query's centre: see VisitedMoments.
 template <int MOST>
 struct MomentLanes {
     F wu[MOST], wq[MOST], wx;

@@ -1,5 +1,5 @@
-// What the CUDA kernels need of a device, in few words, so that tests/emulation/cuda_device.h can stand in for it: the
-// same kernels then run as plain C++ where nobody has a GPU.
+// The few device functions that the CUDA kernels use, apart, so that tests/emulation/cuda_device.h can replace them:
+// the same kernels then run as plain C++ without a GPU.
 #pragma once
 
 #include <cuda_runtime.h>

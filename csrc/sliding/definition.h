@@ -90,7 +90,7 @@ private:
         return of[(int64_t(item) * problem.channels + c) * pixels() + pixel];
     }
 
-    // e^(l - m), the largest log-weight so far being the reference m; all sums follow it.
+    // e^(l - m). The reference m is the largest log-weight so far; sums are rescaled when it changes.
     double weight(double distance, int item, int64_t at) const {
         const double l = -distance / (2 * problem.sigma[item] * problem.sigma[item]);
         if (l > competition.m[at]) {

@@ -2,12 +2,12 @@
 //
 // A squared window distance is a sum over k columns and k rows of squared pixel differences. Along a diagonal both sums
 // slide: a window of k steps is a suffix of one block of k steps plus a prefix of the next (van Herk), so any k costs
-// three additions an axis. Nothing is ever subtracted, so a small distance carries no rounding left by large ones.
+// three additions an axis. Nothing is ever subtracted, so a small distance has no rounding error of large ones.
 
-// a + b on the multiplication pipe: where additions would wait for each other while it idles.
+// a + b on the multiplication pipe, for code in which additions wait for each other while it idles.
 PS_INLINE F plus(F a, F b) { return fma(a, broadcast(1), b); }
 
-// Rows outside: the noisy image wraps or is zero; a training row is only asked for outside where both are zero.
+// Rows outside: the noisy image wraps around or is zero; training rows are read there only where both are zero.
 PS_INLINE const Real* query_row(const Task<Real>& t, int row) {
     if (t.circular) row = (row % t.height + t.height) % t.height;
     const bool inside = row >= 0 && row < t.height;
@@ -131,7 +131,7 @@ PS_INLINE void slide(const Task<Real>& t, const Panel& panel, const Diagonals& d
             }
             break;
         }
-        // Windows start in this block too: keep its squares where the suffixes already used stood.
+        // Windows start in this block too: its squares replace the suffixes that were used.
         for (int x = start; x < end; ++x) {
             F e[U];
             terms<TERMS, C, U>(e, q + x * n, p + int64_t(x) * n * LANES, n);
@@ -200,7 +200,7 @@ static void refer_to(const Task<Real>& t, double to, Real* lanes, int pixel) {
     const double nearer = to - t.reference[pixel], factor = std::exp2(nearer * double(t.scale));
     const int parts = t.parts().count();
     double* sums = t.sums + int64_t(pixel) * parts;
-    if (t.moments) {  // reference - distance^2 changes for every window alike
+    if (t.moments) {  // reference - distance^2 of every window changes by the same amount
         Real* sl = lanes + 2 * LANES;
         sums[2] += nearer * sums[0];
         store(sl, fma(broadcast(Real(nearer)), load(lanes), load(sl)));
@@ -215,7 +215,8 @@ static void refer_to(const Task<Real>& t, double to, Real* lanes, int pixel) {
 
 // The same for every query of a task. A double is exact enough at any distance.
 constexpr bool EXACT = sizeof(Real) == 8;
-constexpr int LOWEST_BITS = EXACT ? -1000 : -120;  // weights below are 0 or this small: nothing, times ABSENT_PIXEL too
+// log2 of the least weight, which is negligible even times ABSENT_PIXEL.
+constexpr int LOWEST_BITS = EXACT ? -1000 : -120;
 
 struct Scale {
     F scale, negligible, rise, lowest;
@@ -231,14 +232,14 @@ PS_INLINE Scale scale_of(const Task<Real>& t) {
             Real(1 + t.rounding)};
 }
 
-// The query's own pixel, within the range of training pixels: windows that weigh have values near it, so that their
-// squares, taken from there, lose no digits to the mean.
+// The query's own pixel, within the range of training pixels. The values of windows with weight lie near it, so squares
+// of differences from it lose no digits by cancellation.
 PS_INLINE Real centre_of(const Task<Real>& t, int pixel, int channel) {
     const Real value = query_row(t, pixel / t.width)[pixel % t.width * t.channels + channel];
     return value < -1 ? Real(-1) : value > 1 ? Real(1) : value;
 }
 
-// Numbers from one query's sums to the next's in the lanes.
+// Stride between the sums of queries in the lanes, in numbers.
 template <bool MOMENTS>
 PS_INLINE constexpr int64_t pitch_of(int channels) {
     return int64_t(MOMENTS ? 3 + 2 * channels : 2 + channels) * LANES;
@@ -252,7 +253,7 @@ struct Query {
     Real* lanes;
     int pixel;
     bool distant;            // so far from all windows that float32 distances are not exact enough
-    F reference, far, near;  // distances beyond `far` weigh nothing, nearer than `near` too much
+    F reference, far, near;  // beyond `far` a window weighs nothing, nearer than `near` too much
     F s, s2, v[C ? C : 1];
     F sl, v2[SECOND], centre[SECOND];  // with moments
 };
@@ -264,7 +265,7 @@ PS_INLINE void open(Query<C, MOMENTS>& query, const Task<Real>& t, const Scale& 
     const Real reference = Real(t.reference[pixel]);
     query.reference = broadcast(reference);
     query.distant = !EXACT && reference > by.distant;
-    // Room for the rounding of distances, which outgrows the weights' own reach as sigma vanishes.
+    // Margin for the rounding of distances, which exceeds the range of weights as sigma vanishes.
     query.far = broadcast(reference * by.reach) - by.negligible;
     query.near = query.reference - by.rise;
     query.s = load(lanes);
@@ -295,7 +296,7 @@ PS_INLINE double exact_pixel(const Task<Real>& t, Real p) {
     return t.pixels_of_bytes ? std::nearbyint((double(p) + 1) * 127.5) / 127.5 - 1 : double(p);
 }
 
-// The distance once more, straight from the definition and in float64.
+// The distance by its definition, in float64.
 PS_COLD double exact_distance(const Task<Real>& t, int pixel, int64_t window, int lane) {
     const int n = t.channels, r = t.patch_size / 2;
     const int i = pixel / t.width, j = pixel % t.width, a = int(window / t.image_width),
@@ -313,7 +314,7 @@ PS_COLD double exact_distance(const Task<Real>& t, int pixel, int64_t window, in
     return total;
 }
 
-// A window much nearer than the reference has come: it becomes the reference.
+// A window is much nearer than the reference: it becomes the reference.
 PS_COLD void lower_reference(const Task<Real>& t, const F* distance, int count, const Real* values, Real* lanes,
                              int pixel) {
     Real each[LANES];
@@ -334,8 +335,8 @@ PS_COLD void lower_reference(const Task<Real>& t, const F* distance, int count, 
     if (nearest < t.reference[pixel]) refer_to(t, nearest, lanes, pixel);
 }
 
-// Where even the nearest window is thousands of nats away, float32 leaves its distance more than 1e-4 nats off. Few
-// windows matter there, as a rule, and those go to the float64 sums by their exact distances. Where too many do, the
+// Where even the nearest window is thousands of nats away, its float32 distance is off by more than 1e-4 nats. Few
+// windows matter there as a rule, and they are added to the float64 sums by exact distances. Where too many matter, the
 // query is left to the float64 kernel.
 PS_COLD void weigh_exactly(const Task<Real>& t, int pixel, F far, const F* distance, int count, const Real* values,
                            Real* lanes) {
@@ -390,7 +391,7 @@ PS_INLINE void weigh(Query<C, MOMENTS>& query, const Task<Real>& t, const Scale&
     }
     PS_EACH(COUNT) x[i] = query.reference - distance[i];
     exp2_scaled(w, x, by.scale, by.lowest);
-    // The square of an absent pixel outweighs the least weight: here it has to be nothing.
+    // The square of an absent pixel exceeds the inverse of the least weight, so its weight has to be 0 here.
     if (MOMENTS && PS_RARELY(t.pixels_absent)) PS_EACH(COUNT) w[i] = x[i] > by.lowest ? w[i] : broadcast(0);
     if (COUNT == 4)
         query.s = query.s + ((w[0] + w[1]) + (w[2] + w[3]));

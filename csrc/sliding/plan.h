@@ -14,14 +14,14 @@ namespace patchscore {
 constexpr int64_t STATE_BYTES = int64_t(4) << 20;    // state of one panel: wider groups are cut into strips
 constexpr int64_t LANE_BYTES = int64_t(12) << 20;    // accumulators kept from block to block; larger ones are flushed
 constexpr int64_t THREAD_BYTES = int64_t(32) << 20;  // of a thread, where several noisy images would pass it
-constexpr int64_t KEPT_BYTES = int64_t(16) << 20;    // of all noisy images of a unit: beyond it caches fail, measured
-constexpr int CHUNKS = 32;                           // a bank is cut into about so many ..
-constexpr int64_t LEAST_CHUNK = 16;                  // .. of at least so many images
+constexpr int64_t KEPT_BYTES = int64_t(16) << 20;    // of all noisy images of a unit: beyond it caches miss (measured)
+constexpr int CHUNKS = 32;                           // a bank is cut into about as many ..
+constexpr int64_t LEAST_CHUNK = 16;                  // .. of at least this many images
 constexpr int64_t WHOLE_CHUNK = 64;                  // images that are compared whole at a time, to stay in the caches
 
 int round_up(int64_t x, int64_t to) { return int((x + to - 1) / to * to); }
 
-// A competition, and what float32 could not serve of it.
+// A competition, and the queries that float32 could not serve.
 struct Target {
     Competition competition;  // its m holds the nearest squared distance, negated, until all sums are complete
     double* unsure;  // [batch, height, width] nearest squared distance of the chunks that need float64, or +inf
@@ -135,7 +135,7 @@ struct WindowPlan {
 
     Parts parts() const { return {channels, competition.moments()}; }
 
-    // How many distances of a unit of so many images may be computed exactly: no more work than all of them in float64.
+    // How many distances of a unit may be computed exactly: as much work as all of them in float64, at most.
     int exact_distances(int64_t images) const {
         const int64_t pixels = int64_t(channels) * competition.patch_size * competition.patch_size;
         return int(std::min<int64_t>(1 << 30, 1 + windows_per_image * images / pixels));
@@ -211,7 +211,7 @@ struct Pass {
 
     int64_t whole_padded() const { return round_up(int64_t(problem.channels) * problem.height * problem.width, 32); }
 
-    // What a product takes besides, in numbers.
+    // A product's further memory, in numbers.
     struct ProductSizes {
         int64_t ring = 0, row = 0, nothing = 0, boxes = 0, lanes = 0;
     };

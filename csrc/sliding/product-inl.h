@@ -5,7 +5,7 @@
 // came from, once more by running sums: rows of c in a ring of k, their sum, and then along the columns. J t: the sum
 // of w (x - D) (t.p - t.q), where t.p is a box sum along a diagonal as distances are.
 
-// A window's weight where its log-weight counts at all.
+// Factors of a weight: bits of distance, the least log-weight, and the one below which nothing counts.
 struct Weights {
     F scale, lowest, reach;
 };
@@ -31,14 +31,14 @@ PS_INLINE F least_of(const F (&distance)[COUNT]) {
 // What meets the distances of one run, row after row, for J^T u.
 template <int C>
 class Backward {
-    static constexpr int BEFORE = 4;  // columns of nothing before a query's windows, where diagonals begin
+    static constexpr int BEFORE = 4;  // columns of zeros before a query's windows, where diagonals begin
     const Task<Real>& t;
     const Product<Real>& product;
     const Panel& panel;
     const Run& run;
     const int n, k, r, queries, groups;
     const int64_t pitch, row_size;  // vectors from one query's c to the next's; numbers of a row
-    int live = 0;                   // groups of c in the ring that are not nothing
+    int live = 0;                   // groups of c in the ring that are not zero
 
 public:
     Backward(const Task<Real>& t, const Product<Real>& product, const Panel& panel, const Run& run)
@@ -103,7 +103,7 @@ public:
     }
 
 private:
-    // Takes the ring's c of k rows ago out of the running sums; nothing takes its place.
+    // Subtracts the ring's c of k rows ago from the running sums; its slot then counts as zero.
     template <int COUNT>
     PS_INLINE_MEMBER void drop(int64_t kept, int64_t at, bool* nothing) {
         if (*nothing) return;

@@ -1,4 +1,4 @@
-// The sliding engine on the CPU: what of a problem is served in which precision, and the passes over the bank.
+// The sliding engine on the CPU: which part of a problem is served in which precision, and the passes over the bank.
 //
 // A unit of a pass is one chunk of training images against one or a few noisy images, in every competition of the pass.
 // Chunks depend on the bank alone and are merged in their order, so the numbers are the same for any thread count and
@@ -65,7 +65,7 @@ void check(const Problem& problem) {
 }
 
 // Whether even a window that differs by the noise alone is too distant for float32: its log-weight is C k^2 / 2 nats on
-// the mean.
+// average.
 bool distant_by_size(int channels, int patch_size) {
     constexpr double NATURAL_SHARE = 0.9;  // of DISTANT_BITS: images differ by more than the noise
     const double pixels = double(channels) * patch_size * patch_size;
@@ -321,7 +321,7 @@ private:
         return !interrupt.stop;
     }
 
-    static constexpr double NOTHING_NATS = 40;  // e^-40 of the nearest weight is nothing, for 1e9 windows together
+    static constexpr double NOTHING_NATS = 40;  // 1e9 windows at e^-40 of the nearest weight are negligible
 };
 
 }  // namespace

@@ -22,8 +22,8 @@ constexpr int TILES = 4, TILE = 8;          // a warp's tiles of window columns;
 // In shared memory the quads of a noisy pixel lie together, and those of TILES tiles at one column; such strides leave
 // the eleven columns that a warp reads at a time in different banks.
 constexpr int Q_QUADS = 3, P_QUADS = TILES + 1;
-constexpr float RISE = 65536.f;             // weights that add up to more move the reference
-constexpr float NEGLIGIBLE = 0x1p-34f;      // of the weight met before: eight windows below it are left out
+constexpr float RISE = 65536.f;             // a sum of weights above it moves the reference
+constexpr float NEGLIGIBLE = 0x1p-34f;      // of the sum so far: eight windows that weigh less are skipped
 
 // One axis of a group: query coordinates [q0, q1) against window centres [w0, w1), or each against itself (locked).
 struct Axis {
@@ -36,17 +36,17 @@ struct Windows {
     Axis rows, cols;
     int images, items;
     int strip;                  // query rows of a block
-    int groups_per_chunk;       // a block walks over so many groups of TILES tiles
+    int groups_per_chunk;       // groups of TILES tiles that a block goes through
     int multiplier, base;       // see `distance` below
-    int moments;                // whether sums are also of w log2 w and w value^2, values less the query's centre
-    int outside[4];             // what the noisy image reads beyond its border, unless circular
+    int moments;                // also sum w log2 w and w value^2, of values relative to the query's centre
+    int outside[4];             // quads beyond the noisy image's border, unless circular
     const int* quads;           // [images][planes][channel_quads][height][width]
     const float* values;        // [images][height][width][1, or 4]: what is averaged; TILE pixels more are read
     const int* norms;           // [images][height][width]: |p|^2 of the window centred there
-    const float* fractions;     // the same size: what `norms` leaves out; for 3 planes
+    const float* fractions;     // the same size: what rounding took from `norms`; for 3 planes
     const int4* digits;         // [items][channel_quads][height][width]: the three quads of a noisy pixel
     const float2* scale;        // [items]: bits per unit of `norms`, and per unit of the lower digits
-    const float* centres;       // [items][height][width][1, or 4]: near values that weigh; for moments
+    const float* centres;       // [items][height][width][1, or 4]: near the values of heavy windows; for moments
     int* references;            // [chunks][items][height][width][2]
     float* sums;                // [chunks][items][parts][height][width]: s, s2, v, and with moments sl and v2
 };
@@ -98,7 +98,7 @@ struct Layout {
     }
 };
 
-// Of a launch; the kernel knows its parts when it is compiled, which saves a register.
+// The layout of a launch. The kernel knows its number of parts at compile time, which saves a register.
 static Layout layout_of(const Windows& t) { return {t, parts_of(t.values_per_pixel, t.moments)}; }
 
 __device__ __forceinline__ int negated(int quad) {
@@ -107,11 +107,11 @@ __device__ __forceinline__ int negated(int quad) {
     return result;
 }
 
-// One pair of patch rows: q.p += first rows, and += second rows. Pointers are those of a thread's own column.
-// products[order]: by the weight of the digits multiplied, the heaviest first.
+// Adds the products of two pairs of patch rows to q.p. Pointers are to a thread's own column.
+// products[order]: by the significance of the digits multiplied, the most significant first.
 struct Pointers {
     const int *q_first, *q_second, *p_first, *p_second;
-    bool two;                   // or else there is no second row
+    bool two;                   // whether there is a second pair
 };
 
 template <int PLANES>
@@ -142,7 +142,7 @@ __device__ __forceinline__ void add_rows(int (&products)[3][TILES][4], Pointers 
     }
 }
 
-// CV values of a pixel, which lie alone or in fours.
+// The CV values of a pixel, stored singly (CV = 1) or in fours.
 template <int CV, typename Index>
 __device__ __forceinline__ void read_pixel(float (&value)[4], const float* pixels, Index at) {
     if (CV == 1) {
@@ -236,8 +236,8 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 && !MOMENTS ? 2 : 1) wind
             norms[x] = inside ? t.norms[from] : 0;
             if (PLANES > 1) fractions[x] = inside ? t.fractions[from] : 0.f;
         }
-        // Which of a thread's pairs (two queries, TILES tiles, two columns) exist, and where values are. Warps agree; most
-        // tiles are whole, so the bits of those that are not need no register.
+        // Bits of a thread's pairs (two queries, TILES tiles, two columns) that exist, the same in all warps, and where
+        // values are. Most tiles are whole, so the bits stay in shared memory rather than in a register.
         unsigned exist = 0;
 #pragma unroll
         for (int n = 0; n < TILES; ++n) {
@@ -326,15 +326,15 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 && !MOMENTS ? 2 : 1) wind
                         auto low = [&](int n, int e) {
                             return products[1][n][2 * jj + e] * t.base + products[2][n][2 * jj + e];
                         };
-                        // At most twice: next to the first reference, farther than anything, a float tells distances
-                        // apart by 64 units only, which at low noise are more than a weight can hold.
+                        // At most twice: the first reference is beyond all distances, and relative to it a float
+                        // resolves 64 units only, which at low noise exceeds the range of a weight.
 #pragma unroll 1
                         for (int risen = 0;; ++risen) {
 #pragma unroll
                             for (int x = 0; x < 2 * TILES; ++x)
                                 w[jj][x] = power_of_two(bits(x / 2, x % 2, high(x / 2, x % 2), low(x / 2, x % 2)));
                             if (!all_exist) {
-                                __syncwarp();  // or the compiler selects, for all: most tiles are whole
+                                __syncwarp();  // keeps the branch: the compiler would select, and most tiles are whole
 #pragma unroll
                                 for (int x = 0; x < 2 * TILES; ++x)
                                     if (!(pairs_of_lane[lane] >> (8 * jj + x) & 1)) w[jj][x] = 0.f;
@@ -342,9 +342,9 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 && !MOMENTS ? 2 : 1) wind
                             total[jj] = 0.f;
 #pragma unroll
                             for (int x = 0; x < 2 * TILES; ++x) total[jj] += w[jj][x];
-                            if (risen == 2 || !any_lane(total[jj] > RISE)) break;  // lanes stay together
+                            if (risen == 2 || !any_lane(total[jj] > RISE)) break;  // the same in all lanes
                             if (total[jj] <= RISE) continue;
-                            // A window much nearer than the reference has come: it becomes the reference.
+                            // A window is much nearer than the reference: it becomes the reference.
                             float most = -INFINITY;
                             int new_coarse = coarse, new_fine = fine;
 #pragma unroll
@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 && !MOMENTS ? 2 : 1) wind
                             const float fade = power_of_two(-most);
                             coarse = new_coarse, fine = new_fine;
                             mine[jj * 32] = {bits_as_float(coarse), bits_as_float(fine)};
-                            if (MOMENTS) {  // log2 w changes for every window alike
+                            if (MOMENTS) {  // log2 w of every window changes by the same amount
                                 const float2 s = mine[2 * 32];
                                 float2& sl = mine[ENTROPY * 32];
                                 (jj ? sl.y : sl.x) -= most * (jj ? s.y : s.x);
@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(THREADS, PLANES == 1 && !MOMENTS ? 2 : 1) wind
                     const float2 s = mine[2 * 32];
                     if (any_lane(total[0] > NEGLIGIBLE * s.x || total[1] > NEGLIGIBLE * s.y)) {
                         mine[2 * 32] = {s.x + total[0], s.y + total[1]};
-                        // Half an instruction a pair more, but on an sm_80 four channels lack a register otherwise.
+                        // Half an instruction more per pair; otherwise four channels on sm_80 lack a register.
                         using Index = std::conditional_t<CV == 4, unsigned, int>;
                         float2 s2 = mine[3 * 32];
                         float v[CV][2], v2[MOMENTS ? CV : 1][2], sl[2] = {0.f, 0.f};
@@ -507,11 +507,11 @@ __global__ void __launch_bounds__(THREADS) pack_kernel(const Pack t) {
     t.squares[x] = square;
 }
 
-// |p|^2 of every k x k window, continued by zeros, from the squares of its pixels: rows first, then columns. The sums
-// are exact in double, so adding what enters and subtracting what leaves is too. ctypes mirrors it.
+// |p|^2 of every k x k window, zeros lying beyond the border, from squared pixels: rows first, then columns. Sums are
+// exact in double, so running sums, which subtract the pixels that leave, are exact too. ctypes mirrors it.
 struct Norms {
     int height, width, images, patch_size;
-    double unit;                // norms are counted in it
+    double unit;                // of the norms
     const double* squares;      // [images][height][width]
     double* columns;            // the same size: sums over k rows
     int* norms;                 // the same size
@@ -550,7 +550,7 @@ __global__ void __launch_bounds__(THREADS) row_kernel(const Norms t) {
 }
 
 // Whole images. Every noisy image meets every training image once, so q.p is one matrix product, of bytes as above, and
-// |q - p|^2 exact. Bytes are read from the bank as it lies there.
+// |q - p|^2 exact. Bytes are read from the bank in place.
 constexpr int STEP = 64;                    // values that a product of a warp takes at a time, 16 a lane
 constexpr int AVERAGED = 8;                 // noisy images that share a training pixel once it is loaded
 constexpr int ADDED = 256;                  // images that are added up in float32
@@ -558,8 +558,8 @@ constexpr int ADDED = 256;                  // images that are added up in float
 // The digits of noisy images times training bytes. ctypes mirrors it.
 struct Products {
     int images, values;         // values: of an image
-    int groups, slice;          // of QUERIES noisy images; values of a block, so many that sums fit an int
-    int digits_of_floats;       // bytes are signed digits; otherwise pixels u, which stand for u - 128
+    int groups, slice;          // groups of QUERIES noisy images; values of a block, few enough for sums to fit an int
+    int digits_of_floats;       // 1: bytes are signed digits; 0: they are pixels u, used as u - 128
     const uint8_t* bytes;       // [.., values]
     const int64_t* indices;     // [images] positions in `bytes`, or null
     const int8_t* digits;       // [groups][3][QUERIES][values, rounded up to STEP]
@@ -567,7 +567,7 @@ struct Products {
     int* norms;                 // [slices][images][4]: sums of squares of the bytes
 };
 
-// 16 bytes of an image from `at` on, signed; 0 beyond its end. Nothing is assumed of addresses unless ALIGNED.
+// 16 bytes of an image from `at` on, signed; 0 beyond its end. Addresses are those of ints where ALIGNED.
 template <bool ALIGNED>
 __device__ __forceinline__ int4 sixteen(const Products& t, const uint8_t* image, int at) {
     if (at >= t.values) return {0, 0, 0, 0};
@@ -583,8 +583,8 @@ __device__ __forceinline__ int4 sixteen(const Products& t, const uint8_t* image,
     }
 }
 
-// A warp holds TILES x TILE training images; which values a lane takes is all the same to a sum, so it takes 16 that lie
-// together, of training and noisy images alike.
+// A warp holds TILES x TILE training images. The order of values does not matter to a sum, so a lane takes 16 adjacent
+// ones, of training and noisy images alike.
 template <bool ALIGNED>
 __global__ void __launch_bounds__(THREADS) products_kernel(const Products t) {
     const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
@@ -683,7 +683,7 @@ __device__ __forceinline__ void read_values(float (&values)[COUNT], const float*
 // A thread adds up COUNT neighbouring values of ADDED images for AVERAGED noisy ones.
 template <typename Raw, int COUNT>
 __global__ void __launch_bounds__(THREADS) average_kernel(const Average t) {
-    // Groups of the same values side by side, to read them from memory once.
+    // Groups of the same values run side by side, so that memory is read once.
     const int blocks = value_blocks(t, COUNT), group = int(blockIdx.x) % t.groups;
     const int x = (int(blockIdx.x) / t.groups % blocks * THREADS + int(threadIdx.x)) * COUNT;
     const int part = int(blockIdx.x) / t.groups / blocks;
@@ -697,7 +697,7 @@ __global__ void __launch_bounds__(THREADS) average_kernel(const Average t) {
     for (int image = first; image < last; ++image) {
         const float4* const w = reinterpret_cast<const float4*>(t.weights + (int64_t(image) * t.groups + group) * AVERAGED);
         const float4 a = w[0], b = w[1];
-        if (a.x + a.y + a.z + a.w + b.x + b.y + b.z + b.w == 0.f) continue;  // most images, where noise is low
+        if (a.x + a.y + a.z + a.w + b.x + b.y + b.z + b.w == 0.f) continue;  // true of most images at low noise
         const float weights[AVERAGED] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
         float values[COUNT];
         read_values(values, raw + (t.indices ? t.indices[image] : image) * int64_t(t.values));
@@ -715,8 +715,8 @@ __global__ void __launch_bounds__(THREADS) average_kernel(const Average t) {
 
 // Products with the Jacobian of the posterior mean, and sums of the posterior-mean windows that cover a pixel: a second
 // pass, in which every window's weight is known. A warp takes one displacement between noisy and training image at a
-// time: squared differences of pixels, their box sums (distances), weights, and for J^T u the box sums of what windows
-// give, back along the same diagonal. ctypes mirrors it.
+// time: squared differences of pixels, their box sums (distances), weights, and for J^T u the box sums of the windows'
+// contributions, along the same diagonal. ctypes mirrors it.
 struct Jacobian {
     int kind;                   // see below
     int channels, height, width, patch_size, circular;
@@ -735,13 +735,13 @@ struct Jacobian {
 
 enum Kind {
     FORWARD,   // J t:   sum_d w (x - D) Box[t.(x - z)]
-    BACKWARD,  // J^T u: sum_d (x - z) Box[w u.(x - D)], z counting for nothing but digits
+    BACKWARD,  // J^T u: sum_d (x - z) Box[w u.(x - D)], where z only saves digits
     AVERAGING  // windows: sum_d x Box[w]
 };
 
-constexpr float LEAST_WEIGHT = 0x1p-60f;  // a displacement whose windows all weigh less is passed over
+constexpr float LEAST_WEIGHT = 0x1p-60f;  // a displacement whose windows all weigh less is skipped
 
-// A warp's share of shared memory: distances or what windows give; t.(x - z); half-made box sums.
+// A warp's part of shared memory: distances or contributions of windows; t.(x - z); partial box sums.
 constexpr int PLANES_OF_WARP = 3;
 
 __host__ __device__ inline int plane_floats(const Jacobian& t) { return t.height * (t.width | 1); }  // odd: no conflicts
@@ -759,9 +759,9 @@ __device__ __forceinline__ bool competes(const Axis& axis, int query, int window
     return axis.locked ? window == query : window >= axis.w0 && window < axis.w1;
 }
 
-// Sums of k neighbours along every line, nothing lying beyond its ends. A task is k sums: what they have of the elements
-// up to the middle of the first window, summed from there backwards, then what they have beyond it, forwards. Nothing is
-// taken away again, so nothing cancels.
+// Sums of k neighbours along every line, zeros lying beyond its ends. A task is k sums: first the part of each up to
+// the middle of the first window, summed backwards from there, then the part beyond it, summed forwards. Nothing is
+// subtracted, so nothing cancels.
 __device__ __forceinline__ void sum_lines(const float* from, float* to, int lines, int length, int line_stride,
                                           int stride, int k, int lane) {
     const int r = k / 2, tasks = lines * ((length + k - 1) / k);
@@ -822,7 +822,7 @@ __global__ void __launch_bounds__(THREADS, 2) jacobian_kernel(const Jacobian t) 
         for (int d = part; d < all; d += t.parts) {
             const int down = first_displacement(t, t.rows) + d / across;
             const int right = first_displacement(t, t.cols) + d % across;
-            // Training pixels and the noisy pixels that lie on them: squared distances.
+            // Squared distances of training pixels from the noisy pixels at this displacement.
 #pragma unroll 1
             for (int y = 0; y < H; ++y)
                 for (int col = lane; col < W; col += 32) {
@@ -842,7 +842,7 @@ __global__ void __launch_bounds__(THREADS, 2) jacobian_kernel(const Jacobian t) 
             __syncwarp();
             box_sums(plane, between, t, lane);
             if (KIND == FORWARD) box_sums(products, between, t, lane);
-            // Windows by their centres: weights, and what they give.
+            // Windows by their centres: weights and contributions.
             bool weighs = false;
 #pragma unroll 1
             for (int y = 0; y < H; ++y)
@@ -886,8 +886,8 @@ __global__ void __launch_bounds__(THREADS, 2) jacobian_kernel(const Jacobian t) 
     }
 }
 
-// What went wrong, with the kernel's name, for Python to raise; null if nothing did. CUDA forgets it, or it would blame
-// the next call.
+// The last error with the kernel's name, for Python to raise, or null. It is cleared, as the next call would report it
+// again.
 static const char* told(const char* kernel, cudaError_t error) {
     static thread_local char text[1024];
     if (error == cudaSuccess) return nullptr;
@@ -896,8 +896,8 @@ static const char* told(const char* kernel, cudaError_t error) {
     return text;
 }
 
-// Lets blocks of a kernel have all the shared memory that a device allows, once for each device. Not what a launch needs:
-// another thread's launch may need more.
+// Raises a kernel's limit of shared memory to all that a device allows, once for each device, rather than to what a
+// launch needs: another thread's launch may need more.
 template <typename Task>
 static cudaError_t allow_shared(void (*kernel)(Task), int device) {
     static std::mutex lock;
@@ -964,7 +964,7 @@ PS_EXPORT const char* patchscore_unavailable() {
     return count ? nullptr : "no CUDA device";
 }
 
-// Bytes of shared memory that a block takes, and that it may take on a device (0 if that cannot be told).
+// Bytes of shared memory that a block takes, and that it may take on a device (0 if unknown).
 PS_EXPORT int patchscore_shared_bytes(const Windows* task) { return layout_of(*task).end; }
 
 PS_EXPORT int patchscore_shared_limit(int device) {

@@ -28,11 +28,11 @@ struct Group {
 // Which windows compete, and their sums.
 struct Competition {
     int patch_size;  // odd, or 0 for whole images
-    bool circular;   // how z goes on beyond its border; otherwise zeros
+    bool circular;   // z wraps around its border; otherwise zeros lie beyond
     std::vector<Group> groups;
     double *m, *s, *s2;  // [batch, height, width], or [batch] for whole images; preset to -inf, 0, 0
     double* v;           // [batch, channels, height, width], preset to 0
-    // Second moments and sums of w l, for variance and entropy: as v and as s; both null where nobody asks for them.
+    // Second moments and sums of w l, for variance and entropy: as v and as s; both null if not asked for.
     double *v2 = nullptr, *sl = nullptr;
     bool moments() const { return v2 != nullptr; }
 };

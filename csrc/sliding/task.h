@@ -25,8 +25,8 @@ constexpr int PAIRS_A_FLUSH = 2048;     // float32 sums a lane may hold before t
 
 constexpr double LOG2E = 1.4426950408889634;
 
-// Log-weight of the nearest window, in bits below that of an equal one, up to which float32 distances serve. Their
-// rounding errors are 7e-8 of themselves (rms at k = 7 .. 63, by tests/attack/float32_distances.py), here 1e-4 nats.
+// Largest distance of the nearest window, in bits of log-weight, for which float32 distances serve. Their rounding
+// errors are 7e-8 of themselves (rms at k = 7 .. 63, by tests/attack/float32_distances.py), here 1e-4 nats.
 constexpr double DISTANT_BITS = 2000;
 
 // Bound of the rounding error of a float (unit 2^-24) or double (2^-53) distance relative to itself: each pixel's
@@ -79,7 +79,7 @@ struct Task {
     double rounding;    // bound of a distance's rounding error, relative to itself
     double* reference;  // [height * width] a squared distance near the least one met
     double* sums;       // [height * width][parts]; sl = sum w (reference - distance^2)
-    int* exact_left;    // [height * width] distances that may still be computed exactly; below 0: sums mean nothing
+    int* exact_left;    // [height * width] distances that may still be computed exactly; below 0: sums are invalid
     Real* lanes;        // [queries][parts][lanes]: not yet flushed; with moments, values are relative to `centre_of`
     bool flush_at_end;
     Real* state;    // [1 + slots][state_row][lanes]
@@ -103,7 +103,7 @@ struct Product {
         lanes;   // [height * width][1 + channels][lanes] transposed: the sums of c and of x c; else w (x - D) t.(p - q)
     Real* ring;  // transposed: [patch_size][product_row][lanes] c of the last rows ..
     Real* running;  // .. [product_row][lanes] and their sum
-    bool* nothing;  // [patch_size][queries][groups of windows] where the ring holds none
+    bool* nothing;  // [patch_size][queries][groups of windows] where the ring is zero
     Real* boxes;    // else: [windows of a run][state_row][lanes]
 };
 

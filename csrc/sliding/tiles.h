@@ -18,9 +18,9 @@ struct Tiling {
     int tiles() const { return down * across; }
 };
 
-// The tiling of least estimated cost. A window costs about twice what a step along a diagonal does, of which a tile
-// takes k - 1 more than it has windows on an axis; blocks with idle lanes cost as much as full ones; and with one block
-// after the other there is only one thread's work, so that more blocks are worth up to a quarter of the cost.
+// The tiling of least estimated cost. A window costs about two steps along a diagonal, and a tile takes k - 1 more steps
+// on an axis than it has windows. A block with idle lanes costs as much as a full one. Threads share the blocks, so a
+// quarter of a block is added, which favours many small ones.
 inline Tiling choose_tiling(const Group& group, int patch_size, int64_t images, int lanes) {
     const int rows = group.rows.windows(), cols = group.cols.windows();
     Tiling best{1, 1, rows, cols};
@@ -38,7 +38,7 @@ inline Tiling choose_tiling(const Group& group, int patch_size, int64_t images, 
 }
 
 // The tiles of all images, one after the other: [images * tiles][channels][high + k - 1][wide + k - 1]. Pixels beyond
-// the last windows are ABSENT_PIXEL, so that the last tiles' windows that do not exist weigh nothing.
+// the last windows are ABSENT_PIXEL, so that windows that do not exist weigh nothing.
 inline std::vector<double> cut_tiles(const Images& images, int64_t count, const Group& group, int patch_size,
                                      const Tiling& tiling) {
     const int r = patch_size / 2, height = tiling.high + 2 * r, width = tiling.wide + 2 * r;

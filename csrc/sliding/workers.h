@@ -43,7 +43,8 @@ protected:
     int64_t pixel_count() const { return pixels; }
 };
 
-// Log-weights are -distance^2 times this; sigmas whose square is no number act as the nearest that have one.
+// Log-weights are -distance^2 times this; a sigma whose square overflows or vanishes acts as the nearest whose square
+// does not.
 inline double precision_of(double sigma) {
     return std::min(1e30, std::max(1e-24, LOG2E / (2 * sigma * sigma))) / LOG2E;
 }
@@ -136,7 +137,7 @@ public:
         for (int64_t at = start, blocks = 1; at < stop; at += lanes, ++blocks) {
             const int present = int(std::min<int64_t>(lanes, stop - at));
             kernel.pack(images, at, present, block.get());
-            // Lanes without an image count for nothing: those before them are flushed first.
+            // Lanes without an image are not added up: what earlier images left in them is flushed first.
             const bool last = at + lanes >= stop, short_one_follows = !last && at + 2 * lanes > stop;
             for (Kept& kept : competitions) {
                 const bool flush =
@@ -222,7 +223,7 @@ private:
 // Products with the Jacobian, one noisy image at a time.
 template <typename Real>
 class ProductWorker : public Worker {
-    static constexpr int64_t BEFORE = NEIGHBOURS;  // pixels of nothing before the block, which diagonals may begin in
+    static constexpr int64_t BEFORE = NEIGHBOURS;  // zeros before the block, in which diagonals may begin
     const Kernel<Real>& kernel;
     const WindowPlan& plan;
     const Pass::ProductSizes sizes;
