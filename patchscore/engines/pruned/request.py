@@ -35,6 +35,7 @@ class Request:
     columns: of the grid of pixels that the queries are; 0 if they are none.
     moments: whether the sums have moments.
     remembered: [Q, KNOWN] int64 windows of the part that are to be known, or -1; None where nothing is remembered.
+    memory_limit: bytes of working memory, for a backend that has all visits of a query in memory at once.
     """
 
     part: IndexedSize
@@ -47,6 +48,7 @@ class Request:
     columns: int = 0
     moments: bool = False
     remembered: Tensor | None = None
+    memory_limit: int = 2**30
 
 
 @dataclass(frozen=True)

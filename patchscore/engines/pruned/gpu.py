@@ -1,0 +1,620 @@
+"""The GPU backend of `pruned`: the same requests, constants and definition as on the CPU, in torch and Triton.
+
+Expected weights are a matrix product of queries with the cells' coefficients; kernels.py plans each query, visits the
+cells and scores listed windows; totals, trimming and variances are torch's, in float64. Draws are torch's, too,
+from the request's key, so numbers are the same on every GPU up to rounding; they are other ones than the CPU's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...index import IndexedSize, Strata
+from ...pixels import to_values
+from ...posterior import PosteriorSum
+from ..device import cache, cache_limit, on_device
+from .naive import TILE, TRIMMED
+from .policy import Policy
+from .request import KNOWN, Encoded, Request, Scanned, coefficients, encoded
+
+PILOT_CELLS = 64
+"""Where the first known windows of a query are looked for, at most, as on the CPU."""
+SWEEPS = 4
+"""Over the pixels, of neighbours proposing their known windows, as on the CPU."""
+VISITS, WINDOWS = 16, 16
+"""Of one product in the scan: the smallest that matrix units take, as most visits read a tile or two."""
+CELLS = 256
+"""Cells that a plan looks at together; times 16 scales they fill the registers of four warps."""
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """kernels.py, with Triton imported on first use, as that import is slow."""
+    from . import kernels
+
+    return kernels
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One patch size of an index on a device.
+
+    images: as stored. ids: [windows] int64, cell by cell. first: [cells] int64, where each cell's begin.
+    size: [cells] fp32. facts: [cells, columns] fp32: 1, means of the values and of their second to fourth powers.
+    value: [cells, C] fp32 means of the values.
+    """
+
+    images: Tensor
+    ids: Tensor
+    first: Tensor
+    size: Tensor
+    facts: Tensor
+    value: Tensor
+    axes: Tensor
+    origin: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+
+
+def placed(part: IndexedSize, device: torch.device) -> Placed | None:
+    """Copied once; None where the images fill too much of the device."""
+    images = on_device(part.images, device)
+    if images is None:
+        return None
+    kept = cache.get(part, device, ("pruned",))
+    if kept is not None:
+        found: Placed = kept[0]
+        return found
+    cells = part.cells
+    mean, square = cells.value.double(), cells.value_square.double()
+    spread = (square - mean.square()).clamp(min=0)
+    # Values are normal within a cell: naive.expected_variances.
+    third = mean * (mean.square() + 3 * spread)
+    fourth = mean.square() * (mean.square() + 6 * spread) + 3 * spread.square()
+    facts = torch.cat([torch.ones_like(mean[:, :1]), mean, square, third, fourth], 1)
+    facts = torch.nn.functional.pad(facts, (0, _power_of_two(facts.shape[1]) - facts.shape[1]))
+    made = Placed(
+        images.contiguous(),
+        torch.tensor(part.ids).to(device),
+        torch.tensor(part.starts, device=device),
+        cells.size.float().to(device),
+        facts.float().contiguous().to(device),
+        cells.value.contiguous().to(device),
+        part.axes.to(device, torch.float64),
+        part.centre.to(device, torch.float64),
+    )
+    cache.put(part, device, ("pruned",), [made], cache_limit(device))
+    return made
+
+
+@dataclass(frozen=True)
+class _Table:
+    """[2 rank + 2, 2 cells] coefficients of expected log-weights at a noise level."""
+
+    columns: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.columns]
+
+
+def _table(part: IndexedSize, sigma: float, device: torch.device) -> Tensor:
+    kept = cache.get(part, device, ("pruned", sigma))
+    if kept is not None:
+        found: Tensor = kept[0].columns
+        return found
+    strata = Strata(*(x.to(device) for x in part.cells))
+    columns = coefficients(strata, sigma, len(part.centre)).permute(2, 1, 0).flatten(1).float().contiguous()
+    cache.put(part, device, ("pruned", sigma), [_Table(columns)], cache_limit(device))
+    return columns
+
+
+def scan(request: Request, policy: Policy) -> Scanned | None:
+    """The sums of a request, on the device of its queries.
+
+    None where a query is too far outside the pixels' range to be compared, or the images do not fit on the device.
+    """
+    place = placed(request.part, request.windows.device)
+    queries = encoded(request.windows, request.part.images.dtype, request.sigma)
+    if place is None or queries is None:
+        return None
+    return _Scan(request, policy, place, queries).run()
+
+
+class _Visits(NamedTuple):
+    """The visits of q queries to cells, V at most; and what is expected of their sums, None where nothing is drawn.
+
+    cells, taken: [q, V] int32, a cell and the tiles read there. units: [q, V] fp32, 0 where the visit is sure, else the
+    cell's tiles over the expected hits. number: [q] visits.
+    """
+
+    cells: Tensor
+    taken: Tensor
+    units: Tensor
+    number: Tensor
+    expected: _Expected | None
+
+
+class _Expected(NamedTuple):
+    """reference: [q] bits. total, sampled: [q] relative sums over all cells, and over those that are not evaluated
+    whole. variances: [q, columns] of the sum of weights, times `Placed.facts`. logs: [q, 2], times log-weights in nats
+    and their squares."""
+
+    reference: Tensor
+    total: Tensor
+    sampled: Tensor
+    variances: Tensor
+    logs: Tensor
+
+
+class _Scan:
+    """One request while it is answered, for Q queries, some q of them at a time."""
+
+    def __init__(self, request: Request, policy: Policy, place: Placed, queries: Encoded):
+        self.request, self.policy, self.place, self.queries = request, policy, place, queries
+        part, device = request.part, request.windows.device
+        self.count, self.channels = request.windows.shape[:2]
+        self.whole_bytes = part.images.dtype == torch.uint8
+        kernel = kernels()
+        self.none = kernel.NONE.value if self.whole_bytes else kernel.NONE_FLOAT.value
+        self.bits = queries.bits.float()
+        self.allowed = None if request.allowed is None else request.allowed.to(device)
+        self.competing = place.size
+        if self.allowed is not None:
+            member = self.allowed[place.ids // part.windows_per_image].long()
+            sums = torch.nn.functional.pad(member.cumsum(0), (1, 0))
+            self.competing = (sums[place.first + place.size.long()] - sums[place.first]).float()
+        self.tiles = (place.size / TILE).ceil().long()
+        remembered = request.remembered
+        self.remembered = None if remembered is None else remembered.to(device)
+        recalled = self.remembered is not None and bool((self.remembered >= 0).any())
+        self.pilot = policy.recalled_pilot if recalled else policy.pilot
+        self.table = _table(part, request.sigma, device)
+        self.largest = policy.exact_budget * request.competing
+        scores = torch.int32 if self.whole_bytes else torch.float32
+        self.known = torch.full((self.count, KNOWN), -1, device=device)
+        self.known_scores = torch.full((self.count, KNOWN), self.none, dtype=scores, device=device)
+        self.about = torch.zeros(self.count, dtype=scores, device=device)
+        self.pairs = torch.zeros(self.count, dtype=torch.int64, device=device)
+
+    def run(self) -> Scanned:
+        request, policy, device = self.request, self.policy, self.about.device
+        budget = torch.full((self.count,), max(1.0, (request.budget or 1.0) * request.competing), device=device)
+        left = torch.arange(self.count, device=device)
+        fits = torch.zeros(self.count, dtype=torch.bool, device=device)
+        answers: dict[str, Tensor] = {}
+        if request.budget is not None:
+            self._find_heavy(budget)
+        for round_ in itertools.count():
+            whole = (budget[left] > self.largest) | (request.budget is None)
+            if round_ and (
+                whole.sum().item() > policy.whole_pixels * self.count
+                or budget[left].clamp(max=self.largest).sum().item() > policy.further_most * self.largest * self.count
+            ):
+                break
+            generator = torch.Generator().manual_seed((request.key + round_) % 2**63)
+            start = torch.rand(len(self.tiles), generator=generator, dtype=torch.float64).to(device)
+            climb = torch.rand(self.count, generator=generator, dtype=torch.float64).to(device)
+            start = torch.minimum((start * self.tiles).long(), (self.tiles - 1).clamp(min=0)).int()
+            for group, plan in ((left[~whole], self._plan), (left[whole], self._plan_whole)):
+                most = self._most_visits(budget[group].amax().item()) if len(group) else 1
+                for some in group.split(self._together(most)):
+                    visits = plan(some, budget[some], climb[some], most)
+                    for name, x in self._sums(some, visits, start).items():
+                        answers.setdefault(name, x.new_zeros(self.count, *x.shape[1:]))[some] = x
+            fits[left] = answers.pop("fits")[left]
+            left = left[~fits[left]]
+            if not len(left):
+                break
+            # A sample that knows nothing is drawn again, larger; at the end every window is evaluated, unless an
+            # engine that sums a whole image exactly does that sooner.
+            budget[left] *= policy.further
+        sums = {name: x if x.ndim == 2 else x[:, None] for name, x in answers.items()}
+        remembered = None if self.remembered is None else self.known.cpu()
+        return Scanned(PosteriorSum(**sums, span=1.0, pairs=int(self.pairs.sum())), fits, remembered)
+
+    # How much at once.
+
+    def _most_visits(self, budget: float) -> int:
+        """Of a query with this budget: each reads a tile that the budget has, but for one by chance."""
+        if budget > self.largest or self.request.budget is None:
+            return len(self.tiles)
+        return min(len(self.tiles), math.ceil(budget / TILE) + 16)
+
+    def _together(self, visits: int) -> int:
+        """Queries whose expected weights, and sums of so many visits, fit in the memory limit."""
+        columns = self._columns()
+        return max(1, self.request.memory_limit // (8 * len(self.tiles) + visits * (64 + 8 * columns + 64 * columns)))
+
+    def _columns(self) -> int:
+        """Of sums of a visit: 1, powers of the values, filled up."""
+        return max(WINDOWS, _power_of_two(1 + self._powers() * self.channels))
+
+    def _powers(self) -> int:
+        return 4 if self.request.moments else 2
+
+    # Plans.
+
+    def _logs(self, some: Tensor) -> Tensor:
+        """[q, 2, H] log2 E[w] and log2 E[w^2], by products in float32 and not less."""
+        windows = self.request.windows[some].flatten(1).double() - self.place.origin
+        features = windows @ self.place.axes
+        rest = (windows.square().sum(1) - features.square().sum(1)).clamp(min=0)
+        rows = torch.cat([features.square(), features, rest[:, None], torch.ones_like(rest)[:, None]], 1).float()
+        with _full_precision():
+            return (rows @ self.table).unflatten(1, (2, -1))
+
+    def _plan(self, some: Tensor, budget: Tensor, climb: Tensor, most: int) -> _Visits:
+        device, place = some.device, self.place
+        logs = self._logs(some).contiguous()
+        cells, taken = (torch.zeros(len(some), most, dtype=torch.int32, device=device) for _ in range(2))
+        units = torch.zeros(len(some), most, device=device)
+        found = torch.empty(len(some), 6, device=device)
+        variances = torch.zeros(len(some), place.facts.shape[1], device=device)
+        kernels().plan_kernel[(len(some),)](
+            logs, place.size, self.competing, place.facts, climb, ((1 - self.pilot) * budget).float(), cells, taken,
+            units, found, variances, len(place.size), 1 + 4 * self.channels, most, self.policy.certain_from,
+            NF=place.facts.shape[1], BH=CELLS,
+        )  # fmt: skip
+        number, reference, total, sampled = found[:, :4].double().unbind(1)
+        expected = _Expected(reference, total, sampled, variances.double(), found[:, 4:].double())
+        return _Visits(cells, taken, units, number.long(), expected)
+
+    def _plan_whole(self, some: Tensor, budget: Tensor, climb: Tensor, most: int) -> _Visits:
+        """Every tile of every cell."""
+        cells = self.tiles.nonzero()[:, 0]
+        shape = (len(some), len(cells))
+        count = torch.full((len(some),), len(cells), device=some.device)
+        units = torch.zeros(shape, device=some.device)
+        return _Visits(
+            cells.int().expand(shape).contiguous(),
+            self.tiles[cells].int().expand(shape).contiguous(),
+            units,
+            count,
+            None,
+        )
+
+    # Known windows.
+
+    def _find_heavy(self, budget: Tensor) -> None:
+        """In the cells of the largest expected weight, then by neighbours, who propose theirs shifted by a pixel."""
+        policy, place = self.policy, self.place
+        share = self.pilot if policy.known else 0.0
+        for some in torch.arange(self.count, device=budget.device).split(self._together(1)):
+            first = self._logs(some)[:, 0].masked_fill(self.competing == 0, -torch.inf)
+            best = first.topk(min(PILOT_CELLS, len(self.tiles)), 1).indices
+            tiles = self.tiles[best]
+            left = (share * budget[some, None] / TILE).long().clamp(min=1)
+            windows = TILE * torch.minimum(tiles, (left - tiles.cumsum(1) + tiles).clamp(min=0))
+            windows = torch.minimum(windows, place.size[best].long())
+            ends = windows.cumsum(1)
+            slot = torch.arange(int(ends[:, -1].max()), device=budget.device).expand(len(some), -1).contiguous()
+            which = torch.searchsorted(ends, slot, right=True).clamp(max=best.shape[1] - 1)
+            at = place.first[best.gather(1, which)] + slot - (ends - windows).gather(1, which)
+            listed = torch.where(slot < ends[:, -1:], place.ids[at.clamp(max=len(place.ids) - 1)], -1)
+            scores = self._scores(some, listed)
+            heaviest = scores.topk(min(KNOWN, scores.shape[1]), 1)
+            self._offer(some, listed.gather(1, heaviest.indices), heaviest.values)
+        every = torch.arange(self.count, device=budget.device)
+        if policy.known and self.remembered is not None:
+            self._offer(every, self.remembered, self._scores(every, self.remembered))
+        columns = self.request.columns
+        for _ in range(SWEEPS if policy.known and columns else 0):
+            listed = self._proposals(self.known.view(-1, columns, KNOWN)).flatten(0, 1)
+            self._offer(every, listed, self._scores(every, listed))
+        seen = self.known_scores[:, 0] != self.none
+        self.about = torch.where(seen, self.known_scores[:, 0], self.about)
+        if policy.known == 0:
+            self.known[:], self.known_scores[:] = -1, self.none
+
+    def _proposals(self, known: Tensor) -> Tensor:
+        """[rows, columns, 4 KNOWN] windows that neighbours know, moved along, which a pixel does not know; or -1."""
+        part = self.request.part
+        cols, per_image = len(part.cols), part.windows_per_image
+        found = []
+        for down, right in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+            theirs = torch.full_like(known, -1)
+            rows, columns = known.shape[:2]
+            to = (slice(max(down, 0), rows + min(down, 0)), slice(max(right, 0), columns + min(right, 0)))
+            of = (slice(max(-down, 0), rows + min(-down, 0)), slice(max(-right, 0), columns + min(-right, 0)))
+            theirs[to] = known[of]
+            row, col = theirs % per_image // cols + down, theirs % cols + right
+            inside = (theirs >= 0) & (row >= 0) & (row < len(part.rows)) & (col >= 0) & (col < cols)
+            found.append(torch.where(inside, theirs + down * cols + right, -1))
+        listed = torch.cat(found, 2)
+        return torch.where((listed[..., None] == known[..., None, :]).any(3), -1, listed)
+
+    def _scores(self, some: Tensor, listed: Tensor) -> Tensor:
+        """[q, n] scores of listed windows; `none` where there is none that competes."""
+        scores = torch.empty(listed.shape, dtype=self.known_scores.dtype, device=listed.device)
+        block = 64
+        kernels().score_kernel[(len(some), math.ceil(listed.shape[1] / block))](
+            self.place.images, listed.contiguous(), self._if_allowed(), self._of(self.queries.windows, some),
+            self._of(self.queries.shift, some), scores, listed.shape[1], self.queries.windows.shape[1],
+            **self._layout(), ALLOWED=self.allowed is not None, BW=block, BD=32,
+        )  # fmt: skip
+        self.pairs[some] += (listed >= 0).sum(1)
+        return scores
+
+    def _offer(self, some: Tensor, ids: Tensor, scores: Tensor) -> None:
+        """Keeps the heaviest windows, each once; of equally heavy ones those that come first in the bank."""
+        ids, scores = torch.cat([self.known[some], ids], 1), torch.cat([self.known_scores[some], scores], 1)
+        ids, order = torch.sort(ids, dim=1, stable=True)
+        scores = scores.gather(1, order)
+        twice = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
+        scores = scores.masked_fill(twice | (ids < 0), self.none)
+        scores, order = torch.sort(scores, dim=1, descending=True, stable=True)
+        ids = ids.gather(1, order).masked_fill(scores == self.none, -1)
+        most = max(1, self.policy.known)
+        self.known[some, :most], self.known_scores[some, :most] = ids[:, :most], scores[:, :most]
+
+    # Sums.
+
+    def _sums(self, some: Tensor, visits: _Visits, start: Tensor) -> dict[str, Tensor]:
+        """What a query's visits add up to: its posterior sums, and whether they are reliable."""
+        read = self._read(some, visits, start)
+        policy, place, channels = self.policy, self.place, self.channels
+        bits, base = self.queries.bits[some], self.queries.base[some]
+        known, known_scores = self.known[some], self.known_scores[some].double()
+        reference = torch.maximum(read.top.amax(1), known_scores[:, 0])  # a score
+        reference = torch.where(reference == self.none, 0.0, reference)
+        m = bits * reference - base  # log2 of the reference weight
+        visited = torch.arange(visits.cells.shape[1], device=some.device) < visits.number[:, None]
+        visited &= read.top != self.none
+        lift = torch.where(visited, torch.exp2(((read.top - reference[:, None]) * bits[:, None]).clamp(max=0)), 0.0)
+        cells = visits.cells.long()
+        tiles, taken = self.tiles[cells].double(), visits.taken.double()
+        # Windows of a visit, but for those that the last tile lacks.
+        begin = start[cells].double()
+        last = (begin + taken == tiles) | (begin + taken > tiles)
+        n = TILE * taken - torch.where(last, TILE * tiles - place.size[cells].double(), 0.0)
+        n = torch.where(torch.arange(n.shape[1], device=some.device) < visits.number[:, None], n, 0.0)
+        chance = visited & (visits.units > 0)
+        factor = torch.where(chance, visits.units.double(), tiles / taken.clamp(min=1))
+        f = taken / tiles.clamp(min=1)
+        a = torch.where(visited & ~chance & (n > 1), factor.square() * (1 - f) * n / (n - 1).clamp(min=1), 0.0)
+        # Sums of w and w^2, times powers of values about the cell's mean: column 1 + power * channels + channel.
+        of_w = read.sums[:, :, 0].double() * lift[..., None]
+        of_w2 = read.sums[:, :, 1].double() * lift.square()[..., None]
+        w, w2 = of_w[..., 0], of_w2[..., 0]
+
+        def about(sums: Tensor, centre: Tensor) -> list[Tensor]:
+            """[q, V, C] of the powers 0, 1, .. of values about a centre [q, 1, C]: the binomial theorem."""
+            away = place.value.double()[cells] - centre
+            raw = [sums[..., :1].expand(*sums.shape[:2], channels)]
+            raw += [sums[..., 1 + i * channels : 1 + (i + 1) * channels] for i in range(self._powers())]
+            return [
+                sum((math.comb(p, i) * away ** (p - i) * raw[i] for i in range(p + 1)), torch.zeros_like(raw[0]))
+                for p in range(len(raw))
+            ]
+
+        hits = chance.sum(1).double()
+        spread = torch.where(hits > 1, hits / (hits - 1).clamp(min=1), 1.0)
+        mean_of = torch.where(hits > 1, 1 / hits.clamp(min=1), 0.0)  # a single hit is its own variance
+
+        def covariance(squares: Tensor, x: Tensor, y: Tensor) -> Tensor:
+            """Of two totals, from sums of w^2 times both over each visit, and from the sums themselves: within the
+            cells that are surely visited, and between the others (Hansen & Hurwitz)."""
+            shape = [-1, squares.shape[1]] + [1] * (squares.ndim - 2)
+            within = (a.view(shape) * (squares - x * y / n.clamp(min=1).view(shape))).sum(1)
+            fx, fy = ((factor * chance).view(shape) * z for z in (x, y))
+            shape = [-1] + [1] * (squares.ndim - 2)
+            return within + spread.view(shape) * ((fx * fy).sum(1) - mean_of.view(shape) * fx.sum(1) * fy.sum(1))
+
+        squares = about(of_w2, torch.zeros_like(place.value[:1, None], dtype=torch.float64))
+        values = about(of_w, torch.zeros_like(place.value[:1, None], dtype=torch.float64))
+        wv = values[1]
+        y = factor * w
+        s, s2, v = y.sum(1), (factor * w2).sum(1), (factor[..., None] * wv).sum(1)
+        sampled = s
+        by_cell = (a * (w2 - w.square() / n.clamp(min=1))).clamp(min=0)
+        yy = torch.where(chance, y.square(), 0.0)
+        by_chance = (spread * (yy.sum(1) - mean_of * (y * chance).sum(1).square())).clamp(min=0)
+        ss = by_cell.sum(1) + by_chance
+        vs, vv = covariance(squares[1], w[..., None], wv), covariance(squares[2], wv, wv)
+        of_chance = torch.maximum(
+            yy.square().sum(1) - mean_of * yy.sum(1).square(), by_chance.square() / hits.clamp(min=1)
+        )
+        fourth = by_cell.square().sum(1) + torch.where(hits > 0, of_chance, 0.0)
+        degrees = torch.where(fourth > 0, ss.square() / fourth.clamp(min=1e-300), 0.0)
+        # Known windows are counted surely.
+        x_known = torch.where(known >= 0, (known_scores - reference[:, None]) * bits[:, None], -torch.inf)
+        w_known, v_known = torch.exp2(x_known), self._values(known)
+        s, s2, v = s + w_known.sum(1), s2 + w_known.square().sum(1), v + (w_known[..., None] * v_known).sum(1)
+        centre = (v / s[:, None])[:, None]
+        # Expanded weights beyond a share of the sum are trimmed.
+        single = torch.minimum(w, lift)
+        heavy = torch.where(visited & (factor > 1) & (w > 0), factor * single, 0.0)
+        expanded, at = heavy.topk(min(TRIMMED, heavy.shape[1]), 1)
+        share = n.sum(1).clamp(min=1) ** -policy.trimming
+        cut = torch.zeros_like(heavy)
+        for i in range(at.shape[1]):
+            weight = _row(single, at[:, i])
+            beyond = expanded[:, i] - torch.maximum(weight, share / (1 - share) * (s - expanded[:, i]))
+            taken_off = torch.where((share < 1) & (expanded[:, i] > 0), beyond.clamp(min=0), 0.0)
+            s, s2 = s - taken_off, s2 - taken_off * weight
+            cut.scatter_(1, at[:, i : i + 1], taken_off[:, None])
+        # What a visit counts for, as a multiple of its sums: its mean is taken off with a trimmed weight.
+        counted = factor - torch.where(cut > 0, cut / w.clamp(min=1e-300), 0.0)
+        v = (counted[..., None] * wv).sum(1) + (w_known[..., None] * v_known).sum(1)
+        ratio = v / s[:, None]
+        found = (vv - 2 * ratio * vs + ratio.square() * ss[:, None]).sum(1)
+        answers = {"m": m * math.log(2), "s": s, "s2": s2, "v": v, "ss": ss, "vs": vs, "vv": vv}
+        expected, fits = visits.expected, torch.ones_like(s, dtype=torch.bool)
+        times = moderated = None
+        if expected is not None:
+            # Where the sample holds more weight than was expected, so does its variance: the coefficient of variation
+            # stays.
+            log_s, log_sampled, log_total, log_left = (
+                torch.log2(x.clamp(min=1e-300)) for x in (s, sampled, expected.total, expected.sampled)
+            )
+            more = m + log_sampled - expected.reference - log_total
+            times = torch.exp2((2 * (expected.reference - m + more.clamp(min=0))).clamp(max=500))
+            model = times[:, None] * expected.variances
+            of_v, of_v2 = model[:, 1 : 1 + channels], model[:, 1 + channels : 1 + 2 * channels]
+            foreseen = (of_v2 - 2 * ratio * of_v + ratio.square() * model[:, :1]).sum(1)
+            moderated = degrees / (degrees + policy.prior_degrees)
+            own = torch.where(found >= foreseen, 1.0, moderated)
+            answers["ss"] = own * ss + (1 - own) * model[:, 0]
+            answers["vs"] = own[:, None] * vs + (1 - own)[:, None] * of_v
+            answers["vv"] = own[:, None] * vv + (1 - own)[:, None] * of_v2
+            errors = answers["vv"] - 2 * ratio * answers["vs"] + ratio.square() * answers["ss"][:, None]
+            largest = (errors / s.square()[:, None]).amax(1)
+            # More is expected of what was sampled than was found altogether, or more was sampled than was expected.
+            misfit = torch.maximum(expected.reference + log_left - m - log_s, more)
+            fits = (s > 0) & (misfit <= policy.misfit) & (largest <= policy.unknown**2)
+        if self.request.moments:
+            logs = read.logs.double() * lift[..., None]
+            shift = ((self.about[some].double() - reference) * bits)[:, None]
+            wx, w2x, w2x2 = logs[..., 0], logs[..., 1] * lift, logs[..., 2] * lift
+            wx, w2x, w2x2 = wx + shift * w, w2x + shift * w2, w2x2 + 2 * shift * w2x + shift.square() * w2
+            (_, wu, wq, *_), (_, w2u, w2q, w2u3, w2u4) = about(of_w, centre), about(of_w2, centre)
+            off = v_known - centre
+            u, q = (
+                (counted[..., None] * of).sum(1) + (w_known[..., None] * off**power).sum(1)
+                for power, of in ((1, wu), (2, wq))
+            )
+            known_logs = torch.where(w_known > 0, w_known * x_known, 0.0)
+            log = math.log(2) * ((counted * wx).sum(1) + known_logs.sum(1)) / s
+            variance = (q / s[:, None] - (u / s[:, None]).square()).clamp(min=0)
+            answers["v2"], answers["sl"] = s[:, None] * (variance + ratio.square()), s * log
+            # s times the derivatives of the variance by the totals of w and w u; that by the total of w q is 1.
+            each = w[..., None]
+            by_w, by_u = (u / s[:, None]).square() - variance, -2 * u / s[:, None]
+            qq = by_w.square() * ss[:, None] + by_u.square() * covariance(w2q, wu, wu) + covariance(w2u4, wq, wq)
+            qq = qq + 2 * by_w * (by_u * covariance(w2u, wu, each) + covariance(w2q, wq, each))
+            qq = (qq + 2 * by_u * covariance(w2u3, wq, wu)).clamp(min=0)
+            # s times the derivatives of ln s - sl / s by the totals are 1 + log and -1.
+            by_s, ln = 1 + log, math.log(2)
+            ee = by_s.square() * ss - 2 * by_s * ln * covariance(w2x, wx, w) + ln**2 * covariance(w2x2, wx, wx)
+            ee = ee.clamp(min=0)
+            if expected is not None and times is not None and moderated is not None:
+                one, first, second, third, power_4 = expected.variances[:, : 1 + 4 * channels].split(
+                    [1] + [channels] * 4, 1
+                )
+                about2 = second - 2 * ratio * first + ratio.square() * one
+                about4 = power_4 + ratio * (-4 * third + ratio * (6 * second + ratio * (-4 * first + ratio * one)))
+                predicted = times[:, None] * (about4 - 2 * variance * about2 + variance.square() * one)
+                own = torch.where(qq.sum(1) >= predicted.sum(1), 1.0, moderated)[:, None]
+                qq = own * qq + (1 - own) * predicted
+                at_log = 1 + log + ln * (m - more.clamp(min=0))
+                predicted = at_log.square() * one[:, 0] - 2 * at_log * expected.logs[:, 0] + expected.logs[:, 1]
+                predicted = times * predicted.clamp(min=0)
+                own = torch.where(ee >= predicted, 1.0, moderated)
+                ee = own * ee + (1 - own) * predicted
+            answers["qq"], answers["ee"] = qq, ee
+        self.pairs[some] += n.sum(1).long()
+        if policy.known:
+            met = read.top.topk(min(KNOWN, read.top.shape[1]), 1)
+            self._offer(some, read.top_ids.gather(1, met.indices), met.values)
+        return {**answers, "fits": fits}
+
+    def _read(self, some: Tensor, visits: _Visits, start: Tensor) -> _Read:
+        """The sums of every visit, cell by cell, so that the visits of a cell share what is read."""
+        device, place, most = some.device, self.place, visits.cells.shape[1]
+        slots = (torch.arange(most, device=device) < visits.number[:, None]).flatten().nonzero()[:, 0]
+        cells, taken = visits.cells.flatten()[slots].long(), visits.taken.flatten()[slots].long()
+        # Those of a cell that read the most tiles first.
+        key = (cells << 31 | (2**31 - 1 - taken)).sort(stable=True)
+        order, cells = slots[key.indices], cells[key.indices]
+        begin = torch.searchsorted(cells, torch.arange(len(self.tiles) + 1, device=device))
+        blocks = (begin.diff() + VISITS - 1) // VISITS
+        ends = blocks.cumsum(0)
+        count = int(ends[-1])
+        cell = torch.repeat_interleave(blocks, output_size=count)
+        first = begin[cell] + VISITS * (torch.arange(count, device=device) - (ends - blocks)[cell])
+        held = (begin[cell + 1] - first).clamp(max=VISITS)
+        columns = self._columns()
+        shape = (len(some), most)
+        sums = torch.zeros(*shape, 2, columns, device=device)
+        logs = torch.zeros(*shape, 3, device=device) if self.request.moments else sums
+        top = torch.full(shape, self.none, dtype=self.known_scores.dtype, device=device)
+        top_ids = torch.full(shape, -1, device=device)
+        known = self.known[some]
+        lightest = self.known_scores[some].masked_fill(known < 0, _largest(top.dtype)).amin(1)
+        if not self.whole_bytes:  # what a score of the same window may be where its terms are added in another order
+            lightest = torch.where(lightest < 0, lightest * 1.00001, lightest)
+        if count:
+            kernels().scan_kernel[(count,)](
+                place.images, place.ids, place.first, place.size, start, place.value, self._if_allowed(),
+                self._of(self.queries.windows, some), self._of(self.queries.shift, some), self._of(self.bits, some),
+                known, lightest, self._of(self.about, some), visits.taken, order, cell.int(), first, held.int(), sums,
+                logs, top, top_ids, most, self.queries.windows.shape[1], **self._layout(), POWERS=self._powers(),
+                NV=columns, ALLOWED=self.allowed is not None, MOMENTS=self.request.moments, KNOWN=KNOWN, BV=VISITS,
+                BW=WINDOWS, BD=32, num_warps=1,
+            )  # fmt: skip
+        return _Read(sums, logs, top, top_ids)
+
+    def _layout(self) -> dict[str, Any]:
+        """How windows lie in the images."""
+        part, (_, channels, height, width) = self.request.part, self.place.images.shape
+        return {
+            "per_image": part.windows_per_image,
+            "cols": len(part.cols),
+            "width": width,
+            "plane": height * width,
+            "C": channels,
+            "K": part.k,
+            "BYTES": self.whole_bytes,
+        }
+
+    def _if_allowed(self) -> Tensor:
+        return self.place.ids if self.allowed is None else self.allowed
+
+    def _of(self, x: Tensor, some: Tensor) -> Tensor:
+        return x[some].contiguous()
+
+    def _values(self, ids: Tensor) -> Tensor:
+        """[q, n, C] float64 centre pixels of windows; of none, those of the first."""
+        part, images = self.request.part, self.place.images
+        ids = ids.clamp(min=0)
+        place = ids % part.windows_per_image
+        cols, r = len(part.cols), part.k // 2
+        return to_values(images[ids // part.windows_per_image, :, place // cols + r, place % cols + r]).double()
+
+
+class _Read(NamedTuple):
+    """sums: [q, V, 2, columns] of w and w^2 over the windows of a visit, times powers of values about the cell's mean;
+    logs: [q, V, 3] of w x, w^2 x and w^2 x^2, with x in bits about `_Scan.about`. Weights are relative to the visit's
+    heaviest window, whose score and number are top and top_ids [q, V]."""
+
+    sums: Tensor
+    logs: Tensor
+    top: Tensor
+    top_ids: Tensor
+
+
+def _row(x: Tensor, at: Tensor) -> Tensor:
+    return x.gather(1, at[:, None])[:, 0]
+
+
+def _largest(dtype: torch.dtype) -> float:
+    return torch.iinfo(dtype).max if dtype == torch.int32 else torch.finfo(dtype).max
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products of float32 matrices without TF32, whatever the caller has chosen for their own."""
+    chosen = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = chosen
