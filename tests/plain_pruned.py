@@ -139,4 +139,4 @@ class Kernels:
 
 def plain_kernels():
     """A context in which the GPU backend starts these in place of Triton's."""
-    return mock.patch.object(gpu, "kernels", lambda: Kernels)
+    return mock.patch.object(gpu, "kernels", return_value=Kernels)

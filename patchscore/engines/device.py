@@ -6,6 +6,7 @@ graph has recorded it reads at every replay, so that is kept as long as the proc
 
 from __future__ import annotations
 
+import importlib
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -22,6 +23,24 @@ RESIDENT_SHARE = 0.5
 CACHE_SHARE = 0.4
 """The fraction of a GPU's memory that rows may keep; what does not fit is made again from the pixels, call by call."""
 CACHE_BYTES_CPU = 64 * 2**20
+
+
+# What Triton needs.
+
+
+def missing_for_triton(device: torch.device) -> str | None:
+    """Why its kernels cannot run on a CUDA device, or under its interpreter on the CPU; or None."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton is missing ({error}); pip install 'patchscore[gpu]'"
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "it was written for NVIDIA's GPUs"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    return None
 
 
 # Streams.

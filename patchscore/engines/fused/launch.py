@@ -25,7 +25,7 @@ from ...windows import Competition, Group, rows_as_pixels, span
 from .. import cost
 from ..autotune import Configuration, KernelError, first_that_serves
 from ..base import Engine
-from ..device import cache, cache_limit, recording
+from ..device import cache, cache_limit, missing_for_triton, recording
 from .plan import Plan, Spectrum, choose_plan, least_tolerance, spectrum_of
 from .rows import Patches, Queries, patch_rows, query_rows, stored_bytes, value_columns, working_bytes
 
@@ -145,17 +145,7 @@ class Fused(Engine):
         return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
     def unavailable(self, device: torch.device) -> str | None:
-        try:
-            _kernels()
-        except ImportError as error:
-            return f"Triton is missing ({error}); pip install 'patchscore[gpu]'"
-        if device.type == "cuda":
-            if torch.version.hip is not None:
-                return "it was written for NVIDIA's GPUs"
-            capability = torch.cuda.get_device_capability(device)
-            if capability < (8, 0):
-                return f"it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-        return _broken
+        return missing_for_triton(device) or _broken
 
     def lacks(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> str | None:
         if competition.patch_size is None:

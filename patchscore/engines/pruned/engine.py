@@ -23,9 +23,13 @@ from ...index import PatchIndex
 from ...native import missing, native
 from ...posterior import PosteriorSum
 from ...windows import Competition, Group, span
-from ..base import Engine
+from ..base import Engine, serve
+from ..device import recording
+from ..fused.launch import Fused
+from ..reference import Reference
 from ..sliding.cpu import SlidingCpu
-from . import cpu, images
+from ..sliding.cuda import SlidingCuda
+from . import cpu, gpu, images
 from .memory import Memory, Remembered
 from .policy import POLICY, Policy
 from .request import Request, Scanned, draw_key
@@ -57,7 +61,6 @@ class Pruned(Engine):
         policy: Policy = POLICY,
     ):
         self.index, self.budget, self.tolerance, self.seed, self.policy = index, budget, tolerance, seed, policy
-        self.exactly = SlidingCpu()
         self.memory: Memory | None = None
         """Of the trajectory that is followed, if one is."""
         self._allowed: dict[int, tuple[PatchBank, Tensor]] = {}
@@ -69,18 +72,22 @@ class Pruned(Engine):
         return True
 
     def unavailable(self, device: torch.device) -> str | None:
-        if device.type != "cpu":
-            return f"it runs on the CPU, not on {device.type}"
-        if native is None:
+        if device.type not in ("cpu", "cuda"):
+            return f"it runs on CPUs and NVIDIA's GPUs, not on {device.type}"
+        if device.type == "cpu" and native is None:
             return missing
         if self.index is None:
             return None
+        if device.type == "cuda" and (reason := gpu.missing(device)):
+            return reason
         if self.index.bank.shape[0] > MOST_CHANNELS:
             return f"with an index it takes up to {MOST_CHANNELS} channels, not {self.index.bank.shape[0]}"
         return None
 
     def lacks(self, z: Tensor, sigma: Tensor, bank: PatchBank, competition: Competition) -> str | None:
         """Sums that exact engines compute as fast: large budgets, tiny banks, edges, very low noise."""
+        if recording():
+            return "how much it draws is counted on the CPU, which no CUDA graph can hold"
         if self.index is None:
             drawn = round((self.budget or 0) * len(bank))
             return "a sample of images takes two or more, and not all" if not 2 <= drawn < len(bank) else None
@@ -102,8 +109,11 @@ class Pruned(Engine):
             return None
         (group,) = competition.groups
         part, policy = self.index.at(competition.patch_size), self.policy
-        window = policy.window_seconds if part.tiles is not None else policy.gathered_seconds
         drawn = (self.budget or policy.pilot_budget) * len(bank) * group.windows_per_image
+        if z.device.type == "cuda":
+            pixel = policy.gpu_cell_seconds * len(part.cells.size) + policy.gpu_window_seconds * drawn
+            return len(z) * (policy.gpu_call_seconds + group.pixels * pixel)
+        window = policy.window_seconds if part.tiles is not None else policy.gathered_seconds
         pixel = policy.pixel_seconds + policy.cell_seconds * len(part.cells.size) + window * drawn
         return len(z) * group.pixels * pixel
 
@@ -118,11 +128,14 @@ class Pruned(Engine):
         moments: bool = False,
     ) -> PosteriorSum:
         """Estimated sums over the competing windows, with their sampling covariance."""
-        z32 = z.detach().to("cpu", torch.float32)
+        z32 = z.detach().float()
 
         def exact(items: list[int], groups: tuple[Group, ...], bank: PatchBank = bank) -> PosteriorSum:
             some = competition.only(groups)
-            return self.exactly.posterior_sum(z32[items], sigma[items], bank, some, memory_limit, moments=moments)
+            if z.device.type == "cpu":
+                return SlidingCpu().posterior_sum(z32[items], sigma[items], bank, some, memory_limit, moments=moments)
+            engines = (Fused(), SlidingCuda(), Reference())
+            return serve(engines, "auto", z32[items], sigma[items], bank, some, memory_limit, moments=moments)[0]
 
         keys = [
             draw_key(self.seed, competition.patch_size or 0, float(sigma[item]), z32[item]) for item in range(len(z))
@@ -138,7 +151,7 @@ class Pruned(Engine):
             fields = {name: torch.cat([part.fields[name] for part in parts]) for name in parts[0].fields}
             joined = dataclasses.replace(parts[0], **fields)  # type: ignore[arg-type]
             return joined.with_pairs(sum(part.pairs or 0 for part in parts))
-        total = PosteriorSum.empty(z.shape, "cpu", sampled=True, moments=moments)
+        total = PosteriorSum.empty(z.shape, z.device, sampled=True, moments=moments)
         pairs = 0
         for group in competition.groups:
             assert not group.rows.locked, "lacks() leaves edges to exact engines"
@@ -150,7 +163,9 @@ class Pruned(Engine):
                 if found is not None:
                     found = found.block(slice(None), span(group.rows.queries), span(group.cols.queries))
                 else:
-                    found = self._image(item, z32[item], keys[item], level, bank, competition, group, moments)
+                    found = self._image(
+                        item, z32[item], keys[item], level, bank, competition, group, moments, memory_limit
+                    )
                 if found is None:
                     left.append(item)
                     continue
@@ -199,6 +214,7 @@ class Pruned(Engine):
         competition: Competition,
         group: Group,
         moments: bool,
+        memory_limit: int,
     ) -> PosteriorSum | None:
         """The sums of one image's pixels [1, 1 or C, rows, cols]; None leaves them to the exact engine."""
         assert self.index is not None
@@ -218,8 +234,9 @@ class Pruned(Engine):
             len(group.cols.queries),
             moments,
             None if held is None else held.recall(part, group),
+            memory_limit,
         )
-        scanned = cpu.scan(request, self.policy) if self.tolerance is None else self._within(request, held)
+        scanned = self._scan(request) if self.tolerance is None else self._within(request, held)
         if held is not None and scanned is not None and scanned.remembered is not None:
             held.keep(part, group, scanned.remembered)
         found = None if scanned is None else scanned.settled
@@ -245,13 +262,13 @@ class Pruned(Engine):
         if held is not None and held.budget is not None:
             budget = max(budget, held.budget / 2)
         while budget < self.policy.exact_budget:
-            found = cpu.scan(dataclasses.replace(pilot, budget=budget), self.policy)
+            found = self._scan(dataclasses.replace(pilot, budget=budget))
             if found is None:
                 return None
             known = found.fits
             over = _rms(found.sums.stderr[known]) / (0.8 * self.tolerance) if known.any() else 0.0
             if over <= 1:
-                found = cpu.scan(dataclasses.replace(request, budget=budget), self.policy)
+                found = self._scan(dataclasses.replace(request, budget=budget))
                 if found is None or found.settled is None or _rms(found.sums.stderr) <= self.tolerance:
                     if held is not None:
                         held.budget = budget
@@ -260,6 +277,10 @@ class Pruned(Engine):
             # Errors fall at least as one over the root of the budget.
             budget *= 2 ** min(3, math.ceil(2 * math.log2(over)))
         return None
+
+    def _scan(self, request: Request) -> Scanned | None:
+        """The answer of the backend for the device that the queries are on."""
+        return (gpu if request.windows.is_cuda else cpu).scan(request, self.policy)
 
     def _sampled_images(self) -> int:
         """Images whose windows are in the index, at every size it has."""

@@ -23,7 +23,8 @@ from torch import Tensor
 from ...index import IndexedSize, Strata
 from ...pixels import to_values
 from ...posterior import PosteriorSum
-from ..device import cache, cache_limit, on_device
+from ..autotune import KernelError, started
+from ..device import cache, cache_limit, missing_for_triton, on_device
 from .naive import TILE, TRIMMED
 from .policy import Policy
 from .request import KNOWN, Encoded, Request, Scanned, coefficients, encoded
@@ -44,6 +45,15 @@ def kernels() -> ModuleType:
     from . import kernels
 
     return kernels
+
+
+_broken: str | None = None
+"""Why a kernel could not be compiled, once that happened."""
+
+
+def missing(device: torch.device) -> str | None:
+    """Why the kernels cannot run there, or None."""
+    return missing_for_triton(device) or _broken
 
 
 @dataclass(frozen=True)
@@ -126,12 +136,20 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
     """The sums of a request, on the device of its queries.
 
     None where a query is too far outside the pixels' range to be compared, or the images do not fit on the device.
+
+    Raises:
+        KernelError: a kernel does not compile here.
     """
     place = placed(request.part, request.windows.device)
     queries = encoded(request.windows, request.part.images.dtype, request.sigma)
     if place is None or queries is None:
         return None
-    return _Scan(request, policy, place, queries).run()
+    try:
+        return _Scan(request, policy, place, queries).run()
+    except KernelError as error:
+        global _broken
+        _broken = f"a kernel failed to compile ({error})"
+        raise KernelError(_broken) from error
 
 
 class _Visits(NamedTuple):
@@ -264,10 +282,10 @@ class _Scan:
         units = torch.zeros(len(some), most, device=device)
         found = torch.empty(len(some), 6, device=device)
         variances = torch.zeros(len(some), place.facts.shape[1], device=device)
-        kernels().plan_kernel[(len(some),)](
-            logs, place.size, self.competing, place.facts, climb, ((1 - self.pilot) * budget).float(), cells, taken,
-            units, found, variances, len(place.size), 1 + 4 * self.channels, most, self.policy.certain_from,
-            NF=place.facts.shape[1], BH=CELLS,
+        started(
+            kernels().plan_kernel, (len(some),), logs, place.size, self.competing, place.facts, climb,
+            ((1 - self.pilot) * budget).float(), cells, taken, units, found, variances, len(place.size),
+            1 + 4 * self.channels, most, self.policy.certain_from, NF=place.facts.shape[1], BH=CELLS,
         )  # fmt: skip
         number, reference, total, sampled = found[:, :4].double().unbind(1)
         expected = _Expected(reference, total, sampled, variances.double(), found[:, 4:].double())
@@ -341,10 +359,11 @@ class _Scan:
         """[q, n] scores of listed windows; `none` where there is none that competes."""
         scores = torch.empty(listed.shape, dtype=self.known_scores.dtype, device=listed.device)
         block = 64
-        kernels().score_kernel[(len(some), math.ceil(listed.shape[1] / block))](
-            self.place.images, listed.contiguous(), self._if_allowed(), self._of(self.queries.windows, some),
-            self._of(self.queries.shift, some), scores, listed.shape[1], self.queries.windows.shape[1],
-            **self._layout(), ALLOWED=self.allowed is not None, BW=block, BD=32,
+        started(
+            kernels().score_kernel, (len(some), math.ceil(listed.shape[1] / block)), self.place.images,
+            listed.contiguous(), self._if_allowed(), self.queries.windows[some], self.queries.shift[some], scores,
+            listed.shape[1], self.queries.windows.shape[1], **self._layout(), ALLOWED=self.allowed is not None,
+            BW=block, BD=32,
         )  # fmt: skip
         self.pairs[some] += (listed >= 0).sum(1)
         return scores
@@ -548,13 +567,13 @@ class _Scan:
         if not self.whole_bytes:  # what a score of the same window may be where its terms are added in another order
             lightest = torch.where(lightest < 0, lightest * 1.00001, lightest)
         if count:
-            kernels().scan_kernel[(count,)](
-                place.images, place.ids, place.first, place.size, start, place.value, self._if_allowed(),
-                self._of(self.queries.windows, some), self._of(self.queries.shift, some), self._of(self.bits, some),
-                known, lightest, self._of(self.about, some), visits.taken, order, cell.int(), first, held.int(), sums,
-                logs, top, top_ids, most, self.queries.windows.shape[1], **self._layout(), POWERS=self._powers(),
-                NV=columns, ALLOWED=self.allowed is not None, MOMENTS=self.request.moments, KNOWN=KNOWN, BV=VISITS,
-                BW=WINDOWS, BD=32, num_warps=1,
+            started(
+                kernels().scan_kernel, (count,), place.images, place.ids, place.first, place.size, start, place.value,
+                self._if_allowed(), self.queries.windows[some], self.queries.shift[some], self.bits[some], known,
+                lightest, self.about[some], visits.taken, order, cell.int(), first, held.int(), sums, logs, top,
+                top_ids, most, self.queries.windows.shape[1], **self._layout(), POWERS=self._powers(), NV=columns,
+                ALLOWED=self.allowed is not None, MOMENTS=self.request.moments, KNOWN=KNOWN, BV=VISITS, BW=WINDOWS,
+                BD=32, num_warps=2,
             )  # fmt: skip
         return _Read(sums, logs, top, top_ids)
 
@@ -573,9 +592,6 @@ class _Scan:
 
     def _if_allowed(self) -> Tensor:
         return self.place.ids if self.allowed is None else self.allowed
-
-    def _of(self, x: Tensor, some: Tensor) -> Tensor:
-        return x[some].contiguous()
 
     def _values(self, ids: Tensor) -> Tensor:
         """[q, n, C] float64 centre pixels of windows; of none, those of the first."""

@@ -39,7 +39,8 @@ def drawn(
     groups = min(policy.image_groups, count)
     order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(key >> 1))
     found = [exact(subset(bank, order[group:count:groups])) for group in range(groups)]
-    total = combine(found, count, len(bank), pixel_moments(bank, order[:count]))
+    moments = tuple(x.to(found[0].s.device) for x in pixel_moments(bank, order[:count]))
+    total = combine(found, count, len(bank), moments)
     return total.with_pairs(count * competition.pairs_per_image)
 
 

@@ -82,6 +82,12 @@ class Policy:
     300 to 20,000 CIFAR-10 images took (docs/notes/pruned.md), within a factor of 1.5. With the time of exact sums
     they decide which of the two serves when the engine is "auto"."""
 
+    gpu_call_seconds: float = 2e-3
+    gpu_cell_seconds: float = 1.2e-11
+    gpu_window_seconds: float = 3e-11
+    """The same on a GPU, for an image, and for each cell and window of a pixel. Derived for an H200 from the operations
+    and bytes of each step (docs/notes/pruned.md); not measured."""
+
     pilot_pixels: int = 64
     """Pixels by which a budget is found for a tolerance."""
 

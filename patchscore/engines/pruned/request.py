@@ -73,7 +73,7 @@ class Scanned:
 def draw_key(seed: int, k: int, sigma: float, z: Tensor) -> int:
     """Of an image's random draws: the same wherever the image stands in a batch, another for another image."""
     digest = hashlib.sha256(f"{seed} {k} {sigma!r}".encode())
-    digest.update(z.contiguous().numpy().tobytes())
+    digest.update(z.cpu().contiguous().numpy().tobytes())
     return int.from_bytes(digest.digest()[:8], "little")
 
 
