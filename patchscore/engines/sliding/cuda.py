@@ -263,26 +263,20 @@ def posterior_sums(
     Every competition must be one that `serves`. Work is queued on the current stream of z's device.
     """
     windows = [competition for competition in competitions if competition.patch_size is not None]
+    firsts = range(0, z.shape[1], 4) if windows else ()
     with torch.cuda.device(z.device) if z.device.type == "cuda" else nullcontext():
-        sums = iter(_windows(z, sigma, bank, windows, memory_limit, moments) if windows else [])
+        parts = [_some_channels(z, sigma, bank, windows, memory_limit, first, moments) for first in firsts]
+        sums = map(_all_channels, zip(*parts, strict=True))
         return [
             _whole_images(z, sigma, bank, memory_limit, moments) if competition.patch_size is None else next(sums)
             for competition in competitions
         ]
 
 
-def _windows(
-    z: Tensor, sigma: Tensor, bank: PatchBank, competitions: Sequence[Competition], memory_limit: int, moments: bool
-) -> list[PosteriorSum]:
-    parts = [
-        _some_channels(z, sigma, bank, competitions, memory_limit, first, moments) for first in range(0, z.shape[1], 4)
-    ]
-    # Weights are the same whichever channels are averaged.
-    joined = []
-    for same in zip(*parts, strict=True):
-        v2 = torch.cat([x.v2 for x in same if x.v2 is not None], 1) if moments else None
-        joined.append(replace(same[0], v=torch.cat([x.v for x in same], 1), v2=v2))
-    return joined
+def _all_channels(parts: tuple[PosteriorSum, ...]) -> PosteriorSum:
+    """Of the sums of four channels each, whose weights are the same."""
+    v2 = [part.v2 for part in parts if part.v2 is not None]
+    return replace(parts[0], v=torch.cat([part.v for part in parts], 1), v2=torch.cat(v2, 1) if v2 else None)
 
 
 @dataclass
