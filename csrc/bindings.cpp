@@ -228,8 +228,8 @@ patchscore::Strata strata_of(const char* name, const StrataArguments& given, int
     const int64_t groups = (count + patchscore::SIBLINGS - 1) / patchscore::SIBLINGS;
     patchscore::Strata strata{};
     strata.count = count;
-    strata.table =
-        data_of<float>(name, held.emplace_back(table.request()), {groups, 2, 2 * rank + 2, patchscore::SIBLINGS}, false);
+    strata.table = data_of<float>(name, held.emplace_back(table.request()),
+                                  {groups, 2, 2 * rank + 2, patchscore::SIBLINGS}, false);
     strata.sizes = data_of<float>(name, held.emplace_back(sizes.request()), {count}, false);
     strata.value = data_of<float>(name, held.emplace_back(value.request()), {count, channels}, false);
     strata.value_square = data_of<float>(name, held.emplace_back(value_square.request()), {count, channels}, false);

@@ -149,7 +149,8 @@ class PatchBank:
             skip_bad: skip images that cannot be read; one warning counts them.
             split: which part of a source that comes in parts, such as "train"; a folder with train/ and val/ above its
                 classes needs it.
-            image_key, label_key: the names of images and labels in a source that holds several things.
+            image_key: the name of the images in a source that holds several things.
+            label_key: likewise of the labels.
             memory_limit: the largest size of the images in bytes, once read; None: the memory of this machine.
             value_range: as of `PatchBank`, for an array or a .npy, .pt or .safetensors file [N, C, H, W]: values
                 and axes stay what they are, and of the other arguments `image_key` and `limit` are taken.
@@ -201,12 +202,12 @@ class PatchBank:
     ) -> PatchBank:
         """Writes the images of any source to a .npy file and maps it; neither has to fit in memory.
 
-        The bank equals that of `open` with the same arguments, and has the same fingerprint. Labels and class names lie
-        beside it, in `bank.labels.npy` and `bank.classes.json`. Images are decoded by several threads. An interrupted
-        call leaves `bank.npy.partial` and `bank.npy.progress`, and the same call resumes from them.
+        Arguments besides `out` and `overwrite` are those of `open`; the bank equals that of `open` and has the same
+        fingerprint. Labels and class names lie beside it, in `bank.labels.npy` and `bank.classes.json`. Images are
+        decoded by several threads. An interrupted call leaves `bank.npy.partial` and `bank.npy.progress`, and the same
+        call resumes from them.
 
         Args:
-            source, size, channels, labels, limit, skip_bad, split, image_key, label_key: as of `open`.
             out: the file, `bank.npy`.
             overwrite: take the place of files that are there.
 

@@ -147,8 +147,8 @@ def evaluate_samples(
         reference: the training images.
         features: None for distances between pixels; a function from images to features, called with a batch at a time;
             or two arrays [n, d] and [N, d], the features of the samples and of the training images.
-        precision_k, density_k: which neighbour sets the radii of precision and recall, and of density and coverage; at
-            most as many as a set has other points.
+        precision_k: which neighbour sets the radii of precision and recall; at most as many as a set has other points.
+        density_k: likewise of density and coverage.
         patch_sizes: sides of the patches that are compared, as far as they fit; none for no comparison.
         patches: how many are drawn of each set, each set's images having equal shares.
         directions: onto how many they are projected, drawn uniformly.

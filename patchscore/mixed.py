@@ -105,11 +105,9 @@ class MixedBank:
         image_key: str | None = None,
         label_key: str | None = None,
     ) -> MixedBank:
-        """Reads images from wherever they are, each in its own size.
+        """Reads images from wherever they are, each in its own size; arguments are those of `PatchBank.open`.
 
-        Args:
-            source, channels, labels, limit, skip_bad, split, image_key, label_key: as of `PatchBank.open`. Where some
-                images are gray and others RGB, all become RGB.
+        Where some images are gray and others RGB, all become RGB.
 
         Raises:
             ValueError, TypeError, ImportError: as of `PatchBank.open`, but for mixed sizes.

@@ -18,9 +18,9 @@ struct Tiling {
     int tiles() const { return down * across; }
 };
 
-// The tiling of least estimated cost. A window costs about two steps along a diagonal, and a tile takes k - 1 more steps
-// on an axis than it has windows. A block with idle lanes costs as much as a full one. Threads share the blocks, so a
-// quarter of a block is added, which favours many small ones.
+// The tiling of least estimated cost. A window costs about two steps along a diagonal, and a tile takes k - 1 more
+// steps on an axis than it has windows. A block with idle lanes costs as much as a full one. Threads share the blocks,
+// so a quarter of a block is added, which favours many small ones.
 inline Tiling choose_tiling(const Group& group, int patch_size, int64_t images, int lanes) {
     const int rows = group.rows.windows(), cols = group.cols.windows();
     Tiling best{1, 1, rows, cols};

@@ -106,7 +106,7 @@ class PatchComposition(Composed):
 
     w_a(S) is proportional to exp(-|z - x_a|^2 / (2 sigma^2)) on the square, and sums to 1 over the images. Squares lie
     inside the image; distances are over all channels. The average is taken on the weights: with n_i the number of
-    squares that cover pixel i, D_i = (1 / n_i) sum_a x_ai Box_k[w_a](i), a running sum at any k.
+    squares that cover pixel i, D_i = (1 / n_i) `sum_a x_ai Box_k[w_a](i)`, a running sum at any k.
 
     Args:
         bank: the training images.

@@ -30,8 +30,8 @@ class GoldenSubset(Theory):
 
     Args:
         bank: the training images.
-        k_min, k_max: images that remain as sigma -> 0 and as sigma -> infinity; None takes N / 20 and N / 10, as
-            published for CIFAR-10, rounded up.
+        k_min: images that remain as sigma -> 0; None takes N / 20, as published for CIFAR-10, rounded up.
+        k_max: images that remain as sigma -> infinity; None takes N / 10, likewise.
         low_res: side in pixels of the coarse search; at most the image's smaller side.
         threshold: as of `PcaLocality`; 0.02 as published.
         temperature: likewise.
