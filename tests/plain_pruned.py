@@ -92,34 +92,43 @@ def score(of, q, shift):
 def scan(images, ids, first, size, start, centre, allowed, windows, shift, bits, known, least, about, taken, order,
          block_cell, block_first, block_visits, sums, logs, top, top_id, most, n_values, per_image, cols, width, plane,
          C, K, POWERS, NV, BYTES, ALLOWED, MOMENTS, KNOWN, BV, BW, BD, num_warps):  # fmt: skip
-    values = C * K * K
     none = NONE if BYTES else NONE_FLOAT
-    for block in range(len(block_cell)):
-        cell, n = int(block_cell[block]), int(block_first[block])
-        tiles = math.ceil(size[cell] / naive.TILE)
-        for visit in order[n : n + int(block_visits[block])].tolist():
-            q, place = divmod(visit, most)
-            tile = (start[cell] + torch.arange(int(taken[q, place]))) % tiles
-            at = (naive.TILE * tile[:, None] + torch.arange(naive.TILE)).flatten()
-            members = ids[first[cell] + at[at < size[cell]]]
-            if ALLOWED:
-                members = members[allowed[members // per_image] > 0]
-            members = members[(members[:, None] != known[q]).all(1)]
-            seen = pixels(images, members, per_image, cols, K)
-            t = score(seen.flatten(1), windows[q, :values], shift[q])
-            members, t, seen = members[t > none], t[t > none], seen[t > none]
-            if not len(t):
-                continue
-            top[q, place] = t.max()
-            top_id[q, place] = members[t == t.max()].max()
-            w = torch.exp2((t - t.max()).double() * bits[q])
-            value = to_values(seen[:, :, K // 2, K // 2]).double() - centre[cell]
-            columns = torch.cat([torch.ones_like(value[:, :1]), *(value**p for p in range(1, POWERS + 1))], 1)
-            sums[q, place, 0, : columns.shape[1]] = (w @ columns).float()
-            sums[q, place, 1, : columns.shape[1]] = (w.square() @ columns).float()
-            if MOMENTS:
-                x = (t - about[q]).double() * bits[q]
-                logs[q, place] = torch.stack([(w * x).sum(), (w**2 * x).sum(), (w * x).square().sum()]).float()
+    cell = torch.repeat_interleave(block_cell.long(), block_visits.long())
+    rank = torch.arange(len(cell)) - torch.repeat_interleave(block_visits.cumsum(0) - block_visits, block_visits.long())
+    visit = order[torch.repeat_interleave(block_first, block_visits.long()) + rank]
+    for some in torch.arange(len(cell)).split(256):
+        _visits(images, ids, first, size, start, centre, allowed if ALLOWED else None, windows[:, : C * K * K], shift,
+                bits, known, about, taken, cell[some], visit[some] // most, visit[some] % most, sums, logs, top, top_id,
+                none, per_image, cols, K, POWERS, MOMENTS)  # fmt: skip
+
+
+def _visits(images, ids, first, size, start, centre, allowed, windows, shift, bits, known, about, taken, c, q, place,
+            sums, logs, top, top_id, none, per_image, cols, K, POWERS, MOMENTS):  # fmt: skip
+    """Of cells c [V], by queries q, which keep them at `place`."""
+    tiles = (size[c] / naive.TILE).ceil().long()[:, None]
+    number = taken[q, place][:, None]
+    lane = torch.arange(naive.TILE * int(number.max()))
+    at = (start[c][:, None] + lane // naive.TILE) % tiles * naive.TILE + lane % naive.TILE
+    seen = (lane // naive.TILE < number) & (at < size[c][:, None])
+    members = ids[torch.where(seen, first[c][:, None] + at, 0)]  # [V, lanes]
+    if allowed is not None:
+        seen &= allowed[members // per_image] > 0
+    seen &= (members[..., None] != known[q][:, None]).all(2)
+    window = pixels(images, members, per_image, cols, K)
+    t = score(window.flatten(2), windows[q][:, None], shift[q][:, None])
+    t = torch.where(seen & (t > none), t, none)
+    best = t.amax(1)
+    top[q, place] = best.to(top.dtype)
+    top_id[q, place] = torch.where((t == best[:, None]) & (t > none), members, -1).amax(1)
+    w = torch.where(t > none, torch.exp2((t - best[:, None]).double() * bits[q][:, None]), 0.0)
+    value = to_values(window[..., K // 2, K // 2]).double() - centre[c][:, None]
+    columns = torch.cat([torch.ones_like(value[..., :1]), *(value**p for p in range(1, POWERS + 1))], 2)
+    for i, power in enumerate((w, w.square())):
+        sums[q, place, i, : columns.shape[2]] = (power[:, None] @ columns)[:, 0].float()
+    if MOMENTS:
+        x = torch.where(t > none, (t - about[q][:, None]).double() * bits[q][:, None], 0.0)
+        of_logs = torch.stack([(w * x).sum(1), (w**2 * x).sum(1), (w * x).square().sum(1)], 1)
+        logs[q, place] = of_logs.float()
 
 
 def scores(images, listed, allowed, windows, shift, out, n_listed, n_values, per_image, cols, width, plane, C, K,

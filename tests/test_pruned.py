@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import noisy, smooth_images
+from plain_pruned import plain_kernels
 
 import patchscore as ps
 from patchscore import native
-from patchscore.engines.pruned import cpu, engine, images, naive
+from patchscore.engines.pruned import cpu, engine, gpu, images, naive
 from patchscore.engines.pruned.policy import POLICY
 from patchscore.engines.pruned.request import BYTE, KNOWN, Request, encoded
 
@@ -256,17 +257,23 @@ def drawn_by_definition(request, draws, policy, known):
     return [(x.s / total, x.mean, x.stderr, x.s**2 / x.s2) for x in found], mean
 
 
-def drawn_by_scan(request, draws, policy, known):
+def drawn_by_scan(request, draws, policy, known, scan=cpu.scan):
     policy = dataclasses.replace(policy, known=known)
     whole = cpu.scan(dataclasses.replace(request, budget=None), policy).sums
     found = []
     for seed in range(draws):
-        x = cpu.scan(dataclasses.replace(request, key=1000 + seed), policy).sums
+        x = scan(dataclasses.replace(request, key=1000 + seed), policy).sums
         found.append(((x.s.log() + x.m - whole.s.log() - whole.m).exp()[0, 0], x.mean[0], x.stderr[0], x.ess[0, 0]))
     return found, whole.mean[0]
 
 
-BACKENDS = {"definition": drawn_by_definition, "scan": drawn_by_scan}
+def drawn_by_gpu(request, draws, policy, known):
+    """With kernels in plain torch, as test_pruned_gpu.py holds Triton's to these."""
+    with plain_kernels():
+        return drawn_by_scan(request, draws, policy, known, gpu.scan)
+
+
+BACKENDS = {"definition": drawn_by_definition, "scan": drawn_by_scan, "gpu": drawn_by_gpu}
 
 
 def pixel_of(larger, folder, sigma, pixel, budget):

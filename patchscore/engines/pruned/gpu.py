@@ -228,7 +228,9 @@ class _Scan:
             climb = torch.rand(self.count, generator=generator, dtype=torch.float64).to(device)
             start = torch.minimum((start * self.tiles).long(), (self.tiles - 1).clamp(min=0)).int()
             for group, plan in ((left[~whole], self._plan), (left[whole], self._plan_whole)):
-                most = self._most_visits(budget[group].amax().item()) if len(group) else 1
+                if not len(group):
+                    continue
+                most = self._most_visits(budget[group].amax().item())
                 for some in group.split(self._together(most)):
                     visits = plan(some, budget[some], climb[some], most)
                     for name, x in self._sums(some, visits, start).items():

@@ -279,9 +279,9 @@ def scan_kernel(
         b_best_id = tl.max(tl.where(m_pair & (b_seen == b_best[:, None]), b_ids[None, :], -1), 1)
         b_top_id = tl.where(b_best > b_top, b_best_id, b_top_id)
         b_new = tl.maximum(b_top, b_best)
-        b_fade = tl.exp2((b_top - b_new).to(tl.float32) * b_bits)
+        b_fade = tl.exp2(tl.maximum((b_top - b_new).to(tl.float32), -1e30) * b_bits)
         b_top = b_new
-        b_x = tl.where(m_pair, (b_score - b_top[:, None]).to(tl.float32) * b_bits[:, None], 0.0)
+        b_x = tl.where(m_pair, b_score - b_top[:, None], 0).to(tl.float32) * b_bits[:, None]
         b_w = tl.where(m_pair, tl.exp2(b_x), 0.0)
         # Values of the windows about the cell's mean, and their powers.
         o_value = o_channel * plane + (K // 2) * width + K // 2
@@ -297,7 +297,8 @@ def scan_kernel(
         b_squares *= (b_fade * b_fade)[:, None]
         b_squares += tl.dot(b_w * b_w, b_values, input_precision="ieee")
         if MOMENTS:
-            b_x = tl.where(m_pair, (b_score - b_about[:, None]).to(tl.float32) * b_bits[:, None], 0.0)
+            b_x = tl.where(m_pair, b_score - b_about[:, None], 0).to(tl.float32) * b_bits[:, None]
+            b_x = tl.maximum(b_x, -1e30)  # what has no weight shall not be infinite
             b_wx = b_wx * b_fade + tl.sum(b_w * b_x, 1)
             b_w2x = b_w2x * b_fade * b_fade + tl.sum(b_w * b_w * b_x, 1)
             b_w2x2 = b_w2x2 * b_fade * b_fade + tl.sum(b_w * b_x * b_w * b_x, 1)
