@@ -80,6 +80,41 @@ def _compiled(kernel, types: dict[str, str], constants: dict, capability: int, w
     return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
 
 
+_BYTES = {"images": "*u8", "windows": "*i16", "least": "*i32", "about": "*i32", "top": "*i32", "scores": "*i32"}
+PRUNED_TYPES = {
+    **dict.fromkeys(("logs", "size", "competing", "facts", "budget", "units", "found", "model", "sums"), "*fp32"),
+    **dict.fromkeys(("centre", "bits", "images", "windows", "least", "about", "top", "scores"), "*fp32"),
+    **dict.fromkeys(("cells", "taken", "start", "shift", "block_cell", "block_visits"), "*i32"),
+    **dict.fromkeys(("ids", "first", "known", "order", "block_first", "top_id", "listed"), "*i64"),
+    "climb": "*fp64",
+    "allowed": "*u8",
+    "certain_from": "fp32",
+}
+"""Of the arguments of `pruned`'s kernels, for images of floats."""
+PRUNED_VARIANTS = (
+    {"C": 3, "K": 7, "POWERS": 2, "NV": 16, "BYTES": True, "ALLOWED": False, "MOMENTS": False},
+    {"C": 3, "K": 17, "POWERS": 4, "NV": 16, "BYTES": True, "ALLOWED": True, "MOMENTS": True},
+    {"C": 16, "K": 3, "POWERS": 2, "NV": 64, "BYTES": False, "ALLOWED": False, "MOMENTS": False},
+)
+
+
+def compiled_pruned(name: str, variant: int, capability: int):
+    """Kernel `name` of `pruned`, as gpu.py starts it for bytes, for moments of bytes, or for floats of 16 channels."""
+    from patchscore.engines.pruned import gpu, kernels
+
+    kernel, constants, warps = getattr(kernels, f"{name}_kernel"), dict(PRUNED_VARIANTS[variant]), 4
+    types = PRUNED_TYPES | (_BYTES if constants["BYTES"] else {})
+    if name == "plan":
+        constants = {"NF": 16, "BH": gpu.CELLS}
+    elif name == "score":
+        constants = {key: constants[key] for key in ("C", "K", "BYTES", "ALLOWED")} | {"BW": 64, "BD": 32}
+    else:
+        constants |= {"KNOWN": gpu.KNOWN, "BV": gpu.VISITS, "BW": gpu.WINDOWS, "BD": 32}
+        warps = gpu.WARPS
+    arguments = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
+    return _compiled(kernel, arguments, constants, capability, warps, 3)
+
+
 def resources(kernel) -> tuple[dict, str]:
     usage, sass = disassembled(kernel.asm["cubin"])
     return {
