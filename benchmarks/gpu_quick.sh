@@ -43,12 +43,14 @@ synccheck-sliding 12  30  smoke-circular    sanitize synccheck sliding-circular
 memcheck-sliding  15  35  smoke-zeros       sanitize memcheck sliding-zeros
 racecheck-sliding 15  35  smoke-circular    sanitize racecheck sliding-circular
 memcheck-fused    20  40  smoke-exact       sanitize memcheck fused-exact
-bench-fused       80 110  smoke-fused       bench ceilings peers batches graph
+bench-fused       73 105  smoke-fused       bench ceilings peers batches graph
 bench-sliding     30  50  smoke-circular    bench sliding
 samples           40  80  smoke-fused       bench samples
 bench-specialised 40  75  smoke-fused       bench specialised configurations
 profile           25  45  smoke-fused       profile fused sliding-circular
 build-native      45 110  -                 build native
+smoke-pruned      10  25  build-native      smoke pruned
+tests-pruned      15  40  smoke-pruned      tests pruned
 STEPS
 }
 
@@ -180,7 +182,9 @@ while read -r name estimate limit needs command; do
         continue
     fi
     left=$((LIMIT - (SECONDS - began)))
-    if [ "$needs" != - ] && [ "${status[$needs]:-passed}" != passed ]; then
+    if [ "$needs" != - ] && [ "${status[$needs]:-passed}" = absent ]; then
+        note "$name" absent 0 "$estimate" "$needs is absent"; continue
+    elif [ "$needs" != - ] && [ "${status[$needs]:-passed}" != passed ]; then
         note "$name" skipped 0 "$estimate" "$needs did not pass"; worst=1; continue
     elif [ "$left" -lt 5 ] && [ -z "$DRY" ]; then
         note "$name" skipped 0 "$estimate" "out of time"; worst=1; continue
