@@ -191,10 +191,13 @@ int64_t check_ids(const patchscore::Images& images, const int64_t* sizes, int64_
     int64_t total = 0, tiles = 0;
     for (int64_t c = 0; c < cells; ++c) {
         if (sizes[c] < 0 || sizes[c] > INT32_MAX || sizes[c] > count - total)
-            throw py::value_error("sizes: cell " + std::to_string(c) + " lies outside the windows");
+            throw py::value_error("sizes: got " + std::to_string(sizes[c]) + " for cell " + std::to_string(c) + " of " +
+                                  std::to_string(count) + " windows");
         total += sizes[c], tiles += (sizes[c] + patchscore::TILE - 1) / patchscore::TILE;
     }
-    if (total != count) throw py::value_error("sizes: they add up to another number of windows");
+    if (total != count)
+        throw py::value_error("sizes: got a sum of " + std::to_string(total) + ", ids has " + std::to_string(count) +
+                              " windows");
     const int64_t most = images.count * images.rows() * images.cols();
     for (int64_t i = 0; each && i < count; ++i)
         if (ids[i] < 0 || ids[i] >= most) throw py::value_error("ids: got " + std::to_string(ids[i]));
@@ -259,7 +262,8 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
     if (features_info.ndim != 2) throw py::value_error("features: takes [queries, rank]");
     request.cells = sizes_info.shape[0];
     if (request.cells < 1 || request.cells % patchscore::SIBLINGS || request.cells > INT32_MAX)
-        throw py::value_error("sizes: got " + std::to_string(request.cells) + " cells, takes whole parents");
+        throw py::value_error("sizes: got " + std::to_string(request.cells) + " cells, takes a multiple of " +
+                              std::to_string(patchscore::SIBLINGS));
     request.sizes = data_of<int64_t>("sizes", sizes_info, {request.cells}, false);
     request.ids = data_of<int64_t>("ids", ids_info, ids_info.shape, false);
     const int64_t needed =
@@ -286,10 +290,14 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
             throw py::value_error("shift: got " + std::to_string(request.shift[q]));
     request.bits = data_of<double>("bits", info(bits), {queries}, false);
     request.base = data_of<double>("base", info(base), {queries}, false);
-    if (!(budget > 0)) throw py::value_error("budget: takes a positive number of windows");
+    if (!(budget > 0))
+        throw py::value_error("budget: got " + std::to_string(budget) + ", takes a positive number of windows");
     if (columns < 0 || (columns && request.queries % columns))
-        throw py::value_error("columns: does not divide the queries");
-    if (known < 0 || known > patchscore::MOST_KNOWN) throw py::value_error("known: takes 0 to 16");
+        throw py::value_error("columns: got " + std::to_string(columns) + ", which does not divide " +
+                              std::to_string(request.queries) + " queries");
+    if (known < 0 || known > patchscore::MOST_KNOWN)
+        throw py::value_error("known: got " + std::to_string(known) + ", takes 0 to " +
+                              std::to_string(patchscore::MOST_KNOWN));
     request.columns = columns, request.budget = budget, request.largest_budget = largest_budget;
     request.whole = whole, request.key = key;
     request.policy = {certain_from, prior_degrees, trimming,    misfit, unknown, further,
@@ -316,7 +324,9 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
             data_of<int64_t>("remembered", info(*remembered, true), {queries, patchscore::MOST_KNOWN}, true);
         const int64_t most = request.images.count * request.images.rows() * request.images.cols();
         for (py::ssize_t i = 0; i < queries * patchscore::MOST_KNOWN; ++i)
-            if (request.remembered[i] >= most) throw py::value_error("remembered: no such window");
+            if (request.remembered[i] >= most)
+                throw py::value_error("remembered: got window " + std::to_string(request.remembered[i]) + " of " +
+                                      std::to_string(most));
     }
     bool finished;
     {
