@@ -42,6 +42,7 @@ VALUES = {
     "misfit": (3.0, 20.0),
     "unknown": (0.03, 0.3),
     "further": (4.0, 8.0),
+    "further_most": (0.03, 0.2),
     "pilot": (0.06, 0.5),
     "known": (0, 4, 8),
     "opened_from": (0.25, 8.0),

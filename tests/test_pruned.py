@@ -21,7 +21,7 @@ import patchscore as ps
 from patchscore import native
 from patchscore.engines.pruned import cpu, engine, gpu, images, naive
 from patchscore.engines.pruned.policy import POLICY
-from patchscore.engines.pruned.request import BYTE, KNOWN, Request, encoded
+from patchscore.engines.pruned.request import BYTE, KNOWN, Request, draw_key, encoded
 
 pytest.importorskip("faiss")
 if native.missing:
@@ -502,10 +502,11 @@ def test_the_standard_error_covers(larger, k, sigma):
 
 
 def test_the_error_falls_with_the_budget(larger):
+    """At a noise level at which few pixels are unlike the bank: these are summed exactly, at any budget."""
     bank, index = larger
-    z = noisy(bank, 1.0, 2, dtype=torch.float32)
-    truth = exact(bank).denoise(z, 1.0)
-    estimates = [pruned(bank, index, budget=budget).estimate(z, 1.0) for budget in (0.01, 0.05, 0.19)]
+    z = noisy(bank, 2.0, 2, dtype=torch.float32)
+    truth = exact(bank).denoise(z, 2.0)
+    estimates = [pruned(bank, index, budget=budget).estimate(z, 2.0) for budget in (0.01, 0.05, 0.19)]
     errors = [rms(e.mean - truth) for e in estimates]
     assert errors[0] > errors[1] > errors[2]
     assert estimates[0].pairs < estimates[1].pairs < estimates[2].pairs
@@ -776,11 +777,44 @@ def test_where_most_pixels_are_unknown_exact_sums_serve_at_once(larger, monkeypa
     monkeypatch.setattr(cpu, "scan", lambda *given: asked.append(scan(*given)) or asked[-1])
     found = machine.estimate(z, 0.05)
     assert not asked[0].fits.all()
-    # Budgets of 1%, 2% and 4%, of which the next would exceed a quarter of 20%.
+    # Budgets of 1%, 2%, 4% and 8%: the next would exceed 10%.
     count = asked[0].fits.numel()
-    assert asked[0].sums.pairs < 0.12 * len(index.at(3).ids) * count
+    assert asked[0].sums.pairs < 0.16 * len(index.at(3).ids) * count
     assert torch.equal(found.mean, exact(bank).denoise(z, 0.05))
     assert not found.stderr.any()
+
+
+def test_rectangles_hold_every_marked_pixel_and_little_else():
+    generator = torch.Generator().manual_seed(0)
+    for share, apart in itertools.product((0.0, 0.02, 0.2, 1.0), (0, 5, 20)):
+        marked = torch.rand(13, 9, generator=generator) < share
+        found = engine.rectangles(marked, apart)
+        covered = torch.zeros_like(marked)
+        for rows, cols in found:
+            covered[rows.start : rows.stop, cols.start : cols.stop] = True
+        assert covered[marked].all()
+        # Never dearer than each pixel alone.
+        assert sum(len(rows) * len(cols) + apart for rows, cols in found) <= int(marked.sum()) * (1 + apart)
+    corners = torch.zeros(13, 9, dtype=torch.bool)
+    corners[0, 0] = corners[1, 1] = corners[12, 8] = True
+    assert sorted(engine.rectangles(corners, 5), key=str) == [(range(0, 2), range(0, 2)), (range(12, 13), range(8, 9))]
+
+
+def test_pixels_unlike_the_bank_get_the_exact_sums(larger):
+    """A bright square in an image of the bank: its pixels alone, and those whose patches it touches."""
+    (bank, index), k = larger, 3
+    z = noisy(bank, 1.0, dtype=torch.float32)
+    z[..., 6:9, 6:9] += 8
+    machine = pruned(bank, index, k, budget=0.02)
+    request, group = request_of(machine, z[0], 1.0, key=draw_key(machine.pruned.seed, k, 1.0, z[0]))
+    unlike = ~cpu.scan(request, POLICY).fits.view(len(group.rows.queries), len(group.cols.queries))
+    assert unlike.any()
+    assert not unlike.all()
+    found, truth = machine.estimate(z, 1.0), exact(bank, k).estimate(z, 1.0)
+    error, stderr = ((inside(x[0], group))[unlike.flatten()] for x in (found.mean - truth.mean, found.stderr))
+    assert error.abs().max() < 1e-5
+    assert not stderr.any()
+    assert found.stderr.any()
 
 
 @pytest.mark.parametrize("k", [3, 5])
@@ -792,7 +826,7 @@ def test_the_standard_error_of_latents_covers(latents, k, sigma):
     hits, draws = {1: 0, 2: 0, 3: 0}, 0
     for seed in range(20):
         machine = pruned(bank, index, k, budget=0.03, seed=seed)
-        machine.pruned.policy = dataclasses.replace(POLICY, further_most=math.inf)  # or else exact sums serve
+        machine.pruned.policy = dataclasses.replace(POLICY, exact_pixels=0)  # or else exact sums serve
         found = machine.estimate(z, sigma)
         sampled = found.stderr > 0
         error = (found.mean - truth).abs()[sampled]
@@ -810,16 +844,16 @@ def test_latents_have_the_numbers_of_the_same_images_in_other_units(latents, tmp
     bank, index = latents
     other = ps.PatchBank(bank.chunk(0, len(bank)) / 4, bank.labels, value_range="data")
     index4 = ps.PatchIndex.build(other, [3], tmp_path / "i", progress=False)
-    z = noisy(bank, 2.0, 2, dtype=torch.float32)
+    z = noisy(bank, 5.0, 2, dtype=torch.float32)
     for labels, share in ((None, {"budget": 0.02}), ([0, 1], {"budget": 0.05}), (None, {"tolerance": 0.1})):
         share4 = {name: x / 4 if name == "tolerance" else x for name, x in share.items()}
-        one = pruned(bank, index, **share).estimate(z, 2.0, labels)
-        two = pruned(other, index4, **share4).estimate(z / 4, 0.5, labels)
+        one = pruned(bank, index, **share).estimate(z, 5.0, labels)
+        two = pruned(other, index4, **share4).estimate(z / 4, 1.25, labels)
         assert "pruned" in one.engine
         assert torch.equal(one.mean, 4 * two.mean)
         assert torch.equal(one.stderr, 4 * two.stderr)
     assert 0 < rms(one.stderr) <= 0.1
-    again = pruned(bank, index, budget=0.5).within(0.1).estimate(z, 2.0)
+    again = pruned(bank, index, budget=0.5).within(0.1).estimate(z, 5.0)
     assert torch.equal(again.mean, one.mean)
 
 
@@ -960,6 +994,8 @@ SPOILT = {
     "values of one channel": {"children": lambda x: (*x[:2], x[2][:, :1].copy(), x[3])},
     "no budget": {"budget": lambda x: 0.0},
     "a budget of NaN": {"budget": lambda x: float("nan")},
+    "budgets that do not grow": {"further": lambda x: 1.0},
+    "budgets that grow without end": {"largest_budget": lambda x: float("inf")},
     "a selection of other images": {"allowed": lambda x: np.ones(3, np.uint8)},
     "a short result": {"m": lambda x: x[:-1].copy()},
     "a result of float32": {"v": lambda x: x.astype(np.float32)},

@@ -289,16 +289,10 @@ public:
             std::vector<int> unknown;
             if (!scan_all(left, unknown)) return false;
             if (request.whole) break;
-            // A rejected sample is drawn again, larger; at the end every window is evaluated, unless an
-            // engine that sums a whole image exactly does that sooner.
-            std::vector<int> whole;
+            // A rejected sample is drawn again, larger, while that takes less than an exact sum.
+            left.clear();
             for (int q : unknown)
-                if ((budget[size_t(q)] *= request.policy.further) > request.largest_budget) whole.push_back(q);
-            if (double(whole.size()) > request.policy.whole_pixels * request.queries) break;
-            double asked = 0;
-            for (int q : unknown) asked += std::min(budget[size_t(q)], request.largest_budget);
-            if (asked > request.policy.further_most * request.largest_budget * request.queries) break;
-            left = std::move(unknown);
+                if ((budget[size_t(q)] *= request.policy.further) <= request.largest_budget) left.push_back(q);
         }
         for (int q = 0; request.remembered && q < request.queries; ++q)
             for (int i = 0; i < MOST_KNOWN; ++i)
@@ -309,8 +303,6 @@ public:
 private:
     // Windows to draw; the rest of a budget goes to the windows that are known.
     double drawn(int q) const { return (1 - request.policy.pilot) * budget[size_t(q)]; }
-
-    bool is_whole(int q) const { return request.whole || budget[size_t(q)] > request.largest_budget; }
 
     const Tile* tile_at(int64_t cell, int64_t tile, Tile* scratch) const {
         const int64_t values = request.images.tile_values();
@@ -346,7 +338,7 @@ private:
         std::vector<int> sampled;
         for (int q : queries) {
             planned[size_t(q)].clear();
-            if (is_whole(q))
+            if (request.whole)
                 plan_whole(q);
             else
                 sampled.push_back(q);
@@ -962,7 +954,7 @@ private:
             foreseen += about * (variance[1 + C + c] - 2 * x * variance[1 + c] + x * x * variance[0]);
         }
         // Moderated towards the expected variance, where that is larger.
-        const double prior = is_whole(q) || found >= foreseen ? 0 : request.policy.prior_degrees;
+        const double prior = request.whole || found >= foreseen ? 0 : request.policy.prior_degrees;
         const double own = prior > 0 ? degrees / (degrees + prior) : 1, other = (1 - own) * about;
         double largest = 0;  // squared standard error
         request.ss[q] = own * ss + other * variance[0];
@@ -975,9 +967,9 @@ private:
         }
         if (request.v2) {
             const Products covariance = moment_sums[size_t(q)].covariance(sum.y, spread, mean, C);
-            finish_moments(q, s, v, ss, more, covariance, about, m - held, is_whole(q) ? -1 : degrees);
+            finish_moments(q, s, v, ss, more, covariance, about, m - held, request.whole ? -1 : degrees);
         }
-        if (is_whole(q)) {
+        if (request.whole) {
             request.fits[q] = 1;
             return true;
         }

@@ -23,8 +23,6 @@ struct Policy {
     double misfit;         // difference of expected and estimated log2 sums from which a sample is rejected
     double unknown;        // standard error from which a sample is rejected
     double further;        // factor on the budget of such a query
-    double further_most;   // share of exact sums' work that such queries may ask for together
-    double whole_pixels;   // share of the queries of which every window may be evaluated
     double opened_from;    // expected tiles of a parent from which its cells are planned one by one
     double pilot;          // share of a budget that the search for heavy windows takes
     int known;             // heavy windows of each query that are certainty units, at most MOST_KNOWN
@@ -74,7 +72,7 @@ struct Request {
                             // floats -|q - p|^2
     const double* base;     // [queries] subtracted from that
     double budget;          // windows a query
-    double largest_budget;  // beyond which every window of a query is evaluated
+    double largest_budget;  // up to which that of a query grows whose sample is rejected
     bool whole;             // evaluate every window, whatever the budget
     uint64_t key;           // of the random draws
     int64_t* remembered;    // [queries, MOST_KNOWN] known windows, or -1: those of an earlier call, replaced; or null

@@ -273,8 +273,6 @@ void pruned(Bytes& in) {
                       7.2,
                       0.1,
                       8,
-                      0.25,
-                      in.flip() ? 0.125 : 1,
                       8,
                       0.25,
                       in.between(0, patchscore::MOST_KNOWN)};

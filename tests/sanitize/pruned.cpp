@@ -72,8 +72,6 @@ struct Case {
                           one_of({0.5, 7.2, 100.0}),
                           one_of({0.01, 0.1, 10.0}),
                           8,
-                          0.25,
-                          one_of({0.125, 1.0}),
                           one_of({1.0, 8.0}),
                           0.25,
                           one_of({0, 3, patchscore::MOST_KNOWN})};

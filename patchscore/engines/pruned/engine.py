@@ -2,7 +2,7 @@
 
 Two sampling designs. With an index, the strata are its cells: windows are sampled, allocated by the weights expected
 from the moments of the cells. Without one, and where weights are nearly uniform, whole training images are drawn and
-summed exactly. Pixels unlike anything in the bank, of which no sample is reliable, are evaluated completely. naive.py
+summed exactly. Pixels unlike anything in the bank, of which no sample is reliable, get exact sums. naive.py
 is the definition, policy.py holds the constants.
 """
 
@@ -22,7 +22,7 @@ from ...bank import PatchBank
 from ...index import PatchIndex
 from ...native import missing, native
 from ...posterior import PosteriorSum
-from ...windows import Competition, Group, span
+from ...windows import Axis, Competition, Group, span
 from ..base import Engine, serve
 from ..device import recording
 from ..fused.launch import Fused
@@ -161,20 +161,31 @@ class Pruned(Engine):
                 level, only = float(sigma[item]), competition.only((group,))
                 found = self._drawn_images(partial(exact, [item], (group,)), keys[item], level, bank, only)
                 if found is not None:
-                    found = found.block(slice(None), span(group.rows.queries), span(group.cols.queries))
-                else:
-                    found = self._image(
-                        item, z32[item], keys[item], level, bank, competition, group, moments, memory_limit
-                    )
-                if found is None:
+                    _put(total, [item], group, found.block(slice(None), *_spans(group)))
+                    pairs += found.pairs or 0
+                    continue
+                scanned = self._image(
+                    item, z32[item], keys[item], level, bank, competition, group, moments, memory_limit
+                )
+                if scanned is None:
                     left.append(item)
                     continue
-                pairs += found.pairs or 0
-                _put(total, [item], group, found)
+                apart = self.policy.exact_pixels
+                unlike = rectangles(~scanned.fits.unflatten(0, (-1, len(group.cols.queries))), apart)
+                if sum(len(rows) * len(cols) + apart for rows, cols in unlike) >= group.pixels:
+                    left.append(item)
+                    continue
+                _put(total, [item], group, scanned.sums.mapped(partial(_as_pixels, group=group)))
+                pairs += scanned.sums.pairs or 0
+                few = tuple(Group(_part(group.rows, rows), _part(group.cols, cols)) for rows, cols in unlike)
+                sums = exact([item], few) if few else scanned.sums
+                for some in few:
+                    _put(total, [item], some, sums.block(slice(None), *_spans(some)))
+                    pairs += len(bank) * some.pixels * some.windows_per_image
             if left:
                 sums = exact(left, (group,))
                 pairs += len(left) * len(bank) * group.pixels * group.windows_per_image
-                _put(total, left, group, sums.block(slice(None), span(group.rows.queries), span(group.cols.queries)))
+                _put(total, left, group, sums.block(slice(None), *_spans(group)))
         return total.with_pairs(pairs)
 
     def _drawn_images(
@@ -190,7 +201,7 @@ class Pruned(Engine):
             return None
         pilot = images.drawn(exact, key, bank, of, policy.pilot_images / count, policy)
         (group,) = of.groups
-        own = pilot.block(slice(None), span(group.rows.queries), span(group.cols.queries))
+        own = pilot.block(slice(None), *_spans(group))
         if own.ess.median().item() < policy.flat * count * group.windows_per_image:
             return None
         share = policy.image_pairs * (self.budget or 0)
@@ -215,8 +226,8 @@ class Pruned(Engine):
         group: Group,
         moments: bool,
         memory_limit: int,
-    ) -> PosteriorSum | None:
-        """The sums of one image's pixels [1, 1 or C, rows, cols]; None leaves them to the exact engine."""
+    ) -> Scanned | None:
+        """The sums of one image's pixels; None leaves them to the exact engine."""
         assert self.index is not None
         assert competition.patch_size is not None
         part = self.index.at(competition.patch_size)
@@ -239,11 +250,7 @@ class Pruned(Engine):
         scanned = self._scan(request) if self.tolerance is None else self._within(request, held)
         if held is not None and scanned is not None and scanned.remembered is not None:
             held.keep(part, group, scanned.remembered)
-        found = None if scanned is None else scanned.settled
-        if found is None:
-            return None
-        shape = (1, len(group.rows.queries), len(group.cols.queries))
-        return found.mapped(lambda x: x.unflatten(0, shape).permute(0, 3, 1, 2))
+        return scanned
 
     def _within(self, request: Request, held: Remembered | None) -> Scanned | None:
         """Sums whose rms standard error is at most the tolerance; None where exact ones are as fast.
@@ -265,11 +272,10 @@ class Pruned(Engine):
             found = self._scan(dataclasses.replace(pilot, budget=budget))
             if found is None:
                 return None
-            known = found.fits
-            over = _rms(found.sums.stderr[known]) / (0.8 * self.tolerance) if known.any() else 0.0
+            over = _error(found) / (0.8 * self.tolerance)
             if over <= 1:
                 found = self._scan(dataclasses.replace(request, budget=budget))
-                if found is None or found.settled is None or _rms(found.sums.stderr) <= self.tolerance:
+                if found is None or _error(found) <= self.tolerance:
                     if held is not None:
                         held.budget = budget
                     return found
@@ -312,11 +318,56 @@ def _windows(z: Tensor, k: int, padding_mode: str, group: Group) -> Tensor:
     return windows.permute(1, 2, 0, 3, 4).flatten(0, 1).contiguous()
 
 
+def rectangles(marked: Tensor, apart: int) -> list[tuple[range, range]]:
+    """Rows and columns of rectangles that hold every marked pixel of [rows, cols].
+
+    Two are made one where that takes at most `apart` pixels more than both.
+    """
+    found: list[tuple[int, int, int, int]] = []
+    for row, col in marked.nonzero().tolist():
+        one = (row, row + 1, col, col + 1)
+        at = 0
+        while at < len(found):
+            a, b = one, found[at]
+            both = (min(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), max(a[3], b[3]))
+            if _area(both) <= _area(a) + _area(b) + apart:
+                found.pop(at)
+                one, at = both, 0
+            else:
+                at += 1
+        found.append(one)
+    return [(range(top, bottom), range(left, right)) for top, bottom, left, right in found]
+
+
+def _area(rectangle: tuple[int, int, int, int]) -> int:
+    top, bottom, left, right = rectangle
+    return (bottom - top) * (right - left)
+
+
+def _part(axis: Axis, places: range) -> Axis:
+    """The axis for some of its queries, by their places among them."""
+    return Axis(axis.queries[span(places)], axis.windows)
+
+
+def _as_pixels(x: Tensor, group: Group) -> Tensor:
+    """[1, C, rows, cols] of [rows * cols, C]."""
+    return x.unflatten(0, (1, len(group.rows.queries), len(group.cols.queries))).permute(0, 3, 1, 2)
+
+
+def _spans(group: Group) -> tuple[slice, slice]:
+    return span(group.rows.queries), span(group.cols.queries)
+
+
 def _rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
+def _error(scanned: Scanned) -> float:
+    """Rms standard error of the pixels that are not summed exactly."""
+    return _rms(scanned.sums.stderr[scanned.fits]) if scanned.fits.any() else 0.0
+
+
 def _put(total: PosteriorSum, items: list[int], group: Group, sums: PosteriorSum) -> None:
-    """Enters the sums of a group's pixels."""
-    for name, x in sums.fields.items():
-        total.fields[name][items, :, span(group.rows.queries), span(group.cols.queries)] = x
+    """Enters the sums of a group's pixels; exact ones have no sampling covariance."""
+    for name, x in total.fields.items():
+        x[items, :, span(group.rows.queries), span(group.cols.queries)] = sums.fields.get(name, torch.zeros(()).to(x))

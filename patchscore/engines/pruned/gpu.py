@@ -203,7 +203,7 @@ class _Scan:
         recalled = self.remembered is not None and bool((self.remembered >= 0).any())
         self.pilot = policy.recalled_pilot if recalled else policy.pilot
         self.table = _table(part, request.sigma, device)
-        self.largest = policy.exact_budget * request.competing
+        self.whole = request.budget is None or request.budget > policy.exact_budget
         scores = torch.int32 if self.whole_bytes else torch.float32
         self.known = torch.full((self.count, KNOWN), -1, device=device)
         self.known_scores = torch.full((self.count, KNOWN), self.none, dtype=scores, device=device)
@@ -216,34 +216,26 @@ class _Scan:
         left = torch.arange(self.count, device=device)
         fits = torch.zeros(self.count, dtype=torch.bool, device=device)
         answers: dict[str, Tensor] = {}
-        if request.budget is not None:
+        if not self.whole:
             self._find_heavy(budget)
+        plan = self._plan_whole if self.whole else self._plan
         for round_ in itertools.count():
-            whole = (budget[left] > self.largest) | (request.budget is None)
-            if round_ and (
-                whole.sum().item() > policy.whole_pixels * self.count
-                or budget[left].clamp(max=self.largest).sum().item() > policy.further_most * self.largest * self.count
-            ):
-                break
             generator = torch.Generator().manual_seed((request.key + round_) % 2**63)
             start = torch.rand(len(self.tiles), generator=generator, dtype=torch.float64).to(device)
             climb = torch.rand(self.count, generator=generator, dtype=torch.float64).to(device)
             start = torch.minimum((start * self.tiles).long(), (self.tiles - 1).clamp(min=0)).int()
-            for group, plan in ((left[~whole], self._plan), (left[whole], self._plan_whole)):
-                if not len(group):
-                    continue
-                most = self._most_visits(budget[group].amax().item())
-                for some in group.split(self._together(most)):
-                    visits = plan(some, budget[some], climb[some], most)
-                    for name, x in self._sums(some, visits, start).items():
-                        answers.setdefault(name, x.new_zeros(self.count, *x.shape[1:]))[some] = x
+            most = self._most_visits(budget[left].amax().item())
+            for some in left.split(self._together(most)):
+                visits = plan(some, budget[some], climb[some], most)
+                for name, x in self._sums(some, visits, start).items():
+                    answers.setdefault(name, x.new_zeros(self.count, *x.shape[1:]))[some] = x
             fits[left] = answers.pop("fits")[left]
+            # A rejected sample is drawn again, larger, while that takes less than an exact sum.
             left = left[~fits[left]]
+            budget[left] *= policy.further
+            left = left[budget[left] <= policy.further_most * request.competing]
             if not len(left):
                 break
-            # A sample that knows nothing is drawn again, larger; at the end every window is evaluated, unless an
-            # engine that sums a whole image exactly does that sooner.
-            budget[left] *= policy.further
         sums = {name: x if x.ndim == 2 else x[:, None] for name, x in answers.items()}
         remembered = None if self.remembered is None else self.known.cpu()
         return Scanned(PosteriorSum(**sums, span=1.0, pairs=int(self.pairs.sum())), fits, remembered)
@@ -252,7 +244,7 @@ class _Scan:
 
     def _most_visits(self, budget: float) -> int:
         """Of a query with this budget: each reads a tile that the budget has, but for one by chance."""
-        if budget > self.largest or self.request.budget is None:
+        if self.whole:
             return len(self.tiles)
         return min(len(self.tiles), math.ceil(budget / TILE) + 16)
 

@@ -64,11 +64,6 @@ class Scanned:
     fits: Tensor
     remembered: Tensor | None
 
-    @property
-    def settled(self) -> PosteriorSum | None:
-        """The sums; None where some query is unlike anything in the bank."""
-        return self.sums if self.fits.all() else None
-
 
 def draw_key(seed: int, k: int, sigma: float, z: Tensor) -> int:
     """Of an image's random draws: the same wherever the image stands in a batch, another for another image."""
