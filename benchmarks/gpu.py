@@ -19,6 +19,7 @@ import os
 import re
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Collection
@@ -56,6 +57,7 @@ QUICK = ((3, 0.02), (7, 0.99), (17, 3.98))
 COMPILED = ((7, 0.99),)
 """The cases of peers that torch compiles, some ten seconds each."""
 GOLDDIFF_CASES = ((3, 0.16), (7, 0.99), (11, 1.92), (17, 3.98))
+PRUNED_CASES = ((7, 0.844), (3, 0.16), (11, 1.92))
 BATCH = 16
 MEMORY = 8 * 2**30
 FEW = 300
@@ -561,6 +563,43 @@ def chosen_images(bench: Bench, bank: ps.PatchBank, exact_by: str = "fused") -> 
         bench.flush()
 
 
+def sampled(bench: Bench, bank: ps.PatchBank) -> None:
+    """`pruned` at several budgets beside exact sums and its time in the cost model, zeros padding, index built here."""
+    for k, sigma in ((3, 0.5),) if bench.dry else PRUNED_CASES:
+        if bench.out_of_time(f"{bench.name_of_section}: k = {k}"):
+            return
+        batch = 1 if bench.dry else BATCH
+        call = Call(bank, k, sigma, noisy(bank, sigma, batch, bench.device), "zeros")
+        exact_by = "sliding" if bench.dry else "fused"
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.monotonic()
+            index = ps.PatchIndex.build(bank, k, folder, progress=False)
+            built = time.monotonic() - start
+            works: dict[str, Callable[[], ps.Estimate]] = {exact_by: call.work(exact_by)}
+            for budget in (0.1,) if bench.dry else (0.001, 0.003, 0.01):
+                works[f"pruned, {budget:g}"] = call.work("pruned", index=index, budget=budget)
+            exact = works[exact_by]()
+            r = k // 2
+            answers: dict[str, object] = {}
+            keeping = {name: keep(name, work, answers) for name, work in works.items()}
+            for name, times in bench.interleaved(keeping).items():
+                about, rate, found = call.about(), rated(times, call.pairs, batch), answers[name]
+                if name == exact_by:
+                    bench.add(engine=found.engine, **about, **details(found.engine, call, bench.device), **rate)
+                    continue
+                off = (found.mean - exact.mean)[..., r:-r, r:-r]
+                stderr = found.stderr[..., r:-r, r:-r]
+                measured = {
+                    "error": off.abs().max().item(), "rms": off.square().mean().sqrt().item(),
+                    "stderr": stderr.square().mean().sqrt().item(),
+                    "within_2": (off.abs() <= 2 * stderr + 1e-3).double().mean().item(),
+                    "windows_evaluated": found.pairs, "index_seconds": built,
+                }  # fmt: skip
+                del rate["pairs_per_second"], about["pairs"]
+                bench.add(engine=name, **about, **measured, **rate)
+        bench.flush()
+
+
 def samples(bench: Bench, bank: ps.PatchBank) -> None:
     """20 steps of DDIM with the published table, 16 images at once, over the whole bank; compiled before."""
     engine = "fused" if bench.dry else "auto"
@@ -588,7 +627,7 @@ def images_of(path: Path | None, options: argparse.Namespace) -> torch.Tensor:
 
 
 SECTIONS = (
-    "ceilings", "peers", "banks", "batches", "graph", "samples", "golddiff", "steps", "sliding",
+    "ceilings", "peers", "banks", "batches", "graph", "samples", "golddiff", "pruned", "steps", "sliding",
     "several sizes", "whole images", "streamed", "specialised", "configurations",
 )  # fmt: skip
 
@@ -630,6 +669,7 @@ def main() -> None:
     bench.section("graph", graph, bank)
     bench.section("samples", samples, bank)
     bench.section("golddiff", chosen_images, bank)
+    bench.section("pruned", sampled, bank)
     # Many plans over few images: they take the first configuration, as compiling is what takes time.
     os.environ["PATCHSCORE_AUTOTUNE"] = "0"
     steps = [(3, 0.5, 4, 1)] if options.dry else [(scale(sigma), sigma, 10_000, 4) for sigma in levels]

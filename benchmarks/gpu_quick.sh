@@ -37,20 +37,24 @@ smoke-floats       7  20  build             smoke sliding-floats
 smoke-moments      7  20  build             smoke sliding-moments
 smoke-gradients    7  20  build             smoke sliding-gradients
 smoke-whole        7  20  build             smoke whole-images
-tests-fused       50 110  smoke-fused       tests fused
-tests-sliding     45  90  smoke-circular    tests sliding
-synccheck-sliding 12  30  smoke-circular    sanitize synccheck sliding-circular
-memcheck-sliding  15  35  smoke-zeros       sanitize memcheck sliding-zeros
-racecheck-sliding 15  35  smoke-circular    sanitize racecheck sliding-circular
-memcheck-fused    20  40  smoke-exact       sanitize memcheck fused-exact
-bench-fused       73 105  smoke-fused       bench ceilings peers batches graph
-bench-sliding     30  50  smoke-circular    bench sliding
-samples           40  80  smoke-fused       bench samples
-bench-specialised 40  75  smoke-fused       bench specialised configurations
-profile           25  45  smoke-fused       profile fused sliding-circular
 build-native      45 110  -                 build native
-smoke-pruned      10  25  build-native      smoke pruned
-tests-pruned      15  40  smoke-pruned      tests pruned
+smoke-pruned       8  20  build-native      smoke pruned
+smoke-heavy        8  20  build-native      smoke pruned-moments
+smoke-latents      8  20  build-native      smoke pruned-floats
+tests-fused       45 110  smoke-fused       tests fused
+tests-pruned      20  50  smoke-pruned      tests pruned
+tests-sliding     40  90  smoke-circular    tests sliding
+synccheck-sliding 10  30  smoke-circular    sanitize synccheck sliding-circular
+memcheck-sliding  15  35  smoke-zeros       sanitize memcheck sliding-zeros
+racecheck-sliding 12  35  smoke-circular    sanitize racecheck sliding-circular
+memcheck-fused    15  40  smoke-exact       sanitize memcheck fused-exact
+memcheck-pruned   15  40  smoke-pruned      sanitize memcheck pruned
+bench-fused       60 110  smoke-fused       bench ceilings peers batches graph
+bench-pruned      40  80  smoke-pruned      bench pruned
+bench-sliding     25  50  smoke-circular    bench sliding
+samples           25  70  smoke-fused       bench samples
+bench-specialised 20  60  smoke-fused       bench specialised configurations
+profile           20  45  smoke-fused       profile fused sliding-circular pruned
 STEPS
 }
 
@@ -133,7 +137,7 @@ bench() {
 profile() {
     command -v ncu >/dev/null || return 77
     for case in "$@"; do
-        ncu --kernel-name 'regex:(dense|posterior|windows)_kernel' --launch-count 1 --set basic \
+        ncu --kernel-name 'regex:(dense|posterior|windows|plan|scan)_kernel' --launch-count 1 --set basic \
             --section WarpStateStats --section MemoryWorkloadAnalysis --section ComputeWorkloadAnalysis \
             $PYTHON benchmarks/gpu_smoke.py "$case" --large || return 1
     done >"$OUT/profile.txt" 2>&1
