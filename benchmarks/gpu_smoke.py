@@ -8,7 +8,6 @@ sanitizer or a profiler runs.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 import tempfile

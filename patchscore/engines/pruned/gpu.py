@@ -285,6 +285,8 @@ class _Scan:
         )  # fmt: skip
         number, reference, total, sampled = found[:, :4].double().unbind(1)
         expected = _Expected(reference, total, sampled, variances.double(), found[:, 4:].double())
+        most = max(1, int(number.max()))  # visits read several tiles each, so there are fewer than there may be
+        cells, taken, units = (x[:, :most].contiguous() for x in (cells, taken, units))
         return _Visits(cells, taken, units, number.long(), expected)
 
     def _plan_whole(self, some: Tensor, budget: Tensor, climb: Tensor, most: int) -> _Visits:
