@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -129,7 +128,7 @@ def _table(part: IndexedSize, sigma: float, device: torch.device) -> Tensor:
         found: Tensor = kept[0].columns
         return found
     strata = Strata(*(x.to(device) for x in part.cells))
-    columns = coefficients(strata, sigma, len(part.centre)).permute(2, 1, 0).flatten(1).float().contiguous()
+    columns = coefficients(strata, sigma, len(part.centre)).permute(2, 1, 0).flatten(1).contiguous()
     cache.put(part, device, ("pruned", sigma), [_Table(columns)], cache_limit(device))
     return columns
 
@@ -146,8 +145,10 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
     queries = encoded(request.windows, request.part.images.dtype, request.sigma)
     if place is None or queries is None:
         return None
+    device = request.windows.device
     try:
-        return _Scan(request, policy, place, queries).run()
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return _Scan(request, policy, place, queries).run()
     except KernelError as error:
         global _broken
         _broken = f"a kernel failed to compile ({error})"
@@ -251,7 +252,7 @@ class _Scan:
     def _together(self, visits: int) -> int:
         """Queries whose expected weights, and sums of so many visits, fit in the memory limit."""
         columns = self._columns()
-        return max(1, self.request.memory_limit // (8 * len(self.tiles) + visits * (64 + 8 * columns + 64 * columns)))
+        return max(1, self.request.memory_limit // (24 * len(self.tiles) + visits * (64 + 8 * columns + 64 * columns)))
 
     def _columns(self) -> int:
         """Of sums of a visit: 1, powers of the values, filled up."""
@@ -263,17 +264,16 @@ class _Scan:
     # Plans.
 
     def _logs(self, some: Tensor) -> Tensor:
-        """[q, 2, H] log2 E[w] and log2 E[w^2], by products in float32 and not less."""
+        """[q, 2, H] log2 E[w] and log2 E[w^2], in float64, as float32 products may go through TF32."""
         windows = self.request.windows[some].flatten(1).double() - self.place.origin
         features = windows @ self.place.axes
         rest = (windows.square().sum(1) - features.square().sum(1)).clamp(min=0)
-        rows = torch.cat([features.square(), features, rest[:, None], torch.ones_like(rest)[:, None]], 1).float()
-        with _full_precision():
-            return (rows @ self.table).unflatten(1, (2, -1))
+        rows = torch.cat([features.square(), features, rest[:, None], torch.ones_like(rest)[:, None]], 1)
+        return (rows @ self.table).float().unflatten(1, (2, -1))
 
     def _plan(self, some: Tensor, budget: Tensor, climb: Tensor, most: int) -> _Visits:
         device, place = some.device, self.place
-        logs = self._logs(some).contiguous()
+        logs = self._logs(some)
         cells, taken = (torch.zeros(len(some), most, dtype=torch.int32, device=device) for _ in range(2))
         units = torch.zeros(len(some), most, device=device)
         found = torch.empty(len(some), 6, device=device)
@@ -621,14 +621,3 @@ def _largest(dtype: torch.dtype) -> float:
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """Products of float32 matrices without TF32, whatever the caller has chosen for their own."""
-    chosen = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = chosen

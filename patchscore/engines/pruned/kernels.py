@@ -33,7 +33,8 @@ def _measures(b_first, b_second, b_size, b_competing, ref):
     return b_e, b_size * tl.sqrt(b_variance), b_size * tl.sqrt(b_variance + TILE * b_e * b_e)
 
 
-@triton.jit
+# Sizes differ from call to call: none is worth a kernel of its own.
+@triton.jit(do_not_specialize=["n_cells", "n_facts", "most"])
 def plan_kernel(
     logs,  # [n_queries, 2, n_cells] fp32, log2 E[w] and log2 E[w^2]
     size,  # [n_cells] fp32, windows stored
@@ -163,7 +164,7 @@ def _pixel_offset(d, plane, width, K: tl.constexpr):
     return d // (K * K) * plane + d // K % K * width + d % K
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most", "n_values", "per_image", "cols", "width", "plane"])
 def scan_kernel(
     images,  # [n_images, C, height, width] uint8 or fp32
     ids,  # int64, windows cell by cell
@@ -313,7 +314,7 @@ def scan_kernel(
         tl.store(logs + 3 * o_visit + 2, b_w2x2, mask=m_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_listed", "n_values", "per_image", "cols", "width", "plane"])
 def score_kernel(
     images,  # as of scan_kernel
     listed,  # [n_queries, n_listed] int64 windows, or -1
