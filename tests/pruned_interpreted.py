@@ -24,16 +24,16 @@ EPS = 2.0**-24
 
 CASES = {
     "bytes, moments": {"k": 3, "moments": True},
-    "one channel, a selection": {"channels": 1, "k": 5, "allowed": True},
+    "one channel, a selection": {"channels": 1, "k": 5, "allowed": 15},
     "single pixels": {"k": 1},
     "floats": {"channels": 2, "k": 3, "dtype": torch.float32},
-    "floats, moments, a selection": {"channels": 1, "k": 3, "dtype": torch.float32, "moments": True, "allowed": True},
+    "floats, moments, a selection": {"channels": 1, "k": 3, "dtype": torch.float32, "moments": True, "allowed": 15},
     "neighbours and a memory": {"k": 3, "columns": 3, "remembered": True},
-    "every window": {"k": 3, "budget": None, "moments": True},
-    "little noise": {"k": 3, "sigma": 0.02},
+    "every window": {"k": 3, "budget": None, "sigma": 3.0, "moments": True},
+    "little noise, one image": {"k": 3, "sigma": 0.01, "allowed": 1},
 }
 
-THOROUGH = ("single pixels", "floats", "every window", "little noise")
+THOROUGH = ("single pixels", "floats", "bytes, moments", "little noise, one image")
 """With PATCHSCORE_TRITON_CHECK=all alone: an interpreted program takes as long as a thousand on a GPU."""
 
 
@@ -54,18 +54,18 @@ def index_of(tmp_path_factory):
 
 
 def request_of(index_of, k, sigma=0.7, channels=3, dtype=torch.uint8, budget=0.1, columns=0, moments=False,
-               allowed=False, remembered=False, count=3):  # fmt: skip
+               allowed=0, remembered=False, count=3):  # fmt: skip
     bank, index = index_of(channels, dtype)
     part = index.at(k)
     machine = ps.EquivariantLocalScore(bank, k)
     (group,) = (g for g in machine.competition(k).groups if not g.rows.locked and not g.cols.locked)
     z = noisy(bank, sigma * bank.scale, dtype=torch.float32)[0] / bank.scale
     windows = engine._windows(z, k, "zeros", group)[:count]
-    members = torch.tensor([1, 0, 1, 1] * 5, dtype=torch.uint8) if allowed else None
+    members = (torch.arange(20) >= 20 - allowed).byte() if allowed else None  # not the one that z is near
     before = torch.full((len(windows), 16), -1) if remembered else None
     if before is not None:
         before[:, :2] = torch.tensor([5, 700])
-    competing = part.windows_per_image * (15 if allowed else 20)
+    competing = part.windows_per_image * (allowed or 20)
     return Request(part, windows.contiguous(), sigma, members, competing, budget, 7, columns, moments, before)
 
 
@@ -122,7 +122,12 @@ class Recorder:
 
 @pytest.mark.parametrize(
     ("case", "budget"),
-    [("bytes, moments", 0.04), ("one channel, a selection", 0.16), ("little noise", 0.01), ("bytes, moments", 0.16)],
+    [
+        ("bytes, moments", 0.04),
+        ("one channel, a selection", 0.16),
+        ("little noise, one image", 0.02),
+        ("bytes, moments", 0.16),
+    ],
 )
 def test_plans_are_those_of_the_definition(index_of, case, budget, monkeypatch):
     request = request_of(index_of, **CASES[case] | {"budget": budget}, count=12)
@@ -163,6 +168,21 @@ def test_plans_are_those_of_the_definition(index_of, case, budget, monkeypatch):
             torch.testing.assert_close(model[q], again[4][q], rtol=0, atol=atol)
             alike += 1
     assert alike
+
+
+def test_a_near_cell_of_which_nothing_competes_is_not_visited(index_of, monkeypatch):
+    """Its expected weight may be beyond float32, relative to those that compete."""
+    recorder = Recorder(kernels.plan_kernel)
+    monkeypatch.setattr(Kernels, "plan_kernel", recorder)
+    monkeypatch.setattr(gpu, "kernels", lambda: Kernels)
+    scanned(request_of(index_of, k=3, sigma=0.02))
+    arguments, constants = recorder.calls[0]
+    logs, _, competing, _, _, _, cells, _, _, found, *_ = arguments
+    logs[:, 0, 5], logs[:, 1, 5], competing[5] = logs[:, 0].amax(1) + 300, logs[:, 1].amax(1) + 600, 0
+    kernels.plan_kernel[(len(logs),)](*arguments, **constants)
+    assert found.isfinite().all()
+    assert (found[:, 0] > 0).all()
+    assert all(5 not in cells[q, : int(found[q, 0])] for q in range(len(cells)))
 
 
 def test_a_window_number_beyond_31_bits_is_not_wrapped_around(index_of):

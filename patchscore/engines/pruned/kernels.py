@@ -24,13 +24,19 @@ SCALES = tl.constexpr(16)
 
 
 @triton.jit
-def _measures(b_first, b_second, b_size, b_competing, ref):
-    """E[w] / 2^ref, N sd(w) and N sqrt(var(w) + TILE E[w]^2) of some cells: naive.size_measures."""
-    b_share = b_competing / tl.maximum(b_size, 1.0)
-    b_e = tl.exp2(b_first - ref) * b_share
+def _measures(p_first, p_second, size, competing, o_h, n_cells, ref):
+    """Of cells o_h [BH]: log2 E[w] and log2 E[w^2], N, and relative to 2^ref E[w], N sd(w) and N sqrt(var(w) + TILE
+    E[w]^2); naive.size_measures."""
+    m_h = o_h < n_cells
+    b_first = tl.load(p_first + o_h, mask=m_h, other=-1e30)
+    b_second = tl.load(p_second + o_h, mask=m_h, other=-1e30)
+    b_size = tl.load(size + o_h, mask=m_h, other=0.0)
+    b_share = tl.load(competing + o_h, mask=m_h, other=0.0) / tl.maximum(b_size, 1.0)
+    b_e = tl.exp2(tl.minimum(b_first - ref, 60.0)) * b_share  # cells of which nothing competes may lie above
     b_e2 = tl.minimum(tl.exp2(tl.minimum(b_second - 2 * ref, 120.0)) * b_share, b_size * b_e * b_e)
     b_variance = tl.maximum(b_e2 - b_e * b_e, 1e-6 * b_e2)
-    return b_e, b_size * tl.sqrt(b_variance), b_size * tl.sqrt(b_variance + TILE * b_e * b_e)
+    b_sure, b_chance = tl.sqrt(b_variance), tl.sqrt(b_variance + TILE * b_e * b_e)
+    return b_first, b_second, b_size, b_e, b_size * b_sure, b_size * b_chance
 
 
 # Sizes differ from call to call: none is worth a kernel of its own.
@@ -75,12 +81,7 @@ def plan_kernel(
         b_scale = tl.exp2(low + step * (1 + o_s).to(tl.float32))  # [SCALES]
         b_total = tl.zeros([SCALES], tl.float32)
         for h in range(0, n_cells, BH):
-            m_h = h + o_h < n_cells
-            b_first = tl.load(p_first + h + o_h, mask=m_h, other=-1e30)
-            b_second = tl.load(p_second + h + o_h, mask=m_h, other=-1e30)
-            b_size = tl.load(size + h + o_h, mask=m_h, other=0.0)
-            b_competing = tl.load(competing + h + o_h, mask=m_h, other=0.0)
-            b_e, b_sure, b_chance = _measures(b_first, b_second, b_size, b_competing, ref)
+            _f, _s, b_size, _e, b_sure, b_chance = _measures(p_first, p_second, size, competing, h + o_h, n_cells, ref)
             b_windows = tl.minimum(b_scale[:, None] * b_chance[None, :], TILE)
             b_windows = tl.maximum(b_scale[:, None] * b_sure[None, :], b_windows)  # [SCALES, BH]
             b_total += tl.sum(tl.minimum(b_windows, b_size[None, :]), 1)
@@ -97,12 +98,9 @@ def plan_kernel(
     log_mean = 0.0
     log_square = 0.0
     for h in range(0, n_cells, BH):
-        m_h = h + o_h < n_cells
-        b_first = tl.load(p_first + h + o_h, mask=m_h, other=-1e30)
-        b_second = tl.load(p_second + h + o_h, mask=m_h, other=-1e30)
-        b_size = tl.load(size + h + o_h, mask=m_h, other=0.0)
-        b_competing = tl.load(competing + h + o_h, mask=m_h, other=0.0)
-        b_e, b_sure, b_chance = _measures(b_first, b_second, b_size, b_competing, ref)
+        b_first, b_second, b_size, b_e, b_sure, b_chance = _measures(
+            p_first, p_second, size, competing, h + o_h, n_cells, ref
+        )
         b_windows = tl.minimum(b_size, tl.maximum(scale * b_sure, tl.minimum(scale * b_chance, TILE)))
         b_tiles = tl.ceil(b_size / TILE)
         m_any = b_chance > 0
@@ -133,7 +131,8 @@ def plan_kernel(
         b_variance = b_sure * b_sure * (1 - b_taken / tl.maximum(b_tiles, 1.0)) / (tl.maximum(b_taken, 1.0) * TILE)
         b_variance = tl.where(m_sure, b_variance, tl.maximum(b_between, b_within))
         b_variance = tl.where(m_any, b_variance, 0.0)  # [BH]
-        b_facts = tl.load(facts + (h + o_h)[:, None] * NF + o_f[None, :], mask=m_h[:, None], other=0.0)  # [BH, NF]
+        m_facts = (h + o_h < n_cells)[:, None] & (o_f < n_facts)[None, :]
+        b_facts = tl.load(facts + (h + o_h)[:, None] * NF + o_f[None, :], mask=m_facts, other=0.0)  # [BH, NF]
         b_model += tl.sum(b_variance[:, None] * b_facts, 0)
         # Log-weights, each as likely as its squared weight: naive.expected_variances.
         b_first = tl.where(m_any, b_first, ref)
