@@ -104,8 +104,14 @@ PS_INLINE F norm_of(const float*, int) { return F{}; }
 // The values of pixel number `at` of a tile's windows.
 PS_INLINE F values_at(const int8_t* tile, int at) {
     F x{};
-    for (int l = 0; l < TILE; ++l) x[l] = (tile[(at / 2 * TILE + l) * 2 + at % 2] + 0.5f) / 127.5f;
-    return x;
+#if PS_LEVEL >= 256
+    const __m128i pairs = _mm_loadu_si128((const __m128i*)(tile + at / 2 * 2 * TILE));
+    const __m128i bytes = _mm_srai_epi16(at % 2 ? pairs : _mm_slli_epi16(pairs, 8), 8);
+    x = (F)_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(bytes));
+#else
+    for (int l = 0; l < TILE; ++l) x[l] = tile[(at / 2 * TILE + l) * 2 + at % 2];
+#endif
+    return (x + 0.5f) / 127.5f;
 }
 
 PS_INLINE F values_at(const float* tile, int at) {

@@ -200,17 +200,17 @@ class Pruned(Engine):
             or self._sampled_images() < count
         ):
             return None
-        pilot = images.drawn(exact, key, bank, of, policy.pilot_images / count, policy)
         (group,) = of.groups
-        own = pilot.block(slice(None), *_spans(group))
-        if own.ess.median().item() < policy.flat * count * group.windows_per_image:
+        pilot = exact(images.subset(bank, images.order(bank, key)[: policy.pilot_images]))
+        ess = pilot.block(slice(None), *_spans(group)).ess.median().item()
+        if ess < policy.flat * policy.pilot_images * group.windows_per_image:
             return None
         share = policy.image_pairs * (self.budget or 0)
         if self.tolerance is not None:
+            pilot = images.drawn(exact, key, bank, of, policy.pilot_images / count, policy)
+            error = _rms(pilot.block(slice(None), *_spans(group)).stderr)
             # The squared error falls as (1 - share) / share.
-            odds = (
-                policy.pilot_images / (count - policy.pilot_images) * (_rms(own.stderr) / (0.8 * self.tolerance)) ** 2
-            )
+            odds = policy.pilot_images / (count - policy.pilot_images) * (error / (0.8 * self.tolerance)) ** 2
             share = odds / (1 + odds)
         if share > policy.exact_share:
             return None

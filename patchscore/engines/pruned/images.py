@@ -37,11 +37,16 @@ def drawn(
     """
     count = round(share * len(bank))
     groups = min(policy.image_groups, count)
-    order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(key >> 1))
-    found = [exact(subset(bank, order[group:count:groups])) for group in range(groups)]
-    moments = tuple(x.to(found[0].s.device) for x in pixel_moments(bank, order[:count]))
+    members = order(bank, key)[:count]
+    found = [exact(subset(bank, members[group::groups])) for group in range(groups)]
+    moments = tuple(x.to(found[0].s.device) for x in pixel_moments(bank, members))
     total = combine(found, count, len(bank), moments)
     return total.with_pairs(count * competition.pairs_per_image)
+
+
+def order(bank: PatchBank, key: int) -> Tensor:
+    """The images of a bank in the order in which they are drawn."""
+    return torch.randperm(len(bank), generator=torch.Generator().manual_seed(key >> 1))
 
 
 def subset(bank: PatchBank, members: Tensor) -> PatchBank:
