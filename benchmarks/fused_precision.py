@@ -121,7 +121,7 @@ def measure(bank: ps.PatchBank, unseen: torch.Tensor, k: int, queries: int) -> l
                 # Relative; by the errors of log-weights alone, and by rounded weights too.
                 "variance_median": [x.median().item() for x in off],
                 "variance_worst": [x.max().item() for x in off],
-                "divergence": [(x.sum() / variance.sum()).abs().item() for x in apart],
+                "divergence": [(x.sum().abs() / variance.sum().clamp(min=1e-30)).item() for x in apart],
             }
         )
         print(rows[-1], flush=True)

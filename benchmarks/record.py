@@ -42,9 +42,9 @@ def read(name: str) -> dict:
 
 
 def as_json(record: object) -> str:
-    """Indented, but a row of a table on one line."""
+    """Indented, but a row of a table on one line, with lists of numbers in it."""
     text = json.dumps(record, indent=1)
-    return re.sub(r"\{[^{}\[\]]*\}", lambda row: " ".join(row[0].split()), text)
+    return re.sub(r"\{([^{}\[\]]|\[[^{}\[\]]*\])*\}", lambda row: " ".join(row[0].split()), text)
 
 
 def provenance() -> dict[str, object]:
