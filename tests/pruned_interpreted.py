@@ -134,6 +134,7 @@ def test_plans_are_those_of_the_definition(index_of, case, budget, monkeypatch):
     recorder = Recorder(kernels.plan_kernel)
     monkeypatch.setattr(Kernels, "plan_kernel", recorder)
     monkeypatch.setattr(gpu, "kernels", lambda: Kernels)
+    monkeypatch.setattr(gpu, "CELLS", 8)  # so that what one block of cells leaves the next goes on with
     scanned(request, dataclasses.replace(POLICY, unknown=1e9, misfit=1e9))
     arguments, constants = recorder.calls[0]
     logs, size, _, _, _, allowed, cells, taken, units, found, model, *_ = arguments

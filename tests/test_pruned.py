@@ -1282,3 +1282,18 @@ def test_sampling_follows_its_trajectories(larger, labels):
     monkey.following = lambda: monkey
     assert not torch.equal(images, ps.sample(monkey, **options))
     assert machine.pruned.memory is None
+
+
+def test_what_an_index_stores_changes_no_number(larger, tmp_path):
+    bank, kept = larger
+    z = noisy(bank, 1.0, dtype=torch.float32)
+    for store, at_3, at_9 in (("none", False, False), ("small", True, False), ("all", True, True)):
+        index = ps.PatchIndex.build(bank, [3, 9], tmp_path / store, progress=False, store=store)
+        assert (index.at(3).tiles is not None, index.at(9).tiles is not None) == (at_3, at_9)
+        for k in (3, 9):
+            found, expected = (pruned(bank, of, k, budget=0.05).estimate(z, 1.0) for of in (index, kept))
+            assert found.stderr.max() > 0
+            assert torch.equal(found.mean, expected.mean)
+            assert torch.equal(found.stderr, expected.stderr)
+    with pytest.raises(ValueError, match="store: got 'some', takes"):
+        ps.PatchIndex.build(bank, 3, tmp_path / "other", progress=False, store="some")

@@ -21,9 +21,10 @@ from plain_pruned import plain_kernels
 import patchscore as ps
 from patchscore import native
 from patchscore.engines import base, device
-from patchscore.engines.pruned import gpu
+from patchscore.engines.pruned import engine, gpu
 from patchscore.engines.pruned.engine import Pruned
 from patchscore.engines.pruned.policy import POLICY
+from patchscore.engines.pruned.request import Request
 
 pytest.importorskip("faiss")
 if native.missing:
@@ -121,6 +122,19 @@ def test_estimates_come_with_errors_that_cover(indexed, backend, k, sigma, budge
     # The promise of two standard errors, 93% of pixels, less what 2 x 3 x 10^2 correlated ones can scatter.
     assert (away <= 2 * found.stderr + 1e-4).float().mean() >= 0.9
     assert away.max() <= 6 * found.stderr.max() + 1e-4
+
+
+def test_every_window_is_counted_once(indexed):
+    """Visits begin anywhere in a cell and wrap around, and most cells' last tile is not full."""
+    bank, index = indexed
+    part, machine = index.at(3), pruned(bank, index, budget=0.1)
+    (group,) = (g for g in machine.competition(3).groups if not g.rows.locked and not g.cols.locked)
+    windows = engine._windows(noisy(bank, 1.0, dtype=torch.float32)[0], 3, "zeros", group)[:4]
+    with plain_kernels():
+        found = gpu.scan(Request(part, windows, 1.0, None, len(part.ids), None, 1), POLICY)
+    device.cache.clear()
+    assert found.sums.pairs == 4 * len(part.ids)
+    assert found.sums.stderr.max() == 0
 
 
 def test_alone_and_in_a_batch_the_same(indexed, backend):

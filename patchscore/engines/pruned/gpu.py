@@ -396,7 +396,7 @@ class _Scan:
         tiles, taken = self.tiles[cells].double(), visits.taken.double()
         # Windows of a visit, but for those that the last tile lacks.
         begin = start[cells].double()
-        last = (begin + taken == tiles) | (begin + taken > tiles)
+        last = begin + taken >= tiles
         n = TILE * taken - torch.where(last, TILE * tiles - place.size[cells].double(), 0.0)
         n = torch.where(torch.arange(n.shape[1], device=some.device) < visits.number[:, None], n, 0.0)
         chance = visited & (visits.units > 0)
