@@ -789,12 +789,11 @@ def test_rectangles_hold_every_marked_pixel_and_little_else():
     for share, apart in itertools.product((0.0, 0.02, 0.2, 1.0), (0, 5, 20)):
         marked = torch.rand(13, 9, generator=generator) < share
         found = engine.rectangles(marked, apart)
-        covered = torch.zeros_like(marked)
+        covered = torch.zeros(13, 9)
         for rows, cols in found:
-            covered[rows.start : rows.stop, cols.start : cols.stop] = True
-        assert covered[marked].all()
-        # Never dearer than each pixel alone.
-        assert sum(len(rows) * len(cols) + apart for rows, cols in found) <= int(marked.sum()) * (1 + apart)
+            covered[rows.start : rows.stop, cols.start : cols.stop] += 1
+        assert (covered[marked] == 1).all()
+        assert covered.max() <= 1
     corners = torch.zeros(13, 9, dtype=torch.bool)
     corners[0, 0] = corners[1, 1] = corners[12, 8] = True
     assert sorted(engine.rectangles(corners, 5), key=str) == [(range(0, 2), range(0, 2)), (range(12, 13), range(8, 9))]

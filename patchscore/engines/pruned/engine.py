@@ -321,9 +321,9 @@ def _windows(z: Tensor, k: int, padding_mode: str, group: Group) -> Tensor:
 
 
 def rectangles(marked: Tensor, apart: int) -> list[tuple[range, range]]:
-    """Rows and columns of rectangles that hold every marked pixel of [rows, cols].
+    """Rows and columns of rectangles, no two of which overlap, that hold every marked pixel of [rows, cols].
 
-    Two are made one where that takes at most `apart` pixels more than both.
+    Two are made one where they overlap, or where that takes at most `apart` pixels more than both.
     """
     found: list[tuple[int, int, int, int]] = []
     for row, col in marked.nonzero().tolist():
@@ -332,7 +332,8 @@ def rectangles(marked: Tensor, apart: int) -> list[tuple[range, range]]:
         while at < len(found):
             a, b = one, found[at]
             both = (min(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), max(a[3], b[3]))
-            if _area(both) <= _area(a) + _area(b) + apart:
+            meet = max(a[0], b[0]) < min(a[1], b[1]) and max(a[2], b[2]) < min(a[3], b[3])
+            if meet or _area(both) <= _area(a) + _area(b) + apart:
                 found.pop(at)
                 one, at = both, 0
             else:
