@@ -1077,7 +1077,8 @@ def test_the_errors_of_moments_cover(larger, k, sigma):
         assert proportion_at_least(hits[name] // 16, draws[name] // 16, 0.93), (name, hits[name] / max(1, draws[name]))
 
 
-def test_moments_of_the_scan_are_those_of_the_definition(larger, tmp_path):
+@pytest.mark.parametrize("scan", [cpu.scan, gpu.scan], ids=["scan", "gpu"])
+def test_moments_of_the_scan_are_those_of_the_definition(larger, tmp_path, scan):
     """Estimates of both have the same mean, and so have their stated errors."""
     bank, _ = larger
     index = ps.PatchIndex.build(bank, 3, tmp_path / "i", cells=96, progress=False)
@@ -1088,7 +1089,8 @@ def test_moments_of_the_scan_are_those_of_the_definition(larger, tmp_path):
         request = dataclasses.replace(request, windows=request.windows[pixel : pixel + 1], columns=0)
         budget = 0.02 * request.competing
         defined, _, _ = naive_estimates(index.at(3), request.windows[0], sigma, budget, draws, policy=policy)
-        scanned = [cpu.scan(dataclasses.replace(request, key=1000 + seed), policy).sums for seed in range(draws)]
+        with plain_kernels():
+            scanned = [scan(dataclasses.replace(request, key=1000 + seed), policy).sums for seed in range(draws)]
         pairs = {
             "variance": ([x.variance for x in defined], [x.variance[0] for x in scanned]),
             "entropy": ([x.entropy[None] for x in defined], [x.entropy[0] for x in scanned]),

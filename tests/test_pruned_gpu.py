@@ -5,6 +5,7 @@ with kernels in plain torch (plain_pruned.py), to the contract of the definition
 """
 
 import concurrent.futures
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -124,16 +125,36 @@ def test_estimates_come_with_errors_that_cover(indexed, backend, k, sigma, budge
     assert away.max() <= 6 * found.stderr.max() + 1e-4
 
 
+def request_of(bank, index, budget, **changes):
+    """Of the pixels of the interior, k = 3, at sigma = 1."""
+    part, machine = index.at(3), ps.EquivariantLocalScore(bank, 3)
+    (group,) = (g for g in machine.competition(3).groups if not g.rows.locked and not g.cols.locked)
+    windows = engine._windows(noisy(bank, 1.0, dtype=torch.float32)[0], 3, "zeros", group)
+    request = Request(part, windows, 1.0, None, len(part.ids), budget, 1, len(group.cols.queries))
+    return dataclasses.replace(request, **changes)
+
+
+def test_no_window_is_known_twice(indexed):
+    """Two neighbours may propose the same one, and a third may remember it."""
+    request = request_of(*indexed, 0.05)
+    request = dataclasses.replace(request, remembered=torch.full((len(request.windows), 16), -1))
+    with plain_kernels():
+        first = gpu.scan(request, POLICY).remembered
+        second = gpu.scan(dataclasses.replace(request, remembered=first), POLICY).remembered
+    device.cache.clear()
+    for known in (first, second):
+        assert (known >= 0).all()
+        assert all(len(set(ids)) == len(ids) for ids in known.tolist())
+
+
 def test_every_window_is_counted_once(indexed):
     """Visits begin anywhere in a cell and wrap around, and most cells' last tile is not full."""
-    bank, index = indexed
-    part, machine = index.at(3), pruned(bank, index, budget=0.1)
-    (group,) = (g for g in machine.competition(3).groups if not g.rows.locked and not g.cols.locked)
-    windows = engine._windows(noisy(bank, 1.0, dtype=torch.float32)[0], 3, "zeros", group)[:4]
+    request = request_of(*indexed, None, columns=0)
+    request = dataclasses.replace(request, windows=request.windows[:4])
     with plain_kernels():
-        found = gpu.scan(Request(part, windows, 1.0, None, len(part.ids), None, 1), POLICY)
+        found = gpu.scan(request, POLICY)
     device.cache.clear()
-    assert found.sums.pairs == 4 * len(part.ids)
+    assert found.sums.pairs == 4 * request.competing
     assert found.sums.stderr.max() == 0
 
 
