@@ -22,11 +22,11 @@ from ..bank import PatchBank
 from ..files import LOCK, TEMPORARY, errors_name, locked
 from . import storage
 from .build import Builder
-from .kmeans import faiss
+from .kmeans import SIBLINGS, faiss
 from .layout import Hits, IndexedSize, Strata
 from .storage import OPTIONS
 
-__all__ = ["OPTIONS", "Hits", "IndexedSize", "PatchIndex", "Strata"]
+__all__ = ["OPTIONS", "SIBLINGS", "Hits", "IndexedSize", "PatchIndex", "Strata"]
 
 
 class PatchIndex:

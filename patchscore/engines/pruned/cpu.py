@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...index import IndexedSize, Strata
+from ...index import SIBLINGS, IndexedSize, Strata
 from ...native import native
 from ...posterior import PosteriorSum
 from .policy import Policy
 from .request import Request, Scanned, coefficients, encoded
-
-LANES = 16
 
 
 def scan(request: Request, policy: Policy) -> Scanned | None:
@@ -42,7 +40,7 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
         ids=part.ids,
         tiles=part.tiles,
         allowed=None if request.allowed is None else request.allowed.numpy(),
-        parents=_strata(part.parents, competing.view(-1, LANES).sum(1), part, sigma),
+        parents=_strata(part.parents, competing.view(-1, SIBLINGS).sum(1), part, sigma),
         children=_strata(part.cells, competing, part, sigma),
         features=features.contiguous().numpy(),
         rest=rest.numpy(),
@@ -76,10 +74,10 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
 
 
 def table(strata: Strata, sigma: float, dims: int) -> Tensor:
-    """[groups, 2, 2 rank + 2, LANES] the coefficients (request.py), LANES strata side by side."""
+    """[groups, 2, 2 rank + 2, SIBLINGS] the coefficients (request.py), SIBLINGS strata side by side."""
     whole = coefficients(strata, sigma, dims)
-    padded = functional.pad(whole, (0, 0, 0, 0, 0, -len(whole) % LANES))
-    return padded.unflatten(0, (-1, LANES)).permute(0, 2, 3, 1).float().contiguous()
+    padded = functional.pad(whole, (0, 0, 0, 0, 0, -len(whole) % SIBLINGS))
+    return padded.unflatten(0, (-1, SIBLINGS)).permute(0, 2, 3, 1).float().contiguous()
 
 
 def _strata(strata: Strata, competing: Tensor, part: IndexedSize, sigma: float) -> tuple:
