@@ -33,7 +33,7 @@ CASES = {
     "little noise, one image": {"k": 3, "sigma": 0.01, "allowed": 1},
 }
 
-THOROUGH = ("single pixels", "floats", "bytes, moments", "little noise, one image")
+THOROUGH = ("single pixels", "floats", "bytes, moments", "little noise, one image", "one channel, a selection")
 """With PATCHSCORE_TRITON_CHECK=all alone: an interpreted program takes as long as a thousand on a GPU."""
 
 
@@ -124,9 +124,9 @@ class Recorder:
     ("case", "budget"),
     [
         ("bytes, moments", 0.04),
-        ("one channel, a selection", 0.16),
         ("little noise, one image", 0.02),
-        ("bytes, moments", 0.16),
+        pytest.param("one channel, a selection", 0.16, marks=pytest.mark.thorough),
+        pytest.param("bytes, moments", 0.16, marks=pytest.mark.thorough),
     ],
 )
 def test_plans_are_those_of_the_definition(index_of, case, budget, monkeypatch):
