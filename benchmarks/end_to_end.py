@@ -32,7 +32,7 @@ from patchscore.engines.sliding.cpu import SlidingCpu
 from patchscore.windows import Competition
 
 STEPS = 20
-BUDGET = 0.003
+BUDGET = 0.01
 NPROBE = 64
 MEMORY = 2**31
 PART = 1.0  # seconds at least of what an extrapolated row is timed on, for every patch size

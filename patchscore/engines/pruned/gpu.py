@@ -24,9 +24,10 @@ from ...pixels import to_values
 from ...posterior import PosteriorSum
 from ..autotune import KernelError, started
 from ..device import cache, cache_limit, missing_for_triton, on_device
-from .naive import TILE, TRIMMED
+from .naive import TILE
 from .policy import Policy
 from .request import KNOWN, Encoded, Request, Scanned, coefficients, encoded
+from .totals import Expected, Sample, Surely, posterior_sums
 
 PILOT_CELLS = 64
 """Where the first known windows of a query are looked for, at most, as on the CPU."""
@@ -166,19 +167,7 @@ class _Visits(NamedTuple):
     taken: Tensor
     units: Tensor
     number: Tensor
-    expected: _Expected | None
-
-
-class _Expected(NamedTuple):
-    """reference: [q] bits. total, sampled: [q] relative sums over all cells, and over those that are not evaluated
-    whole. variances: [q, columns] of the sum of weights, times `Placed.facts`. logs: [q, 2], times log-weights in nats
-    and their squares."""
-
-    reference: Tensor
-    total: Tensor
-    sampled: Tensor
-    variances: Tensor
-    logs: Tensor
+    expected: Expected | None
 
 
 class _Scan:
@@ -284,7 +273,7 @@ class _Scan:
             1 + 4 * self.channels, most, self.policy.certain_from, NF=place.facts.shape[1], BH=CELLS,
         )  # fmt: skip
         number, reference, total, sampled = found[:, :4].double().unbind(1)
-        expected = _Expected(reference, total, sampled, variances.double(), found[:, 4:].double())
+        expected = Expected(reference, total, sampled, variances.double(), found[:, 4:].double())
         most = max(1, int(number.max()))  # visits read several tiles each, so there are fewer than there may be
         cells, taken, units = (x[:, :most].contiguous() for x in (cells, taken, units))
         return _Visits(cells, taken, units, number.long(), expected)
@@ -381,163 +370,51 @@ class _Scan:
     # Sums.
 
     def _sums(self, some: Tensor, visits: _Visits, start: Tensor) -> dict[str, Tensor]:
-        """What a query's visits add up to: its posterior sums, and whether they are reliable."""
-        read = self._read(some, visits, start)
-        policy, place, channels = self.policy, self.place, self.channels
-        bits, base = self.queries.bits[some], self.queries.base[some]
-        known, known_scores = self.known[some], self.known_scores[some].double()
-        reference = torch.maximum(read.top.amax(1), known_scores[:, 0])  # a score
-        reference = torch.where(reference == self.none, 0.0, reference)
-        m = bits * reference - base  # log2 of the reference weight
-        visited = torch.arange(visits.cells.shape[1], device=some.device) < visits.number[:, None]
-        visited &= read.top != self.none
-        lift = torch.where(visited, torch.exp2(((read.top - reference[:, None]) * bits[:, None]).clamp(max=0)), 0.0)
+        """What a query's visits add up to: its posterior sums, and whether they are reliable (`fits`)."""
+        read, place = self._read(some, visits, start), self.place
+        bits, known = self.queries.bits[some, None], self.known[some]
+        known_scores, top = self.known_scores[some].double(), read.top.double()
+        there = torch.arange(top.shape[1], device=top.device) < visits.number[:, None]
+        visited = there & (read.top != self.none)
+        # Weights are relative to the heaviest window of a query.
+        best = torch.maximum(
+            torch.where(visited, top, -torch.inf).amax(1), torch.where(known >= 0, known_scores, -torch.inf)[:, 0]
+        )
+        best = torch.where(best == -torch.inf, 0.0, best)[:, None]
+        lift = torch.where(visited, torch.exp2(((top - best) * bits).clamp(max=0)), 0.0)
         cells = visits.cells.long()
         tiles, taken = self.tiles[cells].double(), visits.taken.double()
         # Windows of a visit, but for those that the last tile lacks.
-        begin = start[cells].double()
-        last = begin + taken >= tiles
+        last = start[cells].double() + taken >= tiles
         n = TILE * taken - torch.where(last, TILE * tiles - place.size[cells].double(), 0.0)
-        n = torch.where(torch.arange(n.shape[1], device=some.device) < visits.number[:, None], n, 0.0)
+        n = torch.where(there, n, 0.0)
         chance = visited & (visits.units > 0)
         factor = torch.where(chance, visits.units.double(), tiles / taken.clamp(min=1))
-        f = taken / tiles.clamp(min=1)
-        a = torch.where(visited & ~chance & (n > 1), factor.square() * (1 - f) * n / (n - 1).clamp(min=1), 0.0)
-        # Sums of w and w^2, times powers of values about the cell's mean: column 1 + power * channels + channel.
-        of_w = read.sums[:, :, 0].double() * lift[..., None]
-        of_w2 = read.sums[:, :, 1].double() * lift.square()[..., None]
-        w, w2 = of_w[..., 0], of_w2[..., 0]
-
-        def about(sums: Tensor, centre: Tensor) -> list[Tensor]:
-            """[q, V, C] of the powers 0, 1, .. of values about a centre [q, 1, C]: the binomial theorem."""
-            away = place.value.double()[cells] - centre
-            raw = [sums[..., :1].expand(*sums.shape[:2], channels)]
-            raw += [sums[..., 1 + i * channels : 1 + (i + 1) * channels] for i in range(self._powers())]
-            return [
-                sum((math.comb(p, i) * away ** (p - i) * raw[i] for i in range(p + 1)), torch.zeros_like(raw[0]))
-                for p in range(len(raw))
-            ]
-
-        hits = chance.sum(1).double()
-        spread = torch.where(hits > 1, hits / (hits - 1).clamp(min=1), 1.0)
-        mean_of = torch.where(hits > 1, 1 / hits.clamp(min=1), 0.0)  # a single hit is its own variance
-
-        def covariance(squares: Tensor, x: Tensor, y: Tensor) -> Tensor:
-            """Of two totals, from sums of w^2 times both over each visit, and from the sums themselves: within the
-            cells that are surely visited, and between the others (Hansen & Hurwitz)."""
-            shape = [-1, squares.shape[1]] + [1] * (squares.ndim - 2)
-            within = (a.view(shape) * (squares - x * y / n.clamp(min=1).view(shape))).sum(1)
-            fx, fy = ((factor * chance).view(shape) * z for z in (x, y))
-            shape = [-1] + [1] * (squares.ndim - 2)
-            return within + spread.view(shape) * ((fx * fy).sum(1) - mean_of.view(shape) * fx.sum(1) * fy.sum(1))
-
-        squares = about(of_w2, torch.zeros_like(place.value[:1, None], dtype=torch.float64))
-        values = about(of_w, torch.zeros_like(place.value[:1, None], dtype=torch.float64))
-        wv = values[1]
-        y = factor * w
-        s, s2, v = y.sum(1), (factor * w2).sum(1), (factor[..., None] * wv).sum(1)
-        sampled = s
-        by_cell = (a * (w2 - w.square() / n.clamp(min=1))).clamp(min=0)
-        yy = torch.where(chance, y.square(), 0.0)
-        by_chance = (spread * (yy.sum(1) - mean_of * (y * chance).sum(1).square())).clamp(min=0)
-        ss = by_cell.sum(1) + by_chance
-        vs, vv = covariance(squares[1], w[..., None], wv), covariance(squares[2], wv, wv)
-        of_chance = torch.maximum(
-            yy.square().sum(1) - mean_of * yy.sum(1).square(), by_chance.square() / hits.clamp(min=1)
-        )
-        fourth = by_cell.square().sum(1) + torch.where(hits > 0, of_chance, 0.0)
-        degrees = torch.where(fourth > 0, ss.square() / fourth.clamp(min=1e-300), 0.0)
-        # Known windows are counted surely.
-        x_known = torch.where(known >= 0, (known_scores - reference[:, None]) * bits[:, None], -torch.inf)
-        w_known, v_known = torch.exp2(x_known), self._values(known)
-        s, s2, v = s + w_known.sum(1), s2 + w_known.square().sum(1), v + (w_known[..., None] * v_known).sum(1)
-        centre = (v / s[:, None])[:, None]
-        # Expanded weights beyond a share of the sum are trimmed.
-        single = torch.minimum(w, lift)
-        heavy = torch.where(visited & (factor > 1) & (w > 0), factor * single, 0.0)
-        expanded, at = heavy.topk(min(TRIMMED, heavy.shape[1]), 1)
-        share = n.sum(1).clamp(min=1) ** -policy.trimming
-        cut = torch.zeros_like(heavy)
-        for i in range(at.shape[1]):
-            weight = _row(single, at[:, i])
-            beyond = expanded[:, i] - torch.maximum(weight, share / (1 - share) * (s - expanded[:, i]))
-            taken_off = torch.where((share < 1) & (expanded[:, i] > 0), beyond.clamp(min=0), 0.0)
-            s, s2 = s - taken_off, s2 - taken_off * weight
-            cut.scatter_(1, at[:, i : i + 1], taken_off[:, None])
-        # What a visit counts for, as a multiple of its sums: its mean is taken off with a trimmed weight.
-        counted = factor - torch.where(cut > 0, cut / w.clamp(min=1e-300), 0.0)
-        v = (counted[..., None] * wv).sum(1) + (w_known[..., None] * v_known).sum(1)
-        ratio = v / s[:, None]
-        found = (vv - 2 * ratio * vs + ratio.square() * ss[:, None]).sum(1)
-        answers = {"m": m * math.log(2), "s": s, "s2": s2, "v": v, "ss": ss, "vs": vs, "vv": vv}
-        expected, fits = visits.expected, torch.ones_like(s, dtype=torch.bool)
-        times = moderated = None
-        if expected is not None:
-            # Where the sample holds more weight than was expected, so does its variance: the coefficient of variation
-            # stays.
-            log_s, log_sampled, log_total, log_left = (
-                torch.log2(x.clamp(min=1e-300)) for x in (s, sampled, expected.total, expected.sampled)
-            )
-            more = m + log_sampled - expected.reference - log_total
-            times = torch.exp2((2 * (expected.reference - m + more.clamp(min=0))).clamp(max=500))
-            model = times[:, None] * expected.variances
-            of_v, of_v2 = model[:, 1 : 1 + channels], model[:, 1 + channels : 1 + 2 * channels]
-            foreseen = (of_v2 - 2 * ratio * of_v + ratio.square() * model[:, :1]).sum(1)
-            moderated = degrees / (degrees + policy.prior_degrees)
-            own = torch.where(found >= foreseen, 1.0, moderated)
-            answers["ss"] = own * ss + (1 - own) * model[:, 0]
-            answers["vs"] = own[:, None] * vs + (1 - own)[:, None] * of_v
-            answers["vv"] = own[:, None] * vv + (1 - own)[:, None] * of_v2
-            errors = answers["vv"] - 2 * ratio * answers["vs"] + ratio.square() * answers["ss"][:, None]
-            largest = (errors / s.square()[:, None]).amax(1)
-            # More is expected of what was sampled than was found altogether, or more was sampled than was expected.
-            misfit = torch.maximum(expected.reference + log_left - m - log_s, more)
-            fits = (s > 0) & (misfit <= policy.misfit) & (largest <= policy.unknown**2)
+        within = factor.square() * (1 - taken / tiles.clamp(min=1)) * n / (n - 1).clamp(min=1)
+        w, w2 = read.sums[:, :, 0].double() * lift[..., None], read.sums[:, :, 1].double() * lift.square()[..., None]
+        logs = None
         if self.request.moments:
-            logs = read.logs.double() * lift[..., None]
-            shift = ((self.about[some].double() - reference) * bits)[:, None]
-            wx, w2x, w2x2 = logs[..., 0], logs[..., 1] * lift, logs[..., 2] * lift
-            wx, w2x, w2x2 = wx + shift * w, w2x + shift * w2, w2x2 + 2 * shift * w2x + shift.square() * w2
-            (_, wu, wq, *_), (_, w2u, w2q, w2u3, w2u4) = about(of_w, centre), about(of_w2, centre)
-            off = v_known - centre
-            u, q = (
-                (counted[..., None] * of).sum(1) + (w_known[..., None] * off**power).sum(1)
-                for power, of in ((1, wu), (2, wq))
+            wx, w2x, w2x2 = (read.logs.double() * torch.stack([lift, lift.square(), lift.square()], 2)).unbind(2)
+            shift = (self.about[some, None].double() - best) * bits
+            wx, w2x, w2x2 = (
+                wx + shift * w[..., 0],
+                w2x + shift * w2[..., 0],
+                w2x2 + 2 * shift * w2x + shift.square() * w2[..., 0],
             )
-            known_logs = torch.where(w_known > 0, w_known * x_known, 0.0)
-            log = math.log(2) * ((counted * wx).sum(1) + known_logs.sum(1)) / s
-            variance = (q / s[:, None] - (u / s[:, None]).square()).clamp(min=0)
-            answers["v2"], answers["sl"] = s[:, None] * (variance + ratio.square()), s * log
-            # s times the derivatives of the variance by the totals of w and w u; that by the total of w q is 1.
-            each = w[..., None]
-            by_w, by_u = (u / s[:, None]).square() - variance, -2 * u / s[:, None]
-            qq = by_w.square() * ss[:, None] + by_u.square() * covariance(w2q, wu, wu) + covariance(w2u4, wq, wq)
-            qq = qq + 2 * by_w * (by_u * covariance(w2u, wu, each) + covariance(w2q, wq, each))
-            qq = (qq + 2 * by_u * covariance(w2u3, wq, wu)).clamp(min=0)
-            # s times the derivatives of ln s - sl / s by the totals are 1 + log and -1.
-            by_s, ln = 1 + log, math.log(2)
-            ee = by_s.square() * ss - 2 * by_s * ln * covariance(w2x, wx, w) + ln**2 * covariance(w2x2, wx, wx)
-            ee = ee.clamp(min=0)
-            if expected is not None and times is not None and moderated is not None:
-                one, first, second, third, power_4 = expected.variances[:, : 1 + 4 * channels].split(
-                    [1] + [channels] * 4, 1
-                )
-                about2 = second - 2 * ratio * first + ratio.square() * one
-                about4 = power_4 + ratio * (-4 * third + ratio * (6 * second + ratio * (-4 * first + ratio * one)))
-                predicted = times[:, None] * (about4 - 2 * variance * about2 + variance.square() * one)
-                own = torch.where(qq.sum(1) >= predicted.sum(1), 1.0, moderated)[:, None]
-                qq = own * qq + (1 - own) * predicted
-                at_log = 1 + log + ln * (m - more.clamp(min=0))
-                predicted = at_log.square() * one[:, 0] - 2 * at_log * expected.logs[:, 0] + expected.logs[:, 1]
-                predicted = times * predicted.clamp(min=0)
-                own = torch.where(ee >= predicted, 1.0, moderated)
-                ee = own * ee + (1 - own) * predicted
-            answers["qq"], answers["ee"] = qq, ee
+            logs = torch.stack([wx, w2x, w2x2], 2)
+        sample = Sample(
+            n, factor, chance, torch.where(visited & ~chance & (n > 1), within, 0.0), torch.minimum(w[..., 0], lift),
+            w, w2, logs, place.value.double()[cells],
+        )  # fmt: skip
+        x = torch.where(known >= 0, (known_scores - best) * bits, -torch.inf)
+        surely = Surely(torch.exp2(x), x, self._values(known))
+        m = (bits * best)[:, 0] - self.queries.base[some]
+        found, fits = posterior_sums(sample, surely, visits.expected, m, self.policy)
         self.pairs[some] += n.sum(1).long()
-        if policy.known:
+        if self.policy.known:
             met = read.top.topk(min(KNOWN, read.top.shape[1]), 1)
             self._offer(some, read.top_ids.gather(1, met.indices), met.values)
-        return {**answers, "fits": fits}
+        return found | {"fits": fits}
 
     def _read(self, some: Tensor, visits: _Visits, start: Tensor) -> _Read:
         """The sums of every visit, cell by cell, so that the visits of a cell share what is read."""
@@ -609,10 +486,6 @@ class _Read(NamedTuple):
     logs: Tensor
     top: Tensor
     top_ids: Tensor
-
-
-def _row(x: Tensor, at: Tensor) -> Tensor:
-    return x.gather(1, at[:, None])[:, 0]
 
 
 def _largest(dtype: torch.dtype) -> float:
