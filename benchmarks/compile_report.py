@@ -110,7 +110,7 @@ def compiled_pruned(name: str, variant: int, capability: int):
         constants = {key: constants[key] for key in ("C", "K", "BYTES", "ALLOWED")} | {"BW": 64, "BD": 32}
     else:
         constants |= {"KNOWN": gpu.KNOWN, "BV": gpu.VISITS, "BW": gpu.WINDOWS, "BD": 32}
-        warps = gpu.WARPS
+        warps = gpu.warps(constants["NV"])
     arguments = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
     return _compiled(kernel, arguments, constants, capability, warps, 3)
 

@@ -30,10 +30,10 @@ CASES = {
     "floats, moments, a selection": {"channels": 1, "k": 3, "dtype": torch.float32, "moments": True, "allowed": 15},
     "neighbours and a memory": {"k": 3, "columns": 3, "remembered": True},
     "every window": {"k": 3, "budget": None, "sigma": 3.0, "moments": True},
-    "little noise, one image": {"k": 3, "sigma": 0.01, "allowed": 1},
+    "little noise, half the bank": {"k": 3, "sigma": 0.02, "allowed": 10},
 }
 
-THOROUGH = ("single pixels", "floats", "bytes, moments", "little noise, one image", "one channel, a selection")
+THOROUGH = ("single pixels", "floats", "bytes, moments", "little noise, half the bank", "one channel, a selection")
 """With PATCHSCORE_TRITON_CHECK=all alone: an interpreted program takes as long as a thousand on a GPU."""
 
 
@@ -93,7 +93,10 @@ def test_scans_are_those_of_the_plain_kernels(index_of, case, monkeypatch):
     if request.part.images.dtype != torch.uint8:
         away = (-2 * request.sigma**2 * (plain.sums.m + plain.sums.s.log() - 10)).max().item()
         bound += EPS * request.windows[0].numel() * away / (2 * request.sigma**2)
-    a, b = found.sums, plain.sums
+    # A sample that holds no competing window has no mean, and is no answer.
+    met = plain.sums.s[:, 0] > 0
+    assert not plain.fits[~met].any()
+    a, b = (sums.mapped(lambda x: x[met]) for sums in (found.sums, plain.sums))
     assert (a.mean - b.mean).abs().max() <= bound
     torch.testing.assert_close(a.m + a.s.log(), b.m + b.s.log(), rtol=1e-12, atol=bound)
     torch.testing.assert_close(a.ess, b.ess, rtol=4 * bound, atol=0)
@@ -124,7 +127,7 @@ class Recorder:
     ("case", "budget"),
     [
         ("bytes, moments", 0.04),
-        ("little noise, one image", 0.02),
+        ("little noise, half the bank", 0.02),
         pytest.param("one channel, a selection", 0.16, marks=pytest.mark.thorough),
         pytest.param("bytes, moments", 0.16, marks=pytest.mark.thorough),
     ],

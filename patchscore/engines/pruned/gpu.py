@@ -35,10 +35,14 @@ SWEEPS = 4
 """Over the pixels, of neighbours proposing their known windows, as on the CPU."""
 VISITS, WINDOWS = 16, 16
 """Of one product in the scan: the smallest that matrix units take, as most visits read a tile or two."""
-WARPS = 2
-"""Of such a product: with one its sums spill from the registers, with four half of each stands idle."""
 CELLS = 256
 """Cells that a plan looks at together; times 16 scales they fill the registers of four warps."""
+
+
+def warps(columns: int) -> int:
+    """Of such a product: with one its sums spill from the registers, with four half of each stands idle; but those of
+    many channels take four times the room (Triton 3.6 and 3.9 spill some with four)."""
+    return 2 if columns <= 16 else 8
 
 
 @functools.cache
@@ -448,7 +452,7 @@ class _Scan:
                 lightest, self.about[some], visits.taken, order, cell.int(), first, held.int(), sums, logs, top,
                 top_ids, most, self.queries.windows.shape[1], **self._layout(), POWERS=self._powers(), NV=columns,
                 ALLOWED=self.allowed is not None, MOMENTS=self.request.moments, KNOWN=KNOWN, BV=VISITS, BW=WINDOWS,
-                BD=32, num_warps=WARPS,
+                BD=32, num_warps=warps(columns),
             )  # fmt: skip
         return _Read(sums, logs, top, top_ids)
 
