@@ -23,7 +23,7 @@ from ...bank import PatchBank
 from ...index import PatchIndex
 from ...native import missing, native
 from ...posterior import PosteriorSum
-from ...windows import Axis, Competition, Group, span
+from ...windows import Competition, Group, span
 from ..base import Engine, serve
 from ..device import recording
 from ..fused.launch import Fused
@@ -178,7 +178,8 @@ class Pruned(Engine):
                     continue
                 _put(total, [item], group, scanned.sums.mapped(partial(_as_pixels, group=group)))
                 pairs += scanned.sums.pairs or 0
-                few = tuple(Group(_part(group.rows, rows), _part(group.cols, cols)) for rows, cols in unlike)
+                at = [(group.rows.queries[span(rows)], group.cols.queries[span(cols)]) for rows, cols in unlike]
+                few = tuple(some for rows, cols in at for some in only.at(rows, cols).groups)
                 sums = exact([item], few) if few else scanned.sums
                 for some in few:
                     _put(total, [item], some, sums.block(slice(None), *_spans(some)))
@@ -347,11 +348,6 @@ def _area(rectangle: tuple[int, int, int, int]) -> int:
     return (bottom - top) * (right - left)
 
 
-def _part(axis: Axis, places: range) -> Axis:
-    """The axis for some of its queries, by their places among them."""
-    return Axis(axis.queries[span(places)], axis.windows)
-
-
 def _as_pixels(x: Tensor, group: Group) -> Tensor:
     """[1, C, rows, cols] of [rows * cols, C]."""
     return x.unflatten(0, (1, len(group.rows.queries), len(group.cols.queries))).permute(0, 3, 1, 2)
@@ -372,5 +368,6 @@ def _error(scanned: Scanned) -> float:
 
 def _put(total: PosteriorSum, items: list[int], group: Group, sums: PosteriorSum) -> None:
     """Enters the sums of a group's pixels; exact ones have no sampling covariance."""
+    entered, (rows, cols) = sums.fields, _spans(group)
     for name, x in total.fields.items():
-        x[items, :, span(group.rows.queries), span(group.cols.queries)] = sums.fields.get(name, torch.zeros(()).to(x))
+        x[items, :, rows, cols] = entered.get(name, 0.0)

@@ -40,8 +40,8 @@ CELLS = 256
 
 
 def warps(columns: int) -> int:
-    """Of such a product: with one its sums spill from the registers, with four half of each stands idle; but those of
-    many channels take four times the room (Triton 3.6 and 3.9 spill some with four)."""
+    """Of a block of the scan: with one its sums spill from the registers, with four half of each stands idle; those of
+    many channels take four times the room, and Triton 3.6 and 3.9 spill some of them with two or four."""
     return 2 if columns <= 16 else 8
 
 
@@ -181,9 +181,9 @@ class _Scan:
         self.request, self.policy, self.place, self.queries = request, policy, place, queries
         part, device = request.part, request.windows.device
         self.count, self.channels = request.windows.shape[:2]
-        self.whole_bytes = part.images.dtype == torch.uint8
+        self.of_bytes = part.images.dtype == torch.uint8
         kernel = kernels()
-        self.none = kernel.NONE.value if self.whole_bytes else kernel.NONE_FLOAT.value
+        self.none = kernel.NONE.value if self.of_bytes else kernel.NONE_FLOAT.value
         self.bits = queries.bits.float()
         self.allowed = None if request.allowed is None else request.allowed.to(device)
         self.competing = place.size
@@ -198,7 +198,7 @@ class _Scan:
         self.pilot = policy.recalled_pilot if recalled else policy.pilot
         self.table = _table(part, request.sigma, device)
         self.whole = request.budget is None or request.budget > policy.exact_budget
-        scores = torch.int32 if self.whole_bytes else torch.float32
+        scores = torch.int32 if self.of_bytes else torch.float32
         self.known = torch.full((self.count, KNOWN), -1, device=device)
         self.known_scores = torch.full((self.count, KNOWN), self.none, dtype=scores, device=device)
         self.about = torch.zeros(self.count, dtype=scores, device=device)
@@ -443,7 +443,7 @@ class _Scan:
         top_ids = torch.full(shape, -1, device=device)
         known = self.known[some]
         lightest = self.known_scores[some].masked_fill(known < 0, _largest(top.dtype)).amin(1)
-        if not self.whole_bytes:  # what a score of the same window may be where its terms are added in another order
+        if not self.of_bytes:  # what a score of the same window may be where its terms are added in another order
             lightest = torch.where(lightest < 0, lightest * 1.00001, lightest)
         if count:
             started(
@@ -466,7 +466,7 @@ class _Scan:
             "plane": height * width,
             "C": channels,
             "K": part.k,
-            "BYTES": self.whole_bytes,
+            "BYTES": self.of_bytes,
         }
 
     def _if_allowed(self) -> Tensor:
