@@ -32,6 +32,7 @@ from ..sliding.cpu import SlidingCpu
 from ..sliding.cuda import SlidingCuda
 from . import cpu, gpu, images
 from .memory import Memory, Remembered
+from .naive import pooled
 from .policy import POLICY, Policy
 from .request import Request, Scanned, draw_key
 
@@ -250,9 +251,11 @@ class Pruned(Engine):
             memory_limit,
         )
         scanned = self._scan(request) if self.tolerance is None else self._within(request, held)
-        if held is not None and scanned is not None and scanned.remembered is not None:
+        if scanned is None:
+            return None
+        if held is not None and scanned.remembered is not None:
             held.keep(part, group, scanned.remembered)
-        return scanned
+        return dataclasses.replace(scanned, sums=pooled(scanned.sums, scanned.fits, self.policy.pooled))
 
     def _within(self, request: Request, held: Remembered | None) -> Scanned | None:
         """Sums whose rms standard error is at most the tolerance; None where exact ones are as fast.

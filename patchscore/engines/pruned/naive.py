@@ -1,4 +1,4 @@
-"""The definition of the engine `pruned` for one query, in float64: read this first.
+"""The definition of the engine `pruned`, in float64, for one query and at the end for those of an image: read this first.
 
 The population of a query q is the competing windows p_a with weights w_a = exp(-|q - p_a|^2 / (2 sigma^2)) and values
 v_a. Wanted is the ratio of two totals, sum_a w_a v_a / sum_a w_a. The strata are the cells of an index. Steps, in the
@@ -15,7 +15,8 @@ order of the functions below:
 7. moderated variance: where more variance was to be expected than is observed, both by their degrees of freedom (Smyth
    2004);
 8. the posterior variance and the entropy, functions of totals too (of w v^2, of w log w), with errors to first order
-   (Taylor linearisation; Saerndal, Swensson & Wretman 1992, 5.5).
+   (Taylor linearisation; Saerndal, Swensson & Wretman 1992, 5.5);
+9. pooled variances: those of an image's pixels are drawn towards their mean (empirical Bayes; Efron & Morris 1975).
 
 All weights are positive and their sum is the denominator, so an estimate is a convex combination of values, and the
 effective sample size (Kish 1965) is at least 1. Trimming keeps both. csrc/pruned does the same for all pixels of an
@@ -30,12 +31,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...index import Strata
+from ...posterior import PosteriorSum
 from .policy import POLICY, Policy
 
 TILE = 8
@@ -298,6 +301,39 @@ def estimate(
         **moderated(["qq"], lambda x: x.qq.sum()),
         **moderated(["ee"], lambda x: x.ee),
     )  # fmt: skip
+
+
+def pooled(sums: PosteriorSum, fits: Tensor, share: float) -> PosteriorSum:
+    """Sums of an image's pixels [Q, ...] with every variance, relative to the sum of weights, drawn to their mean.
+
+    A pixel whose sample missed a heavy window in a cell that lets none expect states too little; how often that happens
+    shows in all pixels of the image. The mean of the squared standard errors stays. What a pixel gets of the sum's mean
+    variance moves numerator and denominator alike and leaves their ratio.
+
+    Args:
+        fits: [Q] bool, which pixels' samples are reliable; the mean is theirs.
+        share: of the mean in each variance.
+    """
+    if not fits.any():
+        return sums
+    assert sums.vv is not None
+    assert sums.vs is not None
+    assert sums.ss is not None
+    mean, square = sums.mean, sums.s.square()
+
+    def shrunk(variance: Tensor, common: Tensor) -> Tensor:
+        return (1 - share) * variance + share * square * common
+
+    of_sum = (sums.ss / square)[fits].mean(0)
+    of_ratio = ((sums.vv - 2 * mean * sums.vs + mean.square() * sums.ss).clamp(min=0) / square)[fits].mean(0)
+    fields = {
+        "ss": shrunk(sums.ss, of_sum),
+        "vs": shrunk(sums.vs, mean * of_sum),
+        "vv": shrunk(sums.vv, of_ratio + mean.square() * of_sum),
+    }
+    if sums.qq is not None and sums.ee is not None:
+        fields |= {name: shrunk(x, (x / square)[fits].mean(0)) for name, x in (("qq", sums.qq), ("ee", sums.ee))}
+    return replace(sums, **fields)  # type: ignore[arg-type]
 
 
 def _weighted(w: Tensor, values: Tensor) -> Tensor:
