@@ -216,9 +216,7 @@ def bank_of(name: str, options: argparse.Namespace, count: int) -> ps.PatchBank 
     if count >= len(everything):
         return everything
     # As pruned_cpu.py takes them, so that its index of CIFAR-10 serves here too.
-    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))[:count]
-    labels = None if everything.labels is None else everything.labels[order]
-    return ps.PatchBank(everything.images[order].contiguous(), labels)
+    return ps.PatchBank(pruned_cpu.shuffled(everything.images)[:count].clone())
 
 
 def main() -> None:

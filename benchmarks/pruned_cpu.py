@@ -1,9 +1,9 @@
 """What a share of the pairs buys: error, stated error and time of `pruned` beside exact sums and other ways to cut.
 
-Every step of a published table, held-out images with that step's noise, one at a time: exact sums and then every budget,
-so that each image is one repeat. Contenders of equal time, on the interior: the nearest windows that FAISS finds (top-k
-and softmax, for four sizes), exact sums over a uniform subset of the images, and over those that a coarse comparison of
-whole images picks. Writes results/pruned_cpu.json after every step, docs/images/pruned-time.png and
+Every step of a published table, held-out images with that step's noise, one at a time: exact sums and then every
+budget, so that each image is one repeat. Contenders of equal time, on the interior: the nearest windows that FAISS
+finds (top-k and softmax, for four sizes), exact sums over a uniform subset of the images, and over those that a coarse
+comparison of whole images picks. Writes results/pruned_cpu.json after every step, docs/images/pruned-time.png and
 docs/images/pruned-errors.png.
 
 Times are processor seconds of one thread, which other work on the machine changes less than it does the clock.
@@ -144,8 +144,8 @@ class Setting:
             })  # fmt: skip
             row = rows[-1]
             print(
-                f"{self.name} sigma {level:8.3f} k {k:2} {budget:g}: rms {row['rms']:.5f} worst {row['worst']:.3f} within "
-                f"{row['within_1_stderr']:.3f} {row['within_2_stderr']:.3f} {row['within_3_stderr']:.3f} beyond 6 "
+                f"{self.name} sigma {level:8.3f} k {k:2} {budget:g}: rms {row['rms']:.5f} worst {row['worst']:.3f} "
+                f"within {row['within_1_stderr']:.3f} {row['within_2_stderr']:.3f} {row['within_3_stderr']:.3f} beyond 6 "
                 f"{row['beyond_6_stderr']} silent {row['silent']} of {row['sampled']}, {row['faster']:.1f}x",
                 flush=True,
             )
@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of the CIFAR-10 training images; without it, left out")
     parser.add_argument("--indexes", type=Path, required=True, help="where indexes are kept or built (6 GB)")
     parser.add_argument("--only", nargs="*", help="settings, such as cifar10-20000")
-    parser.add_argument("--count", type=int, default=12, help="noisy images (default 12: 75 and 15 minutes)")
+    parser.add_argument("--count", type=int, default=8, help="noisy images (default 8: an hour and ten minutes)")
     given = parser.parse_args()
     torch.set_num_threads(1)
     settings = []

@@ -38,12 +38,15 @@ BUDGETS = (0.003, 0.01)
 VALUES = {
     "certain_from": (0.5, 1.0),
     "prior_degrees": (2.0, 50.0),
+    "pooled": (0.0, 0.3),
     "trimming": (0.0, 0.35, 0.7),
     "misfit": (3.0, 20.0),
     "unknown": (0.03, 0.3),
     "further": (4.0, 8.0),
     "further_most": (0.03, 0.2),
     "pilot": (0.06, 0.5),
+    "pilot_cells": (16, 256),
+    "sweeps": (0, 8),
     "known": (0, 4, 8),
     "opened_from": (0.25, 8.0),
 }

@@ -116,7 +116,7 @@ BLOCKS = (
     moments.moment_costs,
     pruned.pruned_steps,
     pruned.pruned_indexes,
-    pruned.pruned_samples,
+    pruned.pruned_contenders,
     pruned.pruned_policy,
     pruned.latents,
     gpu.fused_compiled,

@@ -240,15 +240,38 @@ patchscore::Strata strata_of(const char* name, const StrataArguments& given, int
     return strata;
 }
 
+// A Policy of policy.py.
+patchscore::Policy policy_of(const py::object& policy) {
+    const auto number = [&](const char* name) { return policy.attr(name).cast<double>(); };
+    const auto count = [&](const char* name, int most) {
+        const int found = policy.attr(name).cast<int>();
+        if (found < 0 || found > most)
+            throw py::value_error(name + (": got " + std::to_string(found)) + ", takes 0 to " + std::to_string(most));
+        return found;
+    };
+    if (!(number("further") > 1))
+        throw py::value_error("further: got " + std::to_string(number("further")) + ", takes a factor above 1");
+    return {number("certain_from"),
+            number("prior_degrees"),
+            number("trimming"),
+            number("misfit"),
+            number("unknown"),
+            number("further"),
+            number("opened_from"),
+            number("pilot"),
+            count("pilot_cells", patchscore::MOST_PILOT_CELLS),
+            count("sweeps", 100),
+            count("known", patchscore::MOST_KNOWN)};
+}
+
 void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& sizes, const py::buffer& ids,
                  const std::optional<py::buffer>& tiles, const std::optional<py::buffer>& allowed,
                  const StrataArguments& parents, const StrataArguments& children, const py::buffer& features,
                  const py::buffer& rest, const py::buffer& windows, const py::buffer& shift, const py::buffer& bits,
                  const py::buffer& base, int columns, double budget, double largest_budget, bool whole, uint64_t key,
-                 double certain_from, double prior_degrees, double trimming, double misfit, double unknown,
-                 double further, double opened_from, double pilot, int known, const py::buffer& m, const py::buffer& s,
-                 const py::buffer& s2, const py::buffer& v, const py::buffer& ss, const py::buffer& vs,
-                 const py::buffer& vv, const std::optional<py::buffer>& v2, const std::optional<py::buffer>& sl,
+                 const py::object& policy, const py::buffer& m, const py::buffer& s, const py::buffer& s2,
+                 const py::buffer& v, const py::buffer& ss, const py::buffer& vs, const py::buffer& vv,
+                 const std::optional<py::buffer>& v2, const std::optional<py::buffer>& sl,
                  const std::optional<py::buffer>& qq, const std::optional<py::buffer>& ee, const py::buffer& fits,
                  const py::buffer& pairs, const std::optional<py::buffer>& remembered, int threads,
                  const std::string& simd) {
@@ -293,18 +316,14 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
     request.base = data_of<double>("base", info(base), {queries}, false);
     if (!(budget > 0))
         throw py::value_error("budget: got " + std::to_string(budget) + ", takes a positive number of windows");
-    if (!(further > 1)) throw py::value_error("further: got " + std::to_string(further) + ", takes a factor above 1");
     if (!std::isfinite(largest_budget))
         throw py::value_error("largest_budget: got " + std::to_string(largest_budget) + ", takes a number of windows");
     if (columns < 0 || (columns && request.queries % columns))
         throw py::value_error("columns: got " + std::to_string(columns) + ", which does not divide " +
                               std::to_string(request.queries) + " queries");
-    if (known < 0 || known > patchscore::MOST_KNOWN)
-        throw py::value_error("known: got " + std::to_string(known) + ", takes 0 to " +
-                              std::to_string(patchscore::MOST_KNOWN));
     request.columns = columns, request.budget = budget, request.largest_budget = largest_budget;
     request.whole = whole, request.key = key;
-    request.policy = {certain_from, prior_degrees, trimming, misfit, unknown, further, opened_from, pilot, known};
+    request.policy = policy_of(policy);
     request.m = data_of<double>("m", info(m, true), {queries}, true);
     request.s = data_of<double>("s", info(s, true), {queries}, true);
     request.s2 = data_of<double>("s2", info(s2, true), {queries}, true);
@@ -362,10 +381,8 @@ PYBIND11_MODULE(_native, module) {
                py::arg("ids"), py::arg("tiles"), py::arg("allowed"), py::arg("parents"), py::arg("children"),
                py::arg("features"), py::arg("rest"), py::arg("windows"), py::arg("shift"), py::arg("bits"),
                py::arg("base"), py::arg("columns"), py::arg("budget"), py::arg("largest_budget"), py::arg("whole"),
-               py::arg("key"), py::arg("certain_from"), py::arg("prior_degrees"), py::arg("trimming"),
-               py::arg("misfit"), py::arg("unknown"), py::arg("further"), py::arg("opened_from"), py::arg("pilot"),
-               py::arg("known"), py::arg("m"), py::arg("s"), py::arg("s2"), py::arg("v"), py::arg("ss"), py::arg("vs"),
-               py::arg("vv"), py::arg("v2"), py::arg("sl"), py::arg("qq"), py::arg("ee"), py::arg("fits"),
-               py::arg("pairs"), py::arg("remembered"), py::arg("threads"), py::arg("simd"),
+               py::arg("key"), py::arg("policy"), py::arg("m"), py::arg("s"), py::arg("s2"), py::arg("v"),
+               py::arg("ss"), py::arg("vs"), py::arg("vv"), py::arg("v2"), py::arg("sl"), py::arg("qq"), py::arg("ee"),
+               py::arg("fits"), py::arg("pairs"), py::arg("remembered"), py::arg("threads"), py::arg("simd"),
                "Estimates the posterior sums of queries; see struct Request in csrc/pruned/pruned.h.");
 }

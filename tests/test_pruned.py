@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 
@@ -22,6 +23,7 @@ from patchscore import native
 from patchscore.engines.pruned import cpu, engine, gpu, images, naive
 from patchscore.engines.pruned.policy import POLICY
 from patchscore.engines.pruned.request import BYTE, KNOWN, Request, draw_key, encoded
+from patchscore.posterior import PosteriorSum
 
 pytest.importorskip("faiss")
 if native.missing:
@@ -369,6 +371,24 @@ def test_what_is_beyond_a_share_of_the_sum_is_trimmed():
     assert trimmed[2] == 380  # a window of weight 2 stands for 5 like it, no longer for 35
     assert naive.trimmed(s, v, s2, [(70.0, 30.0, heavy[1][2])], 16, POLICY)[0] == 60  # what was found counts
     assert naive.trimmed(s, v, s2, heavy, 16, UNTRIMMED)[0] == s
+
+
+def test_variances_are_drawn_to_the_mean_of_the_image():
+    generator, close = torch.Generator().manual_seed(0), partial(torch.testing.assert_close, atol=1e-12, rtol=1e-9)
+    draw = partial(torch.rand, generator=generator, dtype=torch.float64)
+    s, v = 10 * draw(50, 1) + 1, draw(50, 3)
+    ss, noise, mean = draw(50, 1), 0.1 * draw(50, 3), v / s
+    vs = mean * ss + noise / 10
+    vv = 2 * mean * vs - mean**2 * ss + noise  # the variance of the ratio is noise / s^2
+    sums = PosteriorSum(s.log(), s, v, s**2, vv, vs, ss, v2=v**2, sl=s, qq=0.1 * draw(50, 3), ee=draw(50, 1))
+    fits = torch.arange(50) % 7 != 3
+    got = naive.pooled(sums, fits, 0.25)
+    for name in ("stderr", "variance_stderr", "entropy_stderr"):
+        before, after = getattr(sums, name).square(), getattr(got, name).square()
+        close(after, 0.75 * before + 0.25 * before[fits].mean(0))
+    close(got.ss / s**2, 0.75 * ss / s**2 + 0.25 * (ss / s**2)[fits].mean(0))
+    close(got.mean, sums.mean)
+    assert naive.pooled(sums, torch.zeros_like(fits), 0.25) is sums
 
 
 @pytest.mark.parametrize("which", ["larger", "latents"])
@@ -993,7 +1013,10 @@ SPOILT = {
     "values of one channel": {"children": lambda x: (*x[:2], x[2][:, :1].copy(), x[3])},
     "no budget": {"budget": lambda x: 0.0},
     "a budget of NaN": {"budget": lambda x: float("nan")},
-    "budgets that do not grow": {"further": lambda x: 1.0},
+    "budgets that do not grow": {"policy": lambda x: dataclasses.replace(x, further=1.0)},
+    "more known windows than there is room for": {"policy": lambda x: dataclasses.replace(x, known=17)},
+    "more cells than there is room for": {"policy": lambda x: dataclasses.replace(x, pilot_cells=257)},
+    "a policy without constants": {"policy": lambda x: object()},
     "budgets that grow without end": {"largest_budget": lambda x: float("inf")},
     "a selection of other images": {"allowed": lambda x: np.ones(3, np.uint8)},
     "a short result": {"m": lambda x: x[:-1].copy()},
@@ -1016,7 +1039,7 @@ def test_the_native_scan_refuses_what_does_not_fit(indexed, spoilt, monkeypatch)
         cpu.scan(request_of(pruned(bank, index), noisy(bank, 0.5, dtype=torch.float32)[0], 0.5)[0], POLICY)
     native.native.pruned_scan(**found)
     changed = {name: change(found[name]) for name, change in SPOILT[spoilt].items()}
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises((ValueError, TypeError, AttributeError)):
         native.native.pruned_scan(**{**found, **changed})
 
 

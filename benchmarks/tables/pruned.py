@@ -7,44 +7,61 @@ from patchscore.engines.pruned.policy import POLICY
 from .results import measured_on, result, table
 
 
-def shares_within(row: dict) -> str:
-    """Shares within one, two and three standard errors; results of 0.1.0 have two alone."""
-    shares = [row.get(f"within_{n}_stderr") for n in (1, 2, 3)]
-    return " / ".join("" if share is None else f"{100 * share:.1f}" for share in shares)
+def rows_by_step(record: dict, setting: str) -> list[list[dict]]:
+    """The rows of each step, one for each budget."""
+    rows = [row for row in record["rows"] if row["setting"] == setting]
+    return [[row for row in rows if row["step"] == step] for step in dict.fromkeys(row["step"] for row in rows)]
+
+
+def settings_of(record: dict) -> list[str]:
+    return list(dict.fromkeys(row["setting"] for row in record["rows"]))
 
 
 def pruned_steps() -> str:
+    """Rms error and speedup of every budget; the fastest that meets the aim; contenders in the time of 1%."""
     record = result("pruned_cpu")
-    header = [
-        "k, sigma",
-        "pairs",
-        "rms",
-        "worst",
-        "within 1 / 2 / 3 stderr",
-        "> 0.1, understated",
-        "speedup",
-        "least budget: rms, speedup",
-    ]
-    header += ["interior, equal time: pruned", "FAISS top-k", "uniform subset", "screened"]
     parts = []
-    for setting in dict.fromkeys(row["setting"] for row in record["rows"]):
+    for setting in settings_of(record):
+        steps = rows_by_step(record, setting)
+        budgets = [row["budget"] for row in steps[0]]
+        header = ["k, sigma", "exact", *(f"{budget:.2%}" for budget in budgets), "fastest that meets the aim"]
+        rows = []
+        for step in steps:
+            meet = [row["faster"] for row in step if row["rms"] <= (0.008 if row["k"] <= 7 else 0.015)]
+            rows.append([
+                f"{step[0]['k']}, {step[0]['sigma']:.3g}",
+                f"{step[0]['exact_seconds']:.2f} s",
+                *(f"{row['rms']:.4f}, {row['faster']:.1f}x" for row in step),
+                f"{max(meet):.1f}x" if meet else "none",
+            ])  # fmt: skip
+        exact = sum(step[0]["exact_seconds"] for step in steps)
+        whole = [exact / sum(step[i]["pruned_seconds"] for step in steps) for i in range(len(budgets))]
+        rows.append(["all steps", f"{exact:.0f} s", *(f"{faster:.1f}x" for faster in whole), ""])
+        parts.append(f"{setting}, {steps[0][0]['images']} images:\n\n{table(header, rows)}")
+    return "\n\n".join([*parts, measured_on(record)])
+
+
+def pruned_contenders() -> str:
+    """Rms errors of the interior in equal time, and their ratios to those of others."""
+    record = result("pruned_cpu")
+    others = {"top_k": "FAISS top-k", "subset": "uniform subset", "screened": "screened images"}
+    parts = []
+    for setting in settings_of(record):
+        steps = [row for row in record["contenders"] if row["setting"] == setting]
         rows = [
             [
                 f"{row['k']}, {row['sigma']:.3g}",
-                f"{row['pairs_share']:.1%}",
-                f"{row['rms']:.4f}",
-                f"{row['worst']:.2f}",
-                shares_within(row),
-                str(row["silent"]),
-                f"{row['faster']:.1f}x",
-                f"{row['least_budget']:g}: {row['least_rms']:.4f}, {row['least_faster']:.1f}x",
-                *(f"{row[f'{name}_rms']:.4f}" for name in ("interior", "top_k", "subset", "screened")),
+                *(f"{row[f'{name}_rms']:.4f}" if f"{name}_rms" in row else "" for name in ("interior", *others)),
             ]
-            for row in record["rows"]
-            if row["setting"] == setting
+            for row in steps
         ]
-        images = next(row["images"] for row in record["rows"] if row["setting"] == setting)
-        parts.append(f"{setting}, {images} noisy images at a time:\n\n{table(header, rows)}")
+        ratios = {
+            name: [row["interior_rms"] / row[f"{name}_rms"] for row in steps if f"{name}_rms" in row] for name in others
+        }
+        rows.append(
+            ["ratio, mean (worst)", "", *(f"{statistics.mean(of):.2f} ({max(of):.2f})" for of in ratios.values())]
+        )
+        parts.append(f"{setting}:\n\n{table(['k, sigma', '`pruned`', *others.values()], rows)}")
     return "\n\n".join([*parts, measured_on(record)])
 
 
@@ -104,38 +121,26 @@ def latents() -> str:
     )
 
 
-def pruned_samples() -> str:
-    record = result("pruned_cpu")
-    rows = [
-        [
-            row["setting"],
-            str(row["images"]),
-            f"{row['r2_median']:.4f}",
-            f"{row['r2_least']:.4f}",
-            f"{row['exact_seconds']:.0f} s",
-            f"{row['pruned_seconds']:.0f} s",
-            f"{row['faster']:.1f}x",
-        ]
-        for row in record["samples"]
-    ]
-    header = ["20 steps, budget 0.01", "samples", "r^2 with exact, median", "least", "exact", "pruned", "speedup"]
-    return table(header, rows)
-
-
 def coverage() -> str:
-    """How well stated errors of `pruned` cover the true ones."""
+    """How well stated errors of `pruned` cover the true ones, over all steps."""
     record = result("pruned_cpu")
     rows = []
-    for setting in dict.fromkeys(row["setting"] for row in record["rows"]):
-        for low, high in ((0, 0.2), (0.2, 1), (1, 3), (3, 100)):
-            steps = [row for row in record["rows"] if row["setting"] == setting and low <= row["sigma"] < high]
-            if not steps:
-                continue
-            ratio = [row["stderr_rms"] / row["rms"] for row in steps]
-            within = [row["within_2_stderr"] for row in steps]
-            span = f"{min(row['sigma'] for row in steps):.2g} to {max(row['sigma'] for row in steps):.2g}"
-            cells = [setting, span, str(len(steps)), f"{statistics.median(row['rms'] for row in steps):.4f}"]
-            cells += [f"{statistics.median(ratio):.2f}", f"{min(within):.1%} to {max(within):.1%}"]
-            rows.append([*cells, str(sum(row["silent"] for row in steps))])
-    header = ["bank", "sigma", "steps", "rms error", "stated over true", "within two stderr", "understated"]
+    for setting in settings_of(record):
+        for budget in dict.fromkeys(row["budget"] for row in record["rows"]):
+            steps = [row for row in record["rows"] if (row["setting"], row["budget"]) == (setting, budget)]
+            sampled = sum(row["sampled"] for row in steps)
+            within = [sum(row[f"within_{n}_stderr"] * row["sampled"] for row in steps) / sampled for n in (1, 2, 3)]
+            ratio = [row["stderr_rms"] / row["rms"] for row in steps if row["rms"]]
+            rows.append([
+                f"{setting}, {budget:.2%}",
+                f"{statistics.median(row['rms'] for row in steps):.4f}",
+                f"{statistics.median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f})",
+                " / ".join(f"{100 * share:.1f}" for share in within),
+                f"{min(row['within_3_stderr'] for row in steps):.1%}",
+                f"{sum(row['beyond_6_stderr'] for row in steps)}",
+                f"{sum(row['silent'] for row in steps)}",
+                f"{sampled:,}",
+            ])  # fmt: skip
+    header = ["bank, budget", "rms error, median", "stated over true, median (range)", "within 1 / 2 / 3 stderr, %"]
+    header += ["within 3, worst step", "beyond 6", "understated", "of pixel values"]
     return f"{table(header, rows)}\n\n{measured_on(record)}"

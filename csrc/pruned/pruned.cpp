@@ -22,8 +22,6 @@ namespace {
 
 constexpr int PARTS = 32;
 constexpr int TOGETHER = 64;     // queries that are planned together, which read the table of moments once
-constexpr int PILOT_CELLS = 64;  // cells that a query searches for its first known windows, at most
-constexpr int SWEEPS = 4;        // over the pixels, of neighbours proposing their known windows
 constexpr int FEW_CHANNELS = 4;  // up to as many take less memory
 
 // How images of a type of pixels are held in tiles, and compared. A score grows with the weight.
@@ -435,7 +433,7 @@ private:
         std::fill(variance, variance + 1 + 2 * channels, 0.0);
         double* more = request.v2 ? &moments_model[size_t(q) * (2 + 2 * size_t(channels))] : nullptr;
         if (more) std::fill(more, more + 2 + 2 * channels, 0.0);
-        Ranking<PilotCell, PILOT_CELLS> best;
+        Ranking<PilotCell, MOST_PILOT_CELLS> best;
         for (int64_t h = 0; h < count; ++h) {
             const double n = x.size[size_t(h)], expect = x.expected[size_t(h)], g1 = x.g1[size_t(h)];
             if (!(x.g2[size_t(h)] > 0)) continue;
@@ -443,7 +441,7 @@ private:
             const int64_t p = is_parent ? h : opened[size_t((h - padded) / SIBLINGS)];
             const int64_t cell = p * SIBLINGS + (h - padded) % SIBLINGS;
             total += n * expect;
-            if (!is_parent) best.offer({x.first[size_t(h)], int32_t(cell)});
+            if (!is_parent) best.offer({x.first[size_t(h)], int32_t(cell)}, request.policy.pilot_cells);
             const double wanted =
                 std::min(n, std::max(kappa * g1, std::min(double(kappa) * x.g2[size_t(h)], double(TILE))));
             double a = 0;  // expected variance of the stratum's sum
@@ -572,7 +570,7 @@ private:
         }
         if (request.remembered && !recall()) return false;
         const int width = request.columns, height = width ? request.queries / width : 0;
-        for (int sweep = 1; width && sweep <= SWEEPS; ++sweep) {
+        for (int sweep = 1; width && sweep <= request.policy.sweeps; ++sweep) {
             const std::vector<Known> before = known;
             pool.each(height, [&](int64_t y, int) {
                 std::vector<Pixel> room(size_t(request.images.values()));

@@ -14,6 +14,7 @@ constexpr int SIBLINGS = 16;  // strata whose moments are computed together; cel
 constexpr int TILE = 8;       // windows side by side: the sampling unit
 constexpr int MOST_CHANNELS = 16;
 constexpr int MOST_KNOWN = 16;
+constexpr int MOST_PILOT_CELLS = 256;
 constexpr int TRIMMED = 8;  // windows of a query whose weights may be trimmed
 
 struct Policy {
@@ -25,6 +26,8 @@ struct Policy {
     double further;        // factor on the budget of such a query
     double opened_from;    // expected tiles of a parent from which its cells are planned one by one
     double pilot;          // share of a budget that the search for heavy windows takes
+    int pilot_cells;       // in which it looks, at most, at most MOST_PILOT_CELLS
+    int sweeps;            // over the pixels, of neighbours proposing the windows they know
     int known;             // heavy windows of each query that are certainty units, at most MOST_KNOWN
 };
 

@@ -267,7 +267,17 @@ void pruned(Bytes& in) {
     request.shift = shift.data(), request.bits = bits.data(), request.base = base.data();
     request.budget = std::exp2(in.between(0, 12)), request.largest_budget = std::exp2(in.between(0, 12));
     request.whole = in.between(0, 5) == 0, request.key = in.any<uint64_t>();
-    request.policy = {0.75, 10, in.flip() ? 0.5 : 0, 7.2, 0.1, 8, 8, 0.25, in.between(0, patchscore::MOST_KNOWN)};
+    request.policy = {0.75,
+                      10,
+                      in.flip() ? 0.5 : 0,
+                      7.2,
+                      0.1,
+                      8,
+                      8,
+                      0.25,
+                      in.between(0, patchscore::MOST_PILOT_CELLS),
+                      in.between(0, 4),
+                      in.between(0, patchscore::MOST_KNOWN)};
     const size_t colours = count * size_t(images.channels);
     std::vector<double> m(count), s(count), s2(count), ss(count), v(colours), vs(colours), vv(colours);
     std::vector<uint8_t> fits(count);

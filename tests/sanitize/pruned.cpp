@@ -74,6 +74,8 @@ struct Case {
                           8,
                           one_of({1.0, 8.0}),
                           0.25,
+                          one_of({1, 64, patchscore::MOST_PILOT_CELLS}),
+                          one_of({0, 4}),
                           one_of({0, 3, patchscore::MOST_KNOWN})};
     }
 

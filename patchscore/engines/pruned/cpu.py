@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import torch
@@ -53,15 +54,7 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
         largest_budget=policy.further_most * request.competing,
         whole=request.budget is None or request.budget > policy.exact_budget,
         key=request.key,
-        certain_from=policy.certain_from,
-        prior_degrees=policy.prior_degrees,
-        trimming=policy.trimming,
-        misfit=policy.misfit,
-        unknown=policy.unknown,
-        further=policy.further,
-        opened_from=policy.opened_from,
-        pilot=policy.recalled_pilot if recalled else policy.pilot,
-        known=policy.known,
+        policy=dataclasses.replace(policy, pilot=policy.recalled_pilot) if recalled else policy,
         **{"v2": None, "sl": None, "qq": None, "ee": None} | {name: x.numpy() for name, x in out.items()},
         fits=fits.numpy(),
         pairs=pairs.numpy(),

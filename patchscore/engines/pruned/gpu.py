@@ -29,10 +29,6 @@ from .policy import Policy
 from .request import KNOWN, Encoded, Request, Scanned, coefficients, encoded
 from .totals import Expected, Sample, Surely, posterior_sums
 
-PILOT_CELLS = 64
-"""Where the first known windows of a query are looked for, at most, as on the CPU."""
-SWEEPS = 4
-"""Over the pixels, of neighbours proposing their known windows, as on the CPU."""
 VISITS, WINDOWS = 16, 16
 """Of one product in the scan: the smallest that matrix units take, as most visits read a tile or two."""
 CELLS = 256
@@ -304,7 +300,7 @@ class _Scan:
         share = self.pilot if policy.known else 0.0
         for some in torch.arange(self.count, device=budget.device).split(self._together(1)):
             first = self._logs(some)[:, 0].masked_fill(self.competing == 0, -torch.inf)
-            best = first.topk(min(PILOT_CELLS, len(self.tiles)), 1).indices
+            best = first.topk(min(policy.pilot_cells, len(self.tiles)), 1).indices
             tiles = self.tiles[best]
             left = (share * budget[some, None] / TILE).long().clamp(min=1)
             windows = TILE * torch.minimum(tiles, (left - tiles.cumsum(1) + tiles).clamp(min=0))
@@ -321,7 +317,7 @@ class _Scan:
         if policy.known and self.remembered is not None:
             self._offer(every, self.remembered, self._scores(every, self.remembered))
         columns = self.request.columns
-        for _ in range(SWEEPS if policy.known and columns else 0):
+        for _ in range(policy.sweeps if policy.known and columns else 0):
             listed = self._proposals(self.known.view(-1, columns, KNOWN)).flatten(0, 1)
             self._offer(every, listed, self._scores(every, listed))
         seen = self.known_scores[:, 0] != self.none

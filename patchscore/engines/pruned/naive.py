@@ -1,4 +1,4 @@
-"""The definition of the engine `pruned`, in float64, for one query and at the end for those of an image: read this first.
+"""The definition of the engine `pruned`, in float64, for one query and at the end for an image's: read this first.
 
 The population of a query q is the competing windows p_a with weights w_a = exp(-|q - p_a|^2 / (2 sigma^2)) and values
 v_a. Wanted is the ratio of two totals, sum_a w_a v_a / sum_a w_a. The strata are the cells of an index. Steps, in the
