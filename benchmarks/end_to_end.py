@@ -32,7 +32,7 @@ from patchscore.engines.sliding.cpu import SlidingCpu
 from patchscore.windows import Competition
 
 STEPS = 20
-BUDGET = 0.01
+BUDGETS = (0.003, 0.01)
 NPROBE = 64
 MEMORY = 2**31
 PART = 1.0  # seconds at least of what an extrapolated row is timed on, for every patch size
@@ -84,8 +84,8 @@ def nearest_windows(index: ps.PatchIndex) -> Callable:
 class Setting:
     """One bank, and the rows that are made of it."""
 
-    def __init__(self, name: str, bank: ps.PatchBank, table: str, n: int, short: bool):
-        self.name, self.bank, self.n, self.short = name, bank, n, short
+    def __init__(self, name: str, bank: ps.PatchBank, table: str, n: int, short: bool, keep: Callable):
+        self.name, self.bank, self.n, self.short, self.keep = name, bank, n, short, keep
         self.table = ps.ScaleTable.published(table)
         self.schedule = ps.get_schedule("cosine", STEPS)
         self.rows: list[dict] = []
@@ -111,6 +111,7 @@ class Setting:
             row |= {"r2_median": r2.median().item(), "r2_least": r2.min().item()}
         self.rows.append(row | more)
         print(row | more, flush=True)
+        self.keep(self.rows)
 
     def run(self, folder: Path | None) -> None:
         if self.short:
@@ -118,24 +119,23 @@ class Setting:
             warnings.filterwarnings("ignore", message=".*the index has patch sizes")
         truth, slow = self.sampled(ps.EquivariantLocalScore(self.bank, self.table, engine="sliding"))
         self.add("sliding, exact", slow, truth, truth)
-        fast = None
         try:
             index, built = self.index(folder)
         except ImportError as reason:
             print(f"pruned and FAISS top-k: skipped, {reason}", flush=True)
         else:
-            machine = ps.EquivariantLocalScore(self.bank, self.table, index=index, budget=BUDGET)
-            images, fast = self.sampled(machine)
-            self.add(f"pruned, budget {BUDGET:g}{self.also}", fast, images, truth, build_seconds=built)
-            images, seconds = self.sampled(Machine(self.bank, self.table, nearest_windows(index)))
-            self.add(f"FAISS top-{peers.top_k.NEAREST}, nprobe {NPROBE}{self.also}", seconds, images, truth)
-        if fast is not None:
-            # Exact sums over as many images as take as long as pruned.
+            for budget in BUDGETS:
+                machine = ps.EquivariantLocalScore(self.bank, self.table, index=index, budget=budget)
+                images, fast = self.sampled(machine)
+                self.add(f"pruned, budget {budget:g}{self.also}", fast, images, truth, build_seconds=built)
+            # Exact sums over as many images as take as long as the largest budget.
             count = min(len(self.bank), max(16, round(len(self.bank) * fast / slow)))
             some = peers.uniform.images(count, len(self.bank), torch.Generator().manual_seed(1))
             part = ps.PatchBank(self.bank.images[some])
             images, seconds = self.sampled(ps.EquivariantLocalScore(part, self.table, engine="sliding"))
-            self.add(f"uniform subset, {count:,} images", seconds, images, truth)
+            self.add(f"uniform subset, as long as budget {budget:g}", seconds, images, truth, subset=count)
+            images, seconds = self.sampled(Machine(self.bank, self.table, nearest_windows(index)))
+            self.add(f"FAISS top-{peers.top_k.NEAREST}, nprobe {NPROBE}{self.also}", seconds, images, truth)
         contenders = exact_cpu.contenders()
         for name in contenders:
             if name != "sliding":
@@ -237,10 +237,14 @@ def main() -> None:
             bank = bank_of(name, options, count)
             if bank is None:
                 continue
-            setting = Setting(name, bank, table, n, options.short)
+            others = [row for row in kept if row["setting"] != name]
+
+            def keep(rows: list[dict], others: list[dict] = others) -> None:
+                record.write("end_to_end", __doc__.splitlines()[0], steps=STEPS, rows=others + rows)
+
+            setting = Setting(name, bank, table, n, options.short, keep)
             setting.run(options.indexes or Path(temporary))
-            kept = [row for row in kept if row["setting"] != name] + setting.rows
-            record.write("end_to_end", __doc__.splitlines()[0], steps=STEPS, budget=BUDGET, rows=kept)
+            kept = others + setting.rows
     if kept:
         draw(kept, record.PICTURES / "end-to-end.png")
         print(table_of(kept))

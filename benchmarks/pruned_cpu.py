@@ -145,8 +145,8 @@ class Setting:
             row = rows[-1]
             print(
                 f"{self.name} sigma {level:8.3f} k {k:2} {budget:g}: rms {row['rms']:.5f} worst {row['worst']:.3f} "
-                f"within {row['within_1_stderr']:.3f} {row['within_2_stderr']:.3f} {row['within_3_stderr']:.3f} beyond 6 "
-                f"{row['beyond_6_stderr']} silent {row['silent']} of {row['sampled']}, {row['faster']:.1f}x",
+                f"within {row['within_1_stderr']:.3f} {row['within_2_stderr']:.3f} {row['within_3_stderr']:.3f} "
+                f"beyond 6 {row['beyond_6_stderr']} silent {row['silent']} of {row['sampled']}, {row['faster']:.1f}x",
                 flush=True,
             )
         return rows, torch.cat(truths)

@@ -66,15 +66,12 @@ def rates(record: dict, size: int, channels: int) -> str:
 def end_to_end() -> str:
     record = result("end_to_end")
     settings = sorted({row["setting"] for row in record["rows"]} | {"fashion-mnist-60000", "cifar10-20000"})
-    # Methods of equal time take another number of images of each bank.
-    kinds = dict.fromkeys(row["method"].partition(",")[0] for row in record["rows"])
-    found = {(row["setting"], row["method"].partition(",")[0]): row for row in record["rows"]}
+    found = {(row["setting"], row["method"]): row for row in record["rows"]}
     rows = []
-    for kind in kinds:
-        names = {found[of, kind]["method"] for of in settings if (of, kind) in found}
-        cells = [names.pop() if len(names) == 1 else f"{kind}, as long as pruned"]
+    for method in dict.fromkeys(row["method"] for row in record["rows"]):
+        cells = [method]
         for setting in settings:
-            row, whole = found.get((setting, kind)), found.get((setting, "sliding"))
+            row, whole = found.get((setting, method)), found.get((setting, "sliding, exact"))
             if row is None or whole is None:
                 cells += [NOT_MEASURED, ""]
                 continue
@@ -82,8 +79,8 @@ def end_to_end() -> str:
             r2 = "extrapolated" if row["extrapolated"] else f"{row['r2_median']:.4f} ({row['r2_least']:.4f})"
             cells += [ratio, r2]
         rows.append(cells)
-    built = [found[of, "pruned"].get("build_seconds") for of in settings if (of, "pruned") in found]
-    minutes = [f"{seconds / 60:.0f}" for seconds in built if seconds]
+    built = {row["setting"]: row["build_seconds"] for row in record["rows"] if row.get("build_seconds")}
+    minutes = [f"{seconds / 60:.0f}" for seconds in built.values()]
     header = [f"{record['rows'][0]['images']} images, {record['steps']} steps"]
     for setting in settings:
         header += [f"{setting} (times exact)", "r^2, median (least)"]
