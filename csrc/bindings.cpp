@@ -268,8 +268,8 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
                  const std::optional<py::buffer>& tiles, const std::optional<py::buffer>& allowed,
                  const StrataArguments& parents, const StrataArguments& children, const py::buffer& features,
                  const py::buffer& rest, const py::buffer& windows, const py::buffer& shift, const py::buffer& bits,
-                 const py::buffer& base, int columns, double budget, double largest_budget, bool whole, uint64_t key,
-                 const py::object& policy, const py::buffer& m, const py::buffer& s, const py::buffer& s2,
+                 const py::buffer& base, int columns, double budget, double largest_budget, double least, bool whole,
+                 uint64_t key, const py::object& policy, const py::buffer& m, const py::buffer& s, const py::buffer& s2,
                  const py::buffer& v, const py::buffer& ss, const py::buffer& vs, const py::buffer& vv,
                  const std::optional<py::buffer>& v2, const std::optional<py::buffer>& sl,
                  const std::optional<py::buffer>& qq, const std::optional<py::buffer>& ee, const py::buffer& fits,
@@ -321,7 +321,7 @@ void pruned_scan(const py::buffer& images, int patch_size, const py::buffer& siz
     if (columns < 0 || (columns && request.queries % columns))
         throw py::value_error("columns: got " + std::to_string(columns) + ", which does not divide " +
                               std::to_string(request.queries) + " queries");
-    request.columns = columns, request.budget = budget, request.largest_budget = largest_budget;
+    request.columns = columns, request.budget = budget, request.largest_budget = largest_budget, request.least = least;
     request.whole = whole, request.key = key;
     request.policy = policy_of(policy);
     request.m = data_of<double>("m", info(m, true), {queries}, true);
@@ -380,9 +380,9 @@ PYBIND11_MODULE(_native, module) {
     module.def("pruned_scan", &pruned_scan, py::kw_only(), py::arg("images"), py::arg("patch_size"), py::arg("sizes"),
                py::arg("ids"), py::arg("tiles"), py::arg("allowed"), py::arg("parents"), py::arg("children"),
                py::arg("features"), py::arg("rest"), py::arg("windows"), py::arg("shift"), py::arg("bits"),
-               py::arg("base"), py::arg("columns"), py::arg("budget"), py::arg("largest_budget"), py::arg("whole"),
-               py::arg("key"), py::arg("policy"), py::arg("m"), py::arg("s"), py::arg("s2"), py::arg("v"),
-               py::arg("ss"), py::arg("vs"), py::arg("vv"), py::arg("v2"), py::arg("sl"), py::arg("qq"), py::arg("ee"),
-               py::arg("fits"), py::arg("pairs"), py::arg("remembered"), py::arg("threads"), py::arg("simd"),
-               "Estimates the posterior sums of queries; see struct Request in csrc/pruned/pruned.h.");
+               py::arg("base"), py::arg("columns"), py::arg("budget"), py::arg("largest_budget"), py::arg("least"),
+               py::arg("whole"), py::arg("key"), py::arg("policy"), py::arg("m"), py::arg("s"), py::arg("s2"),
+               py::arg("v"), py::arg("ss"), py::arg("vs"), py::arg("vv"), py::arg("v2"), py::arg("sl"), py::arg("qq"),
+               py::arg("ee"), py::arg("fits"), py::arg("pairs"), py::arg("remembered"), py::arg("threads"),
+               py::arg("simd"), "Estimates the posterior sums of queries; see struct Request in csrc/pruned/pruned.h.");
 }

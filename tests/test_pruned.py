@@ -246,6 +246,9 @@ def naive_estimates(part, window, sigma, budget, draws, known=0, policy=POLICY):
 
 UNTRIMMED = dataclasses.replace(POLICY, trimming=0.0)
 
+ANYWHERE = dataclasses.replace(POLICY, reach=math.inf)
+"""Queries far from the bank are sampled, too."""
+
 ONCE = dataclasses.replace(UNTRIMMED, unknown=1e9, misfit=1e9)
 """No pixel is sampled again: what decides that is the sample itself, which biases the sums that are kept."""
 
@@ -342,7 +345,7 @@ def test_the_standard_error_of_a_pixel_covers(larger, tmp_path, backend, sigma):
 def test_an_estimate_is_a_convex_combination(larger, tmp_path, backend, sigma):
     request = pixel_of(larger, tmp_path, sigma, 70, 0.01)
     values = request.part.pixels(request.part.ids)[:, :, 1, 1]
-    for _, mean, stderr, ess in BACKENDS[backend](request, 20, POLICY, 8)[0]:
+    for _, mean, stderr, ess in BACKENDS[backend](request, 20, ANYWHERE, 8)[0]:
         assert (values.amin(0) - 1e-6 <= mean).all()
         assert (mean <= values.amax(0) + 1e-6).all()
         assert ess >= 1 - 1e-6
@@ -396,26 +399,26 @@ def test_trimmed_weights_are_those_of_the_definition(request, which, tmp_path):
     """The sums of the scan and of the definition have one distribution, trimmed as they are."""
     bank, _ = request.getfixturevalue(which)
     index = ps.PatchIndex.build(bank, 3, tmp_path / "i", cells=96, progress=False)
-    sigma, pixel = 0.5 * bank.scale, 18
+    sigma, pixel, draws = 0.5 * bank.scale, 18, 120
     z = noisy(bank, sigma, dtype=torch.float32)
     policy = dataclasses.replace(POLICY, known=0, pilot=0.0, opened_from=1e-9, unknown=1e9, misfit=1e9)
     request, _ = request_of(pruned(bank, index, budget=0.02), z[0], sigma)
     request = dataclasses.replace(request, windows=request.windows[pixel : pixel + 1], columns=0)
     whole = cpu.scan(dataclasses.replace(request, budget=None), policy).sums
     found, _, total = naive_estimates(
-        index.at(3), request.windows[0], request.sigma, 0.02 * request.competing, 200, policy=policy
+        index.at(3), request.windows[0], request.sigma, 0.02 * request.competing, draws, policy=policy
     )
     by_definition = torch.stack([x.s for x in found]) / total
-    seeds = [cpu.scan(dataclasses.replace(request, key=1000 + seed), policy).sums for seed in range(200)]
+    seeds = [cpu.scan(dataclasses.replace(request, key=1000 + seed), policy).sums for seed in range(draws)]
     scanned = torch.stack([(x.s.log() + x.m - whole.s.log() - whole.m).exp() for x in seeds]).flatten()
-    z = (by_definition.mean() - scanned.mean()) / ((by_definition.var() + scanned.var()) / 200).sqrt()
+    z = (by_definition.mean() - scanned.mean()) / ((by_definition.var() + scanned.var()) / draws).sqrt()
     assert abs(z.item()) < LARGEST_Z
     means = torch.stack([x.mean for x in found]), torch.stack([x.mean[0] for x in seeds])
-    z = (means[0].mean(0) - means[1].mean(0)) / ((means[0].var(0) + means[1].var(0)) / 200).sqrt()
+    z = (means[0].mean(0) - means[1].mean(0)) / ((means[0].var(0) + means[1].var(0)) / draws).sqrt()
     assert z.abs().max() < LARGEST_Z
     untrimmed = [
         cpu.scan(dataclasses.replace(request, key=1000 + seed), dataclasses.replace(policy, trimming=0.0)).sums
-        for seed in range(200)
+        for seed in range(draws)
     ]
     logs = [x.s.log() + x.m for x in untrimmed], [x.s.log() + x.m for x in seeds]
     assert all(a >= b - 1e-9 for a, b in zip(*logs, strict=True))
@@ -495,7 +498,7 @@ def test_a_trimmed_weight_leaves_an_effective_sample_size_of_one_or_more(larger,
     z = noisy(bank, sigma, dtype=torch.float32)
     request, _ = request_of(pruned(bank, index, budget=0.005), z[0], sigma)
     for known in (0, POLICY.known):
-        policy = dataclasses.replace(POLICY, known=known)
+        policy = dataclasses.replace(ANYWHERE, known=known)
         found = [cpu.scan(dataclasses.replace(request, key=seed), policy).sums for seed in range(10)]
         assert min(x.ess.min() for x in found) >= 1 - 1e-6
 
@@ -561,7 +564,7 @@ def test_cells_evaluated_whole_are_no_misfit(tmp_path):
     first, _ = naive.expected_log_weights(features[0], rest[0], part.cells, 0.05, 9)
     expected = (first + part.cells.size.double().log()).logsumexp(0).item()
     assert expected - native_weights(request)[0].logsumexp(0).item() > 1.5 * POLICY.misfit * math.log(2)
-    found = cpu.scan(request, POLICY)
+    found = cpu.scan(request, ANYWHERE)
     assert found is not None
     assert found.fits.all()
     assert found.sums.pairs < 0.25 * windows * count
@@ -804,6 +807,35 @@ def test_where_most_pixels_are_unknown_exact_sums_serve_at_once(larger, monkeypa
     assert not found.stderr.any()
 
 
+@pytest.mark.parametrize("backend", [cpu, gpu], ids=["scan", "gpu"])
+@pytest.mark.parametrize("kind", ["checkerboard", "noise"])
+def test_far_from_the_bank_nothing_is_sampled(larger, monkeypatch, backend, kind):
+    """There the moments of cells say nothing of their windows: errors of 0.3 would be stated as zero."""
+    bank, index = larger
+    monkeypatch.setattr(cpu, "scan", backend.scan)
+    generator, sigma = torch.Generator().manual_seed(1), 0.1
+    rows, cols = torch.meshgrid(*(torch.arange(size) for size in bank.shape[1:]), indexing="ij")
+    foreign = (rows + cols) % 2 * 2.0 - 1 if kind == "checkerboard" else torch.randn(bank.shape, generator=generator)
+    z = foreign + sigma * torch.randn(1, *bank.shape, generator=generator)
+    for label, budget in ((None, 0.001), (None, 0.1), (0, 0.001), (0, 0.1)):
+        with plain_kernels():
+            found = pruned(bank, index, budget=budget).estimate(z, sigma, label)
+        assert (found.mean - exact(bank).denoise(z, sigma, label)).abs().max() < 1e-6
+        assert not found.stderr.any()
+
+
+def test_the_reach_of_moments_is_a_scatter_of_log_weights():
+    """Of N windows about a centre, at the distance where their log-weights scatter by (2 log N)^(1/2)."""
+    spread, sigma, windows = 0.03, 0.4, 10_000
+    away = (-2 * sigma**2 * naive.least_log_weight(spread, sigma, windows)) ** 0.5
+    cell = spread**0.5 * torch.randn(windows, 25, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    query = torch.zeros(25).double()
+    query[0] = away
+    # To first order in the windows' offsets: the second is a common factor and a far smaller scatter.
+    scatter = ((cell * query).sum(1) / sigma**2).std().item()
+    assert scatter == pytest.approx((2 * math.log(windows)) ** 0.5, rel=3 / (2 * windows) ** 0.5)
+
+
 def test_rectangles_hold_every_marked_pixel_and_little_else():
     generator = torch.Generator().manual_seed(0)
     for share, apart in itertools.product((0.0, 0.02, 0.2, 1.0), (0, 3, 5, 20)):
@@ -845,7 +877,7 @@ def test_the_standard_error_of_latents_covers(latents, k, sigma):
     hits, draws = {1: 0, 2: 0, 3: 0}, 0
     for seed in range(20):
         machine = pruned(bank, index, k, budget=0.03, seed=seed)
-        machine.pruned.policy = dataclasses.replace(POLICY, exact_pixels=0)  # or else exact sums serve
+        machine.pruned.policy = dataclasses.replace(ANYWHERE, exact_pixels=0)  # or else exact sums serve
         found = machine.estimate(z, sigma)
         sampled = found.stderr > 0
         error = (found.mean - truth).abs()[sampled]
@@ -1310,12 +1342,12 @@ def test_sampling_follows_its_trajectories(larger, labels):
 
 def test_what_an_index_stores_changes_no_number(larger, tmp_path):
     bank, kept = larger
-    z = noisy(bank, 1.0, dtype=torch.float32)
+    z = noisy(bank, 3.0, dtype=torch.float32)
     for store, at_3, at_9 in (("none", False, False), ("small", True, False), ("all", True, True)):
         index = ps.PatchIndex.build(bank, [3, 9], tmp_path / store, progress=False, store=store)
         assert (index.at(3).tiles is not None, index.at(9).tiles is not None) == (at_3, at_9)
         for k in (3, 9):
-            found, expected = (pruned(bank, of, k, budget=0.05).estimate(z, 1.0) for of in (index, kept))
+            found, expected = (pruned(bank, of, k, budget=0.05).estimate(z, 3.0) for of in (index, kept))
             assert found.stderr.max() > 0
             assert torch.equal(found.mean, expected.mean)
             assert torch.equal(found.stderr, expected.stderr)

@@ -282,7 +282,11 @@ public:
         for (int round = 0; !left.empty(); ++round) {
             key = mixed(request.key + uint64_t(round));
             if (!plan_all(left)) return false;
-            if (round == 0 && !request.whole && !find_heavy()) return false;
+            if (round == 0 && !request.whole) {
+                if (!find_heavy()) return false;
+                left.erase(std::remove_if(left.begin(), left.end(), [&](int q) { return is_far(q); }), left.end());
+                if (2 * left.size() < size_t(request.queries)) break;  // the image gets exact sums
+            }
             for (int q : left) refs[size_t(q)] = reference_of(q);
             std::vector<int> unknown;
             if (!scan_all(left, unknown)) return false;
@@ -299,6 +303,13 @@ public:
     }
 
 private:
+    // Nothing was found near the query, or nothing at all.
+    bool is_far(int q) const {
+        const Known& own = known[size_t(q)];
+        if (!own.count) return request.policy.known > 0;
+        return request.bits[q] * double(own.items[0].score) - request.base[q] < request.least;
+    }
+
     // Windows to draw; the rest of a budget goes to the windows that are known.
     double drawn(int q) const { return (1 - request.policy.pilot) * budget[size_t(q)]; }
 

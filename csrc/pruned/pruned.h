@@ -76,6 +76,7 @@ struct Request {
     const double* base;     // [queries] subtracted from that
     double budget;          // windows a query
     double largest_budget;  // up to which that of a query grows whose sample is rejected
+    double least;           // log2 of the weight of its heaviest known window below which a query is not sampled
     bool whole;             // evaluate every window, whatever the budget
     uint64_t key;           // of the random draws
     int64_t* remembered;    // [queries, MOST_KNOWN] known windows, or -1: those of an earlier call, replaced; or null

@@ -86,6 +86,12 @@ class IndexedSize:
         return len(self.rows) * len(self.cols)
 
     @cached_property
+    def spread(self) -> float:
+        """Variance of one value of a window about its cell's centre, in the mean of all windows."""
+        of_windows = self.cells.variance.double().sum(1) + self.cells.rest.double()
+        return (of_windows @ self.cells.size.double()).item() / max(1, len(self.ids)) / len(self.centre)
+
+    @cached_property
     def parents(self) -> Strata:
         """Moments of the SIBLINGS cells of each parent together."""
         cells = self.cells

@@ -266,6 +266,7 @@ void pruned(Bytes& in) {
     if (images.floats) request.windows = windows.data();
     request.shift = shift.data(), request.bits = bits.data(), request.base = base.data();
     request.budget = std::exp2(in.between(0, 12)), request.largest_budget = std::exp2(in.between(0, 12));
+    request.least = in.flip() ? -1e9 : -10;
     request.whole = in.between(0, 5) == 0, request.key = in.any<uint64_t>();
     request.policy = {0.75,
                       10,

@@ -63,7 +63,7 @@ struct Case {
         strata(0, parents), strata(1, int(request.cells));
         request.parents = of(0), request.children = of(1);
         query();
-        request.largest_budget = 0.2 * double(ids.size());
+        request.largest_budget = 0.2 * double(ids.size()), request.least = one_of({-1e9, -30.0});
         request.budget = std::max(1.0, double(ids.size()) * between(0, 0.3f)), request.whole = chance(0.2f);
         request.key = state;
         request.policy = {0.75,

@@ -24,7 +24,7 @@ from ...pixels import to_values
 from ...posterior import PosteriorSum
 from ..autotune import KernelError, started
 from ..device import cache, cache_limit, missing_for_triton, on_device
-from .naive import TILE
+from .naive import TILE, least_log_weight
 from .policy import Policy
 from .request import KNOWN, Encoded, Request, Scanned, coefficients, encoded
 from .totals import Expected, Sample, Surely, posterior_sums
@@ -200,7 +200,7 @@ class _Scan:
         self.about = torch.zeros(self.count, dtype=scores, device=device)
         self.pairs = torch.zeros(self.count, dtype=torch.int64, device=device)
 
-    def run(self) -> Scanned:
+    def run(self) -> Scanned | None:
         request, policy, device = self.request, self.policy, self.about.device
         budget = torch.full((self.count,), max(1.0, (request.budget or 1.0) * request.competing), device=device)
         left = torch.arange(self.count, device=device)
@@ -208,6 +208,9 @@ class _Scan:
         answers: dict[str, Tensor] = {}
         if not self.whole:
             self._find_heavy(budget)
+            left = left[~self._far()]
+            if 2 * len(left) < self.count:  # the image gets exact sums
+                return None
         plan = self._plan_whole if self.whole else self._plan
         for round_ in itertools.count():
             generator = torch.Generator().manual_seed((request.key + round_) % 2**63)
@@ -229,6 +232,14 @@ class _Scan:
         sums = {name: x if x.ndim == 2 else x[:, None] for name, x in answers.items()}
         remembered = None if self.remembered is None else self.known.cpu()
         return Scanned(PosteriorSum(**sums, span=1.0, pairs=int(self.pairs.sum())), fits, remembered)
+
+    def _far(self) -> Tensor:
+        """[Q] bool: nothing was found near the query, or nothing at all."""
+        request = self.request
+        nats = least_log_weight(request.part.spread, request.sigma, request.competing, self.policy)
+        least = math.log2(math.e) * nats
+        heaviest = self.queries.bits * self.known_scores[:, 0].double() - self.queries.base
+        return torch.where(self.known[:, 0] >= 0, heaviest < least, self.policy.known > 0)
 
     # How much at once.
 

@@ -111,6 +111,21 @@ def expected_log_weights(
     return logs[0], logs[1]
 
 
+def least_log_weight(spread: float, sigma: float, windows: int, policy: Policy = POLICY) -> float:
+    """Log-weight of the heaviest window below which a query is too far from the bank for the moments of cells.
+
+    Log-weights of the windows about a cell's centre c scatter by |q - c| spread^(1/2) / sigma^2, and the largest of N
+    is some (2 log N)^(1/2) such deviations above the mean. Where E[w] = exp(mean + deviation^2 / 2) is decided beyond
+    that, by windows that a bank of N does not hold, it says nothing of those there are (the freezing of the random
+    energy model; Derrida 1981). So this is the scatter that is allowed, at the distance |q - p|^2 = -2 sigma^2 log w.
+
+    Args:
+        spread: variance of one value of a window about its cell's centre.
+        windows: N, all that compete.
+    """
+    return -policy.reach * sigma**2 * math.log(max(2, windows)) / max(spread, 1e-30)
+
+
 def size_measures(size: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Of each stratum: N sd(w), and N sqrt(var(w) + TILE E[w]^2).
 

@@ -41,6 +41,13 @@ class Policy:
     describe. Held-out images differ by less than 3 nats, except that near cells, which are evaluated whole, often hold
     less than expected and windows known surely more: both are exact."""
 
+    reach: float = 1.0
+    """A query is sampled as long as the log-weights of windows of one cell scatter by (2 reach log N)^(1/2) at most
+    (naive.least_log_weight); images of which more than half the pixels are farther from the bank get exact sums. Eight
+    of 1,000 attacks on 1,500 images, little noise on checkerboards or noise, had been wrong by 0.2 to 0.6 with an error
+    bar of zero: scatters of 10 to 49, where held-out images of CIFAR-10 and Fashion-MNIST have 1 to 5 (at k = 3 and
+    sigma = 0.078 3 to 12), and (2 log N)^(1/2) is 5 to 6."""
+
     unknown: float = 0.1
     """Standard error, in units of pixels, from which a pixel is sampled again with a larger budget; what was found
     heavier than its known windows is then known."""
