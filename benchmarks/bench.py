@@ -66,6 +66,7 @@ def full(given: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str]]:
     yield ("sass.py",), no_cuda
     yield ("pruned_cpu.py", *train, *where), images or indexes or no_faiss
     yield ("pruned_policy.py", *train), images or no_faiss
+    yield ("pruned_attack.py", *train), images or no_faiss
     yield ("latents.py", *train), images or no_faiss
     sixty = str(idx / "train-images-idx3-ubyte.gz")
     yield ("many_samples.py", sixty), fashion or no_faiss

@@ -95,12 +95,14 @@ class Setting:
         self.generator = torch.Generator().manual_seed(0)
         self.swept = set(SWEPT)
 
-    def __iter__(self):
+    def measured(self, steps: list[int] | None):
         """For every step: its rows, one for each budget; its contenders; the curves where its size is a new one."""
         for step in range(len(self.schedule.sigmas) - 1):
             level = float(self.schedule.sigmas[step] / self.schedule.alphas[step])
             k = self.machine.patch_size_at(level)
             z = self.held_out + level * torch.randn(self.held_out.shape, generator=self.generator)
+            if steps is not None and step not in steps:
+                continue
             about = {"setting": self.name, "step": step, "sigma": level, "k": k, "images": len(z)}
             rows, truth = self.budgets(z, level, k)
             others, sweep = self.contenders(z[:TOGETHER], level, k, truth[:TOGETHER], rows[0]["exact_seconds"])
@@ -288,11 +290,17 @@ def open_index(bank, sizes, path: Path) -> tuple[ps.PatchIndex, dict[str, object
     return index, built
 
 
+def stays(row: dict, steps: list[int] | None) -> bool:
+    """Of a setting that is measured again: whether it is a row of a step that is not."""
+    return steps is not None and "step" in row and row["step"] not in steps
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder of the CIFAR-10 training images; without it, left out")
     parser.add_argument("--indexes", type=Path, required=True, help="where indexes are kept or built (6 GB)")
     parser.add_argument("--only", nargs="*", help="settings, such as cifar10-20000")
+    parser.add_argument("--steps", type=int, nargs="*", help="these steps alone, from 0; others stay as they are")
     parser.add_argument("--count", type=int, default=8, help="noisy images (default 8: an hour and ten minutes)")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -309,13 +317,13 @@ def main() -> None:
         if given.only and name not in given.only:
             continue
         for part in content.values():
-            part[:] = [row for row in part if row["setting"] != name]
+            part[:] = [row for row in part if row["setting"] != name or stays(row, given.steps)]
         bank = ps.PatchBank(images[:count].clone())
         table = ps.ScaleTable.published(table_name)
         held_out = to_values(images[30000 : 30000 + given.count])
         index, built = open_index(bank, sizes_of(table), given.indexes / f"{name}.index")
         content["indexes"].append({"setting": name, **built})
-        for rows, others, sweep in Setting(name, bank, held_out, index, table):
+        for rows, others, sweep in Setting(name, bank, held_out, index, table).measured(given.steps):
             content["rows"] += rows
             content["contenders"].append(others)
             content["sweep"] += sweep

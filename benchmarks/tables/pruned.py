@@ -65,6 +65,26 @@ def pruned_contenders() -> str:
     return "\n\n".join([*parts, measured_on(record)])
 
 
+def pruned_attack() -> str:
+    """Random cases of any z, by what z is and by the budget."""
+    record = result("pruned_attack")
+    rows = [
+        [
+            f"budget {float(row['group'].split()[1]):.2%}" if row["group"].startswith("budget") else row["group"],
+            f"{row['cases']:,}",
+            f"{row['pixels']:,}",
+            f"{row['sampled']:.0%}",
+            " / ".join(f"{100 * row[f'within_{n}']:.1f}" for n in (1, 2, 3)),
+            f"{1e6 * row['beyond_5']:.0f}",
+            f"{row['silent']}",
+            f"{row['nan']}",
+        ]
+        for row in sorted(record["rows"], key=lambda row: (row["group"] != "all", row["group"]))
+    ]
+    header = ["z, budget, bank", "cases", "values", "sampled", "within 1 / 2 / 3 stderr, %", "beyond 5, of 1e6"]
+    return f"{table([*header, 'understated', 'NaN'], rows)}\n\n{measured_on(record)}"
+
+
 def pruned_policy() -> str:
     """Every constant at other values, over all settings."""
     record = result("pruned_policy")
