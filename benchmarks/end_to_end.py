@@ -119,6 +119,7 @@ class Setting:
             warnings.filterwarnings("ignore", message=".*the index has patch sizes")
         truth, slow = self.sampled(ps.EquivariantLocalScore(self.bank, self.table, engine="sliding"))
         self.add("sliding, exact", slow, truth, truth)
+        index = None
         try:
             index, built = self.index(folder)
         except ImportError as reason:
@@ -134,12 +135,13 @@ class Setting:
             part = ps.PatchBank(self.bank.images[some])
             images, seconds = self.sampled(ps.EquivariantLocalScore(part, self.table, engine="sliding"))
             self.add(f"uniform subset, as long as budget {budget:g}", seconds, images, truth, subset=count)
-            images, seconds = self.sampled(Machine(self.bank, self.table, nearest_windows(index)))
-            self.add(f"FAISS top-{peers.top_k.NEAREST}, nprobe {NPROBE}{self.also}", seconds, images, truth)
         contenders = exact_cpu.contenders()
         for name in contenders:
             if name != "sliding":
                 self.add(name, self.extrapolated(contenders[name]), None, truth)
+        if index is not None:
+            images, seconds = self.sampled(Machine(self.bank, self.table, nearest_windows(index)))
+            self.add(f"FAISS top-{peers.top_k.NEAREST}, nprobe {NPROBE}{self.also}", seconds, images, truth)
 
     def index(self, folder: Path | None) -> tuple[ps.PatchIndex, float]:
         assert folder is not None
@@ -225,6 +227,7 @@ def main() -> None:
     parser.add_argument("--fashion-mnist", type=Path, help="IDX file of Fashion-MNIST's 60,000 training images")
     parser.add_argument("--indexes", type=Path, help="where indexes are kept or built (30 GB); else a temporary folder")
     parser.add_argument("--only", nargs="*", help="settings, such as cifar10-20000")
+    parser.add_argument("--samples", type=int, help="images to make of each setting (default 16)")
     parser.add_argument("--short", action="store_true", help="500 built-in images, four samples")
     options = parser.parse_args()
     settings = SHORT if options.short else SETTINGS
@@ -242,7 +245,7 @@ def main() -> None:
             def keep(rows: list[dict], others: list[dict] = others) -> None:
                 record.write("end_to_end", __doc__.splitlines()[0], steps=STEPS, rows=others + rows)
 
-            setting = Setting(name, bank, table, n, options.short, keep)
+            setting = Setting(name, bank, table, options.samples or n, options.short, keep)
             setting.run(options.indexes or Path(temporary))
             kept = others + setting.rows
     if kept:

@@ -49,9 +49,7 @@ def competition(k: int, size: int) -> Competition:
 
 def by_engine(engine) -> Denoise:
     def denoise(z, sigma, train, k):
-        bank = ps.PatchBank.__new__(ps.PatchBank)  # without the checks of pixels, which are not what is measured
-        bank.images, bank.indices = train, None
-        noise = torch.tensor([sigma], dtype=torch.float64)
+        bank, noise = ps.PatchBank(train), torch.tensor([sigma], dtype=torch.float64)
         return engine.posterior_sum(z, noise, bank, competition(k, z.shape[-1]), MEMORY).mean[0].flatten(1)
 
     return denoise
