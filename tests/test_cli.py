@@ -224,8 +224,8 @@ def test_saving_takes_time_in_proportion_to_the_number_of_images(photos, tmp_pat
         assert sample(photos, tmp_path / f"{out}", "-n", out, "--batch-size", 2).exit_code == 0
         return total
 
-    written = {n: count(n) for n in (60, 120, 240)}
-    assert (written[240] - written[120]) / (written[120] - written[60]) == pytest.approx(2, rel=0.05)
+    written = {n: count(n) for n in (120, 240, 480)}
+    assert (written[480] - written[240]) / (written[240] - written[120]) == pytest.approx(2, rel=0.05)
 
 
 @pytest.mark.parametrize("change", [["--seed", "1"], ["--sampler", "heun"], ["--machine", "ls"], ["--table", "5"]])
