@@ -230,6 +230,9 @@ def draw_times(sweep, path: Path) -> None:
             ):
                 of = sorted((p["seconds"], p["rms"]) for p in here if p["method"] == method)
                 ax.loglog([x for x, _ in of], [max(y, 1e-6) for _, y in of], mark, label=method)
+            if not here:
+                ax.set_axis_off()
+                continue
             for point in here:
                 if point["method"] == "exact":
                     ax.axvline(point["seconds"], color="gray", lw=1)
@@ -237,7 +240,7 @@ def draw_times(sweep, path: Path) -> None:
             ax.set_title(f"{setting}, k = {k}", fontsize=9)
             ax.set_xlabel("seconds an image")
             ax.set_ylabel("rms error")
-    axes[0, 0].legend(fontsize=7)
+    axes[-1, -1].legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
