@@ -796,6 +796,7 @@ def test_where_most_pixels_are_unknown_exact_sums_serve_at_once(larger, monkeypa
     bank, index = larger
     z = torch.randn(1, *bank.shape, generator=torch.Generator().manual_seed(1))  # noise, unlike the bank
     machine = pruned(bank, index, budget=0.01)
+    machine.pruned.policy = ANYWHERE  # far from the bank nothing would be sampled at all
     asked, scan = [], cpu.scan
     monkeypatch.setattr(cpu, "scan", lambda *given: asked.append(scan(*given)) or asked[-1])
     found = machine.estimate(z, 0.05)
@@ -811,17 +812,23 @@ def test_where_most_pixels_are_unknown_exact_sums_serve_at_once(larger, monkeypa
 @pytest.mark.parametrize("kind", ["checkerboard", "noise"])
 def test_far_from_the_bank_nothing_is_sampled(larger, monkeypatch, backend, kind):
     """There the moments of cells say nothing of their windows: errors of 0.3 would be stated as zero."""
-    bank, index = larger
-    monkeypatch.setattr(cpu, "scan", backend.scan)
+    (bank, index), asked, scan = larger, [], backend.scan
+    monkeypatch.setattr(cpu, "scan", lambda *given: asked.append(scan(*given)) or asked[-1])
     generator, sigma = torch.Generator().manual_seed(1), 0.1
     rows, cols = torch.meshgrid(*(torch.arange(size) for size in bank.shape[1:]), indexing="ij")
     foreign = (rows + cols) % 2 * 2.0 - 1 if kind == "checkerboard" else torch.randn(bank.shape, generator=generator)
     z = foreign + sigma * torch.randn(1, *bank.shape, generator=generator)
-    for label, budget in ((None, 0.001), (None, 0.1), (0, 0.001), (0, 0.1)):
+    for label, budget in ((None, 0.001), (0, 0.001), (0, 0.1), (None, 0.1)):
         with plain_kernels():
             found = pruned(bank, index, budget=budget).estimate(z, sigma, label)
         assert (found.mean - exact(bank).denoise(z, sigma, label)).abs().max() < 1e-6
         assert not found.stderr.any()
+        if backend is gpu:
+            assert asked[-1] is None
+        else:
+            assert not asked[-1].fits.any()
+    if backend is cpu:  # the search for heavy windows, a quarter of the budget, and neighbours' proposals
+        assert asked[-1].sums.pairs < 0.5 * 0.1 * len(index.at(3).ids) * len(asked[-1].fits)
 
 
 def test_the_reach_of_moments_is_a_scatter_of_log_weights():
