@@ -125,11 +125,9 @@ def main() -> None:
     content = {name: summary(part) for name, part in groups.items()}
     for name, part in content.items():
         print(name, {key: round(value, 5) if isinstance(value, float) else value for key, value in part.items()})
-    what, groups_of = (
-        "error bars of pruned in random cases",
-        [{"group": name, **part} for name, part in content.items()],
-    )
-    record.write("pruned_attack", what, rows=groups_of, failed=[row for row in rows if failed(row)])
+    by_group = [{"group": name, **part} for name, part in content.items()]
+    bad = [row for row in rows if failed(row)]
+    record.write("pruned_attack", "error bars of pruned in random cases", rows=by_group, failed=bad)
 
 
 if __name__ == "__main__":

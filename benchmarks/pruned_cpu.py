@@ -123,8 +123,8 @@ class Setting:
                 found.append((sums.mean - truth.mean, sums.stderr, sums.pairs / pairs, slow, fast))
         rows = []
         for budget, found in runs.items():
-            error, stderr = (torch.cat(part) for part in list(zip(*found, strict=True))[:2])
-            shares, slow, fast = (list(part) for part in list(zip(*found, strict=True))[2:])
+            errors, stderrs, shares, slow, fast = zip(*found, strict=True)
+            error, stderr = torch.cat(errors), torch.cat(stderrs)
             sampled = stderr > 0
             scores = (error / stderr)[sampled].clamp(-7.99, 7.99)
             rows.append({
@@ -157,6 +157,7 @@ class Setting:
         """Rms errors of the interior, each in the time that `pruned` takes for it. slow: exact seconds of an image."""
         bank, coarse, index = self.bank, self.coarse, self.index
         sigma, reference = torch.full((len(z),), level, dtype=torch.float64), inside(truth, k)
+        generator = torch.Generator().manual_seed(k)  # its own: the noise of a step is the same if others are left out
         inner = interior(self.machine.competition(k))
         slow *= len(z) * inner.pairs_per_image / self.machine.competition(k).pairs_per_image
 
@@ -175,7 +176,7 @@ class Setting:
         own = pruned(COMPARED)
         limit = own["seconds"] * len(z)
         count = min(len(bank), max(16, round(len(bank) * limit / slow)))
-        some = uniform.images(count, len(bank), self.generator)
+        some = uniform.images(count, len(bank), generator)
         others = {
             "interior": own,
             "subset": point("uniform subset", count, subset, z, sigma, bank, inner, some),
@@ -193,7 +194,7 @@ class Setting:
             sweep = [{"method": "exact", "at": 1.0, "seconds": slow / len(z), "rms": 0.0}]
             sweep += [pruned(budget) for budget in SWEEP["budget"]]
             for share in SWEEP["share"]:
-                some = uniform.images(max(16, round(share * len(bank))), len(bank), self.generator)
+                some = uniform.images(max(16, round(share * len(bank))), len(bank), generator)
                 sweep.append(point("uniform subset", share, subset, z, sigma, bank, inner, some))
                 sweep.append(point("screened images", share, screened, z, sigma, bank, coarse, inner, len(some)))
             sweep += [nearest(nprobe) for nprobe in SWEEP["nprobe"]]

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import record
 import torch
-from pruned_cpu import inside, interior
+from pruned_cpu import inside, interior, shuffled
 
 import patchscore as ps
 from patchscore.engines.pruned.engine import Pruned
@@ -98,8 +98,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4000, help="images in the bank (default 4000)")
     parser.add_argument("--seeds", type=int, default=4, help="draws of each setting (default 4)")
     given = parser.parse_args()
-    images = record.opened(given.images, size=32).images
-    images = images[np.random.default_rng(0).permutation(len(images))]
+    images = shuffled(record.opened(given.images, size=32).images)
     bank, held_out = ps.PatchBank(images[: given.count].clone()), to_values(images[given.count : given.count + 2])
     rows, times = [], []
     with tempfile.TemporaryDirectory() as folder:

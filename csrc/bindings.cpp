@@ -249,14 +249,14 @@ patchscore::Policy policy_of(const py::object& policy) {
             throw py::value_error(name + (": got " + std::to_string(found)) + ", takes 0 to " + std::to_string(most));
         return found;
     };
-    if (!(number("further") > 1))
-        throw py::value_error("further: got " + std::to_string(number("further")) + ", takes a factor above 1");
+    const double further = number("further");
+    if (!(further > 1)) throw py::value_error("further: got " + std::to_string(further) + ", takes a factor above 1");
     return {number("certain_from"),
             number("prior_degrees"),
             number("trimming"),
             number("misfit"),
             number("unknown"),
-            number("further"),
+            further,
             number("opened_from"),
             number("pilot"),
             count("pilot_cells", patchscore::MOST_PILOT_CELLS),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 
 import torch
@@ -13,9 +12,8 @@ from torch.nn import functional
 from ...index import SIBLINGS, IndexedSize, Strata
 from ...native import native
 from ...posterior import PosteriorSum
-from .naive import least_log_weight
 from .policy import Policy
-from .request import Request, Scanned, coefficients, encoded
+from .request import Request, Scanned, coefficients, encoded, least_bits
 
 
 def scan(request: Request, policy: Policy) -> Scanned | None:
@@ -54,7 +52,7 @@ def scan(request: Request, policy: Policy) -> Scanned | None:
         columns=request.columns,
         budget=max(1.0, (request.budget or 1.0) * request.competing),
         largest_budget=policy.further_most * request.competing,
-        least=least_log_weight(part.spread, sigma, request.competing, policy) * math.log2(math.e),
+        least=least_bits(request, policy),
         whole=request.budget is None or request.budget > policy.exact_budget,
         key=request.key,
         policy=dataclasses.replace(policy, pilot=policy.recalled_pilot) if recalled else policy,

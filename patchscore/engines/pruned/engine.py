@@ -275,7 +275,7 @@ class Pruned(Engine):
             budget = max(budget, held.budget / 2)
         while budget < self.policy.exact_budget:
             found = self._scan(dataclasses.replace(pilot, budget=budget))
-            if found is None:
+            if found is None or not found.fits.any():
                 return None
             over = _error(found) / (0.8 * self.tolerance)
             if over <= 1:

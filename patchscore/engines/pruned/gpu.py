@@ -24,9 +24,9 @@ from ...pixels import to_values
 from ...posterior import PosteriorSum
 from ..autotune import KernelError, started
 from ..device import cache, cache_limit, missing_for_triton, on_device
-from .naive import TILE, least_log_weight
+from .naive import TILE
 from .policy import Policy
-from .request import KNOWN, Encoded, Request, Scanned, coefficients, encoded
+from .request import KNOWN, Encoded, Request, Scanned, coefficients, encoded, least_bits
 from .totals import Expected, Sample, Surely, posterior_sums
 
 VISITS, WINDOWS = 16, 16
@@ -235,9 +235,7 @@ class _Scan:
 
     def _far(self) -> Tensor:
         """[Q] bool: nothing was found near the query, or nothing at all."""
-        request = self.request
-        nats = least_log_weight(request.part.spread, request.sigma, request.competing, self.policy)
-        least = math.log2(math.e) * nats
+        least = least_bits(self.request, self.policy)
         heaviest = self.queries.bits * self.known_scores[:, 0].double() - self.queries.base
         return torch.where(self.known[:, 0] >= 0, heaviest < least, self.policy.known > 0)
 

@@ -4,7 +4,7 @@ The population of a query q is the competing windows p_a with weights w_a = exp(
 v_a. Wanted is the ratio of two totals, sum_a w_a v_a / sum_a w_a. The strata are the cells of an index. Steps, in the
 order of the functions below:
 
-1. expected weights: E[w] and E[w^2] in each stratum, from its moments;
+1. expected weights: E[w] and E[w^2] in each stratum, from its moments, and how far from the bank these say anything;
 2. allocation: how many windows of each stratum to evaluate (Neyman 1934; Cochran 1977, chapter 5);
 3. known windows: some heavy ones, found without chance, are counted surely and weigh nothing in the sample (a stratum
    that is evaluated completely; Cochran 1977, 5.8);

@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from ...index import IndexedSize, Strata
 from ...posterior import PosteriorSum
+from .naive import least_log_weight
+from .policy import Policy
 
 KNOWN = 16
 """Windows that a query can know; MOST_KNOWN in pruned.h."""
@@ -70,6 +72,12 @@ def draw_key(seed: int, k: int, sigma: float, z: Tensor) -> int:
     digest = hashlib.sha256(f"{seed} {k} {sigma!r}".encode())
     digest.update(z.cpu().contiguous().numpy().tobytes())
     return int.from_bytes(digest.digest()[:8], "little")
+
+
+def least_bits(request: Request, policy: Policy) -> float:
+    """Log2 of the weight of its heaviest known window below which a query gets exact sums."""
+    nats = least_log_weight(request.part.spread, request.sigma, request.competing, policy)
+    return nats * math.log2(math.e)
 
 
 def coefficients(strata: Strata, sigma: float, dims: int) -> Tensor:
